@@ -1,0 +1,78 @@
+"""The choices that the EsaCL paper leaves open, measured side by side on Split Digits at 80 % and 95 % sparsity.
+
+python benchmarks/esacl_choices.py [--quick]
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import harness
+import lightning.pytorch as pl
+import torch
+
+import lightning_sparse_cl as scl
+
+
+class SeparateForwards(scl.DERpp):
+    """DER++ with a forward pass of its own for the current batch and each draw, as in the released DER++ code."""
+
+    def forward(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, replay: Any) -> dict[str, Any]:
+        terms = scl.CrossEntropy.forward(self, model, x, y, None)
+        if replay is not None:
+            terms["rest"] = self.replay_loss([model(e.images) for e in replay], replay)
+        return terms
+
+
+SFW = scl.StochasticFrankWolfe
+CHOICES: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "freeze: share": {"freeze": "share"},
+    "freeze: free": {"freeze": "free"},
+    "reopened weights at zero": {"reopen": "zero"},
+    "no selection": {"selection": scl.LossSelection(1, 1)},
+    "sse .4, ere .4, no warm-up": {"selection": scl.LossSelection(0.4, 0.4, 0)},
+    "sse .4, ere .8, warm-up 2": {"selection": scl.LossSelection(0.4, 0.8, 2)},
+    "momentum 0.9 (average)": {"optimizer": partial(SFW, k=None, momentum=0.9)},
+    "tau 10": {"optimizer": partial(SFW, k=None, tau=10.0)},
+    "separate forwards": {"objective": SeparateForwards},
+}
+
+
+def run(choice: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
+    """One sequence; ACC before and after the last pruning."""
+    options = dict(CHOICES[choice])
+    objective, reopen = options.pop("objective", scl.DERpp), options.pop("reopen", "random")
+    pl.seed_everything(seed, verbose=False)
+    module = scl.EsaCL(scl.SmallCNN(32), objective(memory=200, minibatch=16), sparsity=sparsity, **options)
+    for policy in module.policies:
+        if isinstance(policy, scl.Reopen):
+            policy.init = reopen
+    metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
+    return {
+        "class_il_before": metrics["class_il_before"]["acc"],
+        "class_il": metrics["class_il"]["acc"],
+        "task_il": metrics["task_il"]["acc"],
+        "used": 1 - metrics["sparsity"],
+        "seconds": metrics["seconds"],
+    }
+
+
+def main() -> None:
+    args = harness.arguments(__doc__)
+    sparsities, seeds, epochs = ([0.8], [0], 3) if args.quick else ([0.8, 0.95], [0, 1, 2], 20)
+    cells = [(c, s) for c in CHOICES for s in sparsities]
+    results = iter(harness.run_all(run, [(c, s, seed, epochs) for c, s in cells for seed in seeds], args.processes))
+    rows = []
+    for choice, sparsity in cells:
+        runs = [next(results) for _ in seeds]
+        rows.append({"choice": choice, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
+    columns = ["choice", "sparsity", "class_il_before", "class_il", "task_il", "used"]
+    harness.show("Split Digits, in percent", rows, columns)
+    if not args.quick:
+        harness.save("esacl_choices", rows, seeds=seeds, epochs_per_task=epochs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What every benchmark needs: runs in parallel processes under a progress bar, and results on disk."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import lightning_sparse_cl as scl
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """``--quick`` and ``--processes``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="a small preset, under three minutes on two cores")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    return parser.parse_args()
+
+
+def fit(module: pl.LightningModule, data: scl.TaskDataModule, epochs: int) -> dict[str, Any]:
+    """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
+    evaluation, passes, report = scl.ContinualEvaluation(before_pruning=True), scl.PassCounter(), scl.RunReport()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, passes, report],
+    )  # fmt: skip
+    report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # nothing on disk
+    trainer.fit(module, data)
+    return report.collect(trainer, module)
+
+
+def run_all(run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> list[Any]:
+    """``run(*job)`` for every job, in parallel; results in the order of the jobs."""
+    start = time.monotonic()
+    results: list[Any] = [None] * len(jobs)
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_quiet) as pool:
+        futures = {pool.submit(run, *job): i for i, job in enumerate(jobs)}
+        for future in track(as_completed(futures), "runs", total=len(jobs)):
+            results[futures[future]] = future.result()
+    print(f"{len(jobs)} runs in {time.monotonic() - start:.0f} s")
+    return results
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and greatest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """Write ``results/NAME.json`` with the machine and the command that made it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    result = {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__,
+            "lightning_sparse_cl": scl.__version__,
+        },
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, one thread a run",
+        **more,
+        "rows": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
+    """Print rows as a rich table; a spread as median and range, fractions as percent."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(row[c]) for c in columns))
+    Console(width=140).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{100 * value['median']:.1f} ({100 * value['min']:.1f}-{100 * value['max']:.1f})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _quiet() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

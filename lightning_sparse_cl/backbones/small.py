@@ -1,0 +1,43 @@
+"""Small backbones for digits and quick experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+
+class SmallCNN(nn.Sequential):
+    """Four 3x3 convolutions with batch-norm, one max-pool in the middle, features flattened after a 2x2 average grid.
+
+    Args:
+        width: channels of the first two convolutions; the last two have twice as many.
+    """
+
+    def __init__(self, width: int = 32) -> None:
+        def block(conv: nn.Module, outputs: int) -> list[nn.Module]:
+            return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+        super().__init__(
+            *block(nn.LazyConv2d(width, 3, padding=1, bias=False), width),
+            *block(nn.Conv2d(width, width, 3, padding=1, bias=False), width),
+            nn.MaxPool2d(2),
+            *block(nn.Conv2d(width, 2 * width, 3, padding=1, bias=False), 2 * width),
+            *block(nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False), 2 * width),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers with ReLU on the flattened image.
+
+    Args:
+        hidden: width of each hidden layer.
+    """
+
+    def __init__(self, hidden: Sequence[int] = (256, 256)) -> None:
+        layers: list[nn.Module] = [nn.Flatten(), nn.LazyLinear(hidden[0]), nn.ReLU()]
+        for i, o in zip(hidden, hidden[1:], strict=False):
+            layers += [nn.Linear(i, o), nn.ReLU()]
+        super().__init__(*layers)

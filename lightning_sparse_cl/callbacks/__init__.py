@@ -1,0 +1,24 @@
+"""Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
+
+from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
+from lightning_sparse_cl.callbacks.freezing import FreezeMasks
+from lightning_sparse_cl.callbacks.passes import PassCounter
+from lightning_sparse_cl.callbacks.progress import TaskProgressBar
+from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
+from lightning_sparse_cl.callbacks.report import RunReport
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.state import RandomState
+
+__all__ = [
+    "ContinualEvaluation",
+    "FreezeMasks",
+    "OneShotPruning",
+    "PassCounter",
+    "RandomState",
+    "Reopen",
+    "RunReport",
+    "Sparsifier",
+    "TaskProgressBar",
+    "TaskSchedule",
+]

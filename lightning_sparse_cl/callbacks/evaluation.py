@@ -1,0 +1,110 @@
+"""Measure every task after every task: the accuracy matrix, Class-IL and Task-IL in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.metrics import AccuracyMatrix
+
+SCENARIOS = ("class_il", "task_il")
+
+
+class ContinualEvaluation(pl.Callback):
+    """Accuracy on every task's test data, with the weights as the task leaves them (pruned, frozen).
+
+    Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
+    the sample's task, on the same head and from the same forward pass. Before training the untrained network is
+    measured on every task, the baseline of forward transfer.
+
+    Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
+    module's test loaders, so that neither a ``validation_step`` nor a validation loop is needed, and resuming never
+    meets a half-measured task. ``trainer.test`` and ``trainer.validate`` report the same figures for the weights given.
+
+    Args:
+        before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
+    """
+
+    def __init__(self, before_pruning: bool = False) -> None:
+        self.before_pruning = before_pruning
+        self.matrices: dict[str, AccuracyMatrix] = {}
+        """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
+        self._loaded: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data = trainer.datamodule
+        stages = data.num_tasks if stage == "fit" else 1
+        names = [*SCENARIOS, *(f"{s}_before" for s in SCENARIOS if self.before_pruning)]
+        self.matrices = {name: AccuracyMatrix(stages, len(data.classes)) for name in names}
+        self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
+        for task, labels in enumerate(data.classes):
+            self._live[task, labels] = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._loaded is not None:
+            for name, matrix in self.matrices.items():
+                matrix.R, matrix.baseline = self._loaded[name]["R"].clone(), self._loaded[name]["baseline"].clone()
+        elif self.matrices["class_il"].baseline.isnan().all():
+            self._measure(trainer, pl_module, None)
+
+    def on_before_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        if self.before_pruning:
+            self._measure(trainer, pl_module, task, "_before")
+
+    def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._measure(trainer, pl_module, task)
+        figures = {s: self.matrices[s].summary() for s in SCENARIOS}
+        pl_module.log_dict(
+            {f"{s}/{f}": v for s in SCENARIOS for f, v in figures[s].items() if isinstance(v, float)},
+            on_step=False, on_epoch=True, rank_zero_only=True,
+        )  # fmt: skip
+
+    def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
+        was_training = pl_module.training
+        pl_module.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            for task, loader in enumerate(trainer.datamodule.test_dataloader()):
+                for x, y in loader:
+                    x, y = x.to(pl_module.device), y.to(pl_module.device)
+                    self._count(pl_module(trainer.datamodule.prepare(x, augment=False)), y, task, suffix)
+        pl_module.train(was_training)
+        for scenario in SCENARIOS:
+            self.matrices[scenario + suffix].close_row(row)
+
+    def _count(self, logits: Tensor, y: Tensor, task: int, suffix: str = "") -> None:
+        live = self._live[task].to(logits.device)
+        for scenario, scores in zip(SCENARIOS, (logits, logits.masked_fill(~live, -torch.inf)), strict=True):
+            self.matrices[scenario + suffix].to(logits.device).update(scores, y, task)
+
+    # -- trainer.test and trainer.validate ---------------------------------------------------------------------
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        x, y = batch
+        logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else pl_module(x)
+        self._count(logits, y, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for scenario in SCENARIOS:
+            row = self.matrices[scenario].close_row(0)
+            tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
+            pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, rank_zero_only=True)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, *args)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state

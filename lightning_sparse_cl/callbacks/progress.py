@@ -1,0 +1,16 @@
+"""A progress bar that says where in the task sequence a run is."""
+
+from __future__ import annotations
+
+from lightning.pytorch.callbacks import RichProgressBar
+
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+
+
+class TaskProgressBar(RichProgressBar):
+    """Lightning's rich progress bar with "Task k/T, epoch e/E" in front; tasks and epochs counted from 1."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        data = self.trainer.datamodule
+        schedule = next(c for c in self.trainer.callbacks if isinstance(c, TaskSchedule))
+        return f"Task {data.task + 1}/{data.num_tasks}, epoch {data.epoch_in_task + 1}/{schedule.epochs_of(data.task)}"

@@ -1,0 +1,137 @@
+"""The result of a run: a table on the screen, ``metrics.json`` and a picture of the accuracy matrix on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
+from lightning_sparse_cl.callbacks.passes import PassCounter
+from lightning_sparse_cl.sparsity import Masks
+
+TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
+
+
+class RunReport(pl.Callback):
+    """Collects what the other callbacks measured, when the fit ends.
+
+    Writes ``metrics.json`` and ``accuracy_matrix.png`` to the logger's folder (or the trainer's root folder) and prints
+    a table. All accuracies are fractions in the file and percent in the table; what is not defined is null. Keys:
+    ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc``, ``bwt``, ``fwt``, ``forgetting``; with
+    ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
+    masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``passes``, ``seconds`` (of
+    training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._started = 0.0
+        self._finished: tuple[dict[str, Any], Path] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self._before + time.monotonic() - self._started}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._before = state["seconds"]
+
+    @rank_zero_only
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = self.collect(trainer, pl_module)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        half_written = folder / "metrics.json.tmp"
+        half_written.write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(half_written, folder / "metrics.json")
+        matrices = {TITLES[s]: metrics[s]["matrix"] for s in SCENARIOS if s in metrics}
+        if matrices:
+            from lightning_sparse_cl.callbacks.picture import draw_matrices
+
+            draw_matrices(matrices, folder / "accuracy_matrix.png")
+        self._finished = metrics, folder
+
+    @rank_zero_only
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._finished and trainer.progress_bar_callback is not None:  # after the bar has left the screen
+            metrics, folder = self._finished
+            print_report(metrics)
+            print(f"results in {folder}")
+        self._finished = None
+
+    def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The contents of ``metrics.json``."""
+        metrics: dict[str, Any] = {}
+        for callback in trainer.callbacks:
+            if isinstance(callback, ContinualEvaluation):
+                metrics |= {name: matrix.summary() for name, matrix in callback.matrices.items()}
+            if isinstance(callback, PassCounter):
+                metrics["passes"] = dict(callback.counts)
+        weights = {n: p for n, p in pl_module.named_parameters() if p.ndim > 1}
+        alive = {n: int(p.count_nonzero()) for n, p in weights.items()}
+        masked = list(Masks.of(pl_module))
+        total = sum(weights[n].numel() for n in masked)
+        return metrics | {
+            "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
+            "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},
+            "seconds": round(self.state_dict()["seconds"], 3),
+            "seed": torch.initial_seed(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+            },
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {trainer.strategy.root_device}",
+        }
+
+
+def print_report(metrics: dict[str, Any], console: Console | None = None) -> None:
+    """Print what ``metrics.json`` holds as rich tables: accuracies in percent, spending against plain training."""
+    console = console or Console()
+    for scenario in SCENARIOS:
+        if scenario not in metrics:
+            continue
+        result = metrics[scenario]
+        table = Table(title=f"{TITLES[scenario]} accuracy, %", title_justify="left")
+        table.add_column("after")
+        for task in range(len(result["baseline"])):
+            table.add_column(f"task {task + 1}", justify="right")
+        rows = [("no task", result["baseline"])] + [(f"task {i + 1}", r) for i, r in enumerate(result["matrix"])]
+        for name, row in rows:
+            table.add_row(name, *(_percent(v) for v in row))
+        console.print(table)
+    summary = Table(title="Summary", title_justify="left")
+    for column in ("", *(TITLES[s] for s in SCENARIOS if s in metrics)):
+        summary.add_column(column, justify="right" if column else "left")
+    names = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}
+    for key, name in names.items():
+        summary.add_row(name, *(_percent(metrics[s][key]) for s in SCENARIOS if s in metrics))
+    if "class_il_before" in metrics:
+        summary.add_row("ACC before the last pruning", *(_percent(metrics[f"{s}_before"]["acc"]) for s in SCENARIOS))
+    console.print(summary)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
+    if "passes" in metrics:
+        passes = metrics["passes"]
+        lines.add_row("samples served", f"{passes['samples']:,}")
+        for direction in ("forward", "backward"):
+            ratio = passes[direction] / max(1, passes["samples"])
+            lines.add_row(f"samples sent {direction}", f"{passes[direction]:,} ({ratio:.2f} x plain training)")
+    lines.add_row("time", f"{metrics['seconds']:.1f} s")
+    console.print(lines)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"

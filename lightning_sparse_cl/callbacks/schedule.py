@@ -1,0 +1,111 @@
+"""When tasks begin and end: the one clock of a task sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+
+
+class TaskSchedule(pl.Callback):
+    """Runs a task sequence inside one ``trainer.fit`` and announces where tasks begin and end.
+
+    Callbacks and the module may define any of these hooks (callbacks ``(trainer, pl_module, task)``, the module
+    ``(trainer, task)``); callbacks are called in their order, the module after them:
+
+    * ``on_task_start``: before the first batch of the task;
+    * ``on_before_task_end``: all batches of the task are learnt;
+    * ``on_task_end``: consolidate now: prune, then freeze, then store exemplars or Fisher information;
+    * ``on_after_task_end``: the weights are final for this task: measure them.
+
+    Between start and end lie exactly the task's batches for every callback, wherever it stands in the list: the
+    schedule moves itself behind the others (but before checkpoints, which see the consolidated weights).
+
+    A task also ends early when a callback calls ``trainer.datamodule.end_task()``. The last task's end stops the fit.
+
+    Args:
+        epochs: epochs per task, one number for all or one a task.
+
+    Raises:
+        ValueError: if a number of epochs is not positive, or does not fit the data or the Trainer.
+        TypeError: if the trainer has no :class:`TaskDataModule`.
+    """
+
+    def __init__(self, epochs: int | list[int] = 1) -> None:
+        if min(epochs if isinstance(epochs, Sequence) else [epochs], default=0) < 1:
+            raise ValueError(f"TaskSchedule(epochs={epochs}): a task takes at least one epoch")
+        self.epochs = epochs
+        self.begun = -1
+        """The last task that was started."""
+
+    def epochs_of(self, task: int) -> int:
+        """Epochs planned for ``task``."""
+        return self.epochs[task] if isinstance(self.epochs, Sequence) else self.epochs
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data = trainer.datamodule
+        if not isinstance(data, TaskDataModule):
+            raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
+        if stage != "fit":
+            return
+        if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
+            raise ValueError(
+                f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
+                "give one number for all or one a task"
+            )
+        total = sum(self.epochs_of(t) for t in range(data.num_tasks))
+        limit = trainer.max_epochs
+        if limit is not None and 0 <= limit < total and not trainer.fast_dev_run:
+            raise ValueError(
+                f"Trainer(max_epochs={limit}): the schedule takes {total} epochs ({data.num_tasks} tasks); shorten "
+                "TaskSchedule(epochs=...), or leave the end to the schedule with max_epochs=-1"
+            )
+        trainer.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
+        self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
+        trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
+        last = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+        trainer.callbacks = [c for c in trainer.callbacks if c is not self and c not in last] + [self, *last]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.datamodule.finished:
+            rank_zero_info("TaskSchedule: all tasks of this run are finished; there is nothing left to train.")
+            trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        while self.begun < trainer.datamodule.task:
+            self.begun += 1
+            self._announce("on_task_start", trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        # Consolidation happens on the last batch, not at the epoch's end: Lightning validates in between.
+        data = trainer.datamodule
+        if not trainer.is_last_batch:
+            return
+        if data.epoch_in_task + 1 >= self.epochs_of(data.task):
+            data.end_task()
+        if data.starts[-1] > trainer.current_epoch:
+            for hook in ("on_before_task_end", "on_task_end", "on_after_task_end"):
+                self._announce(hook, trainer, pl_module)
+            trainer.should_stop = trainer.should_stop or data.finished
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.limit_val_batches = self._limit_val_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"begun": self.begun}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begun = state["begun"]
+
+    def _announce(self, hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for callback in trainer.callbacks:
+            if hasattr(callback, hook):
+                getattr(callback, hook)(trainer, pl_module, self.begun)
+        if hasattr(pl_module, hook):
+            getattr(pl_module, hook)(trainer, self.begun)

@@ -1,0 +1,229 @@
+"""The task sequence as a LightningDataModule: it serves the current task and tests on all of them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """One data set a task, served one after the other within a single ``trainer.fit``.
+
+    Batches are ``(x, y)``: x (B, C, H, W) float, normalised and, in training, augmented on the device; y (B,) in
+    ``range(num_classes)``. Which task is served follows from the epoch alone: :attr:`starts` holds the first epoch of
+    each task, and :meth:`end_task` (called by :class:`~lightning_sparse_cl.TaskSchedule`) ends the running one.
+
+    * training: the current task's samples that are ``alive``;
+    * validation during ``fit``: the current task's validation samples, if ``val_fraction`` > 0;
+    * ``validate`` and ``test``: one loader a task.
+
+    A subclass overrides :meth:`load`, nothing else; for data of your own see ``SplitTensors``, ``SplitImageFolder`` and
+    ``TaskDatasets``.
+
+    Args:
+        batch_size: samples per batch and process. The last, smaller batch of an epoch is left out.
+        val_fraction: fraction of each task's training samples set aside for validation, in [0, 1).
+        augment: random crop and flip, where the data set has them.
+        joint: train on the union of all tasks at once (the upper bound) and test on each.
+        num_workers: loader processes; data in memory needs none.
+        transform: from stored to network input; None normalises uint8 images by the mean and deviation of the first
+            task's training images.
+
+    Raises:
+        ValueError: if an argument is out of range, or a task has fewer samples than a batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 32,
+        val_fraction: float = 0.0,
+        augment: bool = True,
+        joint: bool = False,
+        num_workers: int = 0,
+        transform: ImageTransform | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if batch_size < 1:
+            raise ValueError(f"{name}(batch_size={batch_size}): a batch has at least one sample")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"{name}(val_fraction={val_fraction}): the fraction set aside is in [0, 1)")
+        self.train_sets: list[Dataset] = []
+        self.test_sets: list[Dataset] = []
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.augment = augment
+        self.joint = joint
+        self.num_workers = num_workers
+        self.transform = transform
+        self.starts = [0]
+        """First epoch of each task begun so far, and of the next once :meth:`end_task` was called."""
+        self.alive: list[Tensor] = []
+        """Indices (n,) of the samples still trained on, by task."""
+        self.classes: list[list[int]] = []
+        """Labels that occur in each test task."""
+        self.num_classes = 0
+        self.input_shape: tuple[int, ...] = ()
+        self.raw: Tensor | None = None
+        """The last batch as stored: not augmented, not normalised. What a memory keeps."""
+        self._held_out: list[Tensor] = []
+        self.order_seed = 0
+        """Seed of the epochs' orders and of what all processes draw alike; the run's seed, kept in the checkpoint."""
+        self._ready = False
+
+    def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
+        """The training and test data sets, one a task. Called once, in :meth:`setup`, on every process.
+
+        Items are (image, label): images are tensors (C, H, W), uint8 in 0-255 or float, labels integers in
+        ``range(num_classes)``, counted over all tasks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override load()")
+
+    # -- the sequence ------------------------------------------------------------------------------------------
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks to train on one after the other."""
+        return len(self.train_sets)
+
+    @property
+    def task(self) -> int:
+        """The task being trained, a pure function of the trainer's epoch."""
+        return min(bisect_right(self.starts, self.trainer.current_epoch), self.num_tasks) - 1
+
+    @property
+    def epoch_in_task(self) -> int:
+        """Epochs of the current task that are complete."""
+        return self.trainer.current_epoch - self.starts[self.task]
+
+    @property
+    def finished(self) -> bool:
+        """True once the last task has ended."""
+        return len(self.starts) > self.num_tasks
+
+    def end_task(self) -> None:
+        """Make the running epoch the last of its task. Calling it twice in an epoch does nothing more."""
+        if self.starts[-1] <= self.trainer.current_epoch:
+            self.starts.append(self.trainer.current_epoch + 1)
+
+    def indices(self, batch_idx: int) -> Tensor:
+        """Indices (B,) into the current task's training set of this rank's batch ``batch_idx`` of the epoch."""
+        sampler: TaskSampler = self.trainer.train_dataloader.sampler
+        return sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
+
+    # -- Lightning ---------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._ready:
+            return
+        self.train_sets, self.test_sets = map(list, self.load())
+        labels = [_labels(d) for d in self.test_sets]
+        self.classes = [sorted(set(y.tolist())) for y in labels]
+        self.num_classes = max(int(_labels(d).max()) for d in (*self.train_sets, *self.test_sets)) + 1
+        if self.joint:
+            self.train_sets = [_union(self.train_sets)]
+        first = self.train_sets[0]
+        self.input_shape = tuple(torch.as_tensor(first[0][0]).shape)
+        if self.transform is None:
+            self.transform = _standardise(first)
+        for t, data in enumerate(self.train_sets):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(t))  # the same for every run
+            held_out = round(self.val_fraction * len(data))
+            self._held_out.append(order[:held_out].sort().values)
+            self.alive.append(order[held_out:].sort().values)
+            if len(self.alive[t]) < self.batch_size * self._world_size:
+                raise ValueError(
+                    f"{type(self).__name__}(batch_size={self.batch_size}): task {t} has {len(self.alive[t])} training "
+                    f"samples for {self._world_size} process(es); use a smaller batch"
+                )
+        self.order_seed = torch.initial_seed() % 2**62
+        if self.trainer is not None:
+            self.order_seed = self.trainer.strategy.broadcast(self.order_seed)
+        self._ready = True
+
+    def train_dataloader(self) -> TaskLoader:
+        t = self.task
+        sampler = TaskSampler(self.alive[t], self._world_size, self.trainer.global_rank, seed=self.order_seed)
+        return TaskLoader(
+            self._placed(self.train_sets[t]), self.batch_size, sampler=sampler, drop_last=True,
+            num_workers=self.num_workers, collate_fn=collate, generator=torch.Generator(),
+        )  # fmt: skip
+
+    def val_dataloader(self) -> list[DataLoader]:
+        if self.trainer.state.fn == "fit":
+            return [self._eval_loader(self.train_sets[self.task], self._held_out[self.task])] * bool(self.val_fraction)
+        if self.val_fraction and not self.joint:
+            return [self._eval_loader(d, i) for d, i in zip(self.train_sets, self._held_out, strict=True)]
+        return self.test_dataloader()
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader a task; each process has its share, every sample in exactly one."""
+        return [self._eval_loader(d, torch.arange(len(d))) for d in self.test_sets]
+
+    predict_dataloader = test_dataloader
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        x, y = batch
+        training = self.trainer is not None and self.trainer.training
+        if training:
+            self.raw = x
+        return self.prepare(x, augment=training), y
+
+    def prepare(self, x: Tensor, augment: bool = True) -> Tensor:
+        """Stored images to network input, on their device; augmented if asked and if the data module augments."""
+        return self.transform.to(x.device)(x, augment=augment and self.augment)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"starts": self.starts, "alive": self.alive, "order_seed": self.order_seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.starts, self.alive = list(state["starts"]), state["alive"]
+        self.order_seed = state["order_seed"]
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _placed(self, data: Dataset) -> Dataset:
+        """Data in memory goes to the device once, so that batches are gathered there."""
+        return data.to(self.trainer.strategy.root_device) if isinstance(data, ImageTensors) else data
+
+    def _eval_loader(self, data: Dataset, indices: Tensor) -> DataLoader:
+        rank = self.trainer.global_rank if self.trainer is not None else 0
+        if self.trainer is not None:
+            data = self._placed(data)
+        sampler = ShareSampler(indices, self._world_size, rank)
+        return DataLoader(data, 256, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
+
+
+def _labels(data: Dataset) -> Tensor:
+    if isinstance(data, ImageTensors):
+        return data.labels
+    targets = getattr(data, "targets", None)
+    return torch.as_tensor(targets if targets is not None else [y for _, y in data])
+
+
+def _union(sets: Sequence[Dataset]) -> Dataset:
+    if all(isinstance(d, ImageTensors) for d in sets):
+        return ImageTensors(torch.cat([d.images for d in sets]), torch.cat([d.labels for d in sets]))
+    return ConcatDataset(sets)
+
+
+def _standardise(data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
+    images = data.images if isinstance(data, ImageTensors) else torch.stack([x for x, _ in data])
+    if images.is_floating_point():
+        return ImageTransform([0.0] * images.shape[1], [1.0] * images.shape[1])
+    pixels = images.transpose(0, 1).flatten(1).float() / 255
+    return ImageTransform(pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist(), crop, flip)

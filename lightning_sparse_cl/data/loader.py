@@ -1,0 +1,102 @@
+"""Data sets in memory, and a sampler and loader that shrink with the data and resume inside an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class ImageTensors(Dataset):
+    """Images (N, C, H, W) and labels (N,) in memory; whole batches are gathered at once.
+
+    Raises:
+        ValueError: if the lengths differ or images do not have four dimensions.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(
+                f"ImageTensors: images are (N, C, H, W) and labels (N,), got {tuple(images.shape)} "
+                f"and {tuple(labels.shape)}"
+            )
+        self.images, self.labels = images, labels.long()
+
+    def to(self, device: torch.device) -> ImageTensors:
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        return self
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        at = torch.tensor(indices, device=self.images.device)
+        return self.images[at], self.labels[at]
+
+
+class TaskSampler(DistributedSampler):
+    """Shuffled order of the samples still alive, split over processes; a new order every epoch, the same on resume.
+
+    A ``DistributedSampler`` in one process too, so that Lightning never replaces it.
+
+    Args:
+        alive: indices into the data set, (n,).
+    """
+
+    def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int) -> None:
+        super().__init__(alive, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        self.alive = alive
+        self.skip = 0
+
+    def order(self) -> Tensor:
+        """Indices of this epoch's samples on this rank."""
+        return self.alive[torch.tensor(list(super().__iter__()), dtype=torch.long)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order()[self.skip :].tolist())
+
+
+class ShareSampler(DistributedSampler):
+    """Every index in exactly one process, in order, none repeated: what an exact evaluation needs."""
+
+    def __init__(self, indices: Tensor, num_replicas: int, rank: int) -> None:
+        super().__init__(indices, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
+        self.share = indices[rank::num_replicas].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.share)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+
+class TaskLoader(DataLoader):
+    """A ``DataLoader`` whose position in the epoch is part of the checkpoint (Lightning saves and restores it)."""
+
+    sampler: TaskSampler
+    _seen = 0
+    _first = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: the order is drawn at the first batch, when Lightning has told the sampler the epoch.
+        first, self._first = self._first, 0
+        self.sampler.skip = first * self.batch_size
+        for self._seen, batch in enumerate(super().__iter__(), first + 1):
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._first = self._seen = state["seen"]
+
+
+def collate(batch: Any) -> Any:
+    """Batches of ``ImageTensors`` come gathered; others are lists of items."""
+    return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)

@@ -1,0 +1,6 @@
+"""Methods: one paper a file, each a composition of an objective, an update rule, an optimiser and policies."""
+
+from lightning_sparse_cl.methods.base import ContinualModule
+from lightning_sparse_cl.methods.esacl import EsaCL
+
+__all__ = ["ContinualModule", "EsaCL"]

@@ -1,0 +1,156 @@
+"""The continual learner: a backbone with one head, an objective, an update rule, an optimiser and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+
+from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
+from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
+from lightning_sparse_cl.optim.selection import LossSelection
+
+
+class ContinualModule(pl.LightningModule):
+    """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
+
+    Args:
+        backbone: images (B, C, H, W) to features (B, D); lazy layers take their sizes from the data.
+        objective: loss and memory; None is cross-entropy (fine-tuning).
+        update: how the loss becomes gradients; None is one backward pass.
+        optimizer: makes the optimiser from the parameters; None is SGD with learning rate 0.03.
+        selection: which samples of a batch each pass keeps; None keeps all.
+        policies: callbacks that go with the method (pruning, freezing, ...), in the order in which they act.
+    """
+
+    automatic_optimization = False
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objective: Objective | None = None,
+        update: UpdateRule | None = None,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        selection: LossSelection | None = None,
+        policies: Sequence[pl.Callback] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head: nn.Linear | None = None
+        self.objective = objective or CrossEntropy()
+        self.update = update or Plain()
+        self.optimizer = optimizer or (lambda params: SGD(params, lr=0.03))
+        self.selection = selection
+        self.policies = list(policies)
+
+    def configure_model(self) -> None:
+        if self.head is None:
+            data = self.trainer.datamodule
+            self.build(data.input_shape, data.num_classes, seed=self.trainer.strategy.broadcast(torch.initial_seed()))
+
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int = 0) -> None:
+        """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``."""
+        training = self.backbone.training
+        with torch.no_grad():
+            features = self.backbone.eval()(torch.zeros(1, *input_shape))
+        self.backbone.train(training)
+        self.head = nn.Linear(features.shape[1], num_classes)
+        self.objective.build(input_shape, num_classes, seed)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return self.policies
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optimizer(self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes) of all tasks."""
+        return self.head(self.backbone(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
+        x, y = batch
+        data, optimizer = self.trainer.datamodule, self.optimizers()
+        replay = self.objective.draw(data.prepare)
+        whole: Outputs = {}  # the whole batch before the update: losses to rank, logits to remember
+        moved = False
+
+        def loss(stage: Stage) -> Outputs:
+            nonlocal moved
+            size = self.selection.size(stage, len(y), data.epoch_in_task) if self.selection else len(y)
+            if size < len(y) and not whole:
+                with torch.no_grad(), batch_norm_still(self):
+                    whole.update(self.objective(self, x, y, None))
+            kept = LossSelection.top(whole["per_sample"], size) if size < len(y) else slice(None)
+            with batch_norm_still(self, moved):  # its statistics move in the first pass only
+                outputs = self.objective(self, x[kept], y[kept], replay)
+            moved = True
+            if not whole:
+                whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
+            return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"]}
+
+        optimizer.zero_grad()
+        outputs = self.update(self, loss)
+        optimizer.step()
+        self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
+        self.log("train/loss", outputs["loss"].detach(), prog_bar=True)
+        return {"loss": outputs["loss"].detach(), "logits": whole["logits"]}
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.world_size > 1:  # manual optimisation never broadcasts batch-norm buffers by itself
+            self.trainer.model.require_forward_param_sync = True
+
+    def on_task_start(self, trainer: pl.Trainer, task: int) -> None:
+        """Optimiser state does not outlive a task."""
+        if task > 0:
+            for optimizer in trainer.optimizers:
+                optimizer.state.clear()
+        self.objective.on_task_start(self, task)
+
+    def on_task_end(self, trainer: pl.Trainer, task: int) -> None:
+        self.objective.on_task_end(self, task)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+        x, y = batch
+        logits = self(x)
+        self.log("val/loss", F.cross_entropy(logits, y), add_dataloader_idx=False, sync_dist=True)
+        self.log("val/acc", (logits.argmax(1) == y).float().mean(), add_dataloader_idx=False, sync_dist=True)
+        return {"logits": logits}
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+        return {"logits": self(batch[0])}
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Predicted labels (B,), out of all classes."""
+        return self(batch[0]).argmax(1)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``)."""
+        if self.head is None:
+            state = checkpoint["state_dict"]
+            classes, features = state["head.weight"].shape
+            self.head = nn.Linear(features, classes)
+
+    def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """What every process has seen, in the same order on each, so that all hold the same memory."""
+        if self.trainer.world_size == 1:
+            return tensors
+        return tuple(self.all_gather(t).flatten(0, 1) for t in tensors)
+
+
+@contextmanager
+def batch_norm_still(module: nn.Module, still: bool = True) -> Iterator[None]:
+    """Batch-norm normalises by the batch as in training, but its running statistics stay as they are."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if still else []
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

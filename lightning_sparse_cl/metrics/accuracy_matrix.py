@@ -1,0 +1,100 @@
+"""The accuracy matrix R of continual learning and the figures read off it (Lopez-Paz & Ranzato, 2017)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class AccuracyMatrix(Metric):
+    """R[i, j]: accuracy on task j after task i. Rows are filled one at a time.
+
+    :meth:`update` counts hits of the row being measured, :meth:`close_row` reduces them over processes and stores the
+    row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs.
+
+    Args:
+        stages: number of rows T, tasks trained on one after the other.
+        tasks: number of columns, tasks tested on (the same as ``stages``, but in joint training).
+    """
+
+    hits: Tensor
+    total: Tensor
+
+    def __init__(self, stages: int, tasks: int | None = None) -> None:
+        super().__init__()
+        tasks = tasks or stages
+        self.add_state("hits", torch.zeros(tasks, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(tasks, dtype=torch.long), dist_reduce_fx="sum")
+        self.R = torch.full((stages, tasks), torch.nan)
+        self.baseline = torch.full((tasks,), torch.nan)
+
+    def update(self, logits: Tensor, target: Tensor, task: int) -> None:
+        """Count the hits of ``logits`` (B, C) on ``target`` (B,), samples of ``task``."""
+        self.hits[task] += (logits.argmax(1) == target).sum()
+        self.total[task] += len(target)
+
+    def compute(self) -> Tensor:
+        """The row being measured: accuracy on each task (T,), nan where nothing was seen."""
+        return self.hits / self.total
+
+    def close_row(self, i: int | None) -> Tensor:
+        """Store the measured row as R[i], or as the baseline if ``i`` is None, and start the next."""
+        row = self.compute().cpu()
+        if i is None:
+            self.baseline = row
+        else:
+            self.R[i] = row
+        self.reset()
+        return row
+
+    def summary(self) -> dict[str, float | list | None]:
+        """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
+        figures = {
+            "acc": average_accuracy(self.R),
+            "bwt": backward_transfer(self.R),
+            "fwt": forward_transfer(self.R, self.baseline),
+            "forgetting": forgetting(self.R),
+        }
+        return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | {
+            name: None if value.isnan() else value.item() for name, value in figures.items()
+        }
+
+
+def average_accuracy(R: Tensor) -> Tensor:
+    """ACC: mean over tasks after the last one that has been measured (EsaCL eq 4.22)."""
+    return _measured(R)[-1].double().mean()
+
+
+def backward_transfer(R: Tensor) -> Tensor:
+    """BWT: mean over j < T of R[T, j] - R[j, j]; negative when tasks are forgotten. nan for fewer than two tasks."""
+    R = _measured(R).double()
+    learned = R.diagonal()[: len(R) - 1]
+    return (R[-1, : len(learned)] - learned).mean() if R.shape[0] > 1 else R.new_tensor(torch.nan)
+
+
+def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
+    """FWT: mean over j > 1 of R[j - 1, j] - b[j], with b the measured accuracy of the untrained network."""
+    R = _measured(R).double()
+    return (R.diagonal(1)[: len(R) - 1] - baseline[1 : len(R)]).mean() if R.shape[0] > 1 else R.new_tensor(torch.nan)
+
+
+def forgetting(R: Tensor) -> Tensor:
+    """Mean over j < T of the best earlier accuracy on task j minus the last (Chaudhry et al., 2018)."""
+    R = _measured(R).double()
+    if R.shape[0] < 2:
+        return R.new_tensor(torch.nan)
+    old = R[:, : len(R) - 1]
+    seen = torch.tril(torch.ones_like(old, dtype=torch.bool))[:-1]
+    best = old[:-1].masked_fill(~seen, -torch.inf).amax(0)
+    return (best - old[-1]).mean()
+
+
+def _measured(R: Tensor) -> Tensor:
+    """The rows up to the last that is complete."""
+    complete = (~R.isnan().any(1)).nonzero()
+    return R[: int(complete[-1]) + 1] if len(complete) else R.new_full((1, R.shape[1]), torch.nan)
+
+
+def _listed(x: Tensor) -> list:
+    return [_listed(row) for row in x] if x.ndim > 1 else [None if v != v else round(v, 6) for v in x.tolist()]

@@ -1,0 +1,63 @@
+"""The objective of continual learning: a loss with memory. Cross-entropy alone is fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Terms = dict[str, Any]
+"""``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
+``logits`` (B, C) of the current batch."""
+
+
+class CrossEntropy(nn.Module):
+    """Cross-entropy on the current batch: fine-tuning, and the base of every other objective.
+
+    An objective is called once for every pass of a training step. What it draws at random for the step is drawn
+    beforehand, by :meth:`draw`, so that both passes of SAM see the same. State lives in buffers, which are checkpointed.
+    """
+
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:
+        """Allocate what depends on the data. Called once, before a checkpoint is restored."""
+
+    def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
+        """What the step replays, if anything; ``prepare`` augments and normalises stored images."""
+        return None
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+        """The loss terms of one pass.
+
+        Args:
+            model: maps images (B, C, H, W) to logits (B, num_classes).
+            x: images of the current batch, or of the samples of it that the pass keeps.
+            y: labels (B,).
+            replay: what :meth:`draw` gave, or None to leave replay out.
+        """
+        logits = model(x)
+        return {
+            "per_sample": F.cross_entropy(logits, y, reduction="none"),
+            "rest": logits.new_zeros(()),
+            "logits": logits,
+        }
+
+    def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
+        """Called after the update with the whole batch as stored, and its logits from before the update."""
+
+    def on_task_start(self, model: nn.Module, task: int) -> None:
+        """The first batch of ``task`` comes next."""
+
+    def on_task_end(self, model: nn.Module, task: int) -> None:
+        """The last batch of ``task`` has been learnt, and the weights are pruned and frozen."""
+
+
+Objective = CrossEntropy
+
+
+def coefficient(owner: object, name: str, value: float) -> float:
+    """A loss coefficient, checked. Raises ValueError if negative."""
+    if not value >= 0:
+        raise ValueError(f"{type(owner).__name__}({name}={value}): a loss coefficient is >= 0")
+    return value

@@ -1,0 +1,95 @@
+"""Experience replay: ER (Chaudhry et al., 2019) and DER++ (Buzzega et al., 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sparse_cl.objectives.base import CrossEntropy, Terms, coefficient
+from lightning_sparse_cl.objectives.memory import Exemplars, ReservoirMemory
+
+
+class ER(CrossEntropy):
+    """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars replayed a step.
+    """
+
+    draws = 1
+    """Independent draws from memory a step."""
+    keeps_logits = False
+
+    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
+        super().__init__()
+        if minibatch < 1:
+            raise ValueError(f"{type(self).__name__}(minibatch={minibatch}): at least one exemplar is replayed a step")
+        self.memory = ReservoirMemory(memory)
+        self.minibatch = minibatch
+
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:
+        self.memory.build(input_shape, num_classes if self.keeps_logits else None, seed)
+
+    def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
+        if len(self.memory) == 0:
+            return None
+        drawn = (self.memory.draw(self.minibatch) for _ in range(self.draws))
+        return [e._replace(images=prepare(e.images)) for e in drawn]
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+        if replay is None:
+            return super().forward(model, x, y, None)
+        # One forward for all, so that batch-norm sees old and new classes together.
+        sizes = [len(x), *(len(e.labels) for e in replay)]
+        logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
+        return {
+            "per_sample": F.cross_entropy(logits, y, reduction="none"),
+            "rest": self.replay_loss(replayed, replay),
+            "logits": logits,
+        }
+
+    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+        """The loss on the exemplars; one entry of ``logits`` (m, num_classes) and of ``replay`` a draw."""
+        return F.cross_entropy(logits[0], replay[0].labels)
+
+    def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
+        self.memory.add(raw, y, task, logits)
+
+
+class DERpp(ER):
+    """DER++: L = CE(x, y) + alpha * MSE(logits(x'), z') + beta * CE(x'', y''), with two independent draws x', x''.
+
+    z' are the logits of the augmented view that was trained on, from before that update; the image is stored without
+    augmentation.
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars of each draw.
+        alpha: weight of the distance to the stored logits.
+        beta: weight of the cross-entropy on exemplars.
+
+    Raises:
+        ValueError: if a coefficient is negative.
+    """
+
+    draws = 2
+    keeps_logits = True
+
+    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.2, beta: float = 0.5) -> None:
+        super().__init__(memory, minibatch)
+        self.alpha = coefficient(self, "alpha", alpha)
+        self.beta = coefficient(self, "beta", beta)
+
+    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+        distance = F.mse_loss(logits[0].float(), replay[0].logits)
+        return self.alpha * distance + self.beta * F.cross_entropy(logits[-1], replay[-1].labels)
+
+
+class DERppOneDraw(DERpp):
+    """DER++ with both terms on one draw: a third less computation, and another algorithm, not the paper's."""
+
+    draws = 1

@@ -1,0 +1,16 @@
+"""Optimisers and update rules in plain torch; nothing here imports Lightning."""
+
+from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
+from lightning_sparse_cl.optim.polytopes import KSparsePolytope
+from lightning_sparse_cl.optim.sam import Plain, SharpnessAware, UpdateRule, perturbed
+from lightning_sparse_cl.optim.selection import LossSelection
+
+__all__ = [
+    "KSparsePolytope",
+    "LossSelection",
+    "Plain",
+    "SharpnessAware",
+    "StochasticFrankWolfe",
+    "UpdateRule",
+    "perturbed",
+]

@@ -1,0 +1,54 @@
+"""The K-sparse polytope: feasible set of EsaCL and of Frank-Wolfe pruning (Pokutta et al., 2020, arXiv:2010.07243)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KSparsePolytope:
+    """C(K, r): the convex hull of all vectors with exactly K entries equal to +r or -r.
+
+    It is the L1 ball of radius r*K cut by the cube of half-width r (EsaCL, text before eq 3.9).
+
+    Args:
+        k: number K of non-zeros of a vertex, at least 1.
+        radius: r, magnitude of a vertex's non-zeros.
+
+    Raises:
+        ValueError: if ``k`` < 1 or ``radius`` < 0.
+    """
+
+    k: int
+    radius: float
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"KSparsePolytope(k={self.k}): a vertex has at least one non-zero, k >= 1")
+        if not self.radius >= 0:
+            raise ValueError(f"KSparsePolytope(radius={self.radius}): the radius is >= 0")
+
+    def lmo(self, m: Tensor) -> Tensor:
+        """Linear minimisation oracle, argmin over v in C(K, r) of <m, v> (eq 3.13).
+
+        Eq 3.13 says "the largest K coordinates of m"; the minimiser needs the largest *magnitudes* |m|.
+
+        Args:
+            m: gradient or momentum, any shape, at least K entries.
+
+        Returns:
+            The vertex v, of m's shape: -r*sign(m) on the K largest |m|, 0 elsewhere. Entries with m = 0 stay 0.
+        """
+        flat = m.reshape(-1)  # logical order, whatever the memory format
+        top = flat.abs().topk(min(self.k, flat.numel()), sorted=False).indices
+        return torch.zeros_like(flat).scatter_(0, top, flat[top].sign() * -self.radius).view(m.shape)
+
+    def scale_in(self, w: Tensor) -> Tensor:
+        """The largest multiple of ``w``, at most ``w`` itself, that lies in the polytope."""
+        tiny = torch.finfo(w.dtype).tiny
+        cube = self.radius / w.abs().max().clamp_min(tiny)
+        ball = self.radius * self.k / w.abs().sum().clamp_min(tiny)
+        return w * torch.minimum(cube, ball).clamp_max(1.0)

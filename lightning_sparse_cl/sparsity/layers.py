@@ -1,0 +1,40 @@
+"""Which weights of a network are pruned, and which stay dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+from torch import nn
+
+
+def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> list[str]:
+    """Names of the convolution and linear weights to prune, in module order.
+
+    Args:
+        module: any network.
+        dense: shell patterns of parameter names that stay dense, for example ``["*stem*", "head.weight"]``; an empty
+            list prunes every layer. None is the profile that SparCL's code uses for ResNet-18: the first layer, the
+            last layer and 1x1 convolutions stay dense.
+
+    Raises:
+        ValueError: if a pattern matches no weight, or nothing is left to prune.
+    """
+    layers = {
+        f"{name}.weight" if name else "weight": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+    }
+    names = list(layers)
+    if dense is None:
+        pointwise = [n for n, m in layers.items() if not isinstance(m, nn.Linear) and m.weight[0, 0].numel() == 1]
+        keep = {*names[:1], *names[-1:], *pointwise}
+    else:
+        for pattern in dense:
+            if not any(fnmatch(n, pattern) for n in names):
+                raise ValueError(f"dense={pattern!r} matches none of the weights: {', '.join(names)}")
+        keep = {n for n in names for pattern in dense if fnmatch(n, pattern)}
+    sparse = [n for n in names if n not in keep]
+    if not sparse:
+        raise ValueError(f"no weight is left to prune: all of {', '.join(names) or 'nothing'} stay dense")
+    return sparse

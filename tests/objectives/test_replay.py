@@ -1,0 +1,65 @@
+"""ER and DER++ against their formulas, written out."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_sparse_cl import ER, CrossEntropy, DERpp, DERppOneDraw
+
+
+def setup(objective, filled=True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    objective.build((1, 2, 2), 3, seed=0)
+    if filled:
+        raw = torch.randint(256, (10, 1, 2, 2), dtype=torch.uint8)
+        objective.observe(raw, torch.arange(10) % 3, torch.randn(10, 3), task=0)
+    return model, torch.randn(6, 1, 2, 2), torch.arange(6) % 3
+
+
+def prepare(images):
+    return images / 255
+
+
+def cross_entropy(logits, y):
+    return torch.stack([z.exp().sum().log() - z[c] for z, c in zip(logits, y)])
+
+
+def test_er_adds_the_cross_entropy_of_one_draw():
+    model, x, y = setup(er := ER(memory=10, minibatch=4))
+    (drawn,) = replay = er.draw(prepare)
+    terms = er(model, x, y, replay)
+    torch.testing.assert_close(terms["per_sample"], cross_entropy(model(x), y))
+    torch.testing.assert_close(terms["rest"], cross_entropy(model(drawn.images), drawn.labels).mean())
+
+
+def test_derpp_takes_logits_from_one_draw_and_labels_from_another():
+    model, x, y = setup(derpp := DERpp(memory=10, minibatch=4, alpha=0.3, beta=0.7))
+    first, second = replay = derpp.draw(prepare)
+    assert not torch.equal(first.labels, second.labels) or not torch.equal(first.images, second.images)
+    expected = 0.3 * ((model(first.images) - first.logits) ** 2).sum() / (4 * 3)
+    expected += 0.7 * cross_entropy(model(second.images), second.labels).mean()
+    torch.testing.assert_close(derpp(model, x, y, replay)["rest"], expected)
+
+
+def test_one_draw_variant_uses_the_same_exemplars_for_both_terms():
+    model, x, y = setup(one := DERppOneDraw(memory=10, minibatch=4, alpha=0.3, beta=0.7))
+    (drawn,) = replay = one.draw(prepare)
+    expected = 0.3 * ((model(drawn.images) - drawn.logits) ** 2).mean()
+    expected += 0.7 * cross_entropy(model(drawn.images), drawn.labels).mean()
+    torch.testing.assert_close(one(model, x, y, replay)["rest"], expected)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy(), ER(10, 4), DERpp(10, 4), DERpp(10, 4, alpha=0, beta=0)])
+def test_without_memory_or_weight_replay_adds_nothing(objective):
+    filled = isinstance(objective, DERpp) and objective.alpha == 0
+    model, x, y = setup(objective, filled=filled)
+    replay = objective.draw(prepare)
+    assert filled or replay is None
+    assert objective(model, x, y, replay)["rest"] == 0
+
+
+@pytest.mark.parametrize("bad", [{"alpha": -0.1}, {"beta": -1}, {"minibatch": 0}, {"memory": 0}])
+def test_bad_arguments_are_named(bad):
+    with pytest.raises(ValueError, match=f"{'size' if 'memory' in bad else next(iter(bad))}="):
+        DERpp(**bad)

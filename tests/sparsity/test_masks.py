@@ -1,0 +1,99 @@
+"""Masks hold exactly what they promise, under every optimiser."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_sparse_cl import Masks, ResNet18, StochasticFrankWolfe
+from lightning_sparse_cl.sparsity import sparse_weights, top_k_mask
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+    "sfw": lambda p: StochasticFrankWolfe(p, lr=0.1, k=0.05),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_frozen_weights_are_bit_identical_and_pruned_ones_zero_after_50_steps(optimizer):
+    model = net()
+    masks = Masks.of(model)
+    optimizer = OPTIMIZERS[optimizer](model.parameters())
+    masks.enforce(optimizer)
+    masks.enforce(optimizer)
+    weight = model[2].weight
+    frozen = torch.rand_like(weight) < 0.3
+    alive = frozen | (torch.rand_like(weight) < 0.3)
+    for _ in range(5):  # momentum and Adam state exist before anything is frozen
+        step(model, optimizer)
+    masks.set_alive("2.weight", alive)
+    masks.set_frozen("2.weight", frozen)
+    before = weight.detach().clone()
+    for _ in range(50):
+        step(model, optimizer)
+        assert not weight[~alive].any()
+    assert torch.equal(weight[frozen], before[frozen])
+    assert (weight != before)[alive & ~frozen].float().mean() > 0.9
+    assert not weight.grad[frozen | ~alive].any()
+
+
+def step(model, optimizer):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(torch.randn(8, 3, 8, 8)), torch.randint(4, (8,))).backward()
+    optimizer.step()
+
+
+def test_state_goes_through_a_weights_only_checkpoint(tmp_path):
+    model = net()
+    masks = Masks.of(model)
+    masks.set_alive("2.weight", torch.rand(20, 288) < 0.5)
+    masks.set_frozen("2.weight", masks.alive["2.weight"])
+    torch.save({"model": model.state_dict(), "masks": masks.state_dict()}, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert list(saved["model"]) == list(net().state_dict())  # masks do not change the keys
+    other = net()
+    other.load_state_dict(saved["model"])
+    Masks.of(other).load_state_dict(saved["masks"])
+    assert torch.equal(Masks.of(other).movable("2.weight"), torch.zeros(20, 288, dtype=torch.bool))
+    assert Masks.of(other) is not masks and Masks.of(model) is masks
+
+
+def test_density_and_shapes():
+    masks = Masks.of(model := net())
+    assert masks.density() == 1.0
+    mask = torch.zeros(20, 288, dtype=torch.bool)
+    mask[:5] = True
+    masks.set_alive("2.weight", mask)
+    assert masks.density() == masks.density("2.weight") == 0.25
+    assert int(model[2].weight.count_nonzero()) == 5 * 288
+    with pytest.raises(ValueError, match=r"'4.weight' has shape \(20, 288\)"):
+        masks.set_alive("4.weight", mask)
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 12, 50])
+def test_top_k_keeps_exactly_k_even_with_ties(k):
+    scores = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    pool = torch.ones(3, 4, dtype=torch.bool)
+    pool[1, 2] = False
+    mask = top_k_mask(scores, k, among=pool)
+    assert mask.sum() == min(k, 11) and not mask[1, 2]
+    if k >= 3:
+        assert mask[0, 0] and mask[0, 1] and mask[1, 3]
+
+
+def test_dense_profile_of_resnet18_is_that_of_the_sparcl_code():
+    model = nn.Sequential(ResNet18(8), nn.Linear(64, 10))
+    model(torch.zeros(2, 3, 32, 32))
+    names = sparse_weights(model)
+    assert len(names) == 16 and all("conv" in n for n in names)
+    assert len(sparse_weights(model, dense=["*.conv1.weight"])) == 13  # 21 less the 8 first convolutions of the blocks
+    with pytest.raises(ValueError, match="matches none"):
+        sparse_weights(model, dense=["fc*"])
+    with pytest.raises(ValueError, match="no weight is left"):
+        sparse_weights(model, dense=["*"])
