@@ -67,7 +67,9 @@ def main() -> None:
     rows = []
     for choice, sparsity in cells:
         runs = [next(results) for _ in seeds]
-        rows.append({"choice": choice, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
+        rows.append(
+            {"choice": choice, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
+        )
     columns = ["choice", "sparsity", "class_il_before", "class_il", "task_il", "used"]
     harness.show("Split Digits, in percent", rows, columns)
     if not args.quick:

@@ -29,9 +29,10 @@ import lightning_sparse_cl as scl
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """``--quick`` and ``--processes``."""
-    parser = argparse.ArgumentParser(description=description)
+def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
+    """``--quick`` and ``--processes``, on top of the benchmark's own parser or description."""
+    if isinstance(parser, str):
+        parser = argparse.ArgumentParser(description=parser)
     parser.add_argument("--quick", action="store_true", help="a small preset, under three minutes on two cores")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     return parser.parse_args()

@@ -27,9 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(variant: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     """One sequence; ACC before and after the last pruning."""
     pl.seed_everything(seed, verbose=False)
-    module = scl.EsaCL(
-        scl.SmallCNN(32), scl.DERpp(memory=200, minibatch=16), sparsity=sparsity, **VARIANTS[variant]
-    )
+    module = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(memory=200, minibatch=16), sparsity=sparsity, **VARIANTS[variant])
     metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
     return {
         "class_il": metrics["class_il"]["acc"],
@@ -51,7 +49,9 @@ def main() -> None:
         rows.append(
             {"variant": variant, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
         )
-    harness.show("Split Digits, ACC in percent", rows, ["variant", "sparsity", "class_il_before", "class_il", "task_il"])
+    harness.show(
+        "Split Digits, ACC in percent", rows, ["variant", "sparsity", "class_il_before", "class_il", "task_il"]
+    )
     if not args.quick:
         harness.save("split_digits_sparsity", rows, seeds=seeds, epochs_per_task=epochs)
         plot(rows)

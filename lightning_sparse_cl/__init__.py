@@ -9,6 +9,7 @@ from lightning_sparse_cl.callbacks import (
     RandomState,
     Reopen,
     RunReport,
+    SequenceCheckpoint,
     Sparsifier,
     TaskProgressBar,
     TaskSchedule,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_sparse_cl as scl
@@ -17,8 +18,20 @@ class SparseCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(scl.TaskSchedule, "schedule")
         parser.add_lightning_class_args(scl.ContinualEvaluation, "evaluation")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(scl.SequenceCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
+            config.verbose = False
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = self.config_init[self.subcommand].trainer
+        own_bar = any(isinstance(c, ProgressBar) for c in trainer.callbacks or [])
+        if trainer.enable_progress_bar is not False and not own_bar:
+            self.trainer_defaults["callbacks"].insert(0, scl.TaskProgressBar())
+        return super().instantiate_trainer(**kwargs)
 
 
 def main(args: ArgsType = None) -> SparseCLI:
@@ -30,13 +43,15 @@ def main(args: ArgsType = None) -> SparseCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
+        save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
         seed_everything_default=0,
+        auto_configure_optimizers=False,  # a method brings its optimiser
         trainer_defaults={
             "max_epochs": -1,  # the schedule knows when to stop
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
-            "callbacks": [scl.RandomState(), scl.PassCounter(), scl.TaskProgressBar(), scl.RunReport()],
+            "callbacks": [scl.RandomState(), scl.PassCounter(), scl.RunReport()],
         },
     )
 

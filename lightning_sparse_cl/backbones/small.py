@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -38,6 +39,6 @@ class MLP(nn.Sequential):
 
     def __init__(self, hidden: Sequence[int] = (256, 256)) -> None:
         layers: list[nn.Module] = [nn.Flatten(), nn.LazyLinear(hidden[0]), nn.ReLU()]
-        for i, o in zip(hidden, hidden[1:], strict=False):
+        for i, o in pairwise(hidden):
             layers += [nn.Linear(i, o), nn.ReLU()]
         super().__init__(*layers)

@@ -1,5 +1,6 @@
 """Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
 
+from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.passes import PassCounter
@@ -18,6 +19,7 @@ __all__ = [
     "RandomState",
     "Reopen",
     "RunReport",
+    "SequenceCheckpoint",
     "Sparsifier",
     "TaskProgressBar",
     "TaskSchedule",

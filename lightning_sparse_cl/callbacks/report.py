@@ -71,6 +71,22 @@ class RunReport(pl.Callback):
             print(f"results in {folder}")
         self._finished = None
 
+    @rank_zero_only
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
+        tasks = sum(k.startswith("class_il/task_") for k in figures)
+        table = Table(title="Accuracy, %", title_justify="left")
+        for column in ("", *(f"task {t + 1}" for t in range(tasks)), "ACC"):
+            table.add_column(column, justify="right" if column else "left")
+        for scenario in SCENARIOS if tasks else ():
+            row = [figures[f"{scenario}/{name}"] for name in (*(f"task_{t}" for t in range(tasks)), "acc")]
+            table.add_row(TITLES[scenario], *map(_percent, row))
+        Console().print(table)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The contents of ``metrics.json``."""
         metrics: dict[str, Any] = {}

@@ -155,7 +155,7 @@ class TaskDataModule(pl.LightningDataModule):
         t = self.task
         sampler = TaskSampler(self.alive[t], self._world_size, self.trainer.global_rank, seed=self.order_seed)
         return TaskLoader(
-            self._placed(self.train_sets[t]), self.batch_size, sampler=sampler, drop_last=True,
+            self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
             num_workers=self.num_workers, collate_fn=collate, generator=torch.Generator(),
         )  # fmt: skip
 
@@ -205,7 +205,7 @@ class TaskDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             data = self._placed(data)
         sampler = ShareSampler(indices, self._world_size, rank)
-        return DataLoader(data, 256, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
+        return DataLoader(data, batch_size=256, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
 
 
 def _labels(data: Dataset) -> Tensor:

@@ -359,6 +359,8 @@ class _Items(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if index >= len(self):  # ends an iteration, which not every data set does by itself
+            raise IndexError(index)
         image, label = self.data[index]
         if hasattr(image, "getbands"):  # a PIL image
             pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))

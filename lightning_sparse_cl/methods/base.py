@@ -118,8 +118,9 @@ class ContinualModule(pl.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         x, y = batch
         logits = self(x)
-        self.log("val/loss", F.cross_entropy(logits, y), add_dataloader_idx=False, sync_dist=True)
-        self.log("val/acc", (logits.argmax(1) == y).float().mean(), add_dataloader_idx=False, sync_dist=True)
+        if self.trainer.state.fn == "fit":  # the current task only; `validate` is reported by ContinualEvaluation
+            self.log("val/loss", F.cross_entropy(logits, y), sync_dist=True)
+            self.log("val/acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
         return {"logits": logits}
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:

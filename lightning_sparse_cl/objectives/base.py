@@ -17,7 +17,8 @@ class CrossEntropy(nn.Module):
     """Cross-entropy on the current batch: fine-tuning, and the base of every other objective.
 
     An objective is called once for every pass of a training step. What it draws at random for the step is drawn
-    beforehand, by :meth:`draw`, so that both passes of SAM see the same. State lives in buffers, which are checkpointed.
+    beforehand, by :meth:`draw`, so that both passes of SAM see the same. State lives in buffers, which checkpoints
+    hold.
     """
 
     def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:

@@ -67,10 +67,10 @@ def test_exactly_a_tasks_batches_lie_between_its_start_and_end(epochs, first):
     expected, epoch = [], 0
     for task, n in enumerate([2, 2, 2] if epochs == 2 else epochs):
         expected.append(("start", task, epoch))
-        for epoch in range(epoch, epoch + n):
-            expected += [("batch", task, epoch), ("end of batch", task, epoch)] * 5  # 80 samples in batches of 16
-        expected.append(("end", task, epoch))
-        epoch += 1
+        for e in range(epoch, epoch + n):
+            expected += [("batch", task, e), ("end of batch", task, e)] * 5  # 80 samples in batches of 16
+        epoch += n
+        expected.append(("end", task, epoch - 1))
     assert diary.lines == expected
 
 

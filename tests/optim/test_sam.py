@@ -73,9 +73,13 @@ def test_selection_keeps_the_largest_losses():
 
 @pytest.mark.parametrize(
     ("make", "field"),
-    [(lambda: SharpnessAware(rho=-1), "rho"), (lambda: LossSelection(sse=0), "sse"), (lambda: LossSelection(ere=2), "ere"),
-     (lambda: LossSelection(warmup=-1), "warmup")],
-)  # fmt: skip
+    [
+        (lambda: SharpnessAware(rho=-1), "rho"),
+        (lambda: LossSelection(sse=0), "sse"),
+        (lambda: LossSelection(ere=2), "ere"),
+        (lambda: LossSelection(warmup=-1), "warmup"),
+    ],
+)
 def test_bad_arguments_are_named(make, field):
     with pytest.raises(ValueError, match=rf"\({field}="):
         make()

@@ -1,0 +1,120 @@
+"""Every shipped YAML runs, in process, on small data in the real on-disk format."""
+
+import json
+from pathlib import Path
+
+import fake_data
+import pytest
+import torch
+
+from lightning_sparse_cl.__main__ import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EXPERIMENTS = sorted(p for p in CONFIGS.glob("split_*/*.yaml"))
+OVERLAYS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in EXPERIMENTS)
+
+SMALL = {
+    "split_digits": [],
+    "split_cifar10": ["--data.init_args.batch_size", "20"],
+    "split_cifar100": ["--data.init_args.batch_size", "16"],
+    "split_tiny_imagenet": ["--data.init_args.batch_size", "16"],
+}
+
+
+def name_of(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+@pytest.fixture
+def data_root(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    root.mkdir()
+
+    def write(kind):
+        if kind == "split_cifar10":
+            fake_data.write_cifar10(root, monkeypatch, per_class=20)
+        if kind == "split_cifar100":
+            fake_data.write_cifar100(root, monkeypatch, per_class=4)
+        if kind == "split_tiny_imagenet":
+            fake_data.write_tiny_imagenet(root, per_class=2)
+
+    return write
+
+
+def small(config):
+    return [
+        "--model.init_args.backbone.init_args.width=2",
+        "--schedule.epochs=1",
+        "--trainer.accelerator=cpu",
+        *SMALL[config.parent.name],
+    ]
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=name_of)
+def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_root, tmp_path):
+    data_root(config.parent.name)
+    cli = main(["fit", "-c", str(config), *small(config)])
+    folder = Path(cli.trainer.log_dir)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert {"class_il", "task_il", "sparsity", "density_per_layer", "seconds", "seed", "versions"} <= metrics.keys()
+    assert (folder / "accuracy_matrix.png").exists() and (folder / "metrics.csv").exists()
+    last = cli.trainer.checkpoint_callback.last_model_path or folder / "checkpoints" / "last.ckpt"
+    tested = main(["test", "-c", str(config), *small(config), "--ckpt_path", str(last)]).trainer.callback_metrics
+    for scenario in ("class_il", "task_il"):
+        for task, accuracy in enumerate(metrics[scenario]["matrix"][-1]):
+            assert float(tested[f"{scenario}/task_{task}"]) == pytest.approx(accuracy, abs=1e-6)
+    if config.stem == "esacl":
+        assert metrics["sparsity"] == pytest.approx(0.8, abs=0.02)
+        pruned = [d for name, d in metrics["density_per_layer"].items() if d < 0.5]
+        assert pruned
+    else:
+        assert metrics["sparsity"] == 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
+def test_every_overlay_fits_over_esacl(overlay):
+    base = CONFIGS / "split_digits" / "esacl.yaml"
+    cli = main(["fit", "-c", str(base), "-c", str(overlay), *small(base), "--trainer.limit_train_batches=2"])
+    changed = {
+        "without_sa": lambda m: type(m.update).__name__ == "Plain",
+        "without_sp": lambda m: isinstance(m.trainer.optimizers[0], torch.optim.SGD),
+        "without_sse": lambda m: m.selection.kept == {"ascent": 1.0, "descent": 0.4},
+        "without_ere": lambda m: m.selection.kept == {"ascent": 0.4, "descent": 1.0},
+        "er": lambda m: type(m.objective).__name__ == "ER",
+        "derpp": lambda m: type(m.objective).__name__ == "DERpp" and m.objective.memory.size == 500,
+        "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
+    }
+    assert changed[overlay.stem](cli.model)
+
+
+def test_validate_predict_and_print_config_work(capsys, tmp_path):
+    base = CONFIGS / "split_digits" / "finetune.yaml"
+    cli = main(["validate", "-c", str(base), *small(base)])
+    assert 0 <= float(cli.trainer.callback_metrics["class_il/acc"]) <= 1
+    main(["predict", "-c", str(base), *small(base)])
+    with pytest.raises(SystemExit) as exit:
+        main(["fit", "-c", str(base), "--print_config"])
+    assert exit.value.code == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out.partition("seed_everything")[2].join(["seed_everything", ""]))
+    main(["fit", "-c", str(printed), *small(base), "--trainer.limit_train_batches=1"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.init_args.sparsity=1.5"], "sparsity is the zero fraction"),
+        (["--model.init_args.update.init_args.rho=-1"], "rho is the radius"),
+        (["--data.init_args.num_tasks=3"], "10 classes divide into"),
+        (["--model.init_args.objective.init_args.memory=0"], "at least one exemplar"),
+        (["--model=NoSuchMethod"], "NoSuchMethod"),
+        (["--data=SplitCIFAR10", "--data.root=nowhere"], "download"),
+    ],
+)
+def test_bad_input_is_one_clear_error(options, message, capsys):
+    base = CONFIGS / "split_digits" / "esacl.yaml"
+    with pytest.raises((SystemExit, ValueError, FileNotFoundError)) as error:
+        main(["fit", "-c", str(base), *options])
+    if isinstance(error.value, SystemExit):
+        assert error.value.code != 0
+    assert message in str(error.value) + capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""What importing costs, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_sparse_cl"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+@pytest.mark.parametrize("folder", ["optim", "sparsity", "metrics", "backbones", "objectives"])
+def test_plain_torch_packages_do_not_import_lightning(folder):
+    for path in (PACKAGE / folder).glob("*.py"):
+        bad = [m for m in imports(path) if m.split(".")[0] == "lightning" or "callbacks" in m or "methods" in m]
+        assert not bad, f"{path.name} imports {bad}"
+
+
+def test_callbacks_do_not_import_methods():
+    for path in (PACKAGE / "callbacks").glob("*.py"):
+        assert not [m for m in imports(path) if "methods" in m]
+
+
+def test_importing_is_quick_and_leaves_no_trace(tmp_path):
+    script = """
+import os, random, time, warnings
+import lightning.pytorch.cli, torch
+def settings():
+    return os.getcwd(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), list(warnings.filters)
+before = settings()
+state, threads = torch.get_rng_state(), torch.get_num_threads()
+start = time.perf_counter()
+import lightning_sparse_cl.__main__
+seconds = time.perf_counter() - start
+assert before == settings()
+assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
+assert not os.listdir(".")
+import sys
+assert not {"sklearn", "matplotlib", "scipy", "pandas"} & set(sys.modules)
+print(seconds)
+"""
+    seconds = [
+        float(subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(seconds) < 1.0
