@@ -50,6 +50,7 @@ def main(args: ArgsType = None) -> SparseCLI:
             "max_epochs": -1,  # the schedule knows when to stop
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
+            "log_every_n_steps": 10,
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
             "callbacks": [scl.RandomState(), scl.PassCounter(), scl.RunReport()],
         },

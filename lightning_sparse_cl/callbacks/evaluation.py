@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,13 +33,17 @@ class ContinualEvaluation(pl.Callback):
         self.before_pruning = before_pruning
         self.matrices: dict[str, AccuracyMatrix] = {}
         """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
+        self.tested: dict[str, AccuracyMatrix] = {}
+        """The single row of the last ``trainer.test`` or ``trainer.validate``, by scenario."""
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = trainer.datamodule
-        stages = data.num_tasks if stage == "fit" else 1
-        names = [*SCENARIOS, *(f"{s}_before" for s in SCENARIOS if self.before_pruning)]
-        self.matrices = {name: AccuracyMatrix(stages, len(data.classes)) for name in names}
+        if stage == "fit":
+            names = [*SCENARIOS, *(f"{s}_before" for s in SCENARIOS if self.before_pruning)]
+            self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
+        else:
+            self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in SCENARIOS}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
             self._live[task, labels] = True
@@ -63,21 +68,22 @@ class ContinualEvaluation(pl.Callback):
         )  # fmt: skip
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
+        matrices = [self.matrices[s + suffix] for s in SCENARIOS]
         was_training = pl_module.training
         pl_module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
                     x, y = x.to(pl_module.device), y.to(pl_module.device)
-                    self._count(pl_module(trainer.datamodule.prepare(x, augment=False)), y, task, suffix)
+                    self._count(pl_module(trainer.datamodule.prepare(x, augment=False)), y, task, matrices)
         pl_module.train(was_training)
-        for scenario in SCENARIOS:
-            self.matrices[scenario + suffix].close_row(row)
+        for matrix in matrices:
+            matrix.close_row(row)
 
-    def _count(self, logits: Tensor, y: Tensor, task: int, suffix: str = "") -> None:
+    def _count(self, logits: Tensor, y: Tensor, task: int, matrices: Iterable[AccuracyMatrix]) -> None:
         live = self._live[task].to(logits.device)
-        for scenario, scores in zip(SCENARIOS, (logits, logits.masked_fill(~live, -torch.inf)), strict=True):
-            self.matrices[scenario + suffix].to(logits.device).update(scores, y, task)
+        for matrix, scores in zip(matrices, (logits, logits.masked_fill(~live, -torch.inf)), strict=True):
+            matrix.to(logits.device).update(scores, y, task)
 
     # -- trainer.test and trainer.validate ---------------------------------------------------------------------
 
@@ -87,11 +93,11 @@ class ContinualEvaluation(pl.Callback):
     ) -> None:  # fmt: skip
         x, y = batch
         logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else pl_module(x)
-        self._count(logits, y, dataloader_idx)
+        self._count(logits, y, dataloader_idx, self.tested.values())
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for scenario in SCENARIOS:
-            row = self.matrices[scenario].close_row(0)
+            row = self.tested[scenario].close_row(0)
             tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
             pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, rank_zero_only=True)
 

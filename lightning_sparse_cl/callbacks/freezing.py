@@ -15,9 +15,8 @@ class FreezeMasks(Sparsifier):
     """
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        for name in self.names(pl_module):
-            if name in self.masks.alive:
-                self.masks.set_frozen(name, self.masks.alive[name])
+        for name, alive in self.masks.alive.items():
+            self.masks.set_frozen(name, alive)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for optimizer in trainer.optimizers:

@@ -8,9 +8,18 @@ from lightning_sparse_cl.callbacks.schedule import TaskSchedule
 
 
 class TaskProgressBar(RichProgressBar):
-    """Lightning's rich progress bar with "Task k/T, epoch e/E" in front; tasks and epochs counted from 1."""
+    """Lightning's rich progress bar with "Task k/T, epoch e/E" in front; tasks and epochs counted from 1.
+
+    Args:
+        refresh_rate: batches between updates; each update reads the loss from the device.
+    """
+
+    def __init__(self, refresh_rate: int = 10) -> None:
+        super().__init__(refresh_rate=refresh_rate)
 
     def _get_train_description(self, current_epoch: int) -> str:
         data = self.trainer.datamodule
-        schedule = next(c for c in self.trainer.callbacks if isinstance(c, TaskSchedule))
+        schedule = next((c for c in self.trainer.callbacks if isinstance(c, TaskSchedule)), None)
+        if schedule is None:
+            return super()._get_train_description(current_epoch)
         return f"Task {data.task + 1}/{data.num_tasks}, epoch {data.epoch_in_task + 1}/{schedule.epochs_of(data.task)}"

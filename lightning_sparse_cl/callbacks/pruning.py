@@ -42,6 +42,10 @@ class OneShotPruning(Sparsifier):
         self.sparsity = sparsity
         self.of = of
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.names(pl_module)  # a pattern that matches nothing is an error now, not after the first task
+
     @torch.no_grad()
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for name in self.names(pl_module):
@@ -63,24 +67,25 @@ class Reopen(Sparsifier):
     Args:
         init: ``"random"`` draws them anew from their layer's own initialisation, as the paper says; ``"zero"`` lets
             them grow from zero, so that the function learnt so far is unchanged.
-        dense: as in :class:`OneShotPruning`.
+
+    Raises:
+        ValueError: if ``init`` is neither.
     """
 
-    def __init__(self, init: Literal["random", "zero"] = "random", dense: Sequence[str] | None = None) -> None:
-        super().__init__(dense)
+    def __init__(self, init: Literal["random", "zero"] = "random") -> None:
+        super().__init__()
         if init not in ("random", "zero"):
             raise ValueError(f"Reopen(init={init!r}): init is 'random' or 'zero'")
         self.init = init
 
     @torch.no_grad()
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        for i, name in enumerate(self.names(pl_module)):
-            dead = ~self.masks.alive[name] if name in self.masks.alive else None
+        for i, (name, alive) in enumerate(list(self.masks.alive.items())):
             self.masks.set_alive(name, None)
-            if dead is not None and self.init == "random":
+            if self.init == "random":
                 layer = copy.deepcopy(pl_module.get_submodule(name.rpartition(".")[0])).cpu()
                 with torch.random.fork_rng([]):  # the same draw on every process
                     torch.manual_seed((trainer.datamodule.order_seed + 1000 * task + i) % 2**62)
                     layer.reset_parameters()
                 weight = pl_module.get_parameter(name)
-                weight.copy_(torch.where(dead, layer.weight.to(weight.device), weight))
+                weight.copy_(torch.where(alive, weight, layer.weight.to(weight.device)))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -89,6 +90,9 @@ class TaskSchedule(pl.Callback):
         if data.epoch_in_task + 1 >= self.epochs_of(data.task):
             data.end_task()
         if data.starts[-1] > trainer.current_epoch:
+            if trainer.world_size > 1:  # DDP brings batch-norm statistics in step at the next forward, too late here
+                for buffer in pl_module.buffers():
+                    torch.distributed.broadcast(buffer, 0)
             for hook in ("on_before_task_end", "on_task_end", "on_after_task_end"):
                 self._announce(hook, trainer, pl_module)
             trainer.should_stop = trainer.should_stop or data.finished

@@ -33,7 +33,6 @@ class Sparsifier(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.masks = Masks.of(pl_module)
-        self.names(pl_module)  # a wrong pattern is an error now, not at the first pruning
         if self._loaded is not None:
             self.masks.load_state_dict(self._loaded)
 

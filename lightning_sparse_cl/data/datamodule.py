@@ -34,7 +34,7 @@ class TaskDataModule(pl.LightningDataModule):
         val_fraction: fraction of each task's training samples set aside for validation, in [0, 1).
         augment: random crop and flip, where the data set has them.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
-        num_workers: loader processes; data in memory needs none.
+        num_workers: loader processes for data that are not in memory.
         transform: from stored to network input; None normalises uint8 images by the mean and deviation of the first
             task's training images.
 
@@ -156,7 +156,7 @@ class TaskDataModule(pl.LightningDataModule):
         sampler = TaskSampler(self.alive[t], self._world_size, self.trainer.global_rank, seed=self.order_seed)
         return TaskLoader(
             self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
-            num_workers=self.num_workers, collate_fn=collate, generator=torch.Generator(),
+            num_workers=self._workers(self.train_sets[t]), collate_fn=collate, generator=torch.Generator(),
         )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -200,12 +200,15 @@ class TaskDataModule(pl.LightningDataModule):
         """Data in memory goes to the device once, so that batches are gathered there."""
         return data.to(self.trainer.strategy.root_device) if isinstance(data, ImageTensors) else data
 
+    def _workers(self, data: Dataset) -> int:
+        return 0 if isinstance(data, ImageTensors) else self.num_workers
+
     def _eval_loader(self, data: Dataset, indices: Tensor) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0
         if self.trainer is not None:
             data = self._placed(data)
         sampler = ShareSampler(indices, self._world_size, rank)
-        return DataLoader(data, batch_size=256, sampler=sampler, num_workers=self.num_workers, collate_fn=collate)
+        return DataLoader(data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate)
 
 
 def _labels(data: Dataset) -> Tensor:

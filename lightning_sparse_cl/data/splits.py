@@ -88,16 +88,15 @@ class ClassSplit(SourceTasks):
             *most, last = (str(k) for k in range(1, n + 1) if n % k == 0)
             name = f"{type(self).__name__}(num_tasks={num_tasks})"
             raise ValueError(f"{name}: {n} classes divide into {', '.join(most)} or {last} tasks")
-        if class_order is None:
-            class_order = list(range(n))
-        elif isinstance(class_order, int):
-            class_order = np.random.RandomState(class_order).permutation(n).tolist()
-        if sorted(class_order) != list(range(n)):
+        order = list(range(n)) if class_order is None else class_order
+        if isinstance(order, int):
+            order = np.random.RandomState(order).permutation(n).tolist()
+        if sorted(order) != list(range(n)):
             raise ValueError(
                 f"{type(self).__name__}(class_order={class_order}): the order lists each of the {n} classes "
                 f"0-{n - 1} once"
             )
-        self.class_order = class_order
+        self.class_order: list[int] = order
         """The source's class behind each label."""
 
     def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
@@ -174,6 +173,13 @@ class SplitDigits(ClassSplit):
 
 
 class _SplitDownloadable(ClassSplit):
+    """A split of a source that can be downloaded.
+
+    Args:
+        root: folder of the data.
+        download: fetch what is missing.
+    """
+
     dataset: type[MNIST | FashionMNIST | CIFAR10 | TinyImageNet]
 
     def __init__(
@@ -214,6 +220,8 @@ class SplitCIFAR100(ClassSplit):
 
     Args:
         num_tasks: a divisor of 100; None is 10, with superclasses 20.
+        root: folder of the data.
+        download: fetch what is missing.
         superclasses: task t has the classes of superclass t. It fixes ``num_tasks`` and ``class_order``.
     """
 
@@ -243,7 +251,12 @@ class SplitCIFAR100(ClassSplit):
 
 
 class SplitMiniImageNet(ClassSplit):
-    """:class:`ClassSplit` of :class:`MiniImageNet`: 10 tasks of 10 classes."""
+    """:class:`ClassSplit` of :class:`MiniImageNet`: 10 tasks of 10 classes.
+
+    Args:
+        root: folder that has the folder ``mini-imagenet``.
+        size: side in pixels that images are resized to.
+    """
 
     def __init__(
         self, num_tasks: int = 10, root: str = "data", size: int = 84, class_order: Order = None, **kwargs: Any
@@ -252,7 +265,14 @@ class SplitMiniImageNet(ClassSplit):
 
 
 class SplitImageFolder(ClassSplit):
-    """:class:`ClassSplit` of any :class:`ImageFolder`."""
+    """:class:`ClassSplit` of any :class:`ImageFolder`: ``root/train/<class>/**``, ``root/test/<class>/**`` or ``val``.
+
+    Args:
+        root: the folder.
+        size: side in pixels that images are resized to; None keeps them, and all must be equal.
+        crop: zero padding in pixels before a random crop in training; 0 is none.
+        flip: mirror half of the training images.
+    """
 
     def __init__(
         self,
@@ -268,7 +288,13 @@ class SplitImageFolder(ClassSplit):
 
 
 class SplitTensors(ClassSplit):
-    """:class:`ClassSplit` of images and labels of your own: :class:`Tensors`."""
+    """:class:`ClassSplit` of images and labels of your own: :class:`Tensors`.
+
+    Args:
+        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on.
+        crop: zero padding in pixels before a random crop in training; 0 is none. For uint8 images.
+        flip: mirror half of the training images. For uint8 images.
+    """
 
     def __init__(
         self,
@@ -291,7 +317,12 @@ class PermutedDigits(Permuted):
 
 
 class PermutedMNIST(Permuted):
-    """:class:`Permuted` :class:`MNIST`."""
+    """:class:`Permuted` :class:`MNIST`.
+
+    Args:
+        root: folder of the data.
+        download: fetch what is missing.
+    """
 
     def __init__(
         self, num_tasks: int = 10, root: str = "data", download: bool = False, seed: int = 0, **kwargs: Any
@@ -307,7 +338,12 @@ class RotatedDigits(Rotated):
 
 
 class RotatedMNIST(Rotated):
-    """:class:`Rotated` :class:`MNIST`."""
+    """:class:`Rotated` :class:`MNIST`.
+
+    Args:
+        root: folder of the data.
+        download: fetch what is missing.
+    """
 
     def __init__(
         self, num_tasks: int = 10, root: str = "data", download: bool = False, max_angle: float = 180.0, **kwargs: Any
@@ -381,7 +417,7 @@ class _Items(Dataset):
             data, at = data.dataset, torch.as_tensor(data.indices)
         if hasattr(data, "targets") and getattr(data, "target_transform", None) is None:
             return torch.as_tensor(data.targets)[at]
-        return torch.tensor([label for _, label in self])
+        return torch.tensor([self[i][1] for i in range(len(self))])
 
     def gather(self) -> ImageTensors:
         """The whole set in memory."""

@@ -54,6 +54,7 @@ class EsaCL(ContinualModule):
             of the fraction that survives pruning: at K above that fraction accuracy collapses.
         selection: None is SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
+        dense: patterns of weight names that are never pruned; None is the first and last layer and 1x1 convolutions.
         policies: further callbacks.
 
     Raises:
@@ -69,12 +70,13 @@ class EsaCL(ContinualModule):
         update: UpdateRule | None = None,
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         selection: LossSelection | None = None,
+        dense: Sequence[str] | None = None,
         policies: Sequence[pl.Callback] = (),
     ) -> None:
         readings = {
-            "none": (OneShotPruning(sparsity), Reopen()),
-            "share": (OneShotPruning(sparsity, of="share"), FreezeMasks(), Reopen()),
-            "free": (OneShotPruning(sparsity, of="free"), FreezeMasks(), Reopen()),
+            "none": (OneShotPruning(sparsity, dense=dense), Reopen()),
+            "share": (OneShotPruning(sparsity, of="share", dense=dense), FreezeMasks(), Reopen()),
+            "free": (OneShotPruning(sparsity, of="free", dense=dense), FreezeMasks(), Reopen()),
         }
         if freeze not in readings:
             raise ValueError(f"EsaCL(freeze={freeze!r}): the readings of lines 11-12 are {', '.join(readings)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,20 @@ class Masks:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self._module = ref(module)  # the module must not be kept alive by its own masks
         self.alive: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}  # the frozen weights, kept to put back
-        self._enforced: set[int] = set()
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
+        self._hooked: WeakSet[Tensor] = WeakSet()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose weights are masked."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("Masks: the module they belong to no longer exists")
+        return module
 
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
@@ -86,13 +95,14 @@ class Masks:
         Gradients of pruned and frozen coordinates arrive as zero (so that SAM does not perturb them and Frank-Wolfe
         does not choose them), and weights are put right after every step. Calling it again does nothing.
         """
-        if id(optimizer) in self._enforced:
+        if optimizer in self._optimizers:
             return
-        self._enforced.add(id(optimizer))
+        self._optimizers.add(optimizer)
         optimizer.register_step_post_hook(lambda *_: self.apply_())
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self.module.named_parameters():
-            if weight.ndim > 1 and id(weight) in stepped:
+            if weight.ndim > 1 and id(weight) in stepped and weight not in self._hooked:
+                self._hooked.add(weight)
                 weight.register_hook(lambda grad, name=name: self._masked(name, grad))
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sparse_cl import (
     MLP,
@@ -250,7 +251,7 @@ def test_a_stock_module_with_automatic_optimisation_uses_the_same_callbacks(tmp_
 def test_pruning_without_a_schedule_happens_once_when_the_fit_ends():
     class Loose(PlainClassifier):
         def train_dataloader(self):
-            return [(torch.randn(4, 1, 8, 8), torch.arange(4))]
+            return DataLoader(TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 4), 4)
 
     model = Loose()
     pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[OneShotPruning(0.75)], logger=False,
@@ -281,7 +282,7 @@ def test_bad_arguments_are_named(make, message):
 
 def test_schedule_needs_a_task_data_module():
     with pytest.raises(TypeError, match="not a TaskDataModule"):
-        trainer().fit(PlainClassifier(), [(torch.randn(4, 1, 8, 8), torch.arange(4))])
+        trainer().fit(PlainClassifier(), DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))))
 
 
 def test_validation_samples_are_held_out_and_joint_training_sees_all_tasks():

@@ -1,0 +1,64 @@
+"""Writes the README's tables from benchmarks/results/*.json: python benchmarks/readme_tables.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+COLUMNS = {
+    "split_digits_sparsity": {
+        "variant": "", "class_il_before": "Class-IL before", "class_il": "Class-IL after", "cost": "cost of pruning",
+        "task_il": "Task-IL after",
+    },
+    "split_digits_methods": {
+        "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
+        "sparsity": "sparsity", "backward passes": "backward passes a sample", "seconds": "seconds",
+    },
+    "one_shot_pruning": {
+        "variant": "", "before": "dense", "keep 40 %": "keep 40 %", "keep 20 %": "20 %", "keep 10 %": "10 %",
+        "keep 5 %": "5 %",
+    },
+    "esacl_choices": {
+        "choice": "", "sparsity": "sparsity", "class_il_before": "Class-IL before", "class_il": "Class-IL after",
+        "task_il": "Task-IL after", "used": "weights in use",
+    },
+}  # fmt: skip
+ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
+PLAIN = {"backward passes", "seconds"}
+
+
+def cell(column: str, value: Any) -> str:
+    """A median with its range, in percent where it is a fraction."""
+    if not isinstance(value, dict):
+        return f"{100 * value:g} %" if column == "sparsity" else str(value)
+    scale, digits = (1, 1) if column in PLAIN else (100, 1)
+    median, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low} to {high})"
+
+
+def table(name: str) -> str:
+    """The markdown table of one result file."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    columns = COLUMNS[name]
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(c, r[c]) for c in columns) + " |" for r in filter(ROWS.get(name), rows)]
+    return "\n".join(lines)
+
+
+def render(text: str) -> str:
+    """The README with every table brought up to date."""
+    return re.sub(
+        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{table(m[2])}\n{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))

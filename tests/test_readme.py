@@ -1,0 +1,35 @@
+"""What the README shows, runs; what it prints as results, was measured."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_sparse_cl.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:pip install.* && )?sparsecl (.*-c .*)$", README, flags=re.MULTILINE)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command):
+    arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in command.split()]
+    main([*arguments, "--schedule.epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"])
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets(snippet):
+    exec(compile(snippet.replace("epochs=5", "epochs=1"), "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_paths_and_tables():
+    assert COMMANDS and SNIPPETS
+    for path in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / path).exists(), path
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import readme_tables
+
+    assert readme_tables.render(README) == README, "run python benchmarks/readme_tables.py"
