@@ -50,7 +50,7 @@ class ContinualModule(pl.LightningModule):
         self.policies = list(policies)
 
     def configure_model(self) -> None:
-        if self.head is None:
+        if self.head is None and self._trainer is not None:
             data = self.trainer.datamodule
             self.build(data.input_shape, data.num_classes, seed=self.trainer.strategy.broadcast(torch.initial_seed()))
 
@@ -61,6 +61,7 @@ class ContinualModule(pl.LightningModule):
             features = self.backbone.eval()(torch.zeros(1, *input_shape))
         self.backbone.train(training)
         self.head = nn.Linear(features.shape[1], num_classes)
+        self.built = {"input_shape": list(input_shape), "num_classes": num_classes}
         self.objective.build(input_shape, num_classes, seed)
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -130,12 +131,13 @@ class ContinualModule(pl.LightningModule):
         """Predicted labels (B,), out of all classes."""
         return self(batch[0]).argmax(1)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["built_for"] = self.built
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``)."""
         if self.head is None:
-            state = checkpoint["state_dict"]
-            classes, features = state["head.weight"].shape
-            self.head = nn.Linear(features, classes)
+            self.build(**checkpoint["built_for"])
 
     def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What every process has seen, in the same order on each, so that all hold the same memory."""
