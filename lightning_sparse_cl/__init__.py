@@ -17,8 +17,15 @@ from lightning_sparse_cl.callbacks import (
 from lightning_sparse_cl.data import *  # noqa: F403
 from lightning_sparse_cl.methods import ContinualModule, EsaCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
-from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, ReservoirMemory
-from lightning_sparse_cl.optim import KSparsePolytope, LossSelection, Plain, SharpnessAware, StochasticFrankWolfe
+from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, Objective, ReservoirMemory
+from lightning_sparse_cl.optim import (
+    KSparsePolytope,
+    LossSelection,
+    Plain,
+    SharpnessAware,
+    StochasticFrankWolfe,
+    UpdateRule,
+)
 from lightning_sparse_cl.sparsity import Masks
 
 __version__ = "0.1.0"

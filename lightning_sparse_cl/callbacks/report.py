@@ -35,23 +35,30 @@ class RunReport(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._before = 0.0
-        self._started = 0.0
+        self._seconds = 0.0
+        self._started: float | None = None
         self._finished: tuple[dict[str, Any], Path] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in the fit so far, before it was resumed included."""
+        return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self._before + time.monotonic() - self._started}
+        return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._before = state["seconds"]
+        self._seconds = state["seconds"]
 
-    @rank_zero_only
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seconds, self._started = self.seconds, None
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every process: Lightning broadcasts it
+        if not trainer.is_global_zero:
+            return
         metrics = self.collect(trainer, pl_module)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         half_written = folder / "metrics.json.tmp"
         half_written.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -102,7 +109,7 @@ class RunReport(pl.Callback):
         return metrics | {
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},
-            "seconds": round(self.state_dict()["seconds"], 3),
+            "seconds": round(self.seconds, 3),
             "seed": torch.initial_seed(),
             "versions": {
                 "python": platform.python_version(),

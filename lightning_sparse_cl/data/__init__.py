@@ -2,28 +2,20 @@
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.data.loader import ImageTensors
-from lightning_sparse_cl.data.sources import (
-    CIFAR10,
-    CIFAR100,
-    MNIST,
-    Digits,
-    FashionMNIST,
-    ImageFolder,
-    MiniImageNet,
-    Source,
-    Tensors,
-    TinyImageNet,
-)
-from lightning_sparse_cl.data.splits import (
-    ClassSplit,
+from lightning_sparse_cl.data.domains import (
     Permuted,
     PermutedDigits,
     PermutedMNIST,
     Rotated,
     RotatedDigits,
     RotatedMNIST,
-    SourceTasks,
+)
+from lightning_sparse_cl.data.image_files import ImageFolder, MiniImageNet, TinyImageNet
+from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.source_tasks import SourceTasks
+from lightning_sparse_cl.data.sources import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, Source, Tensors
+from lightning_sparse_cl.data.splits import (
+    ClassSplit,
     SplitCIFAR10,
     SplitCIFAR100,
     SplitDigits,
@@ -33,8 +25,8 @@ from lightning_sparse_cl.data.splits import (
     SplitMNIST,
     SplitTensors,
     SplitTinyImageNet,
-    TaskDatasets,
 )
+from lightning_sparse_cl.data.task_datasets import TaskDatasets
 
 __all__ = [
     "CIFAR10",

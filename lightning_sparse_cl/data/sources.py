@@ -1,14 +1,11 @@
-"""Where images come from: public data sets, folders and tensors, read whole into memory."""
+"""Where images come from: what a source is, the packaged digits, torchvision's data sets and tensors."""
 
 from __future__ import annotations
 
-import csv
 import gzip
 import pickle
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -162,151 +159,6 @@ class CIFAR100(_Torchvision):
             return torch.tensor(pickle.load(file, encoding="latin1")["coarse_labels"])
 
 
-@dataclass(frozen=True)
-class TinyImageNet(Source):
-    """Tiny ImageNet, 200 classes of 64x64 (CS231n, Stanford, 2015); its validation part is the test part.
-
-    A subset works: classes may lack images, and ``wnids.txt`` may list fewer classes.
-
-    Args:
-        root: folder that has, or gets, the archive's folder ``tiny-imagenet-200``.
-        download: fetch the archive if that folder is missing.
-    """
-
-    root: str = "data"
-    download: bool = False
-    mean, std = (0.4802, 0.4480, 0.3975), (0.2770, 0.2691, 0.2821)
-    crop, flip = 4, True
-    url = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.root, "tiny-imagenet-200")
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        return len(self._wnids()) if (self.folder / "wnids.txt").exists() else 200
-
-    def fetch(self) -> None:
-        if self.download and not self.folder.exists():
-            from torchvision.datasets.utils import download_and_extract_archive
-
-            download_and_extract_archive(self.url, self.root, md5="90528d7ca1a48142e341f4ef8d21d0de")
-
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        self.fetch()
-        label = {wnid: i for i, wnid in enumerate(self._wnids())}
-        if train:
-            found = [(path, i) for wnid, i in label.items() for path in _images(self.folder / "train" / wnid)]
-        else:
-            lines = self._lines("val", "val_annotations.txt")
-            rows = [line.split("\t")[:2] for line in lines]
-            found = [(self.folder / "val" / "images" / name, label[wnid]) for name, wnid in rows if wnid in label]
-        return _decode(self, [path for path, _ in found], (64, 64)), _labels(found)
-
-    def _wnids(self) -> list[str]:
-        return self._lines("wnids.txt")
-
-    def _lines(self, *path: str) -> list[str]:
-        file = self.folder.joinpath(*path)
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{self}: {str(file)!r} is missing; set download: true, or unpack {self.url} into {self.root!r}"
-            )
-        return [line for line in file.read_text().splitlines() if line]
-
-
-@dataclass(frozen=True)
-class MiniImageNet(Source):
-    """Mini-ImageNet, 100 classes of 600 images (Vinyals et al., 2016), numbered as they first appear in the splits.
-
-    For continual learning the three few-shot splits are joined, and the last sixth of every class is the test part.
-
-    Args:
-        root: folder with ``mini-imagenet/images/*.jpg`` and ``mini-imagenet/{train,val,test}.csv``, whose columns are
-            filename and label.
-        size: side in pixels that images are resized to.
-    """
-
-    root: str = "data"
-    size: int = 84
-    num_classes = 100
-    crop, flip = 4, True
-
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        folder = Path(self.root, "mini-imagenet")
-        members: dict[str, list[Path]] = {}
-        for part in ("train", "val", "test"):
-            path = folder / f"{part}.csv"
-            if not path.exists():
-                raise FileNotFoundError(
-                    f"{self}: {str(path)!r} is missing; it cannot be downloaded directly: place the images in "
-                    f"{str(folder / 'images')!r} and train.csv, val.csv, test.csv (columns filename,label) beside it"
-                )
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    members.setdefault(row["label"], []).append(folder / "images" / row["filename"])
-        if len(members) != self.num_classes:
-            raise ValueError(f"{self}: the csv files in {str(folder)!r} name {len(members)} classes instead of 100")
-        found = []
-        for label, paths in enumerate(members.values()):
-            kept = len(paths) * 5 // 6
-            found += [(path, label) for path in (paths[:kept] if train else paths[kept:])]
-        return _decode(self, [path for path, _ in found], (self.size, self.size), resize=True), _labels(found)
-
-
-@dataclass(frozen=True)
-class ImageFolder(Source):
-    """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``), read as RGB.
-
-    Classes are the folders of the training part, numbered alphabetically.
-
-    Args:
-        root: the folder.
-        size: side in pixels that images are resized to; None keeps them, and all must be equal.
-        crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`.
-    """
-
-    root: str
-    size: int | None = None
-    crop: int = 0
-    flip: bool = False
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]
-        return len(self.classes)
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """Names of the classes."""
-        return _folders(self._part(train=True))
-
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        part, found = self._part(train), []
-        for name in _folders(part):
-            if name not in self.classes:
-                raise ValueError(f"{self}: class {name!r} of {str(part)!r} is not among the training classes")
-            paths = _images(part / name)
-            if not paths:
-                raise ValueError(f"{self}: the folder {str(part / name)!r} has no images")
-            found += [(path, self.classes.index(name)) for path in paths]
-        size = (self.size, self.size) if self.size else self._first_size
-        return _decode(self, [path for path, _ in found], size, resize=self.size is not None), _labels(found)
-
-    @cached_property
-    def _first_size(self) -> tuple[int, int]:
-        first = next(path for name in self.classes for path in _images(self._part(train=True) / name))
-        return _rgb(self, first).shape[:2]
-
-    def _part(self, train: bool) -> Path:
-        names = ["train"] if train else ["test", "val"]
-        parts = [Path(self.root, name) for name in names if Path(self.root, name).is_dir()]
-        if not parts or not _folders(parts[0]):
-            wanted = " or ".join(repr(str(Path(self.root, name, "<class>"))) for name in names)
-            raise FileNotFoundError(f"{self}: there is no folder {wanted}; place the images of each class in one")
-        return parts[0]
-
-
 @dataclass(frozen=True, eq=False)
 class Tensors(Source):
     """Images and labels of your own.
@@ -346,47 +198,3 @@ class Tensors(Source):
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         images, labels = self.train if train else self.test
         return images, labels.long()
-
-
-def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _images(folder: Path) -> list[Path]:
-    suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
-
-
-def _labels(found: Sequence[tuple[Path, int]]) -> Tensor:
-    return torch.tensor([label for _, label in found], dtype=torch.long)
-
-
-def _rgb(source: Source, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The image (H, W, 3), resized if asked."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{source}: cannot read the image {str(path)!r}: {error}") from error
-    return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def _decode(source: Source, paths: Sequence[Path], size: tuple[int, int], resize: bool = False) -> Tensor:
-    """The images (N, 3, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter."""
-    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
-
-    def fill(i: int) -> None:
-        image = _rgb(source, paths[i], size if resize else None)
-        if image.shape[:2] != size:
-            raise ValueError(
-                f"{source}: {str(paths[i])!r} has {image.shape[0]}x{image.shape[1]} pixels instead of "
-                f"{size[0]}x{size[1]}"
-            )
-        images[i] = image.transpose(2, 0, 1)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(len(paths))):
-            pass
-    return torch.from_numpy(images)

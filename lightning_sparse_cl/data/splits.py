@@ -1,68 +1,17 @@
-"""Task sequences: a source's classes divided into tasks, or one problem seen through changing inputs."""
+"""Class splits: the classes of a source divided into tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
 
-from lightning_sparse_cl.data.augment import ImageTransform
-from lightning_sparse_cl.data.datamodule import TaskDataModule, _standardise
+from lightning_sparse_cl.data.image_files import ImageFolder, MiniImageNet, TinyImageNet
 from lightning_sparse_cl.data.loader import ImageTensors
-from lightning_sparse_cl.data.sources import (
-    CIFAR10,
-    CIFAR100,
-    MNIST,
-    Digits,
-    FashionMNIST,
-    ImageFolder,
-    MiniImageNet,
-    Source,
-    Tensors,
-    TinyImageNet,
-)
-
-
-class SourceTasks(TaskDataModule):
-    """Tasks made of one source; a subclass overrides :meth:`divide`.
-
-    Args:
-        source: the images.
-        num_tasks: tasks to make of them.
-        transform: from stored to network input; None takes the source's, or else normalises by the mean and deviation
-            of the first task's training images.
-        kwargs: see :class:`TaskDataModule`.
-    """
-
-    def __init__(self, source: Source, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any) -> None:
-        super().__init__(transform=source.image_transform() if transform is None else transform, **kwargs)
-        if num_tasks < 1:
-            raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
-        self.source = source
-        self.planned = num_tasks
-        """Tasks the source is divided into; with ``joint`` they are tested, but not trained, apart."""
-
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
-        """One part of the source, images (N, C, H, W) and labels (N,), as one data set a task."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override divide()")
-
-    def prepare_data(self) -> None:
-        self.source.fetch()
-
-    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
-        train, test = self.divide(*self.source.read(train=True)), self.divide(*self.source.read(train=False))
-        for part, sets in {"training": train, "test": test}.items():
-            for t, data in enumerate(sets):
-                if not len(data):
-                    raise ValueError(f"{type(self).__name__}: task {t} has no {part} images in {self.source}")
-        if self.transform is None:
-            self.transform = _standardise(train[0], self.source.crop, self.source.flip)
-        return train, test
+from lightning_sparse_cl.data.source_tasks import SourceTasks
+from lightning_sparse_cl.data.sources import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, Source, Tensors
 
 
 class ClassSplit(SourceTasks):
@@ -103,61 +52,6 @@ class ClassSplit(SourceTasks):
         labels = torch.tensor(self.class_order).argsort()[labels]
         task = labels // (len(self.class_order) // self.planned)
         return [ImageTensors(images[task == t], labels[task == t]) for t in range(self.planned)]
-
-
-class Permuted(SourceTasks):
-    """Every task the whole source with its pixels in another fixed order (Goodfellow et al., 2014); task 0 as it is.
-
-    The tasks share their labels. Nothing is augmented: permuted pixels have no neighbours.
-
-    Args:
-        source: the images.
-        num_tasks: length of the sequence.
-        seed: draws the permutations.
-        kwargs: see :class:`TaskDataModule`.
-    """
-
-    def __init__(self, source: Source, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(source, num_tasks, **kwargs)
-        self.augment = False
-        self.seed = seed
-
-    def permutation(self, task: int, pixels: int) -> Tensor:
-        """Which of the (H*W) pixels a task shows at each place; the same in all channels."""
-        order = np.random.RandomState([self.seed, task]).permutation(pixels) if task else np.arange(pixels)
-        return torch.from_numpy(order)
-
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
-        pixels = images.flatten(2)
-        orders = [self.permutation(t, pixels.shape[2]) for t in range(self.planned)]
-        return [ImageTensors(pixels[:, :, order].view_as(images), labels) for order in orders]
-
-
-class Rotated(SourceTasks):
-    """Every task the whole source turned further, from 0 to ``max_angle`` (Lopez-Paz and Ranzato, 2017).
-
-    The tasks share their labels.
-
-    Args:
-        source: the images.
-        num_tasks: length of the sequence.
-        max_angle: of the last task, in degrees, counter-clockwise; the others are evenly spaced.
-        kwargs: see :class:`TaskDataModule`.
-    """
-
-    def __init__(self, source: Source, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
-        super().__init__(source, num_tasks, **kwargs)
-        self.angles = [t * max_angle / max(num_tasks - 1, 1) for t in range(num_tasks)]
-
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
-        from torchvision.transforms.functional import InterpolationMode, rotate
-
-        def turn(angle: float) -> Tensor:  # in pieces, as it takes many times the memory of its input
-            if angle == 0:
-                return images
-            return torch.cat([rotate(part, angle, InterpolationMode.BILINEAR) for part in images.split(4096)])
-
-        return [ImageTensors(turn(angle), labels) for angle in self.angles]
 
 
 # -- one class a data set, with the arguments of its source and of the sequence in one list, for configurations --------
@@ -307,130 +201,3 @@ class SplitTensors(ClassSplit):
         **kwargs: Any,
     ) -> None:
         super().__init__(Tensors(train, test, crop, flip), num_tasks, class_order, **kwargs)
-
-
-class PermutedDigits(Permuted):
-    """:class:`Permuted` :class:`Digits`."""
-
-    def __init__(self, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(Digits(), num_tasks, seed, **kwargs)
-
-
-class PermutedMNIST(Permuted):
-    """:class:`Permuted` :class:`MNIST`.
-
-    Args:
-        root: folder of the data.
-        download: fetch what is missing.
-    """
-
-    def __init__(
-        self, num_tasks: int = 10, root: str = "data", download: bool = False, seed: int = 0, **kwargs: Any
-    ) -> None:
-        super().__init__(MNIST(root, download), num_tasks, seed, **kwargs)
-
-
-class RotatedDigits(Rotated):
-    """:class:`Rotated` :class:`Digits`."""
-
-    def __init__(self, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
-        super().__init__(Digits(), num_tasks, max_angle, **kwargs)
-
-
-class RotatedMNIST(Rotated):
-    """:class:`Rotated` :class:`MNIST`.
-
-    Args:
-        root: folder of the data.
-        download: fetch what is missing.
-    """
-
-    def __init__(
-        self, num_tasks: int = 10, root: str = "data", download: bool = False, max_angle: float = 180.0, **kwargs: Any
-    ) -> None:
-        super().__init__(MNIST(root, download), num_tasks, max_angle, **kwargs)
-
-
-class TaskDatasets(TaskDataModule):
-    """A sequence of torch data sets of your own, one a task. Their labels are used as they are.
-
-    Items are (image, label); images are PIL images, or tensors (C, H, W), uint8 in 0-255 or float.
-
-    Args:
-        train, test: one data set a task.
-        in_memory: read them once into tensors; else they are read item by item, for which ``num_workers`` helps.
-        kwargs: see :class:`TaskDataModule`.
-    """
-
-    def __init__(
-        self, train: Sequence[Dataset], test: Sequence[Dataset], in_memory: bool = True, **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        if len(train) != len(test) or not train:
-            raise ValueError(
-                f"TaskDatasets: one training and one test set a task, got {len(train)} training, {len(test)} test sets"
-            )
-        self.given = {"train": train, "test": test}
-        self.in_memory = in_memory
-
-    def load(self) -> tuple[list[Dataset], list[Dataset]]:
-        train, test = (
-            [_Items(data, f"TaskDatasets({part}[{t}])") for t, data in enumerate(sets)]
-            for part, sets in self.given.items()
-        )
-        if self.in_memory:
-            return [items.gather() for items in train], [items.gather() for items in test]
-        return train, test
-
-
-class _Items(Dataset):
-    """Any data set, with images as tensors (C, H, W)."""
-
-    def __init__(self, data: Dataset, name: str) -> None:
-        if not len(data):
-            raise ValueError(f"{name}: the data set is empty")
-        self.data, self.name = data, name
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if index >= len(self):  # ends an iteration, which not every data set does by itself
-            raise IndexError(index)
-        image, label = self.data[index]
-        if hasattr(image, "getbands"):  # a PIL image
-            pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-            image = torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)
-        known = isinstance(image, Tensor) and (image.dtype == torch.uint8 or image.is_floating_point())
-        if not known or image.ndim != 3:
-            got = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(
-                f"{self.name}: images are PIL images or (C, H, W) tensors, uint8 or float; item {index} is {got}"
-            )
-        return image, int(label)
-
-    @cached_property
-    def targets(self) -> Tensor:
-        """Labels (N,), without decoding the images if the data set lists them."""
-        data, at = self.data, slice(None)
-        if isinstance(data, Subset):
-            data, at = data.dataset, torch.as_tensor(data.indices)
-        if hasattr(data, "targets") and getattr(data, "target_transform", None) is None:
-            return torch.as_tensor(data.targets)[at]
-        return torch.tensor([self[i][1] for i in range(len(self))])
-
-    def gather(self) -> ImageTensors:
-        """The whole set in memory."""
-        if isinstance(self.data, ImageTensors):
-            return self.data
-        first, _ = self[0]
-        images, labels = first.new_empty(len(self), *first.shape), torch.empty(len(self), dtype=torch.long)
-        for i in range(len(self)):
-            image, labels[i] = self[i]
-            if image.shape != first.shape or image.dtype != first.dtype:
-                raise ValueError(
-                    f"{self.name}: item {i} is {image.dtype} {tuple(image.shape)}, item 0 {first.dtype} "
-                    f"{tuple(first.shape)}; all must be equal"
-                )
-            images[i] = image
-        return ImageTensors(images, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -45,7 +46,7 @@ class ContinualModule(pl.LightningModule):
         self.head: nn.Linear | None = None
         self.objective = objective or CrossEntropy()
         self.update = update or Plain()
-        self.optimizer = optimizer or (lambda params: SGD(params, lr=0.03))
+        self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
         self.policies = list(policies)
 

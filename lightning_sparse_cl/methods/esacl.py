@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -49,6 +50,11 @@ class EsaCL(ContinualModule):
             * ``"free"`` (A): every task keeps 1 - S of the weights that are still free and freezes them (PackNet);
               the share in use grows as 1 - S^t.
 
+            Measured side by side on Split Digits (``benchmarks/esacl_choices.py``, Class-IL ACC after pruning, median
+            of three seeds) at S = 80 % / 95 %: C 97.5 / 96.9, B 97.5 / 95.5, A 97.7 / 97.2, but A ends with 67 % / 23 %
+            of the weights in use. C is the default: it holds the sparsity for any number of tasks, which need not be
+            known in advance, and loses least at 95 %.
+
         update: None is SAM with rho = 0.05.
         optimizer: None is stochastic Frank-Wolfe with eta = 0.01 and tau = 5. Where its ``k`` is None, K is a quarter
             of the fraction that survives pruning: at K above that fraction accuracy collapses.
@@ -84,7 +90,7 @@ class EsaCL(ContinualModule):
             backbone,
             objective or DERpp(),
             update or SharpnessAware(),
-            optimizer or (lambda params: StochasticFrankWolfe(params, k=None)),
+            optimizer or partial(StochasticFrankWolfe, k=None),
             selection or LossSelection(),
             [*readings[freeze], *policies],
         )

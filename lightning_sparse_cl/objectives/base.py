@@ -1,4 +1,4 @@
-"""The objective of continual learning: a loss with memory. Cross-entropy alone is fine-tuning."""
+"""What every objective of continual learning offers: a loss, and a memory if it has one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ Terms = dict[str, Any]
 ``logits`` (B, C) of the current batch."""
 
 
-class CrossEntropy(nn.Module):
-    """Cross-entropy on the current batch: fine-tuning, and the base of every other objective.
+class Objective(nn.Module):
+    """Base of the objectives. State lives in buffers, which checkpoints hold.
 
     An objective is called once for every pass of a training step. What it draws at random for the step is drawn
-    beforehand, by :meth:`draw`, so that both passes of SAM see the same. State lives in buffers, which checkpoints
-    hold.
+    beforehand, by :meth:`draw`, so that both passes of SAM see the same.
     """
 
     def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:
@@ -37,12 +36,7 @@ class CrossEntropy(nn.Module):
             y: labels (B,).
             replay: what :meth:`draw` gave, or None to leave replay out.
         """
-        logits = model(x)
-        return {
-            "per_sample": F.cross_entropy(logits, y, reduction="none"),
-            "rest": logits.new_zeros(()),
-            "logits": logits,
-        }
+        raise NotImplementedError
 
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         """Called after the update with the whole batch as stored, and its logits from before the update."""
@@ -54,7 +48,13 @@ class CrossEntropy(nn.Module):
         """The last batch of ``task`` has been learnt, and the weights are pruned and frozen."""
 
 
-Objective = CrossEntropy
+class CrossEntropy(Objective):
+    """Cross-entropy on the current batch and nothing else: fine-tuning."""
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+        logits = model(x)
+        per_sample = F.cross_entropy(logits, y, reduction="none")
+        return {"per_sample": per_sample, "rest": logits.new_zeros(()), "logits": logits}
 
 
 def coefficient(owner: object, name: str, value: float) -> float:

@@ -43,7 +43,8 @@ class ER(CrossEntropy):
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:
             return super().forward(model, x, y, None)
-        # One forward for all, so that batch-norm sees old and new classes together.
+        # One forward for all: batch-norm sees old and new classes together, and one pass costs less than three. The
+        # released DER++ code sends each through alone; accuracies are the same within the seeds' spread.
         sizes = [len(x), *(len(e.labels) for e in replay)]
         logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
         return {

@@ -12,8 +12,12 @@ class LossSelection:
 
     Support sample selection (SSE, eq 3.17) thins out the ascent pass of SAM, elimination of redundant examples (ERE,
     eq 3.19) the descent pass. The paper takes the top 40 % in both from the first step on. With two classes a task
-    that stalls at chance: half of an untrained network's answers are wrong, the top 40 % hold wrong ones only, and
-    each step just flips the decision. Hence ``warmup`` and a fraction of its own for each pass.
+    that can stall at chance: half of an untrained network's answers are wrong, the top 40 % hold wrong ones only, and
+    each step just flips the decision. Hence ``warmup`` and a fraction of its own for each pass. (On Split Digits with
+    replay it does not stall, and all settings lie within the seeds' spread: ``benchmarks/esacl_choices.py``.)
+
+    When the ascent pass is thinned out, the losses to rank come from a forward pass of the whole batch without
+    gradient; the two passes of SAM then see the selected samples only, which is where the computation is saved.
 
     Only the current batch is thinned out; the replay and penalty terms of the objective are kept whole in both passes.
 

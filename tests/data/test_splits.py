@@ -273,6 +273,26 @@ def test_errors_say_what_and_where(make: Callable[[Path], scl.TaskDataModule], m
         ready(make(tmp_path))
 
 
+class Loaded(scl.TaskDataModule):
+    """A subclass as a user writes it."""
+
+    def __init__(self, parts: dict[str, list[Dataset]]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def load(self) -> tuple[list[Dataset], list[Dataset]]:
+        return self.parts["training"], self.parts["test"]
+
+
+@pytest.mark.parametrize("part", ["training", "test"])
+def test_an_empty_task_is_named(part: str) -> None:
+    parts: dict[str, list[Dataset]] = {name: [Items(X[0], 0), Items(X[0], 1)] for name in ("training", "test")}
+    assert ready(Loaded(parts)).classes == [[0], [1]]
+    parts[part][1] = Items(X[0], 1, n=0)
+    with pytest.raises(ValueError, match=f"^Loaded: task 1 has no {part} images$"):
+        ready(Loaded(parts))
+
+
 def test_folders_are_resized_on_request(tmp_path: Path) -> None:
     fake_data.write_image_folder(tmp_path)
     Image.new("L", (5, 6)).save(tmp_path / "test" / "class_0" / "odd.png")

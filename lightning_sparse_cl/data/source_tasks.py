@@ -1,0 +1,46 @@
+"""Task sequences made of one source: the base of class splits and changing domains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.datamodule import TaskDataModule, _refuse_empty, _standardise
+from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.sources import Source
+
+
+class SourceTasks(TaskDataModule):
+    """Tasks made of one source; a subclass overrides :meth:`divide`.
+
+    Args:
+        source: the images.
+        num_tasks: tasks to make of them.
+        transform: from stored to network input; None takes the source's, or else normalises by the mean and deviation
+            of the first task's training images (a sample, see :class:`TaskDataModule`).
+        kwargs: see :class:`TaskDataModule`.
+    """
+
+    def __init__(self, source: Source, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any) -> None:
+        super().__init__(transform=source.image_transform() if transform is None else transform, **kwargs)
+        if num_tasks < 1:
+            raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
+        self.source = source
+        self.planned = num_tasks
+        """Tasks the source is divided into; with ``joint`` they are tested, but not trained, apart."""
+
+    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+        """One part of the source, images (N, C, H, W) and labels (N,), as one data set a task."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override divide()")
+
+    def prepare_data(self) -> None:
+        self.source.fetch()
+
+    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+        train, test = self.divide(*self.source.read(train=True)), self.divide(*self.source.read(train=False))
+        _refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
+        if self.transform is None:
+            self.transform = _standardise(train[0], self.source.crop, self.source.flip)
+        return train, test
