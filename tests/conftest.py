@@ -1,14 +1,10 @@
 """Fixtures shared by all tests."""
 
 import logging
-import os
 import warnings
 
 import pytest
 import torch
-
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, tmp_path):
