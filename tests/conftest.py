@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch, tmp_path):
     """Each test in a folder of its own, on one thread (small tensors), without Lightning's notices."""

@@ -40,6 +40,7 @@ class ContinualEvaluation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = trainer.datamodule
         if stage == "fit":
+            self._loaded = None
             names = [*SCENARIOS, *(f"{s}_before" for s in SCENARIOS if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:

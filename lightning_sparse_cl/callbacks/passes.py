@@ -22,6 +22,10 @@ class PassCounter(pl.Callback):
     def __init__(self) -> None:
         self.counts = {"samples": 0, "forward": 0, "backward": 0}
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.counts = dict.fromkeys(self.counts, 0)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._hook = pl_module.register_forward_pre_hook(self._count)
 

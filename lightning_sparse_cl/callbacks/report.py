@@ -39,6 +39,10 @@ class RunReport(pl.Callback):
         self._started: float | None = None
         self._finished: tuple[dict[str, Any], Path] | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._seconds = 0.0
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
 

@@ -54,6 +54,7 @@ class TaskSchedule(pl.Callback):
             raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
         if stage != "fit":
             return
+        self.begun = -1
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "

@@ -31,6 +31,9 @@ class Sparsifier(pl.Callback):
         """The weights this callback prunes."""
         return sparse_weights(pl_module, self.dense)
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._loaded = None
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.masks = Masks.of(pl_module)
         if self._loaded is not None:

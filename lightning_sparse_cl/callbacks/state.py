@@ -21,6 +21,9 @@ class RandomState(pl.Callback):
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._states = []
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         states = [_collect()]
         if trainer.world_size > 1:

@@ -79,7 +79,6 @@ class TaskDataModule(pl.LightningDataModule):
         self._held_out: list[Tensor] = []
         self.order_seed = 0
         """Seed of the epochs' orders and of what all processes draw alike; the run's seed, kept in the checkpoint."""
-        self._ready = False
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
         """The training and test data sets, one a task. Called once, in :meth:`setup`, on every process.
@@ -124,19 +123,28 @@ class TaskDataModule(pl.LightningDataModule):
     # -- Lightning ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        if self._ready:
-            return
-        self.train_sets, self.test_sets = map(list, self.load())
-        _refuse_empty(type(self).__name__, self.train_sets, self.test_sets)
-        labels = [_labels(d) for d in self.test_sets]
-        self.classes = [sorted(set(y.tolist())) for y in labels]
-        self.num_classes = max(int(_labels(d).max()) for d in (*self.train_sets, *self.test_sets)) + 1
+        if not self.train_sets:
+            self._load()
+        if stage == "fit" or not self.alive:
+            self._begin()
+
+    def _load(self) -> None:
+        """Read the data and take their sizes from them."""
+        train, test = map(list, self.load())
+        _refuse_empty(type(self).__name__, train, test)
+        self.classes = [sorted(set(_labels(d).tolist())) for d in test]
+        self.num_classes = max(int(_labels(d).max()) for d in (*train, *test)) + 1
         if self.joint:
-            self.train_sets = [_union(self.train_sets)]
-        first = self.train_sets[0]
-        self.input_shape = tuple(torch.as_tensor(first[0][0]).shape)
+            train = [_union(train)]
+        self.input_shape = tuple(torch.as_tensor(train[0][0][0]).shape)
         if self.transform is None:
-            self.transform = _standardise(first)
+            self.transform = _standardise(train[0])
+        self.train_sets, self.test_sets = train, test
+
+    def _begin(self) -> None:
+        """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""
+        epoch = self.trainer.current_epoch if self.trainer is not None else 0
+        self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(t))  # the same for every run
             held_out = round(self.val_fraction * len(data))
@@ -150,7 +158,6 @@ class TaskDataModule(pl.LightningDataModule):
         self.order_seed = torch.initial_seed() % 2**62
         if self.trainer is not None:
             self.order_seed = self.trainer.strategy.broadcast(self.order_seed)
-        self._ready = True
 
     def train_dataloader(self) -> TaskLoader:
         t = self.task

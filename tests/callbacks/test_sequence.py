@@ -285,6 +285,18 @@ def test_schedule_needs_a_task_data_module():
         trainer().fit(PlainClassifier(), DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))))
 
 
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_the_same_objects_serve_a_second_fit(same_trainer):
+    data, evaluation, passes = toy_tasks(), ContinualEvaluation(), PassCounter()
+    first = trainer(evaluation, passes)
+    first.fit(ContinualModule(MLP([8])), data)
+    again = first if same_trainer else trainer(evaluation, passes)
+    again.fit(model := EsaCL(SmallCNN(4), DERpp(30, 8)), data)
+    assert passes.counts["samples"] == 480 and data.finished
+    assert not evaluation.matrices["class_il"].R.isnan().any()
+    assert len(Masks.of(model)) == 3 and again.current_epoch == (12 if same_trainer else 6)
+
+
 def test_validation_samples_are_held_out_and_joint_training_sees_all_tasks():
     data = toy_tasks(val_fraction=0.25)
     t = trainer(epochs=1)
