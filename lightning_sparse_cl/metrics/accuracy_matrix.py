@@ -40,7 +40,7 @@ class AccuracyMatrix(Metric):
 
     def close_row(self, i: int | None) -> Tensor:
         """Store the measured row as R[i], or as the baseline if ``i`` is None, and start the next."""
-        row = self.compute().cpu()
+        row = self.compute().cpu().view(-1)  # torchmetrics makes one entry a scalar
         if i is None:
             self.baseline = row
         else:

@@ -1,5 +1,6 @@
 """The task sequence: when tasks begin and end, what is measured, what is pruned and frozen."""
 
+import copy
 import json
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from lightning_sparse_cl import (
     DERpp,
     EsaCL,
     FreezeMasks,
+    LossSelection,
     Masks,
     OneShotPruning,
     PassCounter,
@@ -307,3 +309,49 @@ def test_validation_samples_are_held_out_and_joint_training_sees_all_tasks():
     trainer(evaluation, epochs=1).fit(ContinualModule(MLP([8])), joint)
     assert joint.num_tasks == 1 and len(joint.train_sets[0]) == 240
     assert evaluation.matrices["class_il"].R.shape == (1, 3)
+
+
+def test_selection_saves_passes_after_its_warm_up():
+    passes = PassCounter()
+    selection = LossSelection(sse=0.5, ere=0.25, warmup=1)
+    model = ContinualModule(MLP([8]), update=SharpnessAware(), selection=selection)
+    trainer(passes).fit(model, toy_tasks(num_tasks=1, per_class=40))
+    warm, selected = 5, 5  # steps of the first and of the second epoch
+    assert passes.counts == {
+        "samples": 160,
+        "forward": warm * 2 * 16 + selected * (16 + 8 + 4),  # ranking, ascent, descent
+        "backward": warm * 2 * 16 + selected * (8 + 4),
+    }
+
+
+@pytest.mark.parametrize("selection", [None, LossSelection(0.5, 0.5, 0)])
+@pytest.mark.parametrize("update", [Plain(), SharpnessAware(0.1)])
+def test_memory_keeps_stored_images_and_the_logits_from_before_the_update(update, selection):
+    pl.seed_everything(0, verbose=False)
+    data = toy_tasks(num_tasks=1, per_class=8)  # one batch
+    model = ContinualModule(MLP([8]), DERpp(16, 8), update=update, selection=selection)
+    data.setup()
+    model.build(data.input_shape, data.num_classes)
+    before = copy.deepcopy(model)
+    trainer(epochs=1).fit(model, data)
+    memory = model.objective.memory
+    assert len(memory) == 16 and memory.images.dtype == torch.uint8
+    torch.testing.assert_close(memory.logits, before(data.prepare(memory.images, augment=False)))
+    assert not torch.allclose(memory.logits, model(data.prepare(memory.images, augment=False)))
+    assert sorted(memory.images.flatten(1).sum(1).tolist()) == sorted(
+        data.train_sets[0].images.flatten(1).sum(1).tolist()
+    )
+
+
+def test_momentum_does_not_outlive_a_task_but_radii_do():
+    class Watch(pl.Callback):
+        seen, norms = {}, set()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.seen[trainer.global_step] = len(optimizer.state)
+            self.norms.add(tuple(optimizer.param_groups[0]["norms"]))
+
+    watch = Watch()
+    trainer(watch, epochs=1).fit(EsaCL(SmallCNN(4), DERpp(30, 8)), toy_tasks())
+    assert [step for step, size in watch.seen.items() if size == 0] == [0, 5, 10]  # five steps a task
+    assert len(watch.norms) == 1

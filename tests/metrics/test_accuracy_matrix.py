@@ -33,6 +33,15 @@ def test_joint_training_has_one_row_and_no_transfer():
     assert summary["bwt"] is summary["fwt"] is summary["forgetting"] is None
 
 
+def test_a_single_task_is_a_matrix_too():
+    matrix = AccuracyMatrix(1)
+    matrix.update(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([0, 1]), task=0)
+    matrix.close_row(None)
+    matrix.update(torch.tensor([[1.0, 0.0]]), torch.tensor([0]), task=0)
+    matrix.close_row(0)
+    assert matrix.summary()["matrix"] == [[1.0]] and matrix.summary()["baseline"] == [0.5]
+
+
 def test_rows_count_hits_per_task():
     matrix = AccuracyMatrix(2)
     matrix.update(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1, 1]), task=0)
