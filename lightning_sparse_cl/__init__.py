@@ -1,6 +1,6 @@
 """Sparse continual learning in PyTorch Lightning."""
 
-from lightning_sparse_cl.backbones import MLP, ResNet18, SmallCNN
+from lightning_sparse_cl.backbones import ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
     ContinualEvaluation,
     FreezeMasks,

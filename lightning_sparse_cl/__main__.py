@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -20,9 +21,12 @@ class SparseCLI(LightningCLI):
         parser.add_lightning_class_args(scl.ContinualEvaluation, "evaluation")
         parser.add_lightning_class_args(scl.SequenceCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_argument("--threads", type=int | None, help="CPU threads of torch; small networks need one")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
 
@@ -35,7 +39,7 @@ class SparseCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> SparseCLI:
-    """Entry point of ``sparsecl`` and ``python -m lightning_sparse_cl``; ``args`` stands in for the command line."""
+    """Parse, run, and return the finished CLI; ``args`` stands in for the command line."""
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
     return SparseCLI(
         pl.LightningModule,
@@ -43,7 +47,7 @@ def main(args: ArgsType = None) -> SparseCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
-        save_config_kwargs={"overwrite": True},  # a resumed run goes on in its folder
+        save_config_kwargs={"overwrite": True},  # a resumed run may go on in its folder
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a method brings its optimiser
         trainer_defaults={
@@ -57,5 +61,10 @@ def main(args: ArgsType = None) -> SparseCLI:
     )
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The console script: like :func:`main`, with nothing for the shell to take as an exit status."""
     main()
+
+
+if __name__ == "__main__":
+    run()

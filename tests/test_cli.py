@@ -85,6 +85,8 @@ def test_every_overlay_fits_over_esacl(overlay):
         "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
     }
     assert changed[overlay.stem](cli.model)
+    last = Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")
+    main(["test", "-c", str(base), "-c", str(overlay), *small(base), "--ckpt_path", str(last)])
 
 
 def test_validate_predict_and_print_config_work(capsys, tmp_path):

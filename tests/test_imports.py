@@ -30,6 +30,15 @@ def test_callbacks_do_not_import_methods():
         assert not [m for m in imports(path) if "methods" in m]
 
 
+def test_the_console_script_ends_with_status_zero(tmp_path):
+    script = Path(sys.executable).parent / "sparsecl"
+    config = PACKAGE.parent / "configs" / "split_digits" / "finetune.yaml"
+    command = [script, "fit", "-c", config, "--schedule.epochs=1", "--model.init_args.backbone=SmallMLP"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Class-IL accuracy" in done.stdout and "SparseCLI" not in done.stdout + done.stderr
+
+
 def test_importing_is_quick_and_leaves_no_trace(tmp_path):
     script = """
 import os, sys, time, warnings

@@ -30,7 +30,7 @@ class SmallCNN(nn.Sequential):
         )
 
 
-class MLP(nn.Sequential):
+class SmallMLP(nn.Sequential):
     """Fully connected layers with ReLU on the flattened image.
 
     Args:

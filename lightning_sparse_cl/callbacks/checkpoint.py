@@ -16,6 +16,8 @@ class SequenceCheckpoint(ModelCheckpoint):
     """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
         super().on_train_end(trainer, pl_module)
-        if self.save_last and self.dirpath and not trainer.fast_dev_run:
+        if self.save_last and self.dirpath:
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt", self.save_weights_only)

@@ -51,7 +51,7 @@ class ContinualEvaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
-            for name, matrix in self.matrices.items():
+            for name, matrix in ((n, m) for n, m in self.matrices.items() if n in self._loaded):
                 matrix.R, matrix.baseline = self._loaded[name]["R"].clone(), self._loaded[name]["baseline"].clone()
         elif self.matrices["class_il"].baseline.isnan().all():
             self._measure(trainer, pl_module, None)
@@ -65,7 +65,7 @@ class ContinualEvaluation(pl.Callback):
         figures = {s: self.matrices[s].summary() for s in SCENARIOS}
         pl_module.log_dict(
             {f"{s}/{f}": v for s in SCENARIOS for f, v in figures[s].items() if isinstance(v, float)},
-            on_step=False, on_epoch=True, rank_zero_only=True,
+            on_step=False, on_epoch=True, sync_dist=True,
         )  # fmt: skip
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
@@ -100,7 +100,7 @@ class ContinualEvaluation(pl.Callback):
         for scenario in SCENARIOS:
             row = self.tested[scenario].close_row(0)
             tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
-            pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, rank_zero_only=True)
+            pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, sync_dist=True)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn == "validate":

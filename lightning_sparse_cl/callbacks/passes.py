@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 
 class PassCounter(pl.Callback):
@@ -16,11 +17,13 @@ class PassCounter(pl.Callback):
     * ``forward``: samples sent forward, replayed ones, SAM's second pass and the ranking pass of SSE included;
     * ``backward``: those of them through which a gradient is taken.
 
-    Counts are of this process.
+    Counts are of this process. A module whose ``training_step`` does not go through its own ``forward`` counts samples
+    only.
     """
 
     def __init__(self) -> None:
         self.counts = {"samples": 0, "forward": 0, "backward": 0}
+        self._hook: RemovableHandle | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -30,7 +33,11 @@ class PassCounter(pl.Callback):
         self._hook = pl_module.register_forward_pre_hook(self._count)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], *_: Any

@@ -60,7 +60,7 @@ class RunReport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds, self._started = self.seconds, None
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every process: Lightning broadcasts it
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         metrics = self.collect(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,13 +86,15 @@ class RunReport(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
         tasks = sum(k.startswith("class_il/task_") for k in figures)
-        table = Table(title="Accuracy, %", title_justify="left")
-        for column in ("", *(f"task {t + 1}" for t in range(tasks)), "ACC"):
-            table.add_column(column, justify="right" if column else "left")
+        table = Table(title="Accuracy on task, %", title_justify="left")
+        for column in ("", *(str(t + 1) for t in range(tasks)), "ACC"):
+            table.add_column(column, justify="right" if column else "left", no_wrap=True)
         for scenario in SCENARIOS if tasks else ():
             row = [figures[f"{scenario}/{name}"] for name in (*(f"task_{t}" for t in range(tasks)), "acc")]
             table.add_row(TITLES[scenario], *map(_percent, row))
-        Console().print(table)
+        console = Console()
+        console.width = max(console.width, 20 + 8 * tasks)
+        console.print(table)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -126,16 +128,18 @@ class RunReport(pl.Callback):
 
 def print_report(metrics: dict[str, Any], console: Console | None = None) -> None:
     """Print what ``metrics.json`` holds as rich tables: accuracies in percent, spending against plain training."""
+    tasks = max((len(metrics[s]["baseline"]) for s in SCENARIOS if s in metrics), default=0)
     console = console or Console()
+    console.width = max(console.width, 12 + 8 * tasks)  # a narrow terminal wraps, but no figure is cut
     for scenario in SCENARIOS:
         if scenario not in metrics:
             continue
         result = metrics[scenario]
         table = Table(title=f"{TITLES[scenario]} accuracy, %", title_justify="left")
-        table.add_column("after")
+        table.add_column("after task")
         for task in range(len(result["baseline"])):
-            table.add_column(f"task {task + 1}", justify="right")
-        rows = [("no task", result["baseline"])] + [(f"task {i + 1}", r) for i, r in enumerate(result["matrix"])]
+            table.add_column(str(task + 1), justify="right")
+        rows = [("none", result["baseline"])] + [(str(i + 1), r) for i, r in enumerate(result["matrix"])]
         for name, row in rows:
             table.add_row(name, *(_percent(v) for v in row))
         console.print(table)
@@ -150,7 +154,7 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     console.print(summary)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
-    if "passes" in metrics:
+    if metrics.get("passes", {}).get("forward"):  # modules that do not call themselves are not counted
         passes = metrics["passes"]
         lines.add_row("samples served", f"{passes['samples']:,}")
         for direction in ("forward", "backward"):

@@ -67,6 +67,11 @@ class TaskSchedule(pl.Callback):
                 f"Trainer(max_epochs={limit}): the schedule takes {total} epochs ({data.num_tasks} tasks); shorten "
                 "TaskSchedule(epochs=...), or leave the end to the schedule with max_epochs=-1"
             )
+        if trainer.max_steps != -1 and not trainer.fast_dev_run:
+            raise ValueError(
+                f"Trainer(max_steps={trainer.max_steps}): the schedule decides when the sequence ends; leave "
+                "max_steps out, and shorten TaskSchedule(epochs=...) or use limit_train_batches"
+            )
         trainer.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
@@ -97,6 +102,9 @@ class TaskSchedule(pl.Callback):
             for hook in ("on_before_task_end", "on_task_end", "on_after_task_end"):
                 self._announce(hook, trainer, pl_module)
             trainer.should_stop = trainer.should_stop or data.finished
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        trainer.limit_val_batches = getattr(self, "_limit_val_batches", trainer.limit_val_batches)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -71,9 +71,10 @@ class TaskDataModule(pl.LightningDataModule):
         self.alive: list[Tensor] = []
         """Indices (n,) of the samples still trained on, by task."""
         self.classes: list[list[int]] = []
-        """Labels that occur in each test task."""
+        """Labels that occur in each task."""
         self.num_classes = 0
         self.input_shape: tuple[int, ...] = ()
+        self.stored_dtype = torch.uint8
         self.raw: Tensor | None = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
         self._held_out: list[Tensor] = []
@@ -132,11 +133,18 @@ class TaskDataModule(pl.LightningDataModule):
         """Read the data and take their sizes from them."""
         train, test = map(list, self.load())
         _refuse_empty(type(self).__name__, train, test)
-        self.classes = [sorted(set(_labels(d).tolist())) for d in test]
-        self.num_classes = max(int(_labels(d).max()) for d in (*train, *test)) + 1
+        labels = [torch.cat([_labels(a), _labels(b)]) for a, b in zip(train, test, strict=True)]
+        for task, y in enumerate(labels):
+            if y.min() < 0:
+                raise ValueError(
+                    f"{type(self).__name__}: task {task} has the label {int(y.min())}; labels count from 0"
+                )
+        self.classes = [sorted(set(y.tolist())) for y in labels]
+        self.num_classes = max(int(y.max()) for y in labels) + 1
         if self.joint:
             train = [_union(train)]
-        self.input_shape = tuple(torch.as_tensor(train[0][0][0]).shape)
+        image = torch.as_tensor(train[0][0][0])
+        self.input_shape, self.stored_dtype = tuple(image.shape), image.dtype
         if self.transform is None:
             self.transform = _standardise(train[0])
         self.train_sets, self.test_sets = train, test
@@ -153,7 +161,7 @@ class TaskDataModule(pl.LightningDataModule):
             if len(self.alive[t]) < self.batch_size * self._world_size:
                 raise ValueError(
                     f"{type(self).__name__}(batch_size={self.batch_size}): task {t} has {len(self.alive[t])} training "
-                    f"samples for {self._world_size} process(es); use a smaller batch"
+                    f"samples for {self._world_size} process(es); use a smaller batch or val_fraction"
                 )
         self.order_seed = torch.initial_seed() % 2**62
         if self.trainer is not None:
@@ -164,7 +172,8 @@ class TaskDataModule(pl.LightningDataModule):
         sampler = TaskSampler(self.alive[t], self._world_size, self.trainer.global_rank, seed=self.order_seed)
         return TaskLoader(
             self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
-            num_workers=self._workers(self.train_sets[t]), collate_fn=collate, generator=torch.Generator(),
+            num_workers=self._workers(self.train_sets[t]), collate_fn=collate,
+            generator=torch.Generator().manual_seed(self.order_seed + self.trainer.current_epoch),  # seeds workers
         )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -53,17 +53,20 @@ class ContinualModule(pl.LightningModule):
     def configure_model(self) -> None:
         if self.head is None and self._trainer is not None:
             data = self.trainer.datamodule
-            self.build(data.input_shape, data.num_classes, seed=self.trainer.strategy.broadcast(torch.initial_seed()))
+            seed = self.trainer.strategy.broadcast(torch.initial_seed())
+            self.build(data.input_shape, data.num_classes, seed, data.stored_dtype)
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int = 0) -> None:
+    def build(
+        self, input_shape: Sequence[int], num_classes: int, seed: int = 0, dtype: torch.dtype = torch.uint8
+    ) -> None:
         """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``."""
         training = self.backbone.training
         with torch.no_grad():
             features = self.backbone.eval()(torch.zeros(1, *input_shape))
         self.backbone.train(training)
         self.head = nn.Linear(features.shape[1], num_classes)
-        self.built = {"input_shape": list(input_shape), "num_classes": num_classes}
-        self.objective.build(input_shape, num_classes, seed)
+        self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
+        self.objective.build(input_shape, num_classes, seed, dtype)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         return self.policies

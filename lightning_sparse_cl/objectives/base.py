@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,8 +21,11 @@ class Objective(nn.Module):
     beforehand, by :meth:`draw`, so that both passes of SAM see the same.
     """
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:
-        """Allocate what depends on the data. Called once, before a checkpoint is restored."""
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
+        """Allocate what depends on the data: shape and type of a stored image, number of classes.
+
+        Called once, before a checkpoint is restored.
+        """
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
         """What the step replays, if anything; ``prepare`` augments and normalises stored images."""

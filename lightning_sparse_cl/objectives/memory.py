@@ -20,10 +20,10 @@ class Exemplars(NamedTuple):
 class ReservoirMemory(nn.Module):
     """A uniform sample of all samples ever presented, in preallocated tensors on the training device.
 
-    Images are kept as stored in the data set: un-augmented uint8, a quarter of float's size. Every presentation counts,
-    so that over several epochs the memory may hold an image more than once, as in the released DER++ code. What is
-    inserted depends on ``seed`` and on the number of samples seen only, not on a global generator: the memory is the
-    same on every process that sees the same samples, and on a resumed run.
+    Images are kept as stored in the data set: un-augmented, as a rule uint8, a quarter of float's size. Every
+    presentation counts, so that over several epochs the memory may hold an image more than once, as in the released
+    DER++ code. What is inserted depends on ``seed`` and on the number of samples seen only, not on a global generator:
+    the memory is the same on every process that sees the same samples, and on a resumed run.
 
     Args:
         size: number of exemplars M.
@@ -46,10 +46,12 @@ class ReservoirMemory(nn.Module):
         """Samples presented so far."""
         self.seed = 0
 
-    def build(self, input_shape: Sequence[int], num_classes: int | None, seed: int) -> None:
-        """Allocate; ``num_classes`` None keeps no logits."""
+    def build(
+        self, input_shape: Sequence[int], num_classes: int | None, seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        """Allocate for images of a shape and type as stored; ``num_classes`` None keeps no logits."""
         self.seed = seed
-        self.register_buffer("images", torch.zeros(self.size, *input_shape, dtype=torch.uint8))
+        self.register_buffer("images", torch.zeros(self.size, *input_shape, dtype=dtype))
         self.register_buffer("labels", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("tasks", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("logits", None if num_classes is None else torch.zeros(self.size, num_classes))
@@ -75,8 +77,6 @@ class ReservoirMemory(nn.Module):
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
         """Present a batch: stored images (B, C, H, W), labels (B,), logits (B, num_classes)."""
-        if images.dtype != self.images.dtype and self.seen == 0:  # data of the user's own that are not uint8
-            self.images = self.images.to(images.dtype)
         slots, rows = (i.to(self.labels.device) for i in self.slots(len(labels)))
         self.seen += len(labels)
         self.images[slots] = images[rows]

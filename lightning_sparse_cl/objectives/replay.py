@@ -31,8 +31,8 @@ class ER(CrossEntropy):
         self.memory = ReservoirMemory(memory)
         self.minibatch = minibatch
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int) -> None:
-        self.memory.build(input_shape, num_classes if self.keeps_logits else None, seed)
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
+        self.memory.build(input_shape, num_classes if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:

@@ -21,14 +21,15 @@ class StochasticFrankWolfe(Optimizer):
     Decisions where the paper (EsaCL) is silent or contradicts its code lineage:
 
     * Algorithm 1, line 9 lost a minus sign; eq 3.12, ``v - theta``, is used.
-    * ``momentum=None`` is eq 3.15 as printed, m <- m + g: a running sum. It was by far the most prunable in a
-      measured comparison, because the set of the K largest |m| becomes nearly constant. A float is the exponential
-      average of the Frank-Wolfe code bases, m <- beta*m + (1 - beta)*g. The learning rate alpha of eq 3.15 is left
-      out: the LMO is invariant to the scale of m. Reset the state at task starts (``optimizer.state.clear()``).
+    * ``momentum=None`` is eq 3.15 as printed, m <- m + g: a running sum. It is by far the most prunable
+      (``benchmarks/esacl_choices.py``), because the set of the K largest |m| becomes nearly constant. A float is the
+      exponential average of the Frank-Wolfe code bases, m <- beta*m + (1 - beta)*g. The learning rate alpha of
+      eq 3.15 is left out: the LMO is invariant to the scale of m. Reset the state at task starts
+      (``optimizer.state.clear()``).
     * Radius r = tau * ||W||_2 / sqrt(K) with the norm of the weight at *initialisation*. It is kept in the parameter
       groups, so that it is checkpointed and survives a reset of the state.
     * Matrices and convolution kernels (two or more dimensions) are constrained. Vectors (batch-norm, biases) take
-      plain SGD steps with ``vector_lr`` and ``vector_momentum``: putting them into polytopes cost 14 points.
+      plain SGD steps with ``vector_lr`` and ``vector_momentum``; the paper does not say.
     * No rescaling of the step size.
 
     Args:
@@ -77,7 +78,7 @@ class StochasticFrankWolfe(Optimizer):
             ),
         )  # fmt: skip
         for group in self.param_groups:
-            group["norms"] = [p.detach().norm().item() for p in group["params"]]  # ||W||_2 at initialisation
+            group["norms"] = [p.detach().norm().item() or 1.0 for p in group["params"]]  # ||W||_2 at initialisation
             group["free"] = [p.numel() for p in group["params"]]  # coordinates that may move
 
     def set_free(self, param: Tensor, count: int) -> None:

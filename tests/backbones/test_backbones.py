@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse_cl import MLP, ResNet18, SmallCNN
+from lightning_sparse_cl import ResNet18, SmallCNN, SmallMLP
 
 
 @pytest.mark.parametrize(("classes", "parameters"), [(10, 11_173_962), (100, 11_220_132)])
@@ -14,7 +14,7 @@ def test_resnet18_has_the_parameters_of_the_published_network(classes, parameter
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("backbone", [ResNet18(4), SmallCNN(4), MLP((16, 8))])
+@pytest.mark.parametrize("backbone", [ResNet18(4), SmallCNN(4), SmallMLP((16, 8))])
 @pytest.mark.parametrize("shape", [(1, 8, 8)])
 def test_features_are_vectors(backbone, shape):
     features = backbone.eval()(torch.randn(3, *shape))

@@ -9,13 +9,13 @@ import torch
 from torch.optim import SGD
 
 from lightning_sparse_cl import (
-    MLP,
     ContinualEvaluation,
     DERpp,
     EsaCL,
     Plain,
     RandomState,
     SmallCNN,
+    SmallMLP,
     SplitDigits,
     StochasticFrankWolfe,
     TaskSchedule,
@@ -24,13 +24,13 @@ from lightning_sparse_cl import (
 
 @pytest.mark.parametrize(("sparsity", "k"), [(0.8, 0.05), (0.9, 0.025), (0.0, 0.25)])
 def test_k_follows_the_sparsity_unless_set(sparsity, k):
-    module = EsaCL(MLP([30, 20]), sparsity=sparsity)
+    module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity)
     module.build((1, 8, 8), 10)
     assert module.configure_optimizers().param_groups[0]["k"] == pytest.approx(k)
-    module = EsaCL(MLP([30, 20]), sparsity=sparsity, optimizer=partial(StochasticFrankWolfe, k=0.3))
+    module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity, optimizer=partial(StochasticFrankWolfe, k=0.3))
     module.build((1, 8, 8), 10)
     assert module.configure_optimizers().param_groups[0]["k"] == 0.3
-    module = EsaCL(MLP([30, 20]), optimizer=partial(SGD, lr=0.1), update=Plain())
+    module = EsaCL(SmallMLP([30, 20]), optimizer=partial(SGD, lr=0.1), update=Plain())
     module.build((1, 8, 8), 10)
     assert isinstance(module.configure_optimizers(), SGD)
 
