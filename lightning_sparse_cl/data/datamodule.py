@@ -225,7 +225,10 @@ class TaskDataModule(pl.LightningDataModule):
         if self.trainer is not None:
             data = self._placed(data)
         sampler = ShareSampler(indices, self._world_size, rank)
-        return DataLoader(data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate)
+        return DataLoader(
+            data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate,
+            generator=torch.Generator(),  # of its own: measuring draws nothing from the training's random numbers
+        )  # fmt: skip
 
 
 def _labels(data: Dataset) -> Tensor:

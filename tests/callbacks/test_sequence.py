@@ -137,6 +137,17 @@ def test_figures_agree_with_a_measurement_by_hand(tmp_path):
     assert tested["task_il/task_1"] == pytest.approx(metrics["task_il"]["matrix"][-1][1], abs=1e-6)
 
 
+@pytest.mark.parametrize("measure", [[ContinualEvaluation()], [ContinualEvaluation(before_pruning=True)]])
+def test_measuring_changes_nothing(measure):
+    weights = []
+    for callbacks in ([], measure):
+        torch.manual_seed(0)
+        model = ContinualModule(nn.Sequential(SmallMLP([8]), nn.Dropout(0.5)), DERpp(30, 8))
+        trainer(*callbacks).fit(model, toy_tasks())
+        weights.append(nn.utils.parameters_to_vector(model.parameters()))
+    assert torch.equal(*weights)
+
+
 READINGS = {"none": [0.2, 0.2, 0.2], "share": [0.2 / 3, 0.4 / 3, 0.2], "free": [0.2, 0.36, 0.488]}
 
 
