@@ -104,7 +104,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         (line,) = axis.plot(keys, [100 * row[k]["median"] for k in keys], "o-", ms=4, label=row["variant"])
         low, high = ([100 * row[k][end] for k in keys] for end in ("min", "max"))
         axis.fill_between(keys, low, high, alpha=0.15, color=line.get_color())
-    axis.set(title="CIFAR-10, two classes: accuracy after one-shot pruning, %", ylim=(45, 95))
+    axis.set(title="CIFAR-10, two classes: accuracy after one-shot pruning, %", xlabel="weights kept (not to scale)", ylim=(45, 95))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()
