@@ -54,7 +54,7 @@ def run(variant: str, seed: int, images: str, epochs: int) -> dict[str, float]:
     if k is not None:
         options["optimizer"] = partial(scl.StochasticFrankWolfe, k=k)
     module = scl.EsaCL(scl.ResNet18(16), scl.CrossEntropy(), **options)
-    data = scl.SplitTensors(*torch.load(images), num_tasks=1, batch_size=32, crop=4, flip=True)
+    data = scl.SplitTensors(*torch.load(images), num_tasks=1, batch_size=32)
     metrics = harness.fit(module, data, epochs)
     accuracies = {"before": metrics["class_il"]["acc"]}
     for kept in KEPT:
@@ -104,7 +104,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
         (line,) = axis.plot(keys, [100 * row[k]["median"] for k in keys], "o-", ms=4, label=row["variant"])
         low, high = ([100 * row[k][end] for k in keys] for end in ("min", "max"))
         axis.fill_between(keys, low, high, alpha=0.15, color=line.get_color())
-    axis.set(title="CIFAR-10, two classes: accuracy after one-shot pruning, %", xlabel="weights kept (not to scale)", ylim=(45, 95))
+    axis.set(
+        title="CIFAR-10, two classes: accuracy after one-shot pruning, %",
+        xlabel="weights kept (not to scale)",
+        ylim=(45, 95),
+    )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.tight_layout()

@@ -69,7 +69,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
             (line,) = axis.plot(x, [100 * r[key]["median"] for r in own], "o-", ms=4, label=variant)
             low, high = ([100 * r[key][end] for r in own] for end in ("min", "max"))
             axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-        axis.set(title=f"{title} ACC after pruning, %", xlabel="sparsity of the pruned layers, % (not to scale)", ylim=(0, 102))
+        axis.set(
+            title=f"{title} ACC after pruning, %",
+            xlabel="sparsity of the pruned layers, % (not to scale)",
+            ylim=(0, 102),
+        )
         axis.set_xticks(range(len(SPARSITIES)), [f"{100 * s:g}" for s in SPARSITIES])
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)

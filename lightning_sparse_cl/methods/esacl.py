@@ -18,6 +18,7 @@ from lightning_sparse_cl.objectives.replay import DERpp
 from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 from lightning_sparse_cl.optim.sam import SharpnessAware, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
+from lightning_sparse_cl.sparsity import sparse_weights
 
 
 class EsaCL(ContinualModule):
@@ -56,8 +57,9 @@ class EsaCL(ContinualModule):
             known in advance.
 
         update: None is SAM with rho = 0.05.
-        optimizer: None is stochastic Frank-Wolfe with eta = 0.01 and tau = 5. Where its ``k`` is None, K is a quarter
-            of the fraction that a task's pruning keeps: at K above that fraction accuracy collapses.
+        optimizer: None is stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
+            pruned and takes SGD steps for the others. Where its ``k`` is None, K is a quarter of the fraction that a
+            task's pruning keeps: at K above that fraction accuracy collapses.
         selection: None is SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
         dense: patterns of weight names that are never pruned; None is the first and last layer and 1x1 convolutions.
@@ -94,10 +96,15 @@ class EsaCL(ContinualModule):
             selection or LossSelection(),
             [*readings[freeze], *policies],
         )
-        self.sparsity, self.freeze = sparsity, freeze
+        self.sparsity, self.freeze, self.dense = sparsity, freeze, dense
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = super().configure_optimizers()
+        """Two groups of parameters: the pruned weights, which Frank-Wolfe constrains, and the others."""
+        pruned = set(sparse_weights(self, self.dense))
+        groups: dict[bool, list] = {True: [], False: []}
+        for name, parameter in self.named_parameters():
+            groups[name in pruned].append(parameter)
+        optimizer = self.optimizer([{"params": group, "constrained": key} for key, group in groups.items()])
         kept = 1 - self.sparsity
         if self.freeze == "share":  # by one task
             kept /= self.trainer.datamodule.num_tasks

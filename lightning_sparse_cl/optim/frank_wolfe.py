@@ -28,8 +28,10 @@ class StochasticFrankWolfe(Optimizer):
       (``optimizer.state.clear()``).
     * Radius r = tau * ||W||_2 / sqrt(K) with the norm of the weight at *initialisation*. It is kept in the parameter
       groups, so that it is checkpointed and survives a reset of the state.
-    * Matrices and convolution kernels (two or more dimensions) are constrained. Vectors (batch-norm, biases) take
-      plain SGD steps with ``vector_lr`` and ``vector_momentum``; the paper does not say.
+    * Matrices and convolution kernels (two or more dimensions) are constrained, unless their parameter group says
+      ``constrained=False``. The rest, with vectors (batch-norm, biases), takes plain SGD steps with ``sgd_lr`` and
+      ``sgd_momentum``; the paper does not say. :class:`~lightning_sparse_cl.EsaCL` constrains exactly what is pruned:
+      a layer that stays dense has nothing to gain from K-sparse vertices (``benchmarks/esacl_choices.py``).
     * No rescaling of the step size.
 
     Args:
@@ -40,8 +42,8 @@ class StochasticFrankWolfe(Optimizer):
             the fraction that is to survive pruning (:class:`~lightning_sparse_cl.EsaCL` takes a quarter of it).
             None must be filled in, in the parameter groups, before the first step.
         momentum: None accumulates (eq 3.15), a float in [0, 1) averages.
-        vector_lr: learning rate of the unconstrained vectors.
-        vector_momentum: their momentum.
+        sgd_lr: learning rate of what is not constrained.
+        sgd_momentum: its momentum.
         min_k: lower bound on K.
 
     Raises:
@@ -55,8 +57,8 @@ class StochasticFrankWolfe(Optimizer):
         tau: float = 5.0,
         k: float | None = 0.05,
         momentum: float | None = None,
-        vector_lr: float = 0.03,
-        vector_momentum: float = 0.9,
+        sgd_lr: float = 0.01,
+        sgd_momentum: float = 0.9,
         min_k: int = 10,
     ) -> None:
         for name, value, ok, allowed in (
@@ -64,8 +66,8 @@ class StochasticFrankWolfe(Optimizer):
             ("tau", tau, tau > 0, "> 0"),
             ("k", k, k is None or 0 < k <= 1, "a fraction in (0, 1]"),
             ("momentum", momentum, momentum is None or 0 <= momentum < 1, "None (accumulate) or in [0, 1)"),
-            ("vector_lr", vector_lr, vector_lr >= 0, ">= 0"),
-            ("vector_momentum", vector_momentum, 0 <= vector_momentum < 1, "in [0, 1)"),
+            ("sgd_lr", sgd_lr, sgd_lr >= 0, ">= 0"),
+            ("sgd_momentum", sgd_momentum, 0 <= sgd_momentum < 1, "in [0, 1)"),
             ("min_k", min_k, min_k >= 1, ">= 1"),
         ):
             if not ok:
@@ -74,7 +76,7 @@ class StochasticFrankWolfe(Optimizer):
             params,
             dict(
                 lr=lr, tau=tau, k=k, momentum=momentum,
-                vector_lr=vector_lr, vector_momentum=vector_momentum, min_k=min_k, started=False,
+                sgd_lr=sgd_lr, sgd_momentum=sgd_momentum, min_k=min_k, constrained=True, started=False,
             ),
         )  # fmt: skip
         for group in self.param_groups:
@@ -109,10 +111,10 @@ class StochasticFrankWolfe(Optimizer):
             for i, theta in enumerate(group["params"]):
                 if theta.grad is None:
                     continue
-                if theta.ndim < 2:
-                    self._sgd(theta, group)
-                else:
+                if group["constrained"] and theta.ndim >= 2:
                     self._frank_wolfe(theta, group, self.polytope(group, i))
+                else:
+                    self._sgd(theta, group)
             group["started"] = True
         return loss
 
@@ -133,5 +135,5 @@ class StochasticFrankWolfe(Optimizer):
         if "m" not in state:
             state["m"] = theta.grad.clone()
         else:
-            state["m"].mul_(group["vector_momentum"]).add_(theta.grad)
-        theta.add_(state["m"], alpha=-group["vector_lr"])
+            state["m"].mul_(group["sgd_momentum"]).add_(theta.grad)
+        theta.add_(state["m"], alpha=-group["sgd_lr"])

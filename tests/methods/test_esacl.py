@@ -12,6 +12,7 @@ from lightning_sparse_cl import (
     ContinualEvaluation,
     DERpp,
     EsaCL,
+    OneShotPruning,
     Plain,
     RandomState,
     SmallCNN,
@@ -33,6 +34,17 @@ def test_k_follows_the_sparsity_unless_set(sparsity, k):
     module = EsaCL(SmallMLP([30, 20]), optimizer=partial(SGD, lr=0.1), update=Plain())
     module.build((1, 8, 8), 10)
     assert isinstance(module.configure_optimizers(), SGD)
+
+
+def test_polytopes_hold_what_is_pruned_and_nothing_else():
+    module = EsaCL(SmallCNN(8), dense=["backbone.3.weight"])
+    module.build((1, 8, 8), 10)
+    optimizer = module.configure_optimizers()
+    held = {p for g in optimizer.param_groups if g["constrained"] for p in g["params"]}
+    pruned = {p for policy in module.policies if isinstance(policy, OneShotPruning)
+              for p in map(module.get_parameter, policy.names(module))}  # fmt: skip
+    assert held == pruned and len(held) == 4  # five layers with weights, one of them dense
+    assert {p for g in optimizer.param_groups for p in g["params"]} == set(module.parameters())
 
 
 def test_a_network_loads_from_its_checkpoint_without_a_trainer(tmp_path):

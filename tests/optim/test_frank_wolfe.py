@@ -76,16 +76,17 @@ def test_momentum_accumulates_as_printed_in_eq_3_15():
     torch.testing.assert_close(optimizer.state[weight]["m"], sum(grads))
 
 
-def test_vectors_take_plain_sgd_steps():
-    bias, twin = (torch.nn.Parameter(torch.ones(6)) for _ in range(2))
-    ours = StochasticFrankWolfe([bias], vector_lr=0.05, vector_momentum=0.9)
+@pytest.mark.parametrize("shape, options", [((6,), {}), ((6, 4), {"constrained": False})])
+def test_vectors_and_unconstrained_groups_take_plain_sgd_steps(shape, options):
+    weight, twin = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    ours = StochasticFrankWolfe([{"params": [weight]} | options], sgd_lr=0.05, sgd_momentum=0.9)
     sgd = torch.optim.SGD([twin], lr=0.05, momentum=0.9)
     for _ in range(4):
-        g = torch.randn(6)
-        bias.grad, twin.grad = g.clone(), g.clone()
+        g = torch.randn(shape)
+        weight.grad, twin.grad = g.clone(), g.clone()
         ours.step()
         sgd.step()
-    torch.testing.assert_close(bias, twin)
+    torch.testing.assert_close(weight, twin)
 
 
 def test_radius_survives_a_reset_and_a_checkpoint():
@@ -104,7 +105,7 @@ def test_radius_survives_a_reset_and_a_checkpoint():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"lr": 0.0}, {"lr": 1.5}, {"tau": 0}, {"k": 0}, {"k": 1.1}, {"momentum": 1.0}, {"vector_lr": -1}, {"min_k": 0}],
+    [{"lr": 0.0}, {"lr": 1.5}, {"tau": 0}, {"k": 0}, {"k": 1.1}, {"momentum": 1.0}, {"sgd_lr": -1}, {"min_k": 0}],
 )
 def test_bad_arguments_are_named(bad):
     with pytest.raises(ValueError, match=rf"StochasticFrankWolfe\({next(iter(bad))}="):
