@@ -78,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/cifar10-images")
     args = harness.arguments(parser)
-    per_class, epochs, seeds = (300, 2, [0]) if args.quick else (1000, 5, [0, 1, 2])
+    per_class, epochs, seeds = (300, 2, [0]) if args.quick else (1000, 5, [0, 1, 2, 3, 4])
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
         torch.save(two_classes(args.root, per_class), images)
