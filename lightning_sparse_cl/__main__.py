@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import traceback
 import warnings
+from argparse import ArgumentError
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +52,8 @@ def main(args: ArgsType = None) -> SparseCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
+        parser_kwargs={command: {"exit_on_error": False} for command in SparseCLI.subcommands()}
+        | {"exit_on_error": False},
         save_config_kwargs={"overwrite": True},  # a resumed run may go on in its folder
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a method brings its optimiser
@@ -62,8 +69,30 @@ def main(args: ArgsType = None) -> SparseCLI:
 
 
 def run() -> None:
-    """The console script: like :func:`main`, with nothing for the shell to take as an exit status."""
-    main()
+    """The console script: like :func:`main`; what the user can mend is told in one line, with exit status 1."""
+    try:
+        main()
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        sys.exit(f"sparsecl: error: {line}")
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell of an error: what this package said, or the parser; None for a fault with a traceback to read."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    for link in chain:
+        raised_in = traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else ""
+        if isinstance(link, ValueError | OSError) and Path(raised_in).is_relative_to(Path(scl.__file__).parent):
+            return str(link)
+    if isinstance(error, ArgumentError):
+        key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
+        reason = str(chain[-1]).strip().splitlines()[0].replace("Expected a dot import path string:", "no class is called")
+        return f"{key}: {reason}" if key and key not in reason else reason
+    return None
 
 
 if __name__ == "__main__":
