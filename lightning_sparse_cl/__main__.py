@@ -90,7 +90,8 @@ def one_line(error: BaseException) -> str | None:
             return str(link)
     if isinstance(error, ArgumentError):
         key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
-        reason = str(chain[-1]).strip().splitlines()[0].replace("Expected a dot import path string:", "no class is called")
+        reason = str(chain[-1]).strip().splitlines()[0]
+        reason = reason.replace("Expected a dot import path string:", "no class is called")
         return f"{key}: {reason}" if key and key not in reason else reason
     return None
 
