@@ -6,12 +6,15 @@ import re
 import sys
 import traceback
 import warnings
+import zipfile
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -35,12 +38,46 @@ class SparseCLI(LightningCLI):
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].ckpt_path
+        if path is not None and path not in ("last", "best", "hpc") and not zipfile.is_zipfile(path):
+            state = "is truncated or no checkpoint" if Path(path).is_file() else "is not there"
+            raise ValueError(f"--ckpt_path={path}: this file {state}")
+
+    def before_fit(self) -> None:
+        """``--ckpt_path last`` is the newest run of this very configuration."""
+        config = self.config_init[self.subcommand]
+        if config.ckpt_path == "last" and config.checkpoint.dirpath is None:
+            config.ckpt_path = str(newest_run(self.trainer.logger, self.config[self.subcommand]))
+
+    before_validate = before_test = before_predict = before_fit
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.config_init[self.subcommand].trainer
         own_bar = any(isinstance(c, ProgressBar) for c in trainer.callbacks or [])
         if trainer.enable_progress_bar is not False and not own_bar:
             self.trainer_defaults["callbacks"].insert(0, scl.TaskProgressBar())
         return super().instantiate_trainer(**kwargs)
+
+
+def newest_run(logger: Any, config: Any) -> Path:
+    """``last.ckpt`` of the newest run in ``logger``'s folder that has the model, data and schedule of ``config``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    runs = Path(logger.save_dir or ".", logger.name or "") if logger is not None else Path()
+    wanted = {key: config.get(key) for key in ("seed_everything", "model", "data", "schedule")}
+    wanted = yaml.safe_load(yaml.safe_dump(Namespace(**wanted).as_dict()))
+    found = []
+    for path in runs.glob("*/checkpoints/last.ckpt"):
+        saved = yaml.safe_load((path.parents[1] / "config.yaml").read_text())
+        if all(saved.get(key) == value for key, value in wanted.items()):
+            found.append(path)
+    if not found:
+        raise FileNotFoundError(f"--ckpt_path=last: no run under {runs} has this configuration and a last.ckpt")
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def main(args: ArgsType = None) -> SparseCLI:

@@ -1,47 +1,78 @@
-"""A run that is killed and resumed ends with the same bits as one that never stopped."""
+"""A run that is killed anywhere and resumed ends with the same bits as one that never stopped."""
 
 import os
+import random
 import signal
-import subprocess
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_sparse_cl.__main__ import main
+from lightning_sparse_cl.__main__ import main, run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
+EPOCHS = 2
 
 
-class Kill(pl.Callback):
-    """SIGKILL, which nothing can catch, after a given training step."""
+class Strike(pl.Callback):
+    """Sends this process a signal the ``at``-th time (from 1) that a hook is called; SIGKILL cannot be caught.
 
-    def __init__(self, step: int):
-        self.step = step
+    ``hook`` is a hook's name, or ``"write"``: a checkpoint is written but not yet in its place.
+    """
 
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def __init__(self, hook: str, at: int, number: int = 9):
+        self.left = at
+        self.number = number
+        if hook == "write":
+            replace = os.replace
+            os.replace = lambda *args: self.strike() if str(args[0]).endswith(".part") and self.left == 1 else (
+                self.strike() if str(args[0]).endswith(".part") else None, replace(*args))  # fmt: skip
+        else:
+            setattr(self, hook, self.strike)
+
+    def strike(self, *_, **__):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
 
 
 def command(folder, config, *more):
     return [
-        "fit", "-c", str(CONFIGS / f"{config}.yaml"), "--schedule.epochs", "2", "--model.init_args.backbone.width", "4",
-        "--trainer.default_root_dir", str(folder), "--trainer.logger", "false", "--checkpoint.dirpath", str(folder),
-        "--checkpoint.every_n_train_steps", "5", "--checkpoint.save_top_k", "-1", "--trainer.accelerator", "cpu",
-        "--trainer.enable_progress_bar", "false", *more,
+        "fit", "-c", str(CONFIGS / f"{config}.yaml"), f"--schedule.epochs={EPOCHS}",
+        "--model.init_args.backbone.width=4", f"--trainer.default_root_dir={folder}", "--trainer.logger=false",
+        f"--checkpoint.dirpath={folder}", "--checkpoint.every_n_train_steps=3", "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false", *more,
     ]  # fmt: skip
 
 
+def forked(args):
+    """Run the command line in a copy of this process; its exit status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            main(args)
+            status = 0
+        except SystemExit as exit:
+            status = exit.code
+        except Exception:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 def final_state(folder):
+    """Everything in the last checkpoint but clocks, paths and the loops' progress."""
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    checkpoint["callbacks"] = {
-        k: v for k, v in checkpoint["callbacks"].items() if k in ("TaskSchedule", "ContinualEvaluation")
-    }
-    kept = ("state_dict", "masks", "optimizer_states", "callbacks", "random_states", "SplitDigits", "global_step")
-    return {name: checkpoint[name] for name in kept if name in checkpoint}
+    callbacks = {k: v for k, v in checkpoint["callbacks"].items() if "Checkpoint" not in k and k != "RunReport"}
+    left_out = ("callbacks", "loops", "pytorch-lightning_version", "epoch")
+    return {k: v for k, v in checkpoint.items() if k not in left_out} | {"callbacks": callbacks}
 
 
 def assert_identical(a, b, where=""):
@@ -60,34 +91,112 @@ def assert_identical(a, b, where=""):
         assert a == b, where
 
 
+class Counter(pl.Callback):
+    """How many steps the whole run has, and the last one of each task."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_task_end(self, trainer, pl_module, task):
+        self.ends.append(trainer.global_step)
+
+
+def whole_run(folder, config, *more):
+    """The run that is never stopped; the last step of each task."""
+    cli = main(command(folder, config, *more, "--trainer.callbacks+=test_resume.Counter"))
+    return next(c for c in cli.trainer.callbacks if type(c).__name__ == "Counter").ends
+
+
+def kill_and_resume(whole, folder, config, hook, at, *more):
+    """Kill at the point, go on from ``last.ckpt`` (anew if there is none), compare everything."""
+    strike = ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={hook}",
+              f"--trainer.callbacks.at={at}"]  # fmt: skip
+    assert forked(command(folder, config, *more, *strike)) == -signal.SIGKILL, f"never reached {hook} {at}"
+    assert not (folder / "metrics.json").exists()
+    resume = ["--ckpt_path=last"] if (folder / "last.ckpt").exists() else []
+    assert forked(command(folder, config, *more, *resume)) == 0
+    assert_identical(final_state(whole), final_state(folder), f"{config}, {hook} {at}: ")
+
+
+def points(ends, seed):
+    """Where to kill: (hook, how many calls of it)."""
+    middle = ends[1] - (ends[1] - ends[0]) // 4
+    drawn = random.Random(seed).sample(range(4, ends[-1]), 10)
+    return {
+        "middle of a task": ("on_train_batch_end", middle),
+        "just before a transition": ("on_train_batch_start", ends[1]),
+        "between pruning and measuring": ("on_task_end", 2),
+        "after the measurement": ("on_after_task_end", 2),
+        "the epoch's end at a transition": ("on_train_epoch_end", 2 * EPOCHS),
+        "the next task's start": ("on_task_start", 3),
+        "its first batch": ("on_train_batch_start", ends[1] + 1),
+        "in its first step": ("on_before_zero_grad", ends[1] + 1),
+        "a checkpoint's write": ("write", 20),
+        "a checkpoint's write at a transition": ("write", 2 * (ends[1] // 3)),
+        "the last step": ("on_train_batch_end", ends[-1]),
+    } | {f"step {step}": ("on_train_batch_end", step) for step in drawn}
+
+
+IN_CI = ["middle of a task", "between pruning and measuring", "a checkpoint's write", "its first batch"]
+
+
+@pytest.mark.parametrize("config", ["esacl", "derpp"])
+def test_killed_and_resumed(tmp_path, config):
+    ends = whole_run(tmp_path / "whole", config)
+    for name in IN_CI:
+        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *points(ends, 0)[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+def test_killed_anywhere_and_resumed(tmp_path, config):
+    ends = whole_run(tmp_path / "whole", config)
+    chosen = {k: v for k, v in points(ends, config).items() if len(ends) > 1 or k.startswith("step")}
+    for name, point in chosen.items():
+        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *point)
+    print(f"{config}: {len(chosen)} of {len(chosen)} kills resumed bit for bit")
+
+
 @pytest.mark.parametrize(
-    ("config", "more", "step"),
-    [
-        ("esacl", ["--model.init_args.freeze", "share", "--model.init_args.selection.warmup", "1"], 88),
-        ("esacl", [], 72),
-        ("derpp", ["--data.init_args.val_fraction", "0.1"], 58),
-    ],
+    "point", [("on_validation_batch_end", 3), ("on_validation_end", 3), ("on_train_batch_end", 51)]
 )
-def test_killed_in_the_middle_of_a_task_and_resumed(tmp_path, config, more, step):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    main(command(whole, config, *more))
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from lightning_sparse_cl.__main__ import main; import test_resume\n"
-        f"main(test_resume.command({str(killed)!r}, *sys.argv[2:]) + ['--trainer.callbacks+=test_resume.Kill', "
-        f"'--trainer.callbacks.step={step}'])"
-    )
-    died = subprocess.run(
-        [sys.executable, "-c", script, str(Path(__file__).parent), config, *more], capture_output=True, text=True
-    )
-    assert died.returncode == -signal.SIGKILL, died.stderr[-3000:]
-    resumed_from = max(killed.glob("epoch*.ckpt"), key=lambda p: int(p.stem.split("step=")[1]))
-    assert int(resumed_from.stem.split("step=")[1]) % 34  # inside a task and inside an epoch
-    main(command(killed, config, *more, "--ckpt_path", str(resumed_from)))
-    expected, found = final_state(whole), final_state(killed)
-    assert "SplitDigits" in expected and "state_dict" in expected
-    assert_identical(expected, found)
+def test_killed_during_validation(tmp_path, point):
+    held_out = ["--data.init_args.val_fraction=0.2", "--model.init_args.freeze=share"]
+    whole_run(tmp_path / "whole", "esacl", *held_out)
+    kill_and_resume(tmp_path / "whole", tmp_path / "killed", "esacl", *point, *held_out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("point", [("on_train_batch_start", 31), ("on_after_task_end", 2)])
+def test_signals_finish_the_step_save_and_leave(tmp_path, number, point):
+    whole_run(tmp_path / "whole", "derpp")
+    strike = ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={point[0]}",
+              f"--trainer.callbacks.at={point[1]}", f"--trainer.callbacks.number={int(number)}"]  # fmt: skip
+    never = ["--checkpoint.every_n_train_steps=1000000"]
+    handler = signal.getsignal(number)
+    assert forked(command(tmp_path / "told", "derpp", *never, *strike)) == 128 + number
+    assert signal.getsignal(number) is handler
+    assert torch.load(tmp_path / "told" / "last.ckpt", weights_only=True)["global_step"] >= 31
+    main(command(tmp_path / "told", "derpp", *never, "--ckpt_path=last"))
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "told"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    calls = 0
+
+    def fsync(_):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("sys.argv", ["sparsecl", *command(tmp_path, "finetune")])
+    with pytest.raises(SystemExit) as exit:
+        run()
+    assert "No space left on device; earlier checkpoints are untouched" in exit.value.code
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] in (3, 6)
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, capsys):
@@ -95,3 +204,46 @@ def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, capsys):
     before = final_state(tmp_path)
     main(command(tmp_path, "finetune", "--ckpt_path", str(tmp_path / "last.ckpt")))
     assert_identical(before, final_state(tmp_path))
+
+
+def test_last_is_the_newest_run_of_the_same_configuration():
+    def fit(config, *more):
+        return main(
+            ["fit", "-c", str(CONFIGS / f"{config}.yaml"), "--schedule.epochs=1", "--trainer.limit_train_batches=2",
+             "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", *more]
+        )  # fmt: skip
+
+    first = fit("er")
+    time.sleep(0.01)
+    fit("finetune")
+    again = fit("er", "--ckpt_path=last")
+    assert Path(again.trainer.ckpt_path).parents[1].name == Path(first.trainer.log_dir).name
+    with pytest.raises(FileNotFoundError, match="no run under"):
+        fit("er", "--ckpt_path=last", "--seed_everything=7")
+
+
+@pytest.mark.parametrize(
+    ("config", "more", "message"),
+    [
+        ("finetune", ["--model.init_args.backbone.width=5"], "of another network: backbone.0.weight is"),
+        ("er", [], "another network: objective.memory"),
+        ("finetune", ["--data=PermutedDigits"], "data = 'SplitDigits' and this run has 'PermutedDigits'"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, config, more, message):
+    short = "--trainer.limit_train_batches=4"
+    main(command(tmp_path, "finetune", short))
+    with pytest.raises(ValueError, match=message):
+        main(command(tmp_path, config, short, f"--ckpt_path={tmp_path / 'last.ckpt'}", *more))
+
+
+def test_damaged_checkpoints_are_refused_by_name(tmp_path):
+    main(command(tmp_path, "finetune", "--trainer.limit_train_batches=4"))
+    path = tmp_path / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["task_sequence"]["format"] = 0
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:-1000])
+    for name, message in (("old", "format = 0"), ("cut", "truncated"), ("none", "is not there")):
+        with pytest.raises(ValueError, match=message):
+            main(command(tmp_path, "finetune", f"--ckpt_path={tmp_path / name}.ckpt"))

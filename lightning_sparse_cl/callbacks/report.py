@@ -76,7 +76,7 @@ class RunReport(pl.Callback):
 
     @rank_zero_only
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._finished and trainer.progress_bar_callback is not None:  # after the bar has left the screen
+        if self._finished:  # now, after the bar has left the screen
             metrics, folder = self._finished
             print_report(metrics)
             print(f"results in {folder}")

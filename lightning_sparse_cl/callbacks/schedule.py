@@ -116,9 +116,41 @@ class TaskSchedule(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begun = state["begun"]
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["task_sequence"] = _identity(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        if "task_sequence" not in checkpoint:
+            raise ValueError("TaskSchedule: this checkpoint is not of a task sequence; start anew without ckpt_path")
+        found = checkpoint["task_sequence"]
+        for key, value in _identity(trainer, pl_module).items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"TaskSchedule: the checkpoint has {key} = {found.get(key)!r} and this run has {value!r}; go on "
+                    "with what it was taken with"
+                )
+        loop = checkpoint["loops"]["fit_loop"]
+        epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
+        between = batch["is_last_batch"] and epoch["processed"] < epoch["started"]
+        if between and trainer.datamodule.val_fraction:
+            raise ValueError(
+                "TaskSchedule: this checkpoint was taken between an epoch's last batch and its validation, which "
+                "Lightning would skip on resuming; take another (SequenceCheckpoint never saves there)"
+            )
+
     def _announce(self, hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for callback in trainer.callbacks:
             if hasattr(callback, hook):
                 getattr(callback, hook)(trainer, pl_module, self.begun)
         if hasattr(pl_module, hook):
             getattr(pl_module, hook)(trainer, self.begun)
+
+
+def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """What must be the same in a run that goes on; ``format`` grows when the state's layout changes."""
+    return {
+        "format": 1,
+        "method": type(pl_module).__qualname__,
+        "data": type(trainer.datamodule).__qualname__,
+        "num_tasks": trainer.datamodule.num_tasks,
+    }

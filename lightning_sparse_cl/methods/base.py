@@ -139,9 +139,22 @@ class ContinualModule(pl.LightningModule):
         checkpoint["built_for"] = self.built
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``)."""
+        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``).
+
+        Raises:
+            ValueError: if the checkpoint is of another network or memory.
+        """
         if self.head is None:
             self.build(**checkpoint["built_for"])
+        own, found = self.state_dict(), checkpoint["state_dict"]
+        for name in own | found:
+            shapes = [tuple(s[name].shape) if torch.is_tensor(s.get(name)) else name in s for s in (found, own)]
+            if shapes[0] != shapes[1]:
+                there, here = ({True: "present", False: "missing"}.get(s, s) for s in shapes)
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint is of another network: {name} is {there} in it and "
+                    f"{here} in this one"
+                )
 
     def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What every process has seen, in the same order on each, so that all hold the same memory."""
