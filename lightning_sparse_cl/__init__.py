@@ -3,7 +3,9 @@
 from lightning_sparse_cl.backbones import ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
     ContinualEvaluation,
+    FiniteLoss,
     FreezeMasks,
+    GradientClipping,
     OneShotPruning,
     PassCounter,
     RandomState,
@@ -11,6 +13,8 @@ from lightning_sparse_cl.callbacks import (
     RunReport,
     SequenceCheckpoint,
     Sparsifier,
+    TaskEarlyStopping,
+    TaskLRSchedule,
     TaskProgressBar,
     TaskSchedule,
 )

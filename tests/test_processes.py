@@ -1,7 +1,15 @@
-"""Two gloo processes: the same weights, masks and memory on both, and every test sample counted once."""
+"""Two gloo processes: the same weights, masks and memory on both, kills, and every test sample counted once."""
 
+import os
+import signal
+import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import CONFIGS, assert_identical, command, final_state, points
 
 SCRIPT = """
 import sys, torch, lightning.pytorch as pl, logging, warnings
@@ -46,3 +54,88 @@ def test_two_processes_agree_bit_for_bit(tmp_path):
     done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p.name for p in tmp_path.glob("ok*")} == {"ok0", "ok1"}
+
+
+def launch(args, processes=2, batch_size=8):
+    """The command line on several gloo processes, in a session of its own; its exit status and what it said."""
+    many = [f"--trainer.devices={processes}", f"--data.init_args.batch_size={batch_size}"]
+    many += ["--trainer.strategy=ddp"] if processes > 1 else []
+    job = subprocess.Popen(
+        [sys.executable, "-m", "lightning_sparse_cl", *args, *many], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    try:
+        said, _ = job.communicate(timeout=300)
+    finally:
+        if job.poll() is None or processes > 1:
+            subprocess.run(["kill", "-KILL", "--", f"-{job.pid}"], capture_output=True)
+    return job.returncode, said
+
+
+def strike(hook, at, number=signal.SIGKILL):
+    return ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={hook}",
+            f"--trainer.callbacks.at={at}", f"--trainer.callbacks.number={int(number)}"]  # fmt: skip
+
+
+def whole_run(folder, config):
+    """The run of two processes that is never stopped; the last step of each task."""
+    status, said = launch(command(folder, config))
+    assert status == 0, said[-3000:]
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    starts, steps = checkpoint["SplitDigits"]["starts"], checkpoint["global_step"]
+    sizes = [len(alive) // 16 for alive in checkpoint["SplitDigits"]["alive"]]
+    ends = [sum(n * (b - a) for n, a, b in zip(sizes[: t + 1], starts, starts[1:])) for t in range(len(sizes))]
+    assert ends[-1] == steps
+    return ends
+
+
+def kill_and_resume(whole, folder, config, hook, at):
+    status, said = launch([*command(folder, config), *strike(hook, at)])
+    assert status == -signal.SIGKILL, said[-3000:]
+    resume = ["--ckpt_path=last"] if (folder / "last.ckpt").exists() else []
+    status, said = launch([*command(folder, config), *resume])
+    assert status == 0, said[-3000:]
+    assert_identical(final_state(whole), final_state(folder), f"{config}, {hook} {at}: ")
+
+
+def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):
+    ends = whole_run(tmp_path / "whole", "esacl")
+    kill_and_resume(tmp_path / "whole", tmp_path / "killed", "esacl", "on_task_end", 2)
+    told = tmp_path / "told"
+    status, said = launch([*command(told, "esacl"), *strike("on_train_batch_start", ends[0] + 4, signal.SIGTERM)])
+    assert status == 128 + signal.SIGTERM, said[-3000:]
+    at = torch.load(told / "last.ckpt", weights_only=True)["global_step"]
+    assert ends[0] < at < ends[1]
+    status, said = launch([*command(told, "esacl"), "--ckpt_path=last"], processes=1, batch_size=16)
+    assert status == 0, said[-3000:]
+    two, one = (torch.load(tmp_path / f / "last.ckpt", weights_only=True) for f in ("whole", "told"))
+    assert one["global_step"] == two["global_step"]
+    memory = "objective.memory._extra_state"
+    assert one["state_dict"][memory] == two["state_dict"][memory]  # seen, and by which seed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+def test_two_processes_killed_anywhere_and_resumed(tmp_path, config):
+    ends = whole_run(tmp_path / "whole", config)
+    chosen = points(ends, config) if len(ends) > 1 else {"step": ("on_train_batch_end", ends[-1] // 2)}
+    chosen = dict(list(chosen.items())[::3])
+    for name, point in chosen.items():
+        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *point)
+    print(f"{config}, two processes: {len(chosen)} of {len(chosen)} kills resumed bit for bit")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_well_as_one(tmp_path):
+    """Median accuracy over three seeds, with the same global batch."""
+    accuracies = {1: [], 2: []}
+    for seed in range(3):
+        for processes in accuracies:
+            folder = tmp_path / f"{processes}-{seed}"
+            args = [*command(folder, "derpp", "--schedule.epochs=8", f"--seed_everything={seed}"),
+                    "--model.init_args.backbone.width=16"]  # fmt: skip
+            status, said = launch(args, processes, 16 // processes)
+            assert status == 0, said[-3000:]
+            R = torch.load(folder / "last.ckpt", weights_only=True)["callbacks"]["ContinualEvaluation"]["class_il"]["R"]
+            accuracies[processes].append(float(R[-1].mean()))
+    assert abs(statistics.median(accuracies[1]) - statistics.median(accuracies[2])) < 0.05, accuracies

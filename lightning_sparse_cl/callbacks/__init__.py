@@ -1,8 +1,12 @@
 """Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
 
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
+from lightning_sparse_cl.callbacks.clipping import GradientClipping
+from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
+from lightning_sparse_cl.callbacks.finite import FiniteLoss
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
+from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.passes import PassCounter
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
@@ -13,7 +17,9 @@ from lightning_sparse_cl.callbacks.state import RandomState
 
 __all__ = [
     "ContinualEvaluation",
+    "FiniteLoss",
     "FreezeMasks",
+    "GradientClipping",
     "OneShotPruning",
     "PassCounter",
     "RandomState",
@@ -21,6 +27,8 @@ __all__ = [
     "RunReport",
     "SequenceCheckpoint",
     "Sparsifier",
+    "TaskEarlyStopping",
+    "TaskLRSchedule",
     "TaskProgressBar",
     "TaskSchedule",
 ]

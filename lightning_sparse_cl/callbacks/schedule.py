@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -27,7 +27,8 @@ class TaskSchedule(pl.Callback):
     Between start and end lie exactly the task's batches for every callback, wherever it stands in the list: the
     schedule moves itself behind the others (but before checkpoints, which see the consolidated weights).
 
-    A task also ends early when a callback calls ``trainer.datamodule.end_task()``. The last task's end stops the fit.
+    A task also ends early, with the running epoch, when a callback calls ``trainer.datamodule.end_task()`` (before the
+    epoch's validation or, :class:`TaskEarlyStopping`, after it). The last task's end stops the fit.
 
     Args:
         epochs: epochs per task, one number for all or one a task.
@@ -41,8 +42,8 @@ class TaskSchedule(pl.Callback):
         if min(epochs if isinstance(epochs, Sequence) else [epochs], default=0) < 1:
             raise ValueError(f"TaskSchedule(epochs={epochs}): a task takes at least one epoch")
         self.epochs = epochs
-        self.begun = -1
-        """The last task that was started."""
+        self.begun = self.ended = -1
+        """The last tasks that were started and consolidated."""
 
     def epochs_of(self, task: int) -> int:
         """Epochs planned for ``task``."""
@@ -54,7 +55,7 @@ class TaskSchedule(pl.Callback):
             raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
         if stage != "fit":
             return
-        self.begun = -1
+        self.begun = self.ended = -1
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
@@ -71,6 +72,11 @@ class TaskSchedule(pl.Callback):
             raise ValueError(
                 f"Trainer(max_steps={trainer.max_steps}): the schedule decides when the sequence ends; leave "
                 "max_steps out, and shorten TaskSchedule(epochs=...) or use limit_train_batches"
+            )
+        if any(isinstance(c, EarlyStopping) for c in trainer.callbacks):
+            raise ValueError(
+                "EarlyStopping would end the whole sequence at the first task that no longer improves; "
+                "TaskEarlyStopping(monitor, patience) ends the task"
             )
         trainer.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
@@ -95,7 +101,15 @@ class TaskSchedule(pl.Callback):
             return
         if data.epoch_in_task + 1 >= self.epochs_of(data.task):
             data.end_task()
-        if data.starts[-1] > trainer.current_epoch:
+        self._consolidate(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._consolidate(trainer, pl_module)  # a callback may have ended the task after its last batch
+
+    def _consolidate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule
+        if data.starts[-1] > trainer.current_epoch and self.ended < self.begun:
+            self.ended = self.begun
             if trainer.world_size > 1:  # DDP brings batch-norm statistics in step at the next forward, too late here
                 for buffer in pl_module.buffers():
                     torch.distributed.broadcast(buffer, 0)
@@ -111,10 +125,10 @@ class TaskSchedule(pl.Callback):
             trainer.limit_val_batches = self._limit_val_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": self.begun}
+        return {"begun": self.begun, "ended": self.ended}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begun = state["begun"]
+        self.begun, self.ended = state["begun"], state["ended"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["task_sequence"] = _identity(trainer, pl_module)

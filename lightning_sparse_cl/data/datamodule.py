@@ -198,7 +198,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def prepare(self, x: Tensor, augment: bool = True) -> Tensor:
         """Stored images to network input, on their device; augmented if asked and if the data module augments."""
-        return self.transform.to(x.device)(x, augment=augment and self.augment)
+        x = self.transform.to(x.device)(x, augment=augment and self.augment)
+        return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
 
     def state_dict(self) -> dict[str, Any]:
         return {"starts": self.starts, "alive": self.alive, "order_seed": self.order_seed}

@@ -62,13 +62,30 @@ class ContinualModule(pl.LightningModule):
         """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``."""
         training = self.backbone.training
         with torch.no_grad():
-            features = self.backbone.eval()(torch.zeros(1, *input_shape))
+            own = next((p.dtype for p in self.backbone.parameters()), torch.float32)  # Trainer(precision) comes later
+            features = self.backbone.eval()(torch.zeros(1, *input_shape, dtype=own))
         self.backbone.train(training)
-        self.head = nn.Linear(features.shape[1], num_classes)
+        self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
         self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
         self.objective.build(input_shape, num_classes, seed, dtype)
 
     def configure_callbacks(self) -> list[pl.Callback]:
+        """The policies.
+
+        Raises:
+            ValueError: if the Trainer is asked for what it does under automatic optimisation only.
+        """
+        clip, accumulate = self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches
+        if clip:
+            raise ValueError(
+                f"Trainer(gradient_clip_val={clip}): {type(self).__name__} steps by itself; add "
+                f"GradientClipping({clip}) to its policies"
+            )
+        if accumulate != 1:
+            raise ValueError(
+                f"Trainer(accumulate_grad_batches={accumulate}): {type(self).__name__} steps by itself, once a batch; "
+                f"use a batch_size {accumulate} times as large"
+            )
         return self.policies
 
     def configure_optimizers(self) -> Optimizer:

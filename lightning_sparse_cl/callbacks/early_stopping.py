@@ -1,0 +1,58 @@
+"""Early stopping that ends the task and not the sequence."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+
+class TaskEarlyStopping(pl.Callback):
+    """End the running task when a metric has not improved for ``patience`` epochs; each task starts afresh.
+
+    The metric is looked up when an epoch and its validation are over; the task is consolidated right then.
+
+    Args:
+        monitor: name of a logged metric, ``"val/acc"`` or ``"val/loss"`` for the methods of this package.
+        patience: epochs without improvement after which the task ends, at least 1.
+        mode: whether ``"min"`` or ``"max"`` is better.
+        min_delta: a change must exceed this to count.
+
+    Raises:
+        ValueError: if an argument is out of range, or the metric is not logged.
+    """
+
+    def __init__(
+        self, monitor: str, patience: int = 3, mode: Literal["min", "max"] = "min", min_delta: float = 0.0
+    ) -> None:
+        if patience < 1:
+            raise ValueError(f"TaskEarlyStopping(patience={patience}): a task may go at least one epoch without gain")
+        if mode not in ("min", "max"):
+            raise ValueError(f"TaskEarlyStopping(mode={mode!r}): mode is 'min' or 'max'")
+        if min_delta < 0:
+            raise ValueError(f"TaskEarlyStopping(min_delta={min_delta}): the least change is >= 0")
+        self.monitor, self.patience, self.mode, self.min_delta = monitor, patience, mode, min_delta
+        self._best, self._waited = float("inf"), 0
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._best, self._waited = float("inf"), 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        if self.monitor not in metrics:
+            raise ValueError(
+                f"TaskEarlyStopping(monitor={self.monitor!r}): not logged; there is {', '.join(metrics) or 'nothing'}"
+            )
+        value = float(metrics[self.monitor]) * (1 if self.mode == "min" else -1)
+        if value < self._best - self.min_delta:
+            self._best, self._waited = value, 0
+        else:
+            self._waited += 1
+        if trainer.strategy.reduce_boolean_decision(self._waited >= self.patience, all=False):
+            trainer.datamodule.end_task()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._waited = state["best"], state["waited"]

@@ -1,0 +1,166 @@
+"""What users of Lightning expect under manual optimisation: clipping, schedules, early stopping, finite losses."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim import SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+
+from lightning_sparse_cl import (
+    ContinualEvaluation,
+    ContinualModule,
+    DERpp,
+    EsaCL,
+    FiniteLoss,
+    GradientClipping,
+    OneShotPruning,
+    RandomState,
+    SequenceCheckpoint,
+    SharpnessAware,
+    SmallCNN,
+    SmallMLP,
+    TaskEarlyStopping,
+    TaskLRSchedule,
+    TaskSchedule,
+)
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+
+
+def trainer(*callbacks, epochs=2, **kwargs):
+    options = dict(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    return pl.Trainer(callbacks=[TaskSchedule(epochs), *callbacks], **(options | kwargs))
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_clipping_bounds_the_gradient_of_every_step(automatic):
+    class Watch(pl.Callback):
+        norms = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.norms.append(float(torch.nn.utils.get_total_norm(p.grad for p in pl_module.parameters())))
+
+    before, after = Watch(), Watch()
+    before.norms, after.norms = [], []
+    model = PlainClassifier(6) if automatic else ContinualModule(SmallMLP([8]), update=SharpnessAware())
+    trainer(before, GradientClipping(0.1), after).fit(model, toy_tasks())
+    assert max(before.norms) > 0.2 and max(after.norms) <= 0.1 * (1 + 1e-4)
+    assert len(after.norms) == 30
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_learning_rates_start_again_with_every_task(interval):
+    class Watch(pl.Callback):
+        rates = []
+
+        def on_train_batch_start(self, trainer, *_):
+            self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    watch = Watch()
+    watch.rates = []
+    model = ContinualModule(SmallMLP([8]), optimizer=partial(SGD, lr=0.8))
+    trainer(watch, TaskLRSchedule(partial(StepLR, step_size=1, gamma=0.5), interval)).fit(model, toy_tasks())
+    task = [0.8] * 5 + [0.4] * 5 if interval == "epoch" else [0.8 * 0.5**i for i in range(10)]
+    assert watch.rates == pytest.approx(task * 3)
+
+
+@pytest.mark.parametrize("step", [7, 10, 13])
+def test_schedules_and_early_stopping_go_on_where_they_were(tmp_path, step):
+    def fit(folder, **resume):
+        pl.seed_everything(0, verbose=False)
+        model = EsaCL(
+            SmallCNN(4), DERpp(30, 8), policies=[TaskLRSchedule(partial(CosineAnnealingLR, T_max=15), "step")]
+        )
+        checkpoint = SequenceCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer(
+            RandomState(), ContinualEvaluation(), TaskEarlyStopping("val/acc", 1, "max"), checkpoint, epochs=4,
+            enable_checkpointing=True,
+        ).fit(model, toy_tasks(val_fraction=0.2), **resume)  # fmt: skip
+        return model.trainer
+
+    whole = fit(tmp_path / "a")
+    resumed = fit(tmp_path / "b", ckpt_path=tmp_path / "a" / f"step={step}.ckpt")
+    assert whole.datamodule.starts == resumed.datamodule.starts
+    for a, b in zip(whole.lightning_module.parameters(), resumed.lightning_module.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_early_stopping_ends_the_task_and_not_the_sequence():
+    class Scripted(pl.Callback):
+        """A metric that stops improving after the second epoch of a task."""
+
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("score", float(min(trainer.datamodule.epoch_in_task, 1)))
+
+    evaluation = ContinualEvaluation()
+    t = trainer(Scripted(), TaskEarlyStopping("score", 2, "max"), OneShotPruning(0.5), evaluation, epochs=[9, 9, 3])
+    model = ContinualModule(SmallCNN(4))
+    t.fit(model, toy_tasks(val_fraction=0.2))
+    assert t.datamodule.starts == [0, 4, 8, 11]  # best in its second epoch, two more without gain; the last is short
+    assert not evaluation.matrices["class_il"].R.isnan().any()
+    weight = model.backbone[3].weight
+    assert int((weight == 0).sum()) == weight.numel() // 2  # the last task was consolidated, too
+
+
+def test_what_lightning_would_do_wrongly_is_refused_with_a_remedy():
+    model = ContinualModule(SmallMLP([8]))
+    for callbacks, options, message in (
+        ([], {"gradient_clip_val": 1.0}, r"GradientClipping\(1.0\)"),
+        ([], {"accumulate_grad_batches": 4}, "batch_size 4 times"),
+        ([EarlyStopping("val/loss")], {}, "TaskEarlyStopping"),
+        ([], {"max_steps": 10}, "max_steps"),
+        ([TaskEarlyStopping("nonsense")], {}, "nonsense.*train/loss"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            trainer(*callbacks, **options).fit(model, toy_tasks())
+
+
+def test_a_loss_that_is_not_a_number_names_its_place_and_spares_the_checkpoint(tmp_path):
+    class Poison(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 12:
+                pl_module.head.weight.data.fill_(float("nan"))
+
+    checkpoint = SequenceCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
+    model = ContinualModule(SmallMLP([8]))
+    with pytest.raises(ValueError, match=r"task 1, epoch 2, step 13"):
+        trainer(FiniteLoss(), Poison(), checkpoint, enable_checkpointing=True).fit(model, toy_tasks())
+    kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert kept["global_step"] == 12 or kept["global_step"] == 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bf16-mixed"},
+        {"precision": "64-true"},
+        {"precision": "bf16-true"},
+        {"fast_dev_run": True},
+        {"overfit_batches": 2},
+        {"limit_train_batches": 2},
+        {"limit_train_batches": 0.5},
+        {"logger": True, "log_every_n_steps": 1},
+        {"accumulate_grad_batches": 1, "deterministic": True},
+    ],
+    ids=str,
+)
+def test_trainer_options_work(options):
+    evaluation = ContinualEvaluation()
+    t = trainer(evaluation, **options)
+    t.fit(EsaCL(SmallCNN(4), DERpp(30, 8)), toy_tasks())
+    if "fast_dev_run" not in options:
+        assert evaluation.matrices["class_il"].R.isfinite().all()
+
+
+def test_checkpoints_by_a_metric_and_by_steps(tmp_path):
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/acc", mode="max", save_top_k=2)
+    steps = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=4, save_top_k=-1)
+    t = trainer(best, steps, enable_checkpointing=True)
+    t.fit(EsaCL(SmallCNN(4), DERpp(30, 8)), toy_tasks(val_fraction=0.2))
+    assert len(list((tmp_path / "best").iterdir())) == 2
+    assert len(list((tmp_path / "steps").iterdir())) == 24 // 4
