@@ -14,6 +14,9 @@ class FreezeMasks(Sparsifier):
     Freezing acts on the update: frozen weights are bit-identical for the rest of the run, whatever the optimiser.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # which weights is the pruning callback's choice
+
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for name, alive in self.masks.alive.items():
             self.masks.set_frozen(name, alive)

@@ -1,0 +1,154 @@
+"""Every public hyper-parameter does something: changing it changes the result. New classes join by themselves."""
+
+import copy
+import inspect
+from functools import cache, partial
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import StepLR
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.demos import toy_tasks
+
+PARTS = (
+    scl.Objective, scl.UpdateRule, Optimizer, scl.LossSelection, scl.ContinualModule, scl.TaskDataModule, pl.Callback,
+    nn.Module,
+)  # fmt: skip
+
+NO_RESULT = {
+    "they need files; their options are those of SplitDigits and are tested with the files in tests/data": {
+        name for name in dir(scl) if name.startswith(("SplitMNIST", "SplitFashion", "SplitCIFAR", "SplitTiny",
+        "SplitMini", "SplitImageFolder", "PermutedMNIST", "RotatedMNIST"))},
+    "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
+        "Objective", "UpdateRule", "Sparsifier", "AccuracyMatrix", "ReservoirMemory", "ImageTransform"},
+    "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
+    "on the screen only": {"TaskProgressBar"},
+    "where it runs, not what comes out": {"num_workers"},
+    "digits are not augmented": {"SplitDigits.augment", "PermutedDigits.augment", "RotatedDigits.augment"},
+    "what the parts below are put into": {"params", "kwargs", "args"},
+}  # fmt: skip
+
+THE_DATA = toy_tasks()
+IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for part in ("images", "labels"))
+
+# What a class needs to be made at all or to show a difference, and the other value where it is not obvious.
+BASE: dict[str, dict[str, Any]] = {
+    "ContinualModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03)},
+    "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
+    "ER": {"memory": 30, "minibatch": 8}, "DERpp": {"memory": 30, "minibatch": 8},
+    "DERppOneDraw": {"memory": 30, "minibatch": 8},
+    "LossSelection": {"warmup": 1},
+    "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
+    "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
+    "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
+    "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3},
+}  # fmt: skip
+OTHER: dict[str, Any] = {
+    "backbone": scl.SmallMLP([8]), "objective": scl.ER(30, 8), "update": scl.SharpnessAware(0.5),
+    "optimizer": partial(SGD, lr=0.01), "selection": scl.LossSelection(0.2, 0.2, 0),
+    "policies": [scl.GradientClipping(0.1)], "freeze": "share", "dense": ["head.weight"], "of": "share",
+    "init": "zero", "momentum": 0.9, "min_k": 40, "scheduler": partial(StepLR, step_size=2, gamma=0.1),
+    "interval": "step", "monitor": "val/acc", "mode": "max", "min_delta": 1e9, "patience": 3, "hidden": [5],
+    "class_order": 3, "transform": scl.ImageTransform([0.2], [0.7]), "train": (IMAGES[0].flip(3), IMAGES[1]),
+    "test": (IMAGES[0][:90], IMAGES[1][:90] * 0 + torch.arange(90) % 6), "crop": 1, "flip": False, "num_tasks": 2,
+    "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
+}  # fmt: skip
+OTHER |= {
+    "EsaCL.update": scl.Plain(),
+    "EsaCL.backbone": scl.SmallMLP([8, 8]),
+    "joint": True,
+    "PermutedDigits.num_tasks": 3,
+    "RotatedDigits.num_tasks": 3,
+}
+
+
+def public():
+    """Every pair of a public class and one of its parameters, those inherited through ``**kwargs`` too."""
+    skipped = set().union(*NO_RESULT.values())
+    for name in sorted(dir(scl)):
+        part = getattr(scl, name)
+        if not inspect.isclass(part) or not issubclass(part, PARTS) or name in skipped:
+            continue
+        names = [p for p in inspect.signature(part).parameters if p not in skipped]
+        if issubclass(part, scl.TaskDataModule):
+            names += [p for p in inspect.signature(scl.TaskDataModule).parameters if p not in skipped]
+        yield from ((name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped)
+
+
+def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
+    """A short sequence with the class in its place; all that came out."""
+    part, kwargs = getattr(scl, name), copy.deepcopy(kwargs)
+    torch.manual_seed(0)
+    data, callbacks, model = {"val_fraction": 0.2}, [], None
+    if issubclass(part, scl.TaskDataModule):
+        flip = {"flip": True, "crop": 2} if name == "SplitTensors" else {}
+        sequence = part(**({"batch_size": 16} | flip | kwargs))
+    else:
+        sequence = toy_tasks(**data)
+    selection = scl.LossSelection(warmup=0)
+    if issubclass(part, scl.ContinualModule):
+        model = part(**kwargs)
+    elif issubclass(part, scl.Objective):
+        model = scl.ContinualModule(scl.SmallCNN(4), part(**kwargs))
+    elif issubclass(part, scl.UpdateRule):
+        model = scl.ContinualModule(scl.SmallCNN(4), scl.DERpp(30, 8), part(**kwargs))
+    elif issubclass(part, Optimizer):
+        model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), optimizer=partial(part, **kwargs))
+    elif issubclass(part, scl.LossSelection):
+        model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), selection=part(**kwargs))
+    elif issubclass(part, nn.Module) and not issubclass(part, pl.LightningModule):
+        model = scl.ContinualModule(part(**kwargs))
+    elif issubclass(part, pl.Callback):
+        callbacks = [part(**kwargs)]
+    policies = [c for c in callbacks if not isinstance(c, scl.TaskSchedule | scl.ContinualEvaluation)]
+    policies += [scl.OneShotPruning(0.5)] if name in ("FreezeMasks", "Reopen") else []
+    policies.sort(key=lambda c: not isinstance(c, scl.OneShotPruning))
+    objective = scl.DERpp(30, 8)
+    model = model or scl.ContinualModule(
+        scl.SmallCNN(4), objective, optimizer=partial(SGD, lr=0.1), selection=selection, policies=policies
+    )
+    evaluation = next((c for c in callbacks if isinstance(c, scl.ContinualEvaluation)), scl.ContinualEvaluation())
+    schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))
+    if name == "TaskEarlyStopping":
+        schedule = scl.TaskSchedule(8)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[schedule, evaluation],
+    )  # fmt: skip
+    trainer.fit(model, sequence)
+    figures = [m.R for m in evaluation.matrices.values()] + [torch.tensor(sequence.starts)]
+    return [p.detach() for p in model.parameters()] + [f.float().nan_to_num(-1) for f in figures]
+
+
+@cache
+def base(name: str) -> list[torch.Tensor]:
+    return fit(name, **BASE.get(name, {}))
+
+
+def other(name: str, parameter: str) -> Any:
+    for key in (f"{name}.{parameter}", parameter):
+        if key in OTHER:
+            return OTHER[key]
+    signature = inspect.signature(getattr(scl, name))
+    value = BASE.get(name, {}).get(parameter, signature.parameters[parameter].default)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 if value else 0.5
+    raise AssertionError(f"say in OTHER what {name}({parameter}={value!r}) is to be changed to")
+
+
+@pytest.mark.parametrize(("name", "parameter"), list(public()), ids=str)
+def test_changing_it_changes_the_result(name, parameter):
+    changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)})
+    same = len(changed) == len(base(name)) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(changed, base(name), strict=True)
+    )
+    assert not same, f"{name}({parameter}=...) has no effect"
