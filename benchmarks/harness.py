@@ -85,19 +85,19 @@ def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     return path
 
 
-def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Print rows as a rich table; a spread as median and range, fractions as percent."""
+def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str], plain: Sequence[str] = ()) -> None:
+    """Print rows as a rich table; a spread as median and range, in percent unless the column is ``plain``."""
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column)
     for row in rows:
-        table.add_row(*(_cell(row[c]) for c in columns))
+        table.add_row(*(_cell(row[c], 1 if c in plain else 100) for c in columns))
     Console(width=140).print(table)
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, scale: float) -> str:
     if isinstance(value, dict):
-        return f"{100 * value['median']:.1f} ({100 * value['min']:.1f}-{100 * value['max']:.1f})"
+        return f"{scale * value['median']:.1f} ({scale * value['min']:.1f}-{scale * value['max']:.1f})"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -48,7 +48,8 @@ def main() -> None:
         runs = [next(results) for _ in seeds]
         figures = {k: harness.spread([r[k] for r in runs]) for k in runs[0] if runs[0][k] is not None}
         rows.append({"configuration": config} | dict.fromkeys(runs[0], "-") | figures)
-    harness.show("Split Digits, in percent; passes per sample served; seconds", rows, list(rows[0]))
+    title = "Split Digits, in percent; passes per sample served; seconds"
+    harness.show(title, rows, list(rows[0]), plain=("backward passes", "seconds"))
     if not args.quick:
         harness.save("split_digits_methods", rows, seeds=seeds)
 
