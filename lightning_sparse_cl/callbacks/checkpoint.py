@@ -63,8 +63,8 @@ class SequenceCheckpoint(ModelCheckpoint):
       second one leaves at once. Several processes leave at the same step.
     * ``every_n_train_steps`` and ``train_time_interval`` hold under manual optimisation too, where Lightning heeds only
       the first.
-    * Nothing is written between an epoch's last batch and its end: Lightning, resuming there, would skip the epoch's
-      validation. What is due then is written at the epoch's end.
+    * Nothing is written between an epoch's last batch and its end: Lightning, resuming there, would skip validation and
+      the epoch-end hooks, and :class:`TaskSchedule` refuses to. What is due then is written at the epoch's end.
     """
 
     _signal: int = 0

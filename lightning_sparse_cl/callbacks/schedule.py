@@ -145,11 +145,10 @@ class TaskSchedule(pl.Callback):
                 )
         loop = checkpoint["loops"]["fit_loop"]
         epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
-        between = batch["is_last_batch"] and epoch["processed"] < epoch["started"]
-        if between and trainer.datamodule.val_fraction:
+        if batch["is_last_batch"] and epoch["processed"] < epoch["started"]:
             raise ValueError(
-                "TaskSchedule: this checkpoint was taken between an epoch's last batch and its validation, which "
-                "Lightning would skip on resuming; take another (SequenceCheckpoint never saves there)"
+                "TaskSchedule: this checkpoint was taken between an epoch's last batch and its end, which Lightning "
+                "would skip on resuming; take another (SequenceCheckpoint never saves there)"
             )
 
     def _announce(self, hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

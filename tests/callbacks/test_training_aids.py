@@ -164,3 +164,22 @@ def test_checkpoints_by_a_metric_and_by_steps(tmp_path):
     t.fit(EsaCL(SmallCNN(4), DERpp(30, 8)), toy_tasks(val_fraction=0.2))
     assert len(list((tmp_path / "best").iterdir())) == 2
     assert len(list((tmp_path / "steps").iterdir())) == 24 // 4
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_a_stock_checkpoint_between_last_batch_and_epoch_end_is_refused_others_are_exact(tmp_path, held_out):
+    def fit(**resume):
+        pl.seed_everything(0, verbose=False)
+        stock = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        t = trainer(RandomState(), ContinualEvaluation(), stock, enable_checkpointing=True)
+        t.fit(EsaCL(SmallCNN(4), DERpp(30, 8)), toy_tasks(val_fraction=held_out), **resume)
+        return t
+
+    whole = fit()
+    last_of_a_task = whole.global_step // 3
+    with pytest.raises(ValueError, match="between an epoch's last batch and its end"):
+        fit(ckpt_path=tmp_path / f"step={last_of_a_task}.ckpt")
+    for step in (last_of_a_task - 1, last_of_a_task + 1):
+        resumed = fit(ckpt_path=tmp_path / f"step={step}.ckpt")
+        for a, b in zip(whole.lightning_module.parameters(), resumed.lightning_module.parameters(), strict=True):
+            assert torch.equal(a, b)

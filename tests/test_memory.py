@@ -1,0 +1,50 @@
+"""A long sequence takes no more memory than a short one."""
+
+import gc
+import resource
+
+import lightning.pytorch as pl
+import torch
+
+from lightning_sparse_cl import (
+    ContinualEvaluation,
+    DERpp,
+    EsaCL,
+    FiniteLoss,
+    PassCounter,
+    RandomState,
+    RunReport,
+    SequenceCheckpoint,
+    SmallCNN,
+    TaskSchedule,
+)
+from lightning_sparse_cl.demos import toy_tasks
+
+
+class Watch(pl.Callback):
+    """Bytes of all live tensors, and the process's peak in MiB, at the start of each task."""
+
+    def __init__(self):
+        self.tensors, self.peaks = [], []
+
+    def on_task_start(self, trainer, pl_module, task):
+        gc.collect()
+        live = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if type(t) in
+                (torch.Tensor, torch.nn.Parameter)}  # fmt: skip
+        self.tensors.append(sum(live.values()))
+        self.peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def test_fifty_tasks_take_the_memory_of_ten(tmp_path):
+    """Whatever grows must be named here: nothing does, for masks, memory and matrices are allocated once."""
+    watch = Watch()
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[TaskSchedule(1), RandomState(), PassCounter(), FiniteLoss(), RunReport(), ContinualEvaluation(),
+                   SequenceCheckpoint(tmp_path, save_last=True), watch],
+    )  # fmt: skip
+    trainer.fit(EsaCL(SmallCNN(16), DERpp(50, 8)), toy_tasks(num_tasks=50, per_class=10, batch_size=10))
+    assert len(watch.tensors) == 50
+    assert watch.tensors[-1] <= watch.tensors[10] * 1.001 + 1024
+    assert watch.peaks[-1] - watch.peaks[10] < 16
