@@ -44,7 +44,7 @@ class Clock(pl.Callback):
 
 
 def package(method: str, backbone: nn.Module, steps: int) -> list[float]:
-    """Seconds of each step in the package, with the callbacks that the command line adds."""
+    """Seconds of each step in the package; neither side logs, saves or shows anything."""
     torch.manual_seed(0)
     objective = scl.DERpp(MEMORY, BATCH)
     if method == "EsaCL":

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sparse_cl as scl
 
@@ -34,6 +35,8 @@ class SparseCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.threads is not None:
+            if config.threads < 1:
+                raise ValueError(f"--threads={config.threads}: at least one")
             torch.set_num_threads(config.threads)
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
@@ -41,15 +44,19 @@ class SparseCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].ckpt_path
-        if path is not None and path not in ("last", "best", "hpc") and not zipfile.is_zipfile(path):
-            state = "is truncated or no checkpoint" if Path(path).is_file() else "is not there"
-            raise ValueError(f"--ckpt_path={path}: this file {state}")
+        if path is not None and path not in ("last", "best", "hpc") and (fault := damage(path)):
+            raise ValueError(f"--ckpt_path={path}: this file {fault}")
 
     def before_fit(self) -> None:
         """``--ckpt_path last`` is the newest run of this very configuration."""
         config = self.config_init[self.subcommand]
-        if config.ckpt_path == "last" and config.checkpoint.dirpath is None:
+        if config.ckpt_path != "last":
+            return
+        folder = config.checkpoint.dirpath
+        if folder is None:
             config.ckpt_path = str(newest_run(self.trainer.logger, self.config[self.subcommand]))
+        elif not list(Path(folder).glob("last*.ckpt")):
+            raise FileNotFoundError(f"--ckpt_path=last: there is no last.ckpt in {folder}")
 
     before_validate = before_test = before_predict = before_fit
 
@@ -71,13 +78,29 @@ def newest_run(logger: Any, config: Any) -> Path:
     wanted = {key: config.get(key) for key in ("seed_everything", "model", "data", "schedule")}
     wanted = yaml.safe_load(yaml.safe_dump(Namespace(**wanted).as_dict()))
     found = []
-    for path in runs.glob("*/checkpoints/last.ckpt"):
-        saved = yaml.safe_load((path.parents[1] / "config.yaml").read_text())
+    for path in (*runs.glob("*/checkpoints/last.ckpt"), *runs.glob("checkpoints/last.ckpt")):
+        beside = path.parents[1] / "config.yaml"
+        saved = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
         if all(saved.get(key) == value for key, value in wanted.items()):
             found.append(path)
     if not found:
         raise FileNotFoundError(f"--ckpt_path=last: no run under {runs} has this configuration and a last.ckpt")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def damage(path: str) -> str | None:
+    """What is wrong with a checkpoint file, or None. Sums are checked: ``torch.load`` reads altered bytes silently."""
+    if not Path(path).is_file():
+        return "is not there"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        return f"is truncated, altered or no checkpoint ({type(error).__name__})"
+    if broken is not None:
+        return f"is altered: the checksum of {broken} does not match"
+    return None if "state_dict" in found else "is no checkpoint of Lightning"
 
 
 def main(args: ArgsType = None) -> SparseCLI:
@@ -125,6 +148,8 @@ def one_line(error: BaseException) -> str | None:
         raised_in = traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else ""
         if isinstance(link, ValueError | OSError) and Path(raised_in).is_relative_to(Path(scl.__file__).parent):
             return str(link)
+    if isinstance(error, MisconfigurationException):
+        return str(error)
     if isinstance(error, ArgumentError):
         key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
         reason = str(chain[-1]).strip().splitlines()[0]

@@ -94,8 +94,13 @@ class SequenceCheckpoint(ModelCheckpoint):
             self._save_if_due(trainer)
             self._leave_if_told(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not (trainer.state.fn == "fit" and trainer.is_last_batch):
+            super().on_validation_end(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
+        n = self._every_n_epochs
+        self._due = self._due or (n > 0 and (trainer.current_epoch + 1) % n == 0)
         self._save_if_due(trainer)
         self._leave_if_told(trainer)
 

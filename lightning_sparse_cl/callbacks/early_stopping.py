@@ -19,7 +19,7 @@ class TaskEarlyStopping(pl.Callback):
         min_delta: a change must exceed this to count.
 
     Raises:
-        ValueError: if an argument is out of range, or the metric is not logged.
+        ValueError: if an argument is out of range, the metric is not logged, or validation is not run every epoch.
     """
 
     def __init__(
@@ -34,6 +34,13 @@ class TaskEarlyStopping(pl.Callback):
         self.monitor, self.patience, self.mode, self.min_delta = monitor, patience, mode, min_delta
         self._best, self._waited = float("inf"), 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.check_val_every_n_epoch != 1:
+            raise ValueError(
+                f"Trainer(check_val_every_n_epoch={trainer.check_val_every_n_epoch}): TaskEarlyStopping looks at "
+                "every epoch's metric; leave it at 1"
+            )
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._best, self._waited = float("inf"), 0
 
@@ -43,12 +50,13 @@ class TaskEarlyStopping(pl.Callback):
             raise ValueError(
                 f"TaskEarlyStopping(monitor={self.monitor!r}): not logged; there is {', '.join(metrics) or 'nothing'}"
             )
-        value = float(metrics[self.monitor]) * (1 if self.mode == "min" else -1)
+        value = trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean")  # the same on every process
+        value = float(value) * (1 if self.mode == "min" else -1)
         if value < self._best - self.min_delta:
             self._best, self._waited = value, 0
         else:
             self._waited += 1
-        if trainer.strategy.reduce_boolean_decision(self._waited >= self.patience, all=False):
+        if self._waited >= self.patience:
             trainer.datamodule.end_task()
 
     def state_dict(self) -> dict[str, Any]:

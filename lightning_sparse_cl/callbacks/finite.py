@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class FiniteLoss(pl.Callback):
-    """Stop at a loss that is infinite or not a number, before a checkpoint could be written with it.
+    """Stop at a loss that is infinite or not a number; no checkpoint is written with such a loss or such weights.
 
     Nothing is read back from the device within a step: where the first such loss was is kept on the device and looked
-    at before checkpoints and when an epoch's batches are over.
+    at, with the weights, before checkpoints and when an epoch's batches are over.
 
     Raises:
         ValueError: with task, epoch and step.
@@ -32,17 +32,20 @@ class FiniteLoss(pl.Callback):
         if isinstance(loss, Tensor):
             self._first = torch.where(loss.isfinite(), self._first, self._first.clamp_max(trainer.global_step))
         if trainer.is_last_batch:
-            self._check(trainer)
+            self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        self._check(trainer)
+        self._check(trainer, pl_module)
 
-    def _check(self, trainer: pl.Trainer) -> None:
+    def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = torch.iinfo(torch.int64).max if self._first is None else int(self._first)
+        weights = [p.detach() for p in pl_module.parameters()]
+        if not torch.stack([n.isfinite() for n in torch._foreach_norm(weights)]).all():
+            step = min(step, trainer.global_step)  # the update itself went wrong; the loss would show it next
         if trainer.strategy.reduce_boolean_decision(step <= trainer.global_step, all=False):
             task = getattr(trainer.datamodule, "task", 0)
             raise ValueError(
-                f"FiniteLoss: the loss is not finite any more: task {task}, epoch {trainer.current_epoch}, step "
-                f"{min(step, trainer.global_step)}; checkpoints were written before that. A smaller learning rate may "
-                "help"
+                "FiniteLoss: loss or weights are not finite any more: "
+                f"task {task}, epoch {trainer.current_epoch}, step {min(step, trainer.global_step)}; "
+                "checkpoints are from before that. A smaller learning rate may help"
             )

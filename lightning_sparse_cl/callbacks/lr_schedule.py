@@ -7,20 +7,21 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 
 class TaskLRSchedule(pl.Callback):
     """One learning-rate scheduler a task, from the optimiser's initial learning rate on.
 
     Under manual optimisation Lightning steps no scheduler; under automatic optimisation its schedulers know no tasks.
+    :class:`~lightning_sparse_cl.StochasticFrankWolfe` scales ``sgd_lr`` as ``lr`` is scaled.
 
     Args:
         scheduler: makes the scheduler from the optimiser, ``partial(CosineAnnealingLR, T_max=20)`` for example.
         interval: step it after every ``"epoch"`` or every ``"step"``.
 
     Raises:
-        ValueError: if ``interval`` is neither.
+        ValueError: if ``interval`` is neither, or the scheduler waits for a metric (``ReduceLROnPlateau``).
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class TaskLRSchedule(pl.Callback):
             for group in optimizer.param_groups:
                 group["lr"] = group.pop("initial_lr", group["lr"])
         self._running = [self.scheduler(optimizer) for optimizer in trainer.optimizers]
+        if any(isinstance(s, ReduceLROnPlateau) for s in self._running):
+            raise ValueError("TaskLRSchedule(scheduler=ReduceLROnPlateau): take one that needs no metric to step")
 
     def _step(self) -> None:
         for scheduler in self._running:

@@ -116,6 +116,7 @@ class RunReport(pl.Callback):
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},
             "seconds": round(self.seconds, 3),
+            "processes": trainer.world_size,
             "seed": torch.initial_seed(),
             "versions": {
                 "python": platform.python_version(),
@@ -156,7 +157,8 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
     if metrics.get("passes", {}).get("forward"):  # modules that do not call themselves are not counted
         passes = metrics["passes"]
-        lines.add_row("samples served", f"{passes['samples']:,}")
+        of = f" (by each of {metrics['processes']} processes)" if metrics.get("processes", 1) > 1 else ""
+        lines.add_row("samples served", f"{passes['samples']:,}{of}")
         for direction in ("forward", "backward"):
             ratio = passes[direction] / max(1, passes["samples"])
             lines.add_row(f"samples sent {direction}", f"{passes[direction]:,} ({ratio:.2f} x plain training)")

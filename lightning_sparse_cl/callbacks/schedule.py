@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -72,6 +72,16 @@ class TaskSchedule(pl.Callback):
             raise ValueError(
                 f"Trainer(max_steps={trainer.max_steps}): the schedule decides when the sequence ends; leave "
                 "max_steps out, and shorten TaskSchedule(epochs=...) or use limit_train_batches"
+            )
+        if (trainer.min_epochs or 0) > total or trainer.min_steps:
+            raise ValueError(
+                f"Trainer(min_epochs={trainer.min_epochs}, min_steps={trainer.min_steps}): the schedule takes {total} "
+                "epochs and decides when the sequence ends; use TaskSchedule(epochs=...)"
+            )
+        if any(isinstance(c, Timer) for c in trainer.callbacks):
+            raise ValueError(
+                "Trainer(max_time=...) would end the sequence inside a task; send SIGTERM when time is up "
+                "(SequenceCheckpoint saves and leaves), and go on with ckpt_path='last'"
             )
         if any(isinstance(c, EarlyStopping) for c in trainer.callbacks):
             raise ValueError(
@@ -161,9 +171,13 @@ class TaskSchedule(pl.Callback):
 
 def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """What must be the same in a run that goes on; ``format`` grows when the state's layout changes."""
+    data = trainer.datamodule
     return {
         "format": 1,
         "method": type(pl_module).__qualname__,
-        "data": type(trainer.datamodule).__qualname__,
-        "num_tasks": trainer.datamodule.num_tasks,
+        "data": type(data).__qualname__,
+        "classes of each task": data.classes,
+        "samples of each task": [len(d) for d in data.train_sets],
+        "val_fraction": data.val_fraction,
+        "batch_size over all processes": data.batch_size * trainer.world_size,
     }

@@ -14,7 +14,8 @@ class Sparsifier(pl.Callback):
     """Base of the sparsity callbacks. Works on any LightningModule, in manual and automatic optimisation.
 
     All sparsity callbacks of a module share its :class:`~lightning_sparse_cl.sparsity.Masks`; the module's
-    ``state_dict`` keeps its keys, the masks are saved under ``"masks"`` in the checkpoint.
+    ``state_dict`` keeps its keys, the masks are saved under ``"masks"`` in the checkpoint. Like the weights, masks stay
+    with the module: a second ``fit`` goes on with what the first has pruned and frozen.
 
     Args:
         dense: shell patterns of weight names that stay dense; None keeps the first layer, the last layer and 1x1

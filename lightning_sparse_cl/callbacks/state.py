@@ -39,7 +39,10 @@ class RandomState(pl.Callback):
         if rank < len(self._states):
             _restore(self._states[rank])
         elif rank > 0:
-            torch.manual_seed(torch.initial_seed() + rank)
+            seed = torch.initial_seed() + rank
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
 
 
 def _collect() -> dict[str, Any]:

@@ -136,4 +136,5 @@ class StochasticFrankWolfe(Optimizer):
             state["m"] = theta.grad.clone()
         else:
             state["m"].mul_(group["sgd_momentum"]).add_(theta.grad)
-        theta.add_(state["m"], alpha=-group["sgd_lr"])
+        scheduled = group["lr"] / group.get("initial_lr", group["lr"])  # a scheduler of lr holds for both
+        theta.add_(state["m"], alpha=-group["sgd_lr"] * scheduled)

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 _of: WeakKeyDictionary[nn.Module, Masks] = WeakKeyDictionary()
 
@@ -30,7 +31,7 @@ class Masks:
         self.frozen: dict[str, Tensor] = {}
         self._values: dict[str, Tensor] = {}  # the frozen weights, kept to put back
         self._optimizers: WeakSet[Optimizer] = WeakSet()
-        self._hooked: WeakSet[Tensor] = WeakSet()
+        self._hooked = WeakIdKeyDictionary()  # by identity: tensors compare element by element
 
     @property
     def module(self) -> nn.Module:
@@ -102,7 +103,7 @@ class Masks:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self.module.named_parameters():
             if weight.ndim > 1 and id(weight) in stepped and weight not in self._hooked:
-                self._hooked.add(weight)
+                self._hooked[weight] = True
                 weight.register_hook(lambda grad, name=name: self._masked(name, grad))
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
 
 from lightning_sparse_cl import (
     ContinualEvaluation,
@@ -69,6 +69,24 @@ def test_learning_rates_start_again_with_every_task(interval):
     assert watch.rates == pytest.approx(task * 3)
 
 
+@pytest.mark.parametrize("options", [{"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}, {}], ids=str)
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_what_sequence_checkpoint_writes_can_be_resumed(tmp_path, options, held_out):
+    def fit(folder, **resume):
+        pl.seed_everything(0, verbose=False)
+        checkpoint = SequenceCheckpoint(folder, save_top_k=-1, filename="{step}")
+        t = trainer(RandomState(), checkpoint, epochs=3, enable_checkpointing=True, **options)
+        t.fit(ContinualModule(SmallCNN(4), DERpp(30, 8)), toy_tasks(num_tasks=2, val_fraction=held_out), **resume)
+        return t.lightning_module
+
+    whole = fit(tmp_path / "a")
+    written = sorted((tmp_path / "a").glob("step=*.ckpt"))
+    assert len(written) >= 6
+    for path in written[:-1:2]:
+        for a, b in zip(whole.parameters(), fit(tmp_path / "b", ckpt_path=path).parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("step", [7, 10, 13])
 def test_schedules_and_early_stopping_go_on_where_they_were(tmp_path, step):
     def fit(folder, **resume):
@@ -114,6 +132,10 @@ def test_what_lightning_would_do_wrongly_is_refused_with_a_remedy():
         ([], {"accumulate_grad_batches": 4}, "batch_size 4 times"),
         ([EarlyStopping("val/loss")], {}, "TaskEarlyStopping"),
         ([], {"max_steps": 10}, "max_steps"),
+        ([], {"min_epochs": 30}, "min_epochs"),
+        ([], {"max_time": "00:01:00:00"}, "SIGTERM"),
+        ([TaskEarlyStopping("val/acc")], {"check_val_every_n_epoch": 2}, "every epoch's metric"),
+        ([TaskLRSchedule(ReduceLROnPlateau)], {}, "needs no metric"),
         ([TaskEarlyStopping("nonsense")], {}, "nonsense.*train/loss"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -128,10 +150,22 @@ def test_a_loss_that_is_not_a_number_names_its_place_and_spares_the_checkpoint(t
 
     checkpoint = SequenceCheckpoint(tmp_path, every_n_train_steps=2, save_last=True)
     model = ContinualModule(SmallMLP([8]))
-    with pytest.raises(ValueError, match=r"task 1, epoch 2, step 13"):
+    with pytest.raises(ValueError, match="task 1, epoch 2, step 12"):
         trainer(FiniteLoss(), Poison(), checkpoint, enable_checkpointing=True).fit(model, toy_tasks())
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert kept["global_step"] == 12 or kept["global_step"] == 10
+    assert kept["global_step"] == 10
+    assert all(v.isfinite().all() for v in kept["state_dict"].values() if torch.is_tensor(v))
+
+
+def test_a_loss_that_is_not_a_number_names_its_step_without_checkpoints():
+    class Poison(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 12:
+                batch[0].fill_(float("nan"))
+
+    model = ContinualModule(SmallMLP([8]))
+    with pytest.raises(ValueError, match="task 1, epoch 2, step 13"):
+        trainer(FiniteLoss(), Poison()).fit(model, toy_tasks())
 
 
 @pytest.mark.parametrize(

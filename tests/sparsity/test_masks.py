@@ -1,10 +1,12 @@
 """Masks hold exactly what they promise, under every optimiser."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 
-from lightning_sparse_cl import Masks, ResNet18, StochasticFrankWolfe
+from lightning_sparse_cl import Masks, OneShotPruning, ResNet18, StochasticFrankWolfe, TaskSchedule
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 from lightning_sparse_cl.sparsity import sparse_weights, top_k_mask
 
 
@@ -97,3 +99,16 @@ def test_dense_profile_of_resnet18_is_that_of_the_sparcl_code():
         sparse_weights(model, dense=["fc*"])
     with pytest.raises(ValueError, match="no weight is left"):
         sparse_weights(model, dense=["*"])
+
+
+def test_a_second_fit_goes_on_with_the_masks():
+    model = PlainClassifier(6)
+    for _ in range(2):
+        trainer = pl.Trainer(
+            accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            callbacks=[TaskSchedule(1), OneShotPruning(0.5)],
+        )  # fmt: skip
+        trainer.fit(model, toy_tasks())
+        pruned = Masks.of(model).alive["net.3.weight"]
+        assert int(pruned.sum()) == pruned.numel() // 2
+        assert not model.net[3].weight[~pruned].any()
