@@ -119,11 +119,14 @@ class Masks:
         return {"alive": dict(self.alive), "frozen": dict(self.frozen)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore after the weights: frozen values are those the module holds now."""
-        for name in {*self.alive, *state["alive"]}:
-            self.set_alive(name, state["alive"].get(name))
-        for name in {*self.frozen, *state["frozen"]}:
-            self.set_frozen(name, state["frozen"].get(name))
+        """Restore after the weights: frozen values are those the module holds now. Names keep the saved order."""
+        for name in [*self.alive, *self.frozen]:
+            self.set_alive(name, None)
+            self.set_frozen(name, None)
+        for name, mask in state["alive"].items():
+            self.set_alive(name, mask)
+        for name, mask in state["frozen"].items():
+            self.set_frozen(name, mask)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.alive)

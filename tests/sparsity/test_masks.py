@@ -112,3 +112,16 @@ def test_a_second_fit_goes_on_with_the_masks():
         pruned = Masks.of(model).alive["net.3.weight"]
         assert int(pruned.sum()) == pruned.numel() // 2
         assert not model.net[3].weight[~pruned].any()
+
+
+def test_masks_are_restored_in_the_saved_order():
+    """What draws per weight by position must draw the same after a resume, in a process with other string hashes."""
+    source, target = (ResNet18(4) for _ in range(2))
+    for module in (source, target):
+        module(torch.zeros(2, 3, 16, 16))
+    masks = Masks.of(source)
+    for name in reversed(sparse_weights(source)):
+        masks.set_alive(name, torch.ones_like(source.get_parameter(name), dtype=torch.bool))
+    Masks.of(target).set_alive(sparse_weights(target)[0], next(iter(masks.alive.values())).new_ones(4, 4, 3, 3))
+    Masks.of(target).load_state_dict(masks.state_dict())
+    assert list(Masks.of(target)) == list(masks) == list(reversed(sparse_weights(source)))
