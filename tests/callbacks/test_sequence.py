@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toy_trainer import trainer
 
 from lightning_sparse_cl import (
     ContinualEvaluation,
@@ -30,14 +31,6 @@ from lightning_sparse_cl import (
     TaskSchedule,
 )
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-
-
-def trainer(*callbacks, epochs=2, **kwargs):
-    options = dict(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    return pl.Trainer(callbacks=[TaskSchedule(epochs), *callbacks], **(options | kwargs))
 
 
 class Diary(pl.Callback):

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
+from toy_trainer import trainer
 
 from lightning_sparse_cl import (
     ContinualEvaluation,
@@ -24,17 +25,8 @@ from lightning_sparse_cl import (
     SmallMLP,
     TaskEarlyStopping,
     TaskLRSchedule,
-    TaskSchedule,
 )
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-
-
-def trainer(*callbacks, epochs=2, **kwargs):
-    options = dict(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    return pl.Trainer(callbacks=[TaskSchedule(epochs), *callbacks], **(options | kwargs))
 
 
 @pytest.mark.parametrize("automatic", [False, True])
