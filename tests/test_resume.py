@@ -225,8 +225,11 @@ def test_last_is_the_newest_run_of_the_same_configuration():
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
-        ("finetune", ["--model.init_args.backbone.width=5"], "of another network: backbone.0.weight is"),
-        ("er", [], "another network: objective.memory"),
+        ("finetune", ["--model.init_args.backbone.width=5"], r"of another network: backbone\.0\.weight is"),
+        ("er", [], r"another network: objective\.memory"),
+        ("finetune", ["--data.init_args.class_order=3"], "has samples of each task"),
+        ("finetune", ["--data.init_args.batch_size=32"], "has batch_size over all processes = 16"),
+        ("finetune", ["--data.init_args.val_fraction=0.3"], "has val_fraction = 0.0"),
         ("finetune", ["--data=PermutedDigits"], "data = 'SplitDigits' and this run has 'PermutedDigits'"),
     ],
 )
@@ -243,7 +246,16 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["task_sequence"]["format"] = 0
     torch.save(checkpoint, tmp_path / "old.ckpt")
-    (tmp_path / "cut.ckpt").write_bytes(path.read_bytes()[:-1000])
-    for name, message in (("old", "format = 0"), ("cut", "truncated"), ("none", "is not there")):
+    whole = path.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[:-1000])
+    values = whole.index(checkpoint["state_dict"]["backbone.3.weight"].numpy().tobytes())
+    (tmp_path / "flipped.ckpt").write_bytes(whole[:values] + b"\0\0\0\0" + whole[values + 4 :])
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    for name, message in (
+        ("old", "format = 0"), ("cut", "truncated"), ("none", "is not there"), ("flipped", "checksum"),
+        ("other", "no checkpoint of Lightning"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             main(command(tmp_path, "finetune", f"--ckpt_path={tmp_path / name}.ckpt"))
+    with pytest.raises(FileNotFoundError, match=r"no last\.ckpt in"):
+        main(command(tmp_path / "empty", "finetune", "--ckpt_path=last"))

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.data.loader import ImageTensors
 
 
 class TaskSchedule(pl.Callback):
@@ -178,6 +179,9 @@ def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, A
         "data": type(data).__qualname__,
         "classes of each task": data.classes,
         "samples of each task": [len(d) for d in data.train_sets],
+        "first image of each task (sum of values)": [  # items that are not in memory may be drawn at random
+            float(d.images[0].sum()) for d in data.train_sets if isinstance(d, ImageTensors)
+        ],
         "val_fraction": data.val_fraction,
         "batch_size over all processes": data.batch_size * trainer.world_size,
     }
