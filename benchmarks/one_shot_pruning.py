@@ -27,10 +27,11 @@ from lightning_sparse_cl.sparsity import sparse_weights, top_k_mask
 
 KEPT = [0.4, 0.2, 0.1, 0.05]
 SGD_MOMENTUM = partial(SGD, lr=0.03, momentum=0.9)
+FRANK_WOLFE = partial(scl.StochasticFrankWolfe, k=0.03)  # K below the smallest fraction kept
 VARIANTS: dict[str, dict[str, Any]] = {
-    "EsaCL": {},
+    "EsaCL": {"optimizer": FRANK_WOLFE},
     "without SP": {"optimizer": SGD_MOMENTUM},
-    "without SA": {"update": scl.Plain()},
+    "without SA": {"optimizer": FRANK_WOLFE, "update": scl.Plain()},
     "plain SGD": {"optimizer": SGD_MOMENTUM, "update": scl.Plain()},
 }
 
@@ -49,11 +50,9 @@ def two_classes(root: str, per_class: int) -> list[tuple[torch.Tensor, torch.Ten
 def run(variant: str, seed: int, images: str, epochs: int) -> dict[str, float]:
     """Train once; accuracy of the dense network and of copies pruned to each fraction."""
     pl.seed_everything(seed, verbose=False)
-    k = 0.03 if variant in ("EsaCL", "without SA") else None  # below the smallest fraction kept
-    options = {"selection": scl.LossSelection(1, 1), "sparsity": 0.0} | VARIANTS[variant]
-    if k is not None:
-        options["optimizer"] = partial(scl.StochasticFrankWolfe, k=k)
-    module = scl.EsaCL(scl.ResNet18(16), scl.CrossEntropy(), **options)
+    module = scl.EsaCL(
+        scl.ResNet18(16), scl.CrossEntropy(), selection=scl.LossSelection(1, 1), sparsity=0.0, **VARIANTS[variant]
+    )
     data = scl.SplitTensors(*torch.load(images), num_tasks=1, batch_size=32)
     metrics = harness.fit(module, data, epochs)
     accuracies = {"before": metrics["class_il"]["acc"]}

@@ -1,5 +1,6 @@
 """What users of Lightning expect under manual optimisation: clipping, schedules, early stopping, finite losses."""
 
+from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lightning_sparse_cl import (
     SharpnessAware,
     SmallCNN,
     SmallMLP,
+    StochasticFrankWolfe,
     TaskEarlyStopping,
     TaskLRSchedule,
 )
@@ -209,3 +211,20 @@ def test_a_stock_checkpoint_between_last_batch_and_epoch_end_is_refused_others_a
         resumed = fit(ckpt_path=tmp_path / f"step={step}.ckpt")
         for a, b in zip(whole.lightning_module.parameters(), resumed.lightning_module.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_checkpoints_by_time_under_manual_optimisation(tmp_path):
+    checkpoint = SequenceCheckpoint(tmp_path, train_time_interval=timedelta(0), save_top_k=-1, filename="{step}")
+    trainer(checkpoint, enable_checkpointing=True).fit(ContinualModule(SmallMLP([8])), toy_tasks())
+    assert len(list(tmp_path.glob("step=*.ckpt"))) == 30
+
+
+def test_a_schedule_of_lr_holds_for_the_sgd_steps_of_frank_wolfe():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = StochasticFrankWolfe([weight], lr=0.1, sgd_lr=0.4, sgd_momentum=0.0)
+    scheduler = StepLR(optimizer, 1, 0.5)
+    for expected in (-0.4, -0.6):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step()
+        assert weight.tolist() == pytest.approx([expected] * 3)
