@@ -31,6 +31,7 @@ class SparseCLI(LightningCLI):
         parser.add_lightning_class_args(scl.SequenceCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_argument("--threads", type=int | None, help="CPU threads of torch; small networks need one")
+        parser.add_argument("--compile", type=bool, default=False, help="run the backbone under torch.compile")
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -50,6 +51,8 @@ class SparseCLI(LightningCLI):
     def before_fit(self) -> None:
         """``--ckpt_path last`` is the newest run of this very configuration."""
         config = self.config_init[self.subcommand]
+        if config.compile:
+            getattr(self.model, "backbone", self.model).compile()
         if config.ckpt_path != "last":
             return
         folder = config.checkpoint.dirpath

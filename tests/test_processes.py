@@ -12,7 +12,7 @@ import torch
 from test_resume import CONFIGS, assert_identical, command, final_state, points
 
 SCRIPT = """
-import sys, torch, lightning.pytorch as pl, logging, warnings
+import functools, sys, torch, lightning.pytorch as pl, logging, warnings
 from pathlib import Path
 torch.set_num_threads(1)
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -29,15 +29,21 @@ class Compare(pl.Callback):
         for name, value in state.items():
             first = trainer.strategy.broadcast(value)
             assert torch.equal(first, value), f"{name} differs after task {task}"
+        starts = trainer.strategy.broadcast(trainer.datamodule.starts)
+        assert starts == trainer.datamodule.starts  # each process has losses of its own, and they stop together
         seen = trainer.strategy.broadcast(pl_module.objective.memory.seen)
-        assert seen == pl_module.objective.memory.seen == 2 * 5 * 16 * (task + 1)
+        assert seen == pl_module.objective.memory.seen == 5 * 16 * starts[task + 1]
+        rates = trainer.strategy.broadcast([g["lr"] for g in trainer.optimizers[0].param_groups])
+        assert rates == [g["lr"] for g in trainer.optimizers[0].param_groups]
 
 evaluation = scl.ContinualEvaluation()
 pl.seed_everything(0, verbose=False)
-model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), freeze="share", selection=scl.LossSelection(warmup=1))
+halved = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), freeze="share", selection=scl.LossSelection(warmup=1),
+    policies=[scl.GradientClipping(1.0), scl.TaskLRSchedule(halved), scl.TaskEarlyStopping("train/loss", 1)])
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=-1, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[scl.TaskSchedule(2), scl.RandomState(), evaluation, Compare()])
+    callbacks=[scl.TaskSchedule(5), scl.RandomState(), evaluation, Compare()])
 data = toy_tasks(batch_size=8)
 trainer.fit(model, data)
 model.eval()

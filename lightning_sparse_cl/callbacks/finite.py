@@ -8,44 +8,51 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+EVERY = 1000
+"""Steps between two looks, if neither a checkpoint nor an epoch's end comes before."""
+
 
 class FiniteLoss(pl.Callback):
     """Stop at a loss that is infinite or not a number; no checkpoint is written with such a loss or such weights.
 
-    Nothing is read back from the device within a step: where the first such loss was is kept on the device and looked
-    at, with the weights, before checkpoints and when an epoch's batches are over.
+    Nothing is read back from the device within a step: losses are collected there and looked at, with the weights,
+    before checkpoints, when an epoch's batches are over, and every 1,000 steps.
 
     Raises:
         ValueError: with task, epoch and step.
     """
 
     def __init__(self) -> None:
-        self._first: Tensor | None = None
+        self._losses: dict[int, Tensor] = {}  # by step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._first = torch.full((), torch.iinfo(torch.int64).max, device=pl_module.device)
+        self._losses = {}
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._first = torch.where(loss.isfinite(), self._first, self._first.clamp_max(trainer.global_step))
-        if trainer.is_last_batch:
+            self._losses[trainer.global_step] = loss.detach()
+        if trainer.is_last_batch or len(self._losses) >= EVERY:
             self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._check(trainer, pl_module)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        step = torch.iinfo(torch.int64).max if self._first is None else int(self._first)
+        wrong = []
+        if self._losses:
+            finite = torch.stack(list(self._losses.values())).isfinite().tolist()
+            wrong = [step for step, fine in zip(self._losses, finite, strict=True) if not fine]
         weights = [p.detach() for p in pl_module.parameters()]
         if not torch.stack([n.isfinite() for n in torch._foreach_norm(weights)]).all():
-            step = min(step, trainer.global_step)  # the update itself went wrong; the loss would show it next
-        if trainer.strategy.reduce_boolean_decision(step <= trainer.global_step, all=False):
+            wrong.append(trainer.global_step)  # the update itself went wrong; the loss would show it next
+        if trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
             task = getattr(trainer.datamodule, "task", 0)
             raise ValueError(
                 "FiniteLoss: loss or weights are not finite any more: "
-                f"task {task}, epoch {trainer.current_epoch}, step {min(step, trainer.global_step)}; "
+                f"task {task}, epoch {trainer.current_epoch}, step {min(wrong, default=trainer.global_step)}; "
                 "checkpoints are from before that. A smaller learning rate may help"
             )
+        self._losses = {}

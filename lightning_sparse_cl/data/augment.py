@@ -29,19 +29,22 @@ class ImageTransform(nn.Module):
             return x
         if augment and (self.crop or self.flip):
             x = self._augment(x)
-        return x * self.scale - self.shift
+        return (x * self.scale).sub_(self.shift)
 
     def _augment(self, x: Tensor) -> Tensor:
-        b, _, h, w = x.shape
-        device = x.device
-        rows = torch.arange(h, device=device).expand(b, h)
-        cols = torch.arange(w, device=device).expand(b, w)
+        """Each sample a window of its padded image or of the mirror image: one copy, out of a view of all windows."""
+        b, c, h, w = x.shape
+        x = nn.functional.pad(x, [self.crop] * 4)
         if self.flip:
-            cols = torch.where(torch.rand(b, 1, device=device) < 0.5, w - 1 - cols, cols)
+            x = torch.cat([x, x.flip(3)])
+        x = x.contiguous()
+        image, channel, row, _ = x.stride()
+        first = torch.arange(b, device=x.device) * image  # where each sample's window begins
+        if self.flip:
+            first += torch.randint(2, (b,), device=x.device) * (b * image)
         if self.crop:
-            x = nn.functional.pad(x, [self.crop] * 4)
-            shift = torch.randint(2 * self.crop + 1, (2, b, 1), device=device)
-            rows, cols = rows + shift[0], cols + shift[1]
-        sample = torch.arange(b, device=device).view(b, 1, 1, 1)
-        channel = torch.arange(x.shape[1], device=device).view(1, -1, 1, 1)
-        return x[sample, channel, rows[:, None, :, None], cols[:, None, None, :]]
+            top, left = torch.randint(2 * self.crop + 1, (2, b), device=x.device)
+            first += top * row + left
+        places = (len(x) - 1) * image + 2 * self.crop * (row + 1) + 1
+        windows = x.as_strided((places, c, h, w), (1, channel, row, 1))
+        return windows.index_select(0, first)

@@ -128,6 +128,8 @@ class TaskDataModule(pl.LightningDataModule):
             self._load()
         if stage == "fit" or not self.alive:
             self._begin()
+        if self.trainer is not None:
+            self.transform.to(self.trainer.strategy.root_device)
 
     def _load(self) -> None:
         """Read the data and take their sizes from them."""
@@ -198,7 +200,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def prepare(self, x: Tensor, augment: bool = True) -> Tensor:
         """Stored images to network input, on their device; augmented if asked and if the data module augments."""
-        x = self.transform.to(x.device)(x, augment=augment and self.augment)
+        x = self.transform(x, augment=augment and self.augment)
         return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
 
     def state_dict(self) -> dict[str, Any]:

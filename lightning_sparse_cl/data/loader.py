@@ -36,8 +36,8 @@ class ImageTensors(Dataset):
         return self.images[index], self.labels[index]
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        at = torch.tensor(indices, device=self.images.device)
-        return self.images[at], self.labels[at]
+        at = torch.tensor(indices).to(self.images.device, non_blocking=True)
+        return self.images.index_select(0, at), self.labels[at]
 
 
 class TaskSampler(DistributedSampler):

@@ -67,31 +67,37 @@ class ReservoirMemory(nn.Module):
         """
         n = torch.arange(self.seen, self.seen + count)
         generator = torch.Generator().manual_seed((self.seed + self.seen * 0x9E3779B97F4A7C15) % 2**63)
-        drawn = (torch.rand(count, generator=generator, dtype=torch.float64) * (n + 1)).long()
-        slot = torch.where(n < self.size, n, drawn)
-        kept = (slot < self.size).nonzero().squeeze(1)
-        winner = torch.full((self.size,), -1).scatter_reduce_(0, slot[kept], kept, "amax")
-        slots = (winner >= 0).nonzero().squeeze(1)
-        return slots, winner[slots]
+        slot = (torch.rand(count, generator=generator, dtype=torch.float64) * (n + 1)).long()
+        if self.seen < self.size:
+            slot = torch.where(n < self.size, n, slot)
+        rows = (slot < self.size).nonzero().squeeze(1)
+        if len(rows) > 1:
+            same = slot[rows] == slot[rows, None]
+            rows = rows[~same.triu(1).any(1)]
+        return slot[rows], rows
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
         """Present a batch: stored images (B, C, H, W), labels (B,), logits (B, num_classes)."""
-        slots, rows = (i.to(self.labels.device) for i in self.slots(len(labels)))
+        slots, rows = self.slots(len(labels))
         self.seen += len(labels)
+        if not len(slots):
+            return
+        slots, rows = (i.to(self.labels.device, non_blocking=True) for i in (slots, rows))
         self.images[slots] = images[rows]
         self.labels[slots] = labels[rows]
         self.tasks[slots] = task
         if self.logits is not None and logits is not None:
             self.logits[slots] = logits[rows].to(self.logits.dtype)
 
-    def draw(self, count: int) -> Exemplars:
-        """``count`` exemplars without repetition, or all there are."""
+    def draw(self, count: int, times: int = 1) -> Exemplars:
+        """``count`` exemplars without repetition, or all there are; ``times`` independent draws, one after the other."""
         if count < len(self):
-            at = torch.randperm(len(self), device=self.labels.device)[:count]
+            at = torch.cat([torch.randperm(len(self), device=self.labels.device)[:count] for _ in range(times)])
         else:
-            at = torch.arange(len(self), device=self.labels.device)
-        return Exemplars(self.images[at], self.labels[at], None if self.logits is None else self.logits[at])
+            at = torch.arange(len(self), device=self.labels.device).repeat(times)
+        logits = None if self.logits is None else self.logits[at]
+        return Exemplars(self.images.index_select(0, at), self.labels[at], logits)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seen": self.seen, "seed": self.seed}

@@ -37,8 +37,10 @@ class ER(CrossEntropy):
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:
             return None
-        drawn = (self.memory.draw(self.minibatch) for _ in range(self.draws))
-        return [e._replace(images=prepare(e.images)) for e in drawn]
+        drawn = self.memory.draw(self.minibatch, self.draws)
+        drawn = drawn._replace(images=prepare(drawn.images))
+        parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
+        return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:

@@ -42,9 +42,11 @@ class KSparsePolytope:
         Returns:
             The vertex v, of m's shape: -r*sign(m) on the K largest |m|, 0 elsewhere. Entries with m = 0 stay 0.
         """
-        flat = m.reshape(-1)  # logical order, whatever the memory format
-        top = flat.abs().topk(min(self.k, flat.numel()), sorted=False).indices
-        return torch.zeros_like(flat).scatter_(0, top, flat[top].sign() * -self.radius).view(m.shape)
+        size = m.abs()
+        vertex, n = torch.zeros_like(size), size.numel()
+        top = size.as_strided((n,), (1,)).topk(min(self.k, n), sorted=False).indices  # in memory order: channels_last
+        vertex.as_strided((n,), (1,)).index_fill_(0, top, -self.radius)
+        return vertex.mul_(m.sign())
 
     def scale_in(self, w: Tensor) -> Tensor:
         """The largest multiple of ``w``, at most ``w`` itself, that lies in the polytope."""

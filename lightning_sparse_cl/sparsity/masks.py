@@ -58,7 +58,7 @@ class Masks:
         if mask is None:
             self.alive.pop(name, None)
         else:
-            self.alive[name] = mask.to(weight.device, torch.bool)
+            self.alive[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
             self.apply_()
 
     def set_frozen(self, name: str, mask: Tensor | None) -> None:
@@ -72,7 +72,7 @@ class Masks:
             self.frozen.pop(name, None)
             self._values.pop(name, None)
         else:
-            self.frozen[name] = mask.to(weight.device, torch.bool)
+            self.frozen[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
             self._values[name] = weight.detach().clone()
 
     def movable(self, name: str) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_sparse_cl import (
     SharpnessAware,
     SmallCNN,
     SmallMLP,
+    SplitTensors,
     StochasticFrankWolfe,
     TaskEarlyStopping,
     TaskLRSchedule,
@@ -131,9 +132,45 @@ def test_what_lightning_would_do_wrongly_is_refused_with_a_remedy():
         ([TaskEarlyStopping("val/acc")], {"check_val_every_n_epoch": 2}, "every epoch's metric"),
         ([TaskLRSchedule(ReduceLROnPlateau)], {}, "needs no metric"),
         ([TaskEarlyStopping("nonsense")], {}, "nonsense.*train/loss"),
+        ([], {"precision": "16-true"}, "bf16-mixed"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(*callbacks, **options).fit(model, toy_tasks())
+    with pytest.raises(ValueError, match=r"module.backbone.compile\(\)"):
+        trainer().fit(torch.compile(model), toy_tasks())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_backbone_learns_the_same(backend):
+    def fit(compiled):
+        pl.seed_everything(0, verbose=False)
+        model = EsaCL(SmallCNN(4), DERpp(30, 8), policies=[GradientClipping(1.0)])
+        if compiled:
+            model.backbone.compile(backend=backend)
+        trainer(RandomState(), ContinualEvaluation()).fit(model, toy_tasks(num_tasks=2))
+        return model.state_dict()
+
+    plain, compiled = fit(False), fit(True)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [ContinualModule, EsaCL])
+def test_no_step_waits_for_the_gpu(method):
+    class Strict(pl.Callback):
+        """Every wait inside a step is an error, from the second step on."""
+
+        def on_train_batch_start(self, trainer, *_):
+            torch.cuda.set_sync_debug_mode("error" if trainer.global_step else "default")
+
+        def on_train_batch_end(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    images = torch.randint(256, (320, 3, 8, 8), dtype=torch.uint8), torch.arange(320) % 4
+    data = SplitTensors(images, images, num_tasks=2, batch_size=16, crop=1, flip=True)
+    fit = trainer(FiniteLoss(), Strict(), accelerator="gpu", devices=1, log_every_n_steps=0)
+    fit.fit(method(SmallCNN(4), DERpp(30, 8)), data)
 
 
 def test_a_loss_that_is_not_a_number_names_its_place_and_spares_the_checkpoint(tmp_path):
