@@ -2,15 +2,18 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
 
+import fake_data
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
+from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import toy_tasks
@@ -20,17 +23,25 @@ PARTS = (
     nn.Module,
 )  # fmt: skip
 
+# Small files for the data modules that read some.
+FILES: dict[str, Callable[..., Any]] = {
+    "SplitMNIST": fake_data.write_mnist, "PermutedMNIST": fake_data.write_mnist, "RotatedMNIST": fake_data.write_mnist,
+    "SplitFashionMNIST": partial(fake_data.write_mnist, name="FashionMNIST"),
+    "SplitCIFAR10": fake_data.write_cifar10, "SplitCIFAR100": fake_data.write_cifar100,
+    "SplitTinyImageNet": fake_data.write_tiny_imagenet, "SplitMiniImageNet": fake_data.write_mini_imagenet,
+    "SplitImageFolder": fake_data.write_image_folder,
+}  # fmt: skip
+
 NO_RESULT = {
-    "they need files; their options are those of SplitDigits and are tested with the files in tests/data": {
-        name for name in dir(scl) if name.startswith(("SplitMNIST", "SplitFashion", "SplitCIFAR", "SplitTiny",
-        "SplitMini", "SplitImageFolder", "PermutedMNIST", "RotatedMNIST"))},
+    "where the files are": {"root", "download"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
         "Objective", "UpdateRule", "Sparsifier", "AccuracyMatrix", "ReservoirMemory", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
     "where it runs, not what comes out": {"num_workers"},
-    "digits are not augmented": {"SplitDigits.augment", "PermutedDigits.augment", "RotatedDigits.augment"},
-    "what the parts below are put into": {"params", "kwargs", "args"},
+    "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
+        for name in ("Digits", "MNIST", "FashionMNIST")},
+    "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
 
 THE_DATA = toy_tasks()
@@ -46,7 +57,7 @@ BASE: dict[str, dict[str, Any]] = {
     "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
     "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
-    "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3},
+    "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3}, "SplitImageFolder": {"num_tasks": 2, "crop": 2},
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "backbone": scl.SmallMLP([8]), "objective": scl.ER(30, 8), "update": scl.SharpnessAware(0.5),
@@ -62,21 +73,21 @@ OTHER |= {
     "EsaCL.update": scl.Plain(),
     "EsaCL.backbone": scl.SmallMLP([8, 8]),
     "joint": True,
-    "PermutedDigits.num_tasks": 3,
-    "RotatedDigits.num_tasks": 3,
+    "SplitImageFolder.num_tasks": 4,
+    "SplitImageFolder.flip": True,
+    "size": 8,
 }
 
 
-def public():
-    """Every pair of a public class and one of its parameters, those inherited through ``**kwargs`` too."""
+def public(files: bool) -> Iterator[tuple[str, str]]:
+    """Every pair of a public class, which reads files or not, and one of its parameters, the inherited too."""
     skipped = set().union(*NO_RESULT.values())
     for name in sorted(dir(scl)):
         part = getattr(scl, name)
-        if not inspect.isclass(part) or not issubclass(part, PARTS) or name in skipped:
+        if not inspect.isclass(part) or not issubclass(part, PARTS) or name in skipped or (name in FILES) != files:
             continue
-        names = [p for p in inspect.signature(part).parameters if p not in skipped]
-        if issubclass(part, scl.TaskDataModule):
-            names += [p for p in inspect.signature(scl.TaskDataModule).parameters if p not in skipped]
+        takers = part.__mro__[:-1] if issubclass(part, scl.TaskDataModule) else [part]  # they pass kwargs on
+        names = [p for taker in takers for p in inspect.signature(taker).parameters if p not in skipped]
         yield from ((name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped)
 
 
@@ -116,11 +127,7 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
     schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))
     if name == "TaskEarlyStopping":
         schedule = scl.TaskSchedule(8)
-    trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[schedule, evaluation],
-    )  # fmt: skip
-    trainer.fit(model, sequence)
+    trainer(evaluation, epochs=schedule.epochs).fit(model, sequence)
     figures = [m.R for m in evaluation.matrices.values()] + [torch.tensor(sequence.starts)]
     return [p.detach() for p in model.parameters()] + [f.float().nan_to_num(-1) for f in figures]
 
@@ -145,10 +152,47 @@ def other(name: str, parameter: str) -> Any:
     raise AssertionError(f"say in OTHER what {name}({parameter}={value!r}) is to be changed to")
 
 
-@pytest.mark.parametrize(("name", "parameter"), list(public()), ids=str)
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(("name", "parameter"), list(public(files=False)), ids=str)
 def test_changing_it_changes_the_result(name, parameter):
     changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)})
-    same = len(changed) == len(base(name)) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(changed, base(name), strict=True)
-    )
-    assert not same, f"{name}({parameter}=...) has no effect"
+    assert not same(changed, base(name)), f"{name}({parameter}=...) has no effect"
+
+
+def served(name: str, **kwargs: Any) -> list[torch.Tensor]:
+    """What a data module that reads files gives to training, of each task some batches, and to the test."""
+
+    class Record(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.extend(batch)
+
+    batches: list[torch.Tensor] = []
+    pl.seed_everything(0, verbose=False)
+    data = getattr(scl, name)(**{"batch_size": 16} | copy.deepcopy(kwargs))
+    trainer(Record(), epochs=1, limit_train_batches=2).fit(scl.ContinualModule(scl.SmallMLP([4])), data)
+    return batches + [part for loader in data.test_dataloader() for part in next(iter(loader))]
+
+
+@pytest.fixture(scope="module")
+def file_based(tmp_path_factory):
+    """Writes a data module's files once, and tells what it serves from them."""
+    served_of: dict[str, list[torch.Tensor]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+
+        def of(name: str, **changed: Any) -> list[torch.Tensor]:
+            root = tmp_path_factory.getbasetemp() / name
+            if name not in served_of:
+                FILES[name](root, *[patch] * ("CIFAR" in name))
+                served_of[name] = served(name, root=str(root), **BASE.get(name, {}))
+            return served(name, root=str(root), **BASE.get(name, {}) | changed) if changed else served_of[name]
+
+        yield of
+
+
+@pytest.mark.parametrize(("name", "parameter"), list(public(files=True)), ids=str)
+def test_changing_it_changes_what_is_read_from_files(name, parameter, file_based):
+    changed = file_based(name, **{parameter: other(name, parameter)})
+    assert not same(changed, file_based(name)), f"{name}({parameter}=...) has no effect"
