@@ -91,7 +91,7 @@ class ReservoirMemory(nn.Module):
             self.logits[slots] = logits[rows].to(self.logits.dtype)
 
     def draw(self, count: int, times: int = 1) -> Exemplars:
-        """``count`` exemplars without repetition, or all there are; ``times`` independent draws, one after the other."""
+        """``count`` exemplars without repetition, or all there are; ``times`` draws in a row."""
         if count < len(self):
             at = torch.cat([torch.randperm(len(self), device=self.labels.device)[:count] for _ in range(times)])
         else:
