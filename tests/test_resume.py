@@ -254,7 +254,7 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     torch.save(checkpoint, tmp_path / "old.ckpt")
     whole = path.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[:-1000])
-    values = whole.index(checkpoint["state_dict"]["backbone.3.weight"].numpy().tobytes())
+    values = whole.index(checkpoint["state_dict"]["head.weight"].numpy().tobytes())
     (tmp_path / "flipped.ckpt").write_bytes(whole[:values] + b"\0\0\0\0" + whole[values + 4 :])
     torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
     for name, message in (
