@@ -45,7 +45,14 @@ class Clock(pl.Callback):
         self.at.append(time.perf_counter())
 
 
-def package(method: str, backbone: nn.Module, steps: int) -> list[float]:
+class Contiguous(pl.Callback):
+    """Takes channels_last back, to show what it gives."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        nn.utils.convert_conv2d_weight_memory_format(pl_module, torch.contiguous_format)
+
+
+def package(method: str, backbone: nn.Module, steps: int, *more: pl.Callback) -> list[float]:
     """Seconds of each step in the package; neither side logs, saves or shows anything."""
     torch.manual_seed(0)
     objective = scl.DERpp(MEMORY, BATCH)
@@ -59,7 +66,7 @@ def package(method: str, backbone: nn.Module, steps: int) -> list[float]:
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_train_batches=steps + 1,
-        callbacks=[scl.TaskSchedule(1), scl.RandomState(), scl.PassCounter(), scl.FiniteLoss(), clock],
+        callbacks=[scl.TaskSchedule(1), scl.RandomState(), scl.PassCounter(), scl.FiniteLoss(), clock, *more],
     )  # fmt: skip
     n = min(BATCH * (steps + 1), len(IMAGES))
     repeat = -(-BATCH * (steps + 1) // n)
@@ -196,6 +203,29 @@ def measure(network: str, method: str, steps: int, rounds: int) -> Iterator[tupl
         yield sides[package], sides[loop]
 
 
+def without_channels_last(method: str, backbone: nn.Module, steps: int) -> list[float]:
+    return package(method, backbone, steps, Contiguous())
+
+
+def compiled(method: str, backbone: nn.Module, steps: int) -> list[float]:
+    backbone.compile()
+    return package(method, backbone, steps)
+
+
+def defaults(network: str, steps: int, rounds: int) -> dict[str, Any]:
+    """How much longer the package's DER++ step takes with one choice undone or made, median of the rounds' ratios."""
+    sides = (package, without_channels_last, compiled)
+    times: dict[Callable, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            times[side].append(statistics.median(side("DER++", NETWORKS[network](), steps)[2:]))
+    ratios = {side: statistics.median(a / b for a, b in zip(times[side], times[package])) for side in sides}
+    return {
+        "network": network, "ms a step": round(1000 * statistics.median(times[package]), 1),
+        "without channels_last": round(ratios[without_channels_last], 3), "compiled": round(ratios[compiled], 3),
+    }  # fmt: skip
+
+
 def main() -> None:
     args = harness.arguments(__doc__)
     torch.set_num_threads(1)
@@ -214,7 +244,10 @@ def main() -> None:
         )  # fmt: skip
     harness.show("One step, one CPU thread", rows, list(rows[0]))
     if not args.quick:
+        choices = [defaults(network, 6, 3) for network in track([n for n in plan if n != "linear"], "choices")]
+        harness.show("Time of a step against the defaults'", choices, list(choices[0]))
         harness.save("overhead", rows, rounds={n: r for n, (_, r) in plan.items()})
+        harness.save("overhead_choices", choices, rounds=3)
 
 
 if __name__ == "__main__":

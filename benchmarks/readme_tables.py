@@ -26,6 +26,13 @@ COLUMNS = {
         "choice": "", "sparsity": "sparsity", "class_il_before": "Class-IL before", "class_il": "Class-IL after",
         "task_il": "Task-IL after", "used": "weights in use",
     },
+    "overhead": {
+        "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
+    },
+    "overhead_choices": {
+        "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
+        "compiled": "compiled",
+    },
 }  # fmt: skip
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
 PLAIN = {"backward passes", "seconds"}

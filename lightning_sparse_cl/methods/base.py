@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -66,7 +67,7 @@ class ContinualModule(pl.LightningModule):
             features = self.backbone.eval()(torch.zeros(1, *input_shape, dtype=own))
         self.backbone.train(training)
         self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
-        nn.utils.convert_conv2d_weight_memory_format(self.backbone, torch.channels_last)  # up to 1.5 times as fast
+        channels_last_(self.backbone)
         self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
         self.objective.build(input_shape, num_classes, seed, dtype)
 
