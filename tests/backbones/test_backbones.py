@@ -30,7 +30,8 @@ def test_channels_come_from_the_data():
 
 
 @pytest.mark.parametrize(("width", "converted"), [(8, False), (16, True)])  # 8: oneDNN's workspace would be overrun
-def test_channels_last_changes_the_format_and_no_gradient(width, converted):
+def test_channels_last_changes_the_format_and_no_gradient(width, converted, monkeypatch):
+    monkeypatch.setattr("torch.nn.functional.relu", torch.tanh)  # at a kink, rounding would change whole gradients
     plain = nn.Sequential(ResNet18(width), nn.Linear(8 * width, 3))
     plain(torch.zeros(2, 3, 64, 64))
     fast = channels_last_(copy.deepcopy(plain))
@@ -40,4 +41,4 @@ def test_channels_last_changes_the_format_and_no_gradient(width, converted):
     for network in (plain, fast):
         network(x).square().sum().backward()
     for a, b in zip(plain.parameters(), fast.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+        assert (a.grad - b.grad).norm() < 1e-4 * a.grad.norm()
