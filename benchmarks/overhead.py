@@ -233,7 +233,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     plan = {"ResNet-18, width 20": (8, 4), "linear": (200, 6)}
     if not args.quick:
-        plan = {"ResNet-18, width 64": (6, 5), "ResNet-18, width 20": (15, 9), "linear": (300, 15)}
+        plan = {"ResNet-18, width 64": (5, 3), "ResNet-18, width 20": (10, 7), "linear": (300, 15)}
     rows = []
     for network, method in track([(n, m) for n in plan for m in ("DER++", "EsaCL")], "networks"):
         pairs = list(measure(network, method, *plan[network]))
