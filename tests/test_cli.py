@@ -125,6 +125,14 @@ def test_bad_input_is_one_clear_line_and_a_status(options, message, monkeypatch)
     assert "\n" not in exit.value.code
 
 
+def test_compile_compiles_the_backbone(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    base = CONFIGS / "split_digits" / "finetune.yaml"
+    main(["fit", "-c", str(base), *small(base), "--trainer.limit_train_batches=1", "--compile=true"])
+    assert compiled == ["SmallCNN"]
+
+
 def test_a_fault_that_is_not_the_users_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lightning_sparse_cl.__main__.main", lambda: {}["a bug"])
     with pytest.raises(KeyError):
