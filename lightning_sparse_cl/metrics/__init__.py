@@ -1,5 +1,14 @@
 """Measures in plain torch and torchmetrics; nothing here imports Lightning."""
 
+from lightning_sparse_cl.metrics.accounting import (
+    DenseCost,
+    capacity,
+    mask_overhead,
+    mean_kept,
+    packnet_share,
+    sparcl_flops,
+    sparcl_memory,
+)
 from lightning_sparse_cl.metrics.accuracy_matrix import (
     AccuracyMatrix,
     average_accuracy,
@@ -8,4 +17,17 @@ from lightning_sparse_cl.metrics.accuracy_matrix import (
     forward_transfer,
 )
 
-__all__ = ["AccuracyMatrix", "average_accuracy", "backward_transfer", "forgetting", "forward_transfer"]
+__all__ = [
+    "AccuracyMatrix",
+    "DenseCost",
+    "average_accuracy",
+    "backward_transfer",
+    "capacity",
+    "forgetting",
+    "forward_transfer",
+    "mask_overhead",
+    "mean_kept",
+    "packnet_share",
+    "sparcl_flops",
+    "sparcl_memory",
+]
