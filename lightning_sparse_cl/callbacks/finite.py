@@ -23,18 +23,18 @@ class FiniteLoss(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._losses: dict[int, Tensor] = {}  # by step
+        self._losses: list[tuple[int, Tensor]] = []  # with their steps
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._losses = {}
+        self._losses = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses[trainer.global_step] = loss.detach()
-        if trainer.is_last_batch or len(self._losses) >= EVERY:
+            self._losses.append((trainer.global_step, loss.detach()))
+        if trainer.is_last_batch or (batch_idx + 1) % EVERY == 0:
             self._check(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
@@ -43,8 +43,9 @@ class FiniteLoss(pl.Callback):
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         wrong = []
         if self._losses:
-            finite = torch.stack(list(self._losses.values())).isfinite().tolist()
-            wrong = [step for step, fine in zip(self._losses, finite, strict=True) if not fine]
+            steps, losses = zip(*self._losses, strict=True)
+            finite = torch.stack(losses).isfinite().tolist()
+            wrong = [step for step, fine in zip(steps, finite, strict=True) if not fine]
         weights = [p.detach() for p in pl_module.parameters()]
         if not torch.stack([n.isfinite() for n in torch._foreach_norm(weights)]).all():
             wrong.append(trainer.global_step)  # the update itself went wrong; the loss would show it next
@@ -55,4 +56,4 @@ class FiniteLoss(pl.Callback):
                 f"task {task}, epoch {trainer.current_epoch}, step {min(wrong, default=trainer.global_step)}; "
                 "checkpoints are from before that. A smaller learning rate may help"
             )
-        self._losses = {}
+        self._losses = []

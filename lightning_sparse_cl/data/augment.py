@@ -29,7 +29,7 @@ class ImageTransform(nn.Module):
             return x
         if augment and (self.crop or self.flip):
             x = self._augment(x)
-        return (x * self.scale).sub_(self.shift)
+        return (x * self.scale.to(x.device)).sub_(self.shift.to(x.device))
 
     def _augment(self, x: Tensor) -> Tensor:
         """Each sample a window of its padded image or of the mirror image: one copy, out of a view of all windows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,16 +28,13 @@ class DenseCost:
     @classmethod
     def of(cls, network: nn.Module, input_shape: Sequence[int]) -> DenseCost:
         """Count by sending one image (C, H, W) of zeros through ``network``, with ``torch.utils.flop_counter``."""
-        elements: list[int] = []
-        layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        hooks = [m.register_forward_hook(lambda _, __, out: elements.append(out.numel())) for m in layers]
-        training = network.training
-        device = next(network.parameters()).device
+        network, elements = copy.deepcopy(network).eval(), []
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                module.register_forward_hook(lambda _, __, out: elements.append(out.numel()))
+        own = next(network.parameters())
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network.eval()(torch.zeros(1, *input_shape, device=device))
-        network.train(training)
-        for hook in hooks:
-            hook.remove()
+            network(torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype))
         flops = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
         macs = {
             f"{name}.weight": flops[name] // 2
