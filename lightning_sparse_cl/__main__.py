@@ -11,8 +11,10 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
+import lightning
 import lightning.pytorch as pl
 import torch
+import torch.optim
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
@@ -78,17 +80,23 @@ def newest_run(logger: Any, config: Any) -> Path:
         FileNotFoundError: if there is none.
     """
     runs = Path(logger.save_dir or ".", logger.name or "") if logger is not None else Path()
-    wanted = {key: config.get(key) for key in ("seed_everything", "model", "data", "schedule")}
-    wanted = yaml.safe_load(yaml.safe_dump(Namespace(**wanted).as_dict()))
+    wanted = _sought(config)
     found = []
     for path in (*runs.glob("*/checkpoints/last.ckpt"), *runs.glob("checkpoints/last.ckpt")):
         beside = path.parents[1] / "config.yaml"
-        saved = yaml.safe_load(beside.read_text()) if beside.is_file() else {}
-        if all(saved.get(key) == value for key, value in wanted.items()):
+        if beside.is_file() and _sought(yaml.safe_load(beside.read_text())) == wanted:
             found.append(path)
     if not found:
         raise FileNotFoundError(f"--ckpt_path=last: no run under {runs} has this configuration and a last.ckpt")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _sought(config: Namespace | dict[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same. Not the batch of a process: their number may have changed."""
+    parts = {key: config.get(key) for key in ("seed_everything", "model", "data", "schedule")}
+    parts = yaml.safe_load(yaml.safe_dump(Namespace(**parts).as_dict()))  # a copy, as it is written to files
+    (parts["data"] or {}).get("init_args", {}).pop("batch_size", None)
+    return parts
 
 
 def damage(path: str) -> str | None:
@@ -143,14 +151,18 @@ def run() -> None:
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell of an error: what this package said, or the parser; None for a fault with a traceback to read."""
+    """What to tell of an error that this package, Lightning, an optimiser or the parser found in the input.
+
+    None for a fault with a traceback to read.
+    """
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
+    checkers = [Path(module.__file__).parent for module in (scl, torch.optim, lightning)]
     for link in chain:
-        raised_in = traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else ""
-        if isinstance(link, ValueError | OSError) and Path(raised_in).is_relative_to(Path(scl.__file__).parent):
-            return str(link)
+        raised_in = Path(traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else "")
+        if isinstance(link, ValueError | OSError) and any(raised_in.is_relative_to(folder) for folder in checkers):
+            return " ".join(str(link).split())
     if isinstance(error, MisconfigurationException):
         return str(error)
     if isinstance(error, ArgumentError):

@@ -115,6 +115,9 @@ def test_validate_predict_and_print_config_work(capsys, tmp_path):
         (["--schedule.epochs=many"], "schedule.epochs: Expected a <class 'int'>. Got value: many"),
         (["-c", "missing.yaml"], "missing.yaml"),
         (["--data=SplitCIFAR10", "--data.root=nowhere"], "download"),
+        (["--model.init_args.optimizer=SGD", "--model.init_args.optimizer.lr=-1"], "Invalid learning rate: -1.0"),
+        (["--trainer.strategy=nonsense"], "invalid strategy name"),
+        (["--model.init_args.backbone.init_args.width=0"], "at least one channel"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_a_status(options, message, monkeypatch):

@@ -205,10 +205,14 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, capsys):
+def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_sparse_cl.callbacks.schedule.rank_zero_info", said.append)
     main(command(tmp_path, "finetune"))
     before = final_state(tmp_path)
+    assert not said
     main(command(tmp_path, "finetune", "--ckpt_path", str(tmp_path / "last.ckpt")))
+    assert "all tasks of this run are finished" in said[0]
     assert_identical(before, final_state(tmp_path))
 
 
@@ -226,6 +230,8 @@ def test_last_is_the_newest_run_of_the_same_configuration():
     assert Path(again.trainer.ckpt_path).parents[1].name == Path(first.trainer.log_dir).name
     with pytest.raises(FileNotFoundError, match="no run under"):
         fit("er", "--ckpt_path=last", "--seed_everything=7")
+    with pytest.raises(ValueError, match="batch_size over all processes"):  # found: it may be of two processes
+        fit("er", "--ckpt_path=last", "--data.init_args.batch_size=8")
 
 
 @pytest.mark.parametrize(
@@ -244,6 +250,16 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, config, more, messa
     main(command(tmp_path, "finetune", short))
     with pytest.raises(ValueError, match=message):
         main(command(tmp_path, config, short, f"--ckpt_path={tmp_path / 'last.ckpt'}", *more))
+
+
+def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
+    short = "--trainer.limit_train_batches=4"
+    main(command(tmp_path, "esacl", short, "--schedule.epochs=2"))
+    sgd = ["--model.init_args.optimizer=SGD", "--model.init_args.optimizer.lr=0.1"]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert "tau" in checkpoint["optimizer_states"][0]["param_groups"][0]
+    with pytest.raises(ValueError, match=r"of another optimiser: SGD has .*weight_decay"):
+        main(command(tmp_path, "esacl", short, f"--ckpt_path={tmp_path / 'last.ckpt'}", *sgd))
 
 
 def test_damaged_checkpoints_are_refused_by_name(tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 
 def channels_last_(network: nn.Module) -> nn.Module:
-    """Keep the weights of 2-D convolutions in ``channels_last``, in place: on CPUs up to 1.5 times as fast.
+    """Keep the weights of 2-D convolutions in ``channels_last``, in place: on CPUs up to 1.4 times as fast.
 
     A network with a strided 1x1 convolution of fewer than 16 input channels is left as it is: oneDNN writes past its
     workspace in that layer's weight gradient (uxlfoundation/oneDNN issue 6035: wrong gradients, or a crash).

@@ -34,10 +34,15 @@ class ResNet18(nn.Module):
 
     Args:
         width: w, channels of the stem and of the first stage.
+
+    Raises:
+        ValueError: if ``width`` is not positive.
     """
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
+        if width < 1:
+            raise ValueError(f"ResNet18(width={width}): a stage has at least one channel")
         self.stem = nn.LazyConv2d(width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]

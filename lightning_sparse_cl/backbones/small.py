@@ -13,9 +13,15 @@ class SmallCNN(nn.Sequential):
 
     Args:
         width: channels of the first two convolutions; the last two have twice as many.
+
+    Raises:
+        ValueError: if ``width`` is not positive.
     """
 
     def __init__(self, width: int = 32) -> None:
+        if width < 1:
+            raise ValueError(f"SmallCNN(width={width}): a convolution has at least one channel")
+
         def block(conv: nn.Module, outputs: int) -> list[nn.Module]:
             return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
 
@@ -35,9 +41,14 @@ class SmallMLP(nn.Sequential):
 
     Args:
         hidden: width of each hidden layer.
+
+    Raises:
+        ValueError: if there is none, or one is empty.
     """
 
     def __init__(self, hidden: Sequence[int] = (256, 256)) -> None:
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"SmallMLP(hidden={hidden}): at least one layer, each of at least one unit")
         layers: list[nn.Module] = [nn.Flatten(), nn.LazyLinear(hidden[0]), nn.ReLU()]
         for i, o in pairwise(hidden):
             layers += [nn.Linear(i, o), nn.ReLU()]

@@ -41,6 +41,11 @@ class TaskEarlyStopping(pl.Callback):
                 "every epoch's metric; leave it at 1"
             )
 
+        if self.monitor.startswith("val/") and getattr(trainer.datamodule, "val_fraction", 1) == 0:
+            raise ValueError(
+                f"TaskEarlyStopping(monitor={self.monitor!r}): nothing is validated; set the data module's val_fraction"
+            )
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._best, self._waited = float("inf"), 0
 

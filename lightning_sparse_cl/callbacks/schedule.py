@@ -96,6 +96,13 @@ class TaskSchedule(pl.Callback):
         trainer.callbacks = [c for c in trainer.callbacks if c is not self and c not in last] + [self, *last]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for optimizer in trainer.optimizers:  # PyTorch restores the state of another one without a word
+            for group in optimizer.param_groups:
+                if missing := optimizer.defaults.keys() - group.keys() - {"differentiable"}:  # PyTorch adds it late
+                    raise ValueError(
+                        f"TaskSchedule: the checkpoint is of another optimiser: {type(optimizer).__name__} has "
+                        f"{', '.join(sorted(missing))}, which it lacks"
+                    )
         if trainer.datamodule.finished:
             rank_zero_info("TaskSchedule: all tasks of this run are finished; there is nothing left to train.")
             trainer.should_stop = True

@@ -141,6 +141,7 @@ class TaskDataModule(pl.LightningDataModule):
                 raise ValueError(
                     f"{type(self).__name__}: task {task} has the label {int(y.min())}; labels count from 0"
                 )
+        self._refuse_mixed(train, test)
         self.classes = [sorted(set(y.tolist())) for y in labels]
         self.num_classes = max(int(y.max()) for y in labels) + 1
         if self.joint:
@@ -150,6 +151,19 @@ class TaskDataModule(pl.LightningDataModule):
         if self.transform is None:
             self.transform = _standardise(train[0])
         self.train_sets, self.test_sets = train, test
+
+    def _refuse_mixed(self, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
+        """One network is for all tasks: images of one shape, and test labels that can be learnt."""
+        learnt = torch.cat([_labels(d) for d in train]).unique()
+        shapes = [[tuple(torch.as_tensor(d[0][0]).shape) for d in sets] for sets in (train, test)]
+        for task, (data, *found) in enumerate(zip(test, *shapes, strict=True)):
+            if any(shape != shapes[0][0] for shape in found):
+                raise ValueError(f"{type(self).__name__}: images of task {task} are {found}, of task 0 {shapes[0][0]}")
+            if unknown := set(_labels(data).unique().tolist()) - set(learnt.tolist()):
+                raise ValueError(
+                    f"{type(self).__name__}: task {task} is tested on the label {min(unknown)}, which no training "
+                    "sample has"
+                )
 
     def _begin(self) -> None:
         """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""

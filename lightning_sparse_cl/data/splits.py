@@ -36,7 +36,8 @@ class ClassSplit(SourceTasks):
         if n % num_tasks:
             *most, last = (str(k) for k in range(1, n + 1) if n % k == 0)
             name = f"{type(self).__name__}(num_tasks={num_tasks})"
-            raise ValueError(f"{name}: {n} classes divide into {', '.join(most)} or {last} tasks")
+            numbers = " or ".join(filter(None, [", ".join(most), last]))
+            raise ValueError(f"{name}: {n} classes divide into {numbers} tasks")
         order = list(range(n)) if class_order is None else class_order
         if isinstance(order, int):
             order = np.random.RandomState(order).permutation(n).tolist()

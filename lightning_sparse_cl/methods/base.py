@@ -138,10 +138,15 @@ class ContinualModule(pl.LightningModule):
         optimizer.step()
         self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
         loss = outputs["loss"].detach()
-        every = self.trainer.log_every_n_steps
-        if self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0):
-            self.log("train/loss", loss, prog_bar=True)  # no oftener: it costs as much as a small network's step
+        if self._logs():
+            self.log("train/loss", loss, prog_bar=True)
         return {"loss": loss, "logits": whole["logits"]}
+
+    def _logs(self) -> bool:
+        """Logging costs as much as a small network's step, and is done where somebody looks."""
+        every = self.trainer.log_every_n_steps
+        shown = self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0)
+        return shown or any(getattr(c, "monitor", None) == "train/loss" for c in self.trainer.callbacks)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.world_size > 1:  # manual optimisation never broadcasts batch-norm buffers by itself

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -133,6 +134,7 @@ def test_what_lightning_would_do_wrongly_is_refused_with_a_remedy():
         ([TaskLRSchedule(ReduceLROnPlateau)], {}, "needs no metric"),
         ([TaskEarlyStopping("nonsense")], {}, "nonsense.*train/loss"),
         ([], {"precision": "16-true"}, "bf16-mixed"),
+        ([TaskEarlyStopping("val/acc")], {}, "val_fraction"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(*callbacks, **options).fit(model, toy_tasks())
@@ -197,6 +199,30 @@ def test_a_loss_that_is_not_a_number_names_its_step_without_checkpoints():
     model = ContinualModule(SmallMLP([8]))
     with pytest.raises(ValueError, match="task 1, epoch 2, step 13"):
         trainer(FiniteLoss(), Poison()).fit(model, toy_tasks())
+
+
+def test_a_loss_that_is_not_a_number_is_seen_among_accumulated_batches():
+    class Once(PlainClassifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + float("inf") if batch_idx == 0 and self.current_epoch == 1 else loss
+
+    with pytest.raises(ValueError, match="task 0, epoch 1"):
+        trainer(FiniteLoss(), accumulate_grad_batches=4).fit(Once(6), toy_tasks())
+
+
+def test_a_checkpoint_that_monitors_the_loss_has_its_own_steps(tmp_path):
+    class Losses(pl.Callback):
+        seen = {}
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+            self.seen[trainer.global_step] = float(outputs["loss"])
+
+    losses = Losses()
+    saved = ModelCheckpoint(tmp_path, "{step}", "train/loss", every_n_train_steps=7, save_top_k=-1)
+    trainer(losses, saved, enable_checkpointing=True).fit(ContinualModule(SmallMLP([8])), toy_tasks())
+    scores = {int(Path(p).stem.removeprefix("step=")): float(v) for p, v in saved.best_k_models.items()}
+    assert scores == pytest.approx({step: losses.seen[step] for step in (7, 14, 21, 28)})
 
 
 @pytest.mark.parametrize(

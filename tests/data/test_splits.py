@@ -260,7 +260,13 @@ ERRORS: list[tuple[Callable[[Path], scl.TaskDataModule], str]] = [
     (lambda _: scl.SplitTensors((X.float(), Y), (X.float(), Y), 1, flip=True), "only uint8 images are augmented"),
     (lambda _: scl.SplitTensors((X, Y), (X[..., :2], Y), 1), "differ in shape"),
     (lambda _: scl.SplitTensors((X, Y + 1), (X, Y + 1), 2), "task 0 has no training images"),
+    (lambda _: scl.SplitTensors((X, Y), (X, Y), 2), r"num_tasks=2\): 1 classes divide into 1 tasks"),
     (lambda _: scl.TaskDatasets([TensorDataset(X, Y)], []), "got 1 training, 0 test sets"),
+    (lambda _: scl.TaskDatasets([Items(X[0], 0)], [Items(X[0], 7)]), "task 0 is tested on the label 7, which no train"),
+    (
+        lambda _: scl.TaskDatasets([Items(X[0], 0), Items(X[0, :, :2], 1)], [Items(X[0], 0), Items(X[0], 1)]),
+        r"images of task 1 are \[\(1, 2, 4\), \(1, 4, 4\)\], of task 0 \(1, 4, 4\)",
+    ),
     (lambda _: scl.TaskDatasets([Items(X[0], 0, n=0)], [Items(X[0], 0)]), r"train\[0\]\): the data set is empty"),
     (lambda _: scl.TaskDatasets([Items("x.png", 0)], [Items(X[0], 0)]), r"train\[0\]\): .*item 0 is str"),
     (lambda _: scl.TaskDatasets([Items(X[0].int(), 0)], [Items(X[0], 0)]), r"item 0 is torch.int32 \(1, 4, 4\)"),
