@@ -2,7 +2,13 @@
 
 from lightning_sparse_cl.backbones import ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
+    SET,
+    SNFS,
+    SNIP,
     ContinualEvaluation,
+    DropAndGrow,
+    DynamicDataRemoval,
+    DynamicGradientMasking,
     FiniteLoss,
     FreezeMasks,
     GradientClipping,
@@ -10,16 +16,18 @@ from lightning_sparse_cl.callbacks import (
     PassCounter,
     RandomState,
     Reopen,
+    RigL,
     RunReport,
     SequenceCheckpoint,
     Sparsifier,
+    TaskAwareDynamicMasking,
     TaskEarlyStopping,
     TaskLRSchedule,
     TaskProgressBar,
     TaskSchedule,
 )
 from lightning_sparse_cl.data import *  # noqa: F403
-from lightning_sparse_cl.methods import ContinualModule, EsaCL
+from lightning_sparse_cl.methods import ContinualModule, EsaCL, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, Objective, ReservoirMemory
 from lightning_sparse_cl.optim import (

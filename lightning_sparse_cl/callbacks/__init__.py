@@ -2,21 +2,32 @@
 
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
+from lightning_sparse_cl.callbacks.data_removal import DynamicDataRemoval
+from lightning_sparse_cl.callbacks.drop_grow import SET, SNFS, DropAndGrow, RigL
+from lightning_sparse_cl.callbacks.dynamic_masking import TaskAwareDynamicMasking
 from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
 from lightning_sparse_cl.callbacks.finite import FiniteLoss
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
+from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.passes import PassCounter
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.report import RunReport
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.snip import SNIP
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.state import RandomState
 
 __all__ = [
+    "SET",
+    "SNFS",
+    "SNIP",
     "ContinualEvaluation",
+    "DropAndGrow",
+    "DynamicDataRemoval",
+    "DynamicGradientMasking",
     "FiniteLoss",
     "FreezeMasks",
     "GradientClipping",
@@ -24,9 +35,11 @@ __all__ = [
     "PassCounter",
     "RandomState",
     "Reopen",
+    "RigL",
     "RunReport",
     "SequenceCheckpoint",
     "Sparsifier",
+    "TaskAwareDynamicMasking",
     "TaskEarlyStopping",
     "TaskLRSchedule",
     "TaskProgressBar",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,29 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.loader import ImageTensors
+
+
+class Position(NamedTuple):
+    """Where a fit stands in its task; one without a task sequence is a single task."""
+
+    task: int
+    epoch: int
+    """Epochs of the task that are complete."""
+    epochs: float
+    """Epochs planned for the task; infinite where nobody has said."""
+    over: bool
+    """The running epoch is the task's last, as planned or because it was ended."""
+
+
+def position(trainer: pl.Trainer) -> Position:
+    """Asked anew by everything that depends on time, so that nothing has a counter of its own to forget."""
+    data, now = trainer.datamodule, trainer.current_epoch
+    schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
+    if schedule is None or not isinstance(data, TaskDataModule):
+        planned = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
+        return Position(0, now, planned, now + 1 >= planned)
+    epochs = schedule.epochs_of(data.task)
+    return Position(data.task, data.epoch_in_task, epochs, data.epoch_in_task + 1 >= epochs or data.starts[-1] > now)
 
 
 class TaskSchedule(pl.Callback):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from lightning_sparse_cl.sparsity import Masks, sparse_weights
 
@@ -27,15 +29,30 @@ class Sparsifier(pl.Callback):
     def __init__(self, dense: Sequence[str] | None = None) -> None:
         self.dense = dense
         self._loaded: dict[str, Any] | None = None
+        self._seed: int | None = None
 
     def names(self, pl_module: pl.LightningModule) -> list[str]:
         """The weights this callback prunes."""
         return sparse_weights(pl_module, self.dense)
 
+    def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
+        """Uniform scores for the named weights: the same on every process and after a resume, others ``at`` others."""
+        generator = torch.Generator().manual_seed(hash((self._seed, *at)) % 2**63)
+        weights = {name: pl_module.get_parameter(name) for name in names}
+        return {n: torch.rand(w.shape, generator=generator).to(w.device) for n, w in weights.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seed = state["seed"]
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._loaded = None
+        self._loaded = self._seed = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._seed is None:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed())
         self.masks = Masks.of(pl_module)
         if self._loaded is not None:
             self.masks.load_state_dict(self._loaded)
@@ -49,3 +66,13 @@ class Sparsifier(pl.Callback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         self._loaded = checkpoint.get("masks")
+
+
+def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mapping[str, Tensor]) -> None:
+    """Momentum and other optimiser state of weights that have just been grown starts from zero."""
+    for name, mask in grown.items():
+        weight = pl_module.get_parameter(name)
+        for optimizer in trainer.optimizers:
+            for value in optimizer.state.get(weight, {}).values():
+                if torch.is_tensor(value) and value.shape == weight.shape:
+                    value.masked_fill_(mask, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -120,6 +120,23 @@ class TaskDataModule(pl.LightningDataModule):
         """Indices (B,) into the current task's training set of this rank's batch ``batch_idx`` of the epoch."""
         sampler: TaskSampler = self.trainer.train_dataloader.sampler
         return sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
+
+    def live(self) -> Tensor:
+        """Which classes (num_classes,) the current task has."""
+        classes = sorted(set().union(*self.classes)) if self.joint else self.classes[self.task]
+        live = torch.zeros(self.num_classes, dtype=torch.bool)
+        live[classes] = True
+        return live
+
+    def whole(self, task: int) -> int:
+        """Training samples of a task before any was removed: all that are not set aside for validation."""
+        return len(self.train_sets[task]) - len(self._held_out[task])
+
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The current task's samples that are alive, once and not augmented; of each process its share."""
+        device = self.trainer.strategy.root_device
+        for x, y in self._eval_loader(self.train_sets[self.task], self.alive[self.task]):
+            yield self.prepare(x.to(device), augment=False), y.to(device)
 
     # -- Lightning ---------------------------------------------------------------------------------------------
 

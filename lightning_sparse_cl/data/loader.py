@@ -53,10 +53,13 @@ class TaskSampler(DistributedSampler):
         super().__init__(alive, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.alive = alive
         self.skip = 0
+        self._order: tuple[int, Tensor] | None = None
 
     def order(self) -> Tensor:
         """Indices of this epoch's samples on this rank."""
-        return self.alive[torch.tensor(list(super().__iter__()), dtype=torch.long)]
+        if self._order is None or self._order[0] != self.epoch:
+            self._order = self.epoch, self.alive[torch.tensor(list(super().__iter__()), dtype=torch.long)]
+        return self._order[1]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.order()[self.skip :].tolist())

@@ -2,5 +2,6 @@
 
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.methods.esacl import EsaCL
+from lightning_sparse_cl.methods.sparcl import SparCL
 
-__all__ = ["ContinualModule", "EsaCL"]
+__all__ = ["ContinualModule", "EsaCL", "SparCL"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
@@ -157,7 +157,7 @@ class ContinualModule(pl.LightningModule):
         if task > 0:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
-        self.objective.on_task_start(self, task)
+        self.objective.on_task_start(self, task, trainer.datamodule.live())
 
     def on_task_end(self, trainer: pl.Trainer, task: int) -> None:
         self.objective.on_task_end(self, task)
@@ -203,16 +203,3 @@ class ContinualModule(pl.LightningModule):
         if self.trainer.world_size == 1:
             return tensors
         return tuple(self.all_gather(t).flatten(0, 1) for t in tensors)
-
-
-@contextmanager
-def batch_norm_still(module: nn.Module, still: bool = True) -> Iterator[None]:
-    """Batch-norm normalises by the batch as in training, but its running statistics stay as they are."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if still else []
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True

@@ -27,6 +27,9 @@ class Objective(nn.Module):
         Called once, before a checkpoint is restored.
         """
 
+    replayed = 0
+    """Exemplars of the last :meth:`draw`, for who counts what a step costs."""
+
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
         """What the step replays, if anything; ``prepare`` augments and normalises stored images."""
         return None
@@ -45,20 +48,43 @@ class Objective(nn.Module):
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         """Called after the update with the whole batch as stored, and its logits from before the update."""
 
-    def on_task_start(self, model: nn.Module, task: int) -> None:
-        """The first batch of ``task`` comes next."""
+    def on_task_start(self, model: nn.Module, task: int, live: Tensor) -> None:
+        """The first batch of ``task``, which has the classes ``live`` (num_classes,), comes next."""
 
     def on_task_end(self, model: nn.Module, task: int) -> None:
         """The last batch of ``task`` has been learnt, and the weights are pruned and frozen."""
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy on the current batch and nothing else: fine-tuning."""
+    """Cross-entropy on the current batch and nothing else: fine-tuning.
+
+    Args:
+        single_head: only the current task's classes compete in the loss of the current batch. Old classes are then
+            not pushed down by it, which counters the bias towards recent ones. SparCL's code trains so (with replay
+            among all classes); its paper, DER++ and ER do not say it.
+    """
+
+    def __init__(self, single_head: bool = False) -> None:
+        super().__init__()
+        self.single_head = single_head
+
+    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
+        if self.single_head:
+            self.register_buffer("live", torch.ones(num_classes, dtype=torch.bool))
+
+    def on_task_start(self, model: nn.Module, task: int, live: Tensor) -> None:
+        if self.single_head:
+            self.live.copy_(live)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         logits = model(x)
-        per_sample = F.cross_entropy(logits, y, reduction="none")
-        return {"per_sample": per_sample, "rest": logits.new_zeros(()), "logits": logits}
+        return {"per_sample": self.current_loss(logits, y), "rest": logits.new_zeros(()), "logits": logits}
+
+    def current_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Loss (B,) of the current batch's samples from logits (B, C) and labels (B,)."""
+        if self.single_head:
+            logits = logits.masked_fill(~self.live, -torch.inf)
+        return F.cross_entropy(logits, y, reduction="none")
 
 
 def coefficient(owner: object, name: str, value: float) -> float:

@@ -18,26 +18,30 @@ class ER(CrossEntropy):
     Args:
         memory: number of exemplars.
         minibatch: exemplars replayed a step.
+        single_head: see :class:`CrossEntropy`.
     """
 
     draws = 1
     """Independent draws from memory a step."""
     keeps_logits = False
 
-    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
-        super().__init__()
+    def __init__(self, memory: int = 500, minibatch: int = 32, single_head: bool = False) -> None:
+        super().__init__(single_head)
         if minibatch < 1:
             raise ValueError(f"{type(self).__name__}(minibatch={minibatch}): at least one exemplar is replayed a step")
         self.memory = ReservoirMemory(memory)
         self.minibatch = minibatch
 
     def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
+        super().build(input_shape, num_classes, seed, dtype)
         self.memory.build(input_shape, num_classes if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:
+            self.replayed = 0
             return None
         drawn = self.memory.draw(self.minibatch, self.draws)
+        self.replayed = len(drawn.labels)
         drawn = drawn._replace(images=prepare(drawn.images))
         parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
         return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
@@ -50,7 +54,7 @@ class ER(CrossEntropy):
         sizes = [len(x), *(len(e.labels) for e in replay)]
         logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
         return {
-            "per_sample": F.cross_entropy(logits, y, reduction="none"),
+            "per_sample": self.current_loss(logits, y),
             "rest": self.replay_loss(replayed, replay),
             "logits": logits,
         }
@@ -74,6 +78,7 @@ class DERpp(ER):
         minibatch: exemplars of each draw.
         alpha: weight of the distance to the stored logits.
         beta: weight of the cross-entropy on exemplars.
+        single_head: see :class:`CrossEntropy`.
 
     Raises:
         ValueError: if a coefficient is negative.
@@ -82,8 +87,15 @@ class DERpp(ER):
     draws = 2
     keeps_logits = True
 
-    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.2, beta: float = 0.5) -> None:
-        super().__init__(memory, minibatch)
+    def __init__(
+        self,
+        memory: int = 500,
+        minibatch: int = 32,
+        alpha: float = 0.2,
+        beta: float = 0.5,
+        single_head: bool = False,
+    ) -> None:
+        super().__init__(memory, minibatch, single_head)
         self.alpha = coefficient(self, "alpha", alpha)
         self.beta = coefficient(self, "beta", beta)
 

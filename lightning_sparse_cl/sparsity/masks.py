@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,10 +17,11 @@ _of: WeakKeyDictionary[nn.Module, Masks] = WeakKeyDictionary()
 class Masks:
     """Boolean masks by parameter name; the weights themselves stay plain parameters with their usual names.
 
-    ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is alive but never updated.
-    A name that is absent has no mask: all alive, none frozen. Pruning a coordinate sets it to zero; freezing acts on
-    the *update*, not on the gradient: weight decay, momentum, Adam and Frank-Wolfe steps all move weights whose
-    gradient is zero, so after every optimiser step the frozen values are put back, bit for bit.
+    ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is alive but never updated,
+    ``updated[name]`` True where it is updated until further notice (a gradient mask). A name that is absent has no
+    mask: all alive, none frozen, all updated. Pruning a coordinate sets it to zero; freezing and gradient masks act on
+    the *update*, not on the gradient alone: weight decay, momentum, Adam and Frank-Wolfe steps all move weights whose
+    gradient is zero, so after every optimiser step the held values are put back, bit for bit.
 
     Args:
         module: the module whose weights are masked. Use :meth:`of` to share one ``Masks`` among callbacks.
@@ -29,7 +31,14 @@ class Masks:
         self._module = ref(module)  # the module must not be kept alive by its own masks
         self.alive: dict[str, Tensor] = {}
         self.frozen: dict[str, Tensor] = {}
-        self._values: dict[str, Tensor] = {}  # the frozen weights, kept to put back
+        self.updated: dict[str, Tensor] = {}
+        self.version = 0
+        """Grows with every change of a mask."""
+        self.scores_taken = False
+        """True inside :meth:`scoring`."""
+        self.whole: dict[str, Tensor | None] = {}
+        """Gradients that no mask acts on, of the names asked for by :meth:`ask_whole`."""
+        self._values: dict[str, Tensor] = {}  # the weights when they were last held, kept to put back
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._hooked = WeakIdKeyDictionary()  # by identity: tensors compare element by element
 
@@ -55,11 +64,15 @@ class Masks:
             ValueError: if the mask does not have the weight's shape.
         """
         weight = self._weight(name, mask)
+        self.version += 1
         if mask is None:
             self.alive.pop(name, None)
         else:
             self.alive[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
-            self.apply_()
+            with torch.no_grad():
+                weight.masked_fill_(~self.alive[name], 0)
+        if name in self._values:
+            self._values[name] = weight.detach().clone()
 
     def set_frozen(self, name: str, mask: Tensor | None) -> None:
         """Hold the weights where ``mask`` is True at their present value. None releases them all.
@@ -67,22 +80,58 @@ class Masks:
         Raises:
             ValueError: if the mask does not have the weight's shape.
         """
+        self._hold(self.frozen, name, mask)
+
+    def set_updated(self, name: str, mask: Tensor | None) -> None:
+        """Update only where ``mask`` is True and hold the other weights at their present value. None updates all.
+
+        Raises:
+            ValueError: if the mask does not have the weight's shape.
+        """
+        self._hold(self.updated, name, mask)
+
+    def _hold(self, kind: dict[str, Tensor], name: str, mask: Tensor | None) -> None:
         weight = self._weight(name, mask)
+        self.version += 1
         if mask is None:
-            self.frozen.pop(name, None)
-            self._values.pop(name, None)
+            kind.pop(name, None)
         else:
-            self.frozen[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+            kind[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+        if name in self.frozen or name in self.updated:
             self._values[name] = weight.detach().clone()
+        else:
+            self._values.pop(name, None)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """For passes that measure the importance of weights: gradients arrive whole, and FLOPs are counted apart."""
+        before, self.scores_taken = self.scores_taken, True
+        try:
+            yield
+        finally:
+            self.scores_taken = before
+
+    def ask_whole(self, names: Iterable[str]) -> None:
+        """Keep the unmasked gradients of the backward passes that follow, for who grows weights by gradient."""
+        missing = [name for name in names if name not in self.whole]
+        self.whole |= dict.fromkeys(missing)
+        self.version += bool(missing)
+
+    def take_whole(self) -> dict[str, Tensor]:
+        """The sums of these gradients since they were asked for, mean over processes; nothing is kept any more."""
+        taken = {name: grad for name, grad in self.whole.items() if grad is not None}
+        self.version += bool(self.whole)
+        self.whole = {}
+        if distributed.is_available() and distributed.is_initialized():
+            for grad in taken.values():
+                distributed.all_reduce(grad)
+            torch._foreach_div_(list(taken.values()), distributed.get_world_size())
+        return taken
 
     def movable(self, name: str) -> Tensor:
-        """Where the weight is alive and not frozen, of the weight's shape."""
-        free = torch.ones_like(self.module.get_parameter(name), dtype=torch.bool)
-        if name in self.alive:
-            free &= self.alive[name]
-        if name in self.frozen:
-            free &= ~self.frozen[name]
-        return free
+        """Where the next step may move the weight: alive and not held; of the weight's shape."""
+        free = self._free(name) if name in self._values else True
+        return torch.ones_like(self.module.get_parameter(name), dtype=torch.bool) & free & self.alive.get(name, True)
 
     def density(self, name: str | None = None) -> float:
         """Fraction of weights alive, of one masked weight or over all that have a mask."""
@@ -93,7 +142,7 @@ class Masks:
     def enforce(self, optimizer: Optimizer) -> None:
         """Keep the masks through every step of ``optimizer``, in manual and automatic optimisation.
 
-        Gradients of pruned and frozen coordinates arrive as zero (so that SAM does not perturb them and Frank-Wolfe
+        Gradients of pruned and held coordinates arrive as zero (so that SAM does not perturb them and Frank-Wolfe
         does not choose them), and weights are put right after every step. Calling it again does nothing.
         """
         if optimizer in self._optimizers:
@@ -108,25 +157,34 @@ class Masks:
 
     @torch.no_grad()
     def apply_(self) -> None:
-        """Zero the pruned weights and put the frozen ones back."""
+        """Put the held weights back and zero the pruned ones."""
+        for name, value in self._values.items():
+            weight = self.module.get_parameter(name)
+            weight.copy_(torch.where(self._free(name), weight, value))
         for name, mask in self.alive.items():
             self.module.get_parameter(name).mul_(mask)
-        for name, mask in self.frozen.items():
-            weight = self.module.get_parameter(name)
-            weight.copy_(torch.where(mask, self._values[name], weight))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"alive": dict(self.alive), "frozen": dict(self.frozen)}
+        return {"alive": dict(self.alive), "frozen": dict(self.frozen), "updated": dict(self.updated)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore after the weights: frozen values are those the module holds now. Names keep the saved order."""
-        for name in [*self.alive, *self.frozen]:
+        """Restore after the weights: held values are those the module has now. Names keep the saved order.
+
+        Raises:
+            ValueError: if the masks are of another network; nothing is changed then.
+        """
+        weights = dict(self.module.named_parameters())
+        for name, mask in ((n, m) for kind in state.values() for n, m in kind.items()):
+            if name not in weights:
+                raise ValueError(f"Masks: the checkpoint has a mask of {name!r}, which this network does not have")
+            self._weight(name, mask)
+        for name in {*self.alive, *self._values}:
             self.set_alive(name, None)
             self.set_frozen(name, None)
-        for name, mask in state["alive"].items():
-            self.set_alive(name, mask)
-        for name, mask in state["frozen"].items():
-            self.set_frozen(name, mask)
+            self.set_updated(name, None)
+        for kind, put in (("alive", self.set_alive), ("frozen", self.set_frozen), ("updated", self.set_updated)):
+            for name, mask in state.get(kind, {}).items():
+                put(name, mask)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.alive)
@@ -134,11 +192,23 @@ class Masks:
     def __len__(self) -> int:
         return len(self.alive)
 
+    def _free(self, name: str) -> Tensor:
+        """Where a held weight is neither frozen nor outside its gradient mask."""
+        if name not in self.frozen:
+            return self.updated[name]
+        free = ~self.frozen[name]
+        return free & self.updated[name] if name in self.updated else free
+
     def _masked(self, name: str, grad: Tensor) -> Tensor:
+        if self.scores_taken:
+            return grad
+        if name in self.whole:
+            before = self.whole[name]
+            self.whole[name] = grad.clone() if before is None else before + grad
         if name in self.alive:
             grad = grad * self.alive[name]
-        if name in self.frozen:
-            grad = grad * ~self.frozen[name]
+        if name in self._values:
+            grad = grad * self._free(name)
         return grad
 
     def _weight(self, name: str, mask: Tensor | None) -> nn.Parameter:

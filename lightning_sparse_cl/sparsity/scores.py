@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,14 @@ def top_k_mask(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     if k > 0:
         mask[flat.sort(descending=True, stable=True).indices[:k]] = True
     return mask.view(scores.shape)
+
+
+def top_k_masks(scores: Mapping[str, Tensor], k: int, among: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """:func:`top_k_mask` of several weights that are ranked together, by name."""
+    flat = torch.cat([s.reshape(-1) for s in scores.values()])
+    pool = None if among is None else torch.cat([among[name].reshape(-1) for name in scores])
+    parts = top_k_mask(flat, k, pool).split([s.numel() for s in scores.values()])
+    return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
 def check_sparsity(owner: str, sparsity: float) -> None:

@@ -1,0 +1,185 @@
+"""Dynamic data removal: stop training on what is learnt already (SparCL, 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.sparsity import Masks
+
+
+def _wrong(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) != y).float()
+
+
+def _gradient(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.softmax(1) - F.one_hot(y, logits.shape[1])).norm(dim=1)
+
+
+def _loss(logits: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+DIFFICULTY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "misclassification": _wrong,
+    "forgetting": _wrong,
+    "gradient": _gradient,
+    "loss": _loss,
+}
+
+
+class DynamicDataRemoval(pl.Callback):
+    """DDR (SparCL, section 4.2): remove the easiest samples of the task, a part after each of its first stages.
+
+    After stage i = 1 ... cutoff, each of ``every`` epochs, fraction * i / cutoff of the task's samples are gone: those
+    that were easiest during the stage, ties broken at random, the same on every process and on a resumed run. Removed
+    samples can no longer enter a memory; those in it are still replayed. Statistics start anew with every stage.
+
+    How hard a sample is (means over its presentations in the stage, for it may miss one in an incomplete last batch;
+    the logits are those of the training step, of the augmented image, and all classes compete):
+
+    * ``"misclassification"``: how often it was misclassified (the paper);
+    * ``"forgetting"``: how often it was unlearnt, right once and wrong the next time; one never right counts as hardest
+      (the released code);
+    * ``"gradient"``: norm of the loss's gradient with respect to the logits (DDR-GSS in Table A4, which does not say
+      how; GSS itself compares the directions of gradients, which the paper's remark on redundancy does not need);
+    * ``"loss"``: its cross-entropy (DDR-LARS in Table A4).
+
+    Works with any LightningModule on a :class:`TaskDataModule`. If ``training_step`` returns ``logits`` (B, C) of the
+    batch they are used, else the batch goes forward once more, without gradient.
+
+    Args:
+        fraction: rho, the fraction of each task's samples that is removed in all, in [0, 1).
+        cutoff: the last stage that removes some.
+        every: delta k, epochs of a stage; the same as that of :class:`TaskAwareDynamicMasking`.
+        by: what tells hard from easy samples.
+        one_shot: remove all at once after stage ``cutoff``, as the comparison in Fig 3.
+
+    Raises:
+        ValueError: if an argument is out of range.
+        TypeError: if the data are no :class:`TaskDataModule`.
+    """
+
+    def __init__(
+        self,
+        fraction: float = 0.3,
+        cutoff: int = 4,
+        every: int = 5,
+        by: Literal["misclassification", "forgetting", "gradient", "loss"] = "misclassification",
+        one_shot: bool = False,
+    ) -> None:
+        name = type(self).__name__
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name}(fraction={fraction}): the fraction of samples removed, in [0, 1)")
+        if cutoff < 1:
+            raise ValueError(f"{name}(cutoff={cutoff}): the last stage that removes samples, at least 1")
+        if every < 1:
+            raise ValueError(f"{name}(every={every}): epochs of a stage, at least 1")
+        if by not in DIFFICULTY:
+            raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(DIFFICULTY)}")
+        self.fraction, self.cutoff, self.every, self.by, self.one_shot = fraction, cutoff, every, by, one_shot
+        self._stage: dict[str, Tensor] = {}
+
+    def remaining(self, samples: int, stage: int) -> int:
+        """How many of a task's ``samples`` are left after the given number of stages."""
+        stages = min(stage, self.cutoff) if not self.one_shot else self.cutoff * (stage >= self.cutoff)
+        return samples - round(self.fraction * samples * stages / self.cutoff)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data, name = trainer.datamodule, type(self).__name__
+        if not isinstance(data, TaskDataModule):
+            raise TypeError(f"{name}: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
+        schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
+        for task in range(data.num_tasks) if self.fraction and not trainer.fast_dev_run else ():
+            epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
+            if self.cutoff * self.every > epochs:
+                raise ValueError(
+                    f"{name}(cutoff={self.cutoff}, every={self.every}): task {task} takes {epochs} epochs, which is "
+                    f"{int(epochs // self.every)} stages of {self.every}; cutoff is at most that"
+                )
+            left = self.remaining(data.whole(task), self.cutoff)
+            if left < data.batch_size * trainer.world_size:
+                raise ValueError(
+                    f"{name}(fraction={self.fraction}): {left} of the {data.whole(task)} samples of task {task} would be "
+                    f"left, less than a batch of {data.batch_size} for each of {trainer.world_size} process(es)"
+                )
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor],
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        data, at = trainer.datamodule, position(trainer)
+        if not self.fraction or at.epoch >= self.cutoff * self.every:
+            return
+        x, y = batch
+        if isinstance(outputs, Mapping) and "logits" in outputs:
+            logits = outputs["logits"]
+        else:
+            with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
+                logits = pl_module(x)
+        hard = DIFFICULTY[self.by](logits.float(), y)
+        index = data.indices(batch_idx).to(y.device, non_blocking=True)
+        if trainer.world_size > 1:  # the same statistics on every process
+            hard, index = (pl_module.all_gather(part).flatten() for part in (hard, index))
+        if not self._stage:
+            self._stage = self._empty(len(data.train_sets[at.task]), y.device)
+        stage = self._stage
+        if self.by == "forgetting":
+            right = 1 - hard
+            hard = stage["right"][index] * hard
+            stage["ever"][index] = torch.maximum(stage["ever"][index], right)
+            stage["right"][index] = right
+        stage["sum"][index] += hard
+        stage["seen"][index] += 1
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at, data = position(trainer), trainer.datamodule
+        if not self._stage or (at.epoch + 1) % self.every:
+            return
+        alive, stage = data.alive[at.task], (at.epoch + 1) // self.every
+        superfluous = len(alive) - self.remaining(data.whole(at.task), stage)
+        if superfluous > 0 and not at.over:
+            hard = self.difficulty().cpu()[alive]
+            tie_break = torch.Generator().manual_seed((data.order_seed + 1000 * at.task + stage) % 2**63)
+            shuffled = torch.randperm(len(alive), generator=tie_break)
+            easiest = shuffled[hard[shuffled].argsort(stable=True)[:superfluous]]
+            kept = torch.ones(len(alive), dtype=torch.bool)
+            kept[easiest] = False
+            data.alive[at.task] = alive[kept]
+        self._stage = {}
+
+    def difficulty(self) -> Tensor:
+        """How hard each sample (n,) of the task's training set was in the running stage."""
+        stage = self._stage
+        keep = stage["seen"] == 0  # nothing is known of them
+        if self.by == "forgetting":
+            keep = keep | (stage["ever"] == 0)
+        return (stage["sum"] / stage["seen"]).masked_fill(keep, torch.inf)
+
+    def _empty(self, samples: int, device: torch.device) -> dict[str, Tensor]:
+        kinds = ("sum", "seen", "right", "ever") if self.by == "forgetting" else ("sum", "seen")
+        return {kind: torch.zeros(samples, device=device) for kind in kinds}
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._stage = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stage = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stage = {kind: value.to(pl_module.device) for kind, value in self._stage.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._stage)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._stage = dict(state)

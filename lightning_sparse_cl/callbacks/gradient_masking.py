@@ -1,0 +1,114 @@
+"""Dynamic gradient masking: update only the weights that matter most now (SparCL, 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse_cl.callbacks.importance import live_classes, mean_gradients, memory_batches, memory_of
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.sparsity import top_k_mask
+
+
+class DynamicGradientMasking(Sparsifier):
+    """DGM (SparCL, section 4.3): of every layer's n weights, int(q n) of the unpruned ones are not updated.
+
+    Kept are those of largest continual gradient importance::
+
+        CGI(w) = alpha |dL~(B)/dw| + beta |dL(M)/dw|                             (eq 3)
+
+    with L~ the cross-entropy among the current task's classes over the batch B, and L that among all classes over as
+    many exemplars drawn from the memory M, if there is one. The mask is chosen anew at every ``interval``-th batch, the
+    first of each epoch included (after weights may have been exchanged), and holds in between: weights outside it stay
+    bit-identical, whatever the optimiser's momentum or weight decay.
+
+    Works with any LightningModule, with or without pruned weights: list it after the callback that prunes.
+
+    Args:
+        q: fraction of all weights of a layer whose gradient is dropped, on top of the sparsity s: the gradient's
+            sparsity is s + q. In [0, 1).
+        interval: batches between refreshes.
+        alpha: weight of the current batch's gradient.
+        beta: weight of the memory's gradient.
+        gradients: ``"measured"`` takes both terms at a refresh, in two passes more. ``"training"`` takes the gradient
+            of the refreshing step itself, of the whole training loss, as in the released code; that one step needs it
+            for all unpruned weights.
+        dense: patterns of weights that are always updated; None is the first and last layer and 1x1 convolutions.
+
+    Raises:
+        ValueError: if an argument is out of range, or q leaves nothing to update.
+    """
+
+    def __init__(
+        self,
+        q: float = 0.05,
+        interval: int = 30,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        gradients: Literal["measured", "training"] = "measured",
+        dense: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(dense)
+        name = type(self).__name__
+        if not 0 <= q < 1:
+            raise ValueError(f"{name}(q={q}): the fraction of gradients dropped, in [0, 1)")
+        if interval < 1:
+            raise ValueError(f"{name}(interval={interval}): batches between refreshes, at least 1")
+        if not (alpha >= 0 and beta >= 0):
+            raise ValueError(f"{name}(alpha={alpha}, beta={beta}): the weights of the gradients are >= 0")
+        if gradients not in ("measured", "training"):
+            raise ValueError(f"{name}(gradients={gradients!r}): gradients is 'measured' or 'training'")
+        self.q, self.interval = q, interval
+        self.alpha, self.beta, self.gradients = alpha, beta, gradients
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
+        if batch_idx % self.interval or not self.q:
+            return
+        for name in self.names(pl_module):
+            self.masks.set_updated(name, None)
+        if self.gradients == "measured":
+            self._choose(pl_module, self.importance(trainer, pl_module, batch))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        names = self.names(pl_module) if self.q else []
+        if any(name not in self.masks.updated for name in names):  # "training": this is the refreshing step
+            grads = {name: pl_module.get_parameter(name).grad for name in names}
+            self._choose(pl_module, {name: grad.abs() for name, grad in grads.items() if grad is not None})
+            for name, grad in grads.items():
+                if grad is not None:
+                    grad.mul_(self.masks.updated[name])
+
+    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        """CGI (eq 3) of every weight."""
+        names, memory = self.names(pl_module), memory_of(pl_module)
+        live = live_classes(trainer, pl_module)
+        cgi = {n: self.alpha * g.abs() for n, g in mean_gradients(trainer, pl_module, names, [batch], live).items()}
+        if memory is not None:
+            drawn = list(memory_batches(trainer, memory.draw(len(batch[1]))))
+            grads = mean_gradients(trainer, pl_module, names, drawn)
+            cgi = {name: value + self.beta * grads[name].abs() for name, value in cgi.items()}
+        return cgi
+
+    def _choose(self, pl_module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
+        for name, score in scores.items():
+            alive = self.masks.alive.get(name)
+            unpruned = score.numel() if alive is None else int(alive.sum())
+            kept = unpruned - int(self.q * score.numel())
+            if kept < 1:
+                raise ValueError(
+                    f"{type(self).__name__}(q={self.q}): {unpruned} of the {score.numel()} weights of {name} are "
+                    "unpruned; q must leave some of them"
+                )
+            self.masks.set_updated(name, top_k_mask(score, kept, among=alive))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name in list(self.masks.updated):
+            self.masks.set_updated(name, None)

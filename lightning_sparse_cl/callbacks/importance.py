@@ -1,0 +1,89 @@
+"""Gradients that tell which weights matter, taken in passes of their own (the terms of SparCL's eqs 1 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.memory import Exemplars, ReservoirMemory
+from lightning_sparse_cl.sparsity import Masks
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def mean_gradients(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    names: Sequence[str],
+    batches: Batches,
+    live: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Gradient of the mean cross-entropy over all ``batches`` (x, y) and processes, by weight.
+
+    Weights, ``.grad`` and batch-norm statistics are left as they are. Gradients are whole: no mask acts on them.
+
+    Args:
+        trainer: the trainer.
+        pl_module: maps x to logits (B, C).
+        names: of the weights.
+        batches: what to take the mean over; each process may have other ones.
+        live: classes (C,) that compete in the loss; None is all. The current task's make it *single-head*.
+
+    Raises:
+        ValueError: if the module does not map images to logits.
+    """
+    weights = [pl_module.get_parameter(name) for name in names]
+    sums, count = [torch.zeros_like(w) for w in weights], 0
+    for x, y in batches:
+        with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
+            logits = pl_module(x)
+            if not torch.is_tensor(logits) or logits.ndim != 2:
+                raise ValueError(
+                    f"{type(pl_module).__name__}: its forward must map images to logits (B, C) for gradients to be "
+                    "measured; gradients='training' takes those of the training step instead"
+                )
+            logits = logits.float() if live is None else logits.float().masked_fill(~live, -torch.inf)
+            loss = F.cross_entropy(logits, y, reduction="sum")
+            torch._foreach_add_(sums, torch.autograd.grad(loss, weights))
+        count += len(y)
+    if trainer.world_size > 1:
+        total = torch.tensor(count, device=pl_module.device)
+        for value in (*sums, total):
+            torch.distributed.all_reduce(value)
+        count = int(total)
+    torch._foreach_div_(sums, max(count, 1))
+    return dict(zip(names, sums, strict=True))
+
+
+def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+    """D_t: the samples of the current task that are trained on, once."""
+    if isinstance(trainer.datamodule, TaskDataModule):
+        yield from trainer.datamodule.samples()
+    else:
+        for batch in trainer.train_dataloader:
+            yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+
+
+def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+    """The current task's classes as a mask (C,); None where tasks are not known."""
+    data = trainer.datamodule
+    return data.live().to(pl_module.device) if isinstance(data, TaskDataModule) else None
+
+
+def memory_of(pl_module: pl.LightningModule) -> ReservoirMemory | None:
+    """The module's memory, if it has one and something is in it."""
+    memory = next((m for m in pl_module.modules() if isinstance(m, ReservoirMemory)), None)
+    return memory if memory is not None and len(memory) else None
+
+
+def memory_batches(trainer: pl.Trainer, exemplars: Exemplars, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """Exemplars as the network sees them, not augmented."""
+    data = trainer.datamodule
+    for x, y in zip(exemplars.images.split(size), exemplars.labels.split(size), strict=True):
+        yield data.prepare(x, augment=False) if isinstance(data, TaskDataModule) else x, y
