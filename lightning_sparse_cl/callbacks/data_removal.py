@@ -108,8 +108,8 @@ class DynamicDataRemoval(pl.Callback):
             left = self.remaining(data.whole(task), self.cutoff)
             if left < data.batch_size * trainer.world_size:
                 raise ValueError(
-                    f"{name}(fraction={self.fraction}): {left} of the {data.whole(task)} samples of task {task} would be "
-                    f"left, less than a batch of {data.batch_size} for each of {trainer.world_size} process(es)"
+                    f"{name}(fraction={self.fraction}): {left} of the {data.whole(task)} samples of task {task} would "
+                    f"be left, less than a batch of {data.batch_size} for each of {trainer.world_size} process(es)"
                 )
 
     @torch.no_grad()
