@@ -40,10 +40,12 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
 
 def fit(module: pl.LightningModule, data: scl.TaskDataModule, epochs: int) -> dict[str, Any]:
     """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
-    evaluation, passes, report = scl.ContinualEvaluation(before_pruning=True), scl.PassCounter(), scl.RunReport()
+    evaluation, report = scl.ContinualEvaluation(before_pruning=True), scl.RunReport()
+    measures = [scl.FlopsCounter(), scl.MemoryFootprint()]
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, passes, report],
+        enable_model_summary=False,
+        callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, *measures, report],
     )  # fmt: skip
     report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # nothing on disk
     trainer.fit(module, data)

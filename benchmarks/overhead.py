@@ -66,7 +66,7 @@ def package(method: str, backbone: nn.Module, steps: int, *more: pl.Callback) ->
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, limit_train_batches=steps + 1,
-        callbacks=[scl.TaskSchedule(1), scl.RandomState(), scl.PassCounter(), scl.FiniteLoss(), clock, *more],
+        callbacks=[scl.TaskSchedule(1), scl.RandomState(), scl.FlopsCounter(), scl.FiniteLoss(), clock, *more],
     )  # fmt: skip
     n = min(BATCH * (steps + 1), len(IMAGES))
     repeat = -(-BATCH * (steps + 1) // n)

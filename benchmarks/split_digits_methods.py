@@ -30,7 +30,7 @@ def run(config: str, seed: int, epochs: int | None) -> dict[str, Any]:
         report = next(c for c in cli.trainer.callbacks if isinstance(c, RunReport))
         metrics = report.collect(cli.trainer, cli.model)
     figures = {title: metrics[scenario][key] for title, (scenario, key) in FIGURES.items()}
-    passes = metrics["passes"]
+    passes = metrics["flops"]
     return figures | {
         "sparsity": metrics["sparsity"],
         "backward passes": passes["backward"] / passes["samples"],

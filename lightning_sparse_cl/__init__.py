@@ -10,10 +10,12 @@ from lightning_sparse_cl.callbacks import (
     DynamicDataRemoval,
     DynamicGradientMasking,
     FiniteLoss,
+    FlopsCounter,
     FreezeMasks,
     GradientClipping,
+    MemoryFootprint,
+    ModelCapacity,
     OneShotPruning,
-    PassCounter,
     RandomState,
     Reopen,
     RigL,
@@ -38,6 +40,6 @@ from lightning_sparse_cl.optim import (
     StochasticFrankWolfe,
     UpdateRule,
 )
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity import Masks, load_sparse, save_sparse
 
 __version__ = "0.1.0"

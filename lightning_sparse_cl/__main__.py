@@ -134,7 +134,14 @@ def main(args: ArgsType = None) -> SparseCLI:
             "enable_model_summary": False,
             "log_every_n_steps": 10,
             "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
-            "callbacks": [scl.RandomState(), scl.PassCounter(), scl.FiniteLoss(), scl.RunReport()],
+            "callbacks": [
+                scl.RandomState(),
+                scl.FlopsCounter(),
+                scl.MemoryFootprint(),
+                scl.FiniteLoss(),
+                scl.ModelCapacity(),
+                scl.RunReport(),
+            ],
         },
     )
 

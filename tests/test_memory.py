@@ -11,7 +11,7 @@ from lightning_sparse_cl import (
     DERpp,
     EsaCL,
     FiniteLoss,
-    PassCounter,
+    FlopsCounter,
     RandomState,
     RunReport,
     SequenceCheckpoint,
@@ -41,7 +41,7 @@ def test_fifty_tasks_take_the_memory_of_ten(tmp_path):
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path,
-        callbacks=[TaskSchedule(1), RandomState(), PassCounter(), FiniteLoss(), RunReport(), ContinualEvaluation(),
+        callbacks=[TaskSchedule(1), RandomState(), FlopsCounter(), FiniteLoss(), RunReport(), ContinualEvaluation(),
                    SequenceCheckpoint(tmp_path, save_last=True), watch],
     )  # fmt: skip
     trainer.fit(EsaCL(SmallCNN(16), DERpp(50, 8)), toy_tasks(num_tasks=50, per_class=10, batch_size=10))

@@ -1,5 +1,6 @@
 """Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
 
+from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
 from lightning_sparse_cl.callbacks.data_removal import DynamicDataRemoval
@@ -8,10 +9,11 @@ from lightning_sparse_cl.callbacks.dynamic_masking import TaskAwareDynamicMaskin
 from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
 from lightning_sparse_cl.callbacks.finite import FiniteLoss
+from lightning_sparse_cl.callbacks.flops import FlopsCounter
+from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
-from lightning_sparse_cl.callbacks.passes import PassCounter
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.report import RunReport
@@ -29,10 +31,12 @@ __all__ = [
     "DynamicDataRemoval",
     "DynamicGradientMasking",
     "FiniteLoss",
+    "FlopsCounter",
     "FreezeMasks",
     "GradientClipping",
+    "MemoryFootprint",
+    "ModelCapacity",
     "OneShotPruning",
-    "PassCounter",
     "RandomState",
     "Reopen",
     "RigL",

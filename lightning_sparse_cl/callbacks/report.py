@@ -16,8 +16,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
-from lightning_sparse_cl.callbacks.passes import PassCounter
+from lightning_sparse_cl.callbacks.flops import FlopsCounter
+from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.sparsity import Masks
 
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
@@ -30,8 +32,9 @@ class RunReport(pl.Callback):
     a table. All accuracies are fractions in the file and percent in the table; what is not defined is null. Keys:
     ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc``, ``bwt``, ``fwt``, ``forgetting``; with
     ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
-    masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``passes``, ``seconds`` (of
-    training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
+    masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
+    ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`), ``seconds``
+    (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
     """
 
     def __init__(self) -> None:
@@ -106,8 +109,9 @@ class RunReport(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ContinualEvaluation):
                 metrics |= {name: matrix.summary() for name, matrix in callback.matrices.items()}
-            if isinstance(callback, PassCounter):
-                metrics["passes"] = dict(callback.counts)
+            for name, measure in (("flops", FlopsCounter), ("memory", MemoryFootprint), ("size", ModelCapacity)):
+                if isinstance(callback, measure):
+                    metrics[name] = callback.summary()
         weights = {n: p for n, p in pl_module.named_parameters() if p.ndim > 1}
         alive = {n: int(p.count_nonzero()) for n, p in weights.items()}
         masked = list(Masks.of(pl_module))
@@ -155,13 +159,25 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     console.print(summary)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
-    if metrics.get("passes", {}).get("forward"):  # modules that do not call themselves are not counted
-        passes = metrics["passes"]
-        of = f" (by each of {metrics['processes']} processes)" if metrics.get("processes", 1) > 1 else ""
-        lines.add_row("samples served", f"{passes['samples']:,}{of}")
+    flops, memory, size = (metrics.get(name, {}) for name in ("flops", "memory", "size"))
+    if "training" in flops:  # modules that do not call themselves are not counted
+        lines.add_row("samples served", f"{flops['samples']:,}")
         for direction in ("forward", "backward"):
-            ratio = passes[direction] / max(1, passes["samples"])
-            lines.add_row(f"samples sent {direction}", f"{passes[direction]:,} ({ratio:.2f} x plain training)")
+            ratio = flops[direction] / max(1, flops["samples"])
+            lines.add_row(f"samples sent {direction}", f"{flops[direction]:,} ({ratio:.2f} x plain training)")
+        share = 100 * flops["training"] / flops["dense"]
+        lines.add_row("training FLOPs", f"{flops['training']:.3g} ({share:.1f} % of dense training on all data)")
+        lines.add_row("  as SparCL's tables count", f"{flops['papers']:.3g}")
+        if flops["scoring"]:
+            lines.add_row("  to find masks, in addition", f"{flops['scoring']:.3g}")
+    if "formula" in memory:
+        lines.add_row(
+            "memory, SparCL's formula", f"{memory['formula'] / 1e6:.1f} MB (dense {memory['dense'] / 1e6:.1f})"
+        )
+    if "peak" in memory:
+        lines.add_row(f"memory, peak of the {memory['source']}", f"{memory['peak'] / 1e6:.1f} MB")
+    if size:
+        lines.add_row("network on disk", f"{size['bytes'] / 1e6:.2f} MB (dense {size['dense_bytes'] / 1e6:.2f})")
     lines.add_row("time", f"{metrics['seconds']:.1f} s")
     console.print(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,14 +26,27 @@ class DenseCost:
 
     @classmethod
     def of(cls, network: nn.Module, input_shape: Sequence[int]) -> DenseCost:
-        """Count by sending one image (C, H, W) of zeros through ``network``, with ``torch.utils.flop_counter``."""
-        network, elements = copy.deepcopy(network).eval(), []
-        for module in network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                module.register_forward_hook(lambda _, __, out: elements.append(out.numel()))
+        """Count by sending one image (C, H, W) of zeros through ``network``, with ``torch.utils.flop_counter``.
+
+        The network is left as it was; modes, buffers and random numbers do not change.
+        """
+        elements: list[int] = []
+        hooks = [
+            module.register_forward_hook(lambda _, __, out: elements.append(out.numel()))
+            for module in network.modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
+        ]
+        training = {module: module.training for module in network.modules()}
         own = next(network.parameters())
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype))
+        image = torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype)
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+                network.eval()(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in training.items():
+                module.training = mode
         flops = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
         macs = {
             f"{name}.weight": flops[name] // 2

@@ -11,8 +11,8 @@ from lightning_sparse_cl import (
     ContinualModule,
     DERpp,
     EsaCL,
+    FlopsCounter,
     Masks,
-    PassCounter,
     SmallCNN,
     SmallMLP,
     TaskSchedule,
@@ -97,7 +97,7 @@ def test_schedule_needs_a_task_data_module():
 
 @pytest.mark.parametrize("same_trainer", [True, False])
 def test_the_same_objects_serve_a_second_fit(same_trainer):
-    data, evaluation, passes = toy_tasks(), ContinualEvaluation(), PassCounter()
+    data, evaluation, passes = toy_tasks(), ContinualEvaluation(), FlopsCounter()
     first = trainer(evaluation, passes)
     first.fit(ContinualModule(SmallMLP([8])), data)
     again = first if same_trainer else trainer(evaluation, passes)

@@ -12,8 +12,8 @@ from lightning_sparse_cl import (
     ContinualModule,
     DERpp,
     EsaCL,
+    FlopsCounter,
     LossSelection,
-    PassCounter,
     Plain,
     RandomState,
     SharpnessAware,
@@ -56,7 +56,7 @@ def test_float_images_survive_a_checkpoint_in_memory(tmp_path):
 
 
 def test_selection_saves_passes_after_its_warm_up():
-    passes = PassCounter()
+    passes = FlopsCounter()
     selection = LossSelection(sse=0.5, ere=0.25, warmup=1)
     model = ContinualModule(SmallMLP([8]), update=SharpnessAware(), selection=selection)
     trainer(passes).fit(model, toy_tasks(num_tasks=1, per_class=40))

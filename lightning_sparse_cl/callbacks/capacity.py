@@ -1,0 +1,44 @@
+"""How much of the network is left in the end, counted and on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_sparse_cl.metrics.accounting import capacity
+from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.export import save_sparse
+
+
+class ModelCapacity(pl.Callback):
+    """Writes the trained network, without its memory of exemplars, as a sparse file when the fit ends.
+
+    The file, ``model.safetensors`` in the folder of the run, is loaded with
+    :func:`~lightning_sparse_cl.sparsity.load_sparse`.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] = {}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        network = {n: t for n, t in pl_module.state_dict().items() if not n.startswith("objective.")}
+        masks, parameters = Masks.of(pl_module), list(pl_module.parameters())
+        self._found = {
+            "capacity": capacity(1 - masks.density()),
+            "parameters": sum(p.numel() for p in parameters),
+            "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+            "bytes": save_sparse(network, folder / "model.safetensors"),
+            "dense_bytes": sum(t.numel() * t.element_size() for t in network.values()),
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """``capacity``: EsaCL's eq 6.24, the fraction of the masked weights that is kept; ``parameters`` and how many
+        are ``nonzero``; ``bytes`` of the file and ``dense_bytes`` of the tensors in it.
+        """
+        return dict(self._found)

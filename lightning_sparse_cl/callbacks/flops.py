@@ -1,0 +1,170 @@
+"""What training costs, counted from what was run: passes, samples, live masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.metrics.accounting import DenseCost
+from lightning_sparse_cl.sparsity import Masks
+
+
+class FlopsCounter(pl.Callback):
+    """Counts training FLOPs as samples pass through ``pl_module(x)``, without reading anything from the device.
+
+    Of each convolution and linear layer, with m multiply-accumulates an image (``torch.utils.flop_counter``) and the
+    fractions a of its weights alive and g updated, a sample costs 2ma forward and, if a gradient is taken, 2ma for the
+    error and 2mg for the weights (1 in place of g on steps that need whole gradients, such as RigL's exchanges).
+    Everything is counted at the masks of its moment: removed data, replay, SAM's second pass, ranking passes.
+    Evaluation is not training and does not count. Counts are of all processes together.
+
+    :meth:`summary` tells, in FLOPs:
+
+    * ``training``: of the training steps, physically: a replayed sample costs its forward and its backward pass;
+    * ``scoring``: of passes that measure which weights or samples matter;
+    * ``papers``: of the training steps as SparCL's tables count (see
+      :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, and a
+      gradient mask saves its part in all layers alike;
+    * ``dense``: what ``training`` would have been without masks and with no data removed;
+    * ``per_layer``: ``training`` of each layer.
+
+    A module whose ``training_step`` does not go through its own ``forward`` has its samples counted only. Which samples
+    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`).
+    """
+
+    def __init__(self) -> None:
+        self.counts = {"samples": 0, "forward": 0, "backward": 0}
+        """Samples that the loader served; those sent forward, replayed and repeated ones included; those of them
+        through which a gradient is taken."""
+        self.cost: DenseCost | None = None
+        self._hook: RemovableHandle | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.counts = dict.fromkeys(self.counts, 0)
+        self._dense = 0.0
+        self._done: dict[str, Tensor] = {}
+        """Products of samples and weights of each layer, (layers,), whole numbers; thirds of trained samples' FLOPs."""
+        self._passed = {"training": [0, 0], "scoring": [0, 0], "papers": [0]}  # since the masks last changed
+        self._version: int | None = None
+        self._whole = 1.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.cost = None
+            self._clear()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._masks, self._processes = Masks.of(pl_module), trainer.world_size
+        self._done = {name: value.to(pl_module.device) for name, value in self._done.items()}
+        self._hook = pl_module.register_forward_pre_hook(self._count)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._whole = self._without_removal(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.cost is None and isinstance(batch, tuple | list) and torch.is_tensor(batch[0]):
+            self.cost = DenseCost.of(pl_module, batch[0].shape[1:])
+            self._whole = self._without_removal(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        if isinstance(batch, tuple | list) and torch.is_tensor(batch[-1]):
+            self.counts["samples"] += len(batch[-1]) * self._processes
+
+    def _without_removal(self, trainer: pl.Trainer) -> float:
+        """How many batches the epoch would have for each that it has, had no data been removed."""
+        data = trainer.datamodule
+        if not isinstance(data, TaskDataModule):
+            return 1.0
+        batch = data.batch_size * trainer.world_size
+        return (data.whole(data.task) // batch) / (len(data.alive[data.task]) // batch)
+
+    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        # Under DDP the training step itself is sent through the module's call, with a batch and not with images.
+        if not module.training or self.cost is None or not torch.is_tensor(inputs[0]):
+            return
+        if self._masks.version != self._version:
+            self._settle()
+            self._look()
+        n, backward = len(inputs[0]) * self._processes, torch.is_grad_enabled()
+        self.counts["forward"] += n
+        self.counts["backward"] += n * backward
+        passed = self._passed["scoring" if self._masks.scores_taken else "training"]
+        passed[0] += n
+        passed[1] += n * backward
+        if not self._masks.scores_taken:
+            replayed = getattr(getattr(module, "objective", None), "replayed", 0) * self._processes
+            self._passed["papers"][0] += 3 * (n - replayed) + replayed if backward else n
+            self._dense += 2 * self.cost.total_macs() * n * (1 + 2 * backward) * self._whole
+
+    def _look(self) -> None:
+        """The masks of what follows: how many weights of each layer are alive, and how many updated."""
+        masks, device = self._masks, self._masks.module.device
+        self._version = masks.version
+        sizes = {name: masks.module.get_parameter(name).numel() for name in self.cost.macs}
+        alive = {name: masks.alive[name].count_nonzero() if name in masks.alive else n for name, n in sizes.items()}
+        held = {*masks.frozen, *masks.updated}
+        updated = {name: masks.movable(name).count_nonzero() if name in held else n for name, n in alive.items()}
+        updated |= {name: sizes[name] for name in masks.whole}
+        self._alive, self._updated = (
+            torch.stack([torch.as_tensor(n, device=device) for n in counts.values()]) for counts in (alive, updated)
+        )
+        forward = sum(2 * m / sizes[name] * alive[name] for name, m in self.cost.macs.items())
+        masked = [name for name in sizes if name in masks.alive or name in held]
+        ratio = sum(updated[name] for name in masked) / sum(alive[name] for name in masked) if masked else 1.0
+        self._third = torch.as_tensor(forward * (2 + ratio) / 3, device=device).round().long()
+
+    def _settle(self) -> None:
+        """Add up what passed under the masks until now."""
+        if self._version is None:
+            return
+        (forward, backward), (scored, graded), (papers,) = self._passed.values()
+        now = {
+            "training": (forward + backward) * self._alive + backward * self._updated,
+            "scoring": (scored + 2 * graded) * self._alive,
+            "papers": papers * self._third,
+        }
+        self._done = {name: value + self._done.get(name, 0) for name, value in now.items()}
+        self._passed = {name: [0] * len(passed) for name, passed in self._passed.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """The figures named above, and the :attr:`counts` of samples. Reads from the device."""
+        self._settle()
+        if self.cost is None or not self._done:
+            return dict(self.counts)
+        sizes = {name: self._masks.module.get_parameter(name).numel() for name in self.cost.macs}
+        layers = {
+            kind: {n: 2 * m / sizes[n] * v for (n, m), v in zip(self.cost.macs.items(), self._done[kind].tolist())}
+            for kind in ("training", "scoring")
+        }
+        return dict(self.counts) | {
+            "training": sum(layers["training"].values()),
+            "scoring": sum(layers["scoring"].values()),
+            "papers": float(self._done["papers"]),
+            "dense": self._dense,
+            "per_layer": layers["training"],
+        }
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        self._settle()
+        return {"counts": dict(self.counts), "dense": self._dense, "done": dict(self._done)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts, self._dense, self._done = dict(state["counts"]), state["dense"], dict(state["done"])

@@ -1,0 +1,133 @@
+"""A trained sparse network on disk: only its non-zero values, and where they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def save_sparse(
+    model: nn.Module | Mapping[str, Tensor], path: str | os.PathLike, layout: Literal["bitmask", "csr"] = "bitmask"
+) -> int:
+    """Write the tensors of a network as a sparse ``safetensors`` file.
+
+    Weights with zeros enough are kept as their non-zero values and a bit for each weight, or as compressed sparse rows
+    (CSR, of the weight as a matrix (outputs, rest)); others whole, as they are smaller so. :func:`load_sparse` gives
+    back the same bits (a negative zero comes back positive).
+
+    Args:
+        model: a network, or its ``state_dict``; entries that are no tensors are left out.
+        path: the file; it is replaced at once or not at all.
+        layout: how sparse weights are kept. From about 97 % sparsity on CSR is the smaller one.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: if ``layout`` is neither.
+    """
+    if layout not in ("bitmask", "csr"):
+        raise ValueError(f"save_sparse(layout={layout!r}): layout is 'bitmask' or 'csr'")
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    parts: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in state.items():
+        if not torch.is_tensor(tensor):
+            continue
+        whole = tensor.detach().cpu().contiguous()
+        sparse = (_to_bits if layout == "bitmask" else _to_csr)(whole) if whole.ndim > 1 else {}
+        if sparse and sum(map(_bytes, sparse.values())) < _bytes(whole):
+            shapes[name] = list(whole.shape)
+            parts |= {f"{name}:{kind}": part for kind, part in sparse.items()}
+        else:
+            parts[name] = whole.clone()  # tied weights are no longer one tensor
+    path = Path(path)
+    half_written = path.with_name(path.name + ".part")
+    shapes_text = json.dumps(shapes, sort_keys=True)
+    about = {"layout": layout, "shapes": shapes_text, "sha256": _digest(parts, layout + shapes_text)}
+    try:
+        save_file(parts, half_written, about)
+        os.replace(half_written, path)
+    finally:
+        half_written.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The dense ``state_dict`` that :func:`save_sparse` has written.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is truncated, altered or of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load_sparse({str(path)!r}): there is no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"load_sparse({str(path)!r}): truncated, altered or no safetensors file ({error})") from error
+    if "sha256" not in about:
+        raise ValueError(f"load_sparse({str(path)!r}): not a file of save_sparse")
+    if about["sha256"] != _digest(parts, about.get("layout", "") + about.get("shapes", "")):
+        raise ValueError(f"load_sparse({str(path)!r}): altered, its checksum does not match")
+    shapes = json.loads(about["shapes"])
+    state = {name: part for name, part in parts.items() if name.rpartition(":")[0] not in shapes}
+    dense = _from_bits if about["layout"] == "bitmask" else _from_csr
+    for name, shape in shapes.items():
+        kinds = ("values", "mask") if about["layout"] == "bitmask" else ("values", "columns", "rows")
+        state[name] = dense(shape, *(parts[f"{name}:{kind}"] for kind in kinds))
+    return state
+
+
+def _to_bits(tensor: Tensor) -> dict[str, Tensor]:
+    alive = tensor.flatten() != 0
+    bits = nn.functional.pad(alive, (0, -alive.numel() % 8)).view(-1, 8)
+    return {"values": tensor.flatten()[alive], "mask": (bits * BITS).sum(1, dtype=torch.uint8)}
+
+
+def _from_bits(shape: list[int], values: Tensor, mask: Tensor) -> Tensor:
+    dense = torch.zeros(shape, dtype=values.dtype)
+    alive = (mask[:, None] & BITS).bool().flatten()[: dense.numel()]
+    dense.view(-1)[alive] = values
+    return dense
+
+
+def _to_csr(tensor: Tensor) -> dict[str, Tensor]:
+    matrix = tensor.flatten(1)
+    alive = matrix != 0
+    index = torch.int16 if matrix.shape[1] <= 2**15 else torch.int32
+    rows = nn.functional.pad(alive.sum(1).cumsum(0), (1, 0)).int()
+    return {"values": matrix[alive], "columns": alive.nonzero()[:, 1].to(index), "rows": rows}
+
+
+def _from_csr(shape: list[int], values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    dense = torch.zeros(shape, dtype=values.dtype)
+    row = torch.arange(shape[0]).repeat_interleave(rows.long().diff())
+    dense.flatten(1)[row, columns.long()] = values
+    return dense
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _digest(parts: Mapping[str, Tensor], about: str) -> str:
+    digest = hashlib.sha256(about.encode())
+    for name in sorted(parts):
+        part = parts[name].contiguous()
+        digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
+        digest.update(part.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
