@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -98,16 +99,17 @@ class DynamicGradientMasking(Sparsifier):
         return cgi
 
     def _choose(self, pl_module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
-        for name, score in scores.items():
-            alive = self.masks.alive.get(name)
-            unpruned = score.numel() if alive is None else int(alive.sum())
-            kept = unpruned - int(self.q * score.numel())
-            if kept < 1:
-                raise ValueError(
-                    f"{type(self).__name__}(q={self.q}): {unpruned} of the {score.numel()} weights of {name} are "
-                    "unpruned; q must leave some of them"
-                )
-            self.masks.set_updated(name, top_k_mask(score, kept, among=alive))
+        pools = {name: self.masks.alive.get(name, torch.ones_like(s, dtype=torch.bool)) for name, s in scores.items()}
+        unpruned = {name: int(pool.sum()) for name, pool in pools.items()}
+        dropped = {name: int(self.q * score.numel()) for name, score in scores.items()}
+        if sum(unpruned.values()) <= sum(dropped.values()):
+            raise ValueError(
+                f"{type(self).__name__}(q={self.q}): only {sum(unpruned.values())} of the "
+                f"{sum(score.numel() for score in scores.values())} weights are unpruned; q must leave some of them"
+            )
+        for name, score in scores.items():  # a layer that is sparser than the others keeps one at least
+            kept = max(1, unpruned[name] - dropped[name])
+            self.masks.set_updated(name, top_k_mask(score, kept, among=pools[name]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name in list(self.masks.updated):

@@ -48,8 +48,9 @@ def mean_gradients(
                     f"{type(pl_module).__name__}: its forward must map images to logits (B, C) for gradients to be "
                     "measured; gradients='training' takes those of the training step instead"
                 )
-            logits = logits.float() if live is None else logits.float().masked_fill(~live, -torch.inf)
-            loss = F.cross_entropy(logits, y, reduction="sum")
+            if live is not None:  # the module may have more outputs than the data have classes
+                logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
             torch._foreach_add_(sums, torch.autograd.grad(loss, weights))
         count += len(y)
     if trainer.world_size > 1:

@@ -1,0 +1,332 @@
+"""TDM, DDR and DGM keep what SparCL's paper says of them, throughout a run and in modules of any kind."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from toy_trainer import trainer
+
+from lightning_sparse_cl import (
+    ContinualModule,
+    DERpp,
+    DynamicDataRemoval,
+    DynamicGradientMasking,
+    Masks,
+    OneShotPruning,
+    SmallCNN,
+    SparCL,
+    TaskAwareDynamicMasking,
+)
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+
+
+def sparcl(masking=None, removal=None, gradients=None, **kwargs):
+    return SparCL(
+        SmallCNN(4),
+        DERpp(30, 8),
+        masking or TaskAwareDynamicMasking(0.75, every=2),
+        removal or DynamicDataRemoval(0.3, cutoff=2, every=2),
+        gradients or DynamicGradientMasking(0.05, interval=3),
+        **kwargs,
+    )
+
+
+class Counts(pl.Callback):
+    """Every number of weights that a layer's mask had, by task."""
+
+    def __init__(self, name):
+        self.name, self.events, self.task = name, defaultdict(list), -1
+
+    def on_fit_start(self, trainer, pl_module):
+        masks = Masks.of(pl_module)
+        put = masks.set_alive
+        self.events[0].append(int(masks.alive[self.name].sum()))
+
+        def recorded(name, mask):
+            put(name, mask)
+            if name == self.name:
+                self.events[trainer.datamodule.task].append(int(mask.sum()))
+                assert int(pl_module.get_parameter(name).count_nonzero()) <= int(mask.sum())
+
+        masks.set_alive = recorded
+
+
+@pytest.mark.parametrize(
+    ("width", "counts"),
+    [
+        (64, (9216, 9216 - 368, 9216 + 368)),
+        (512, (589824, 589824 - 23592, 589824 + 23592)),
+    ],  # 64 * 64 * 9, 512 * 512 * 9
+)
+def test_every_event_leaves_exactly_so_many_weights(width, counts):
+    k, shrunk, expanded = counts
+    model, counter = PlainClassifier(width=width), Counts("net.3.weight")
+    masking = TaskAwareDynamicMasking(0.75, every=2, p_intra=0.01, p_inter=0.01)
+    trainer(masking, counter, epochs=5, limit_train_batches=1).fit(model, toy_tasks(num_tasks=2))
+    assert counter.events[0] == [k, shrunk, k, shrunk, k]  # after epochs 2 and 4
+    assert counter.events[1] == [expanded, shrunk, k, shrunk, k]
+
+
+def test_a_task_that_ends_while_expanded_is_shrunk():
+    model, counter = PlainClassifier(width=16), Counts("net.3.weight")
+    trainer(TaskAwareDynamicMasking(0.75, every=3, p_inter=0.1), counter, epochs=2).fit(model, toy_tasks(num_tasks=2))
+    assert counter.events[0] == [576] and counter.events[1] == [576 + 230, 576]
+
+
+def test_all_layers_ranked_together_keep_the_total():
+    model = PlainClassifier(width=16)
+    masking = TaskAwareDynamicMasking(0.5, every=1, ranking="global", init="magnitude", dense=["net.8.weight"])
+    trainer(masking, epochs=3).fit(model, toy_tasks(num_tasks=2))
+    alive = {name: mask.sum().item() for name, mask in Masks.of(model).alive.items()}
+    assert sum(alive.values()) == round(0.5 * (144 + 2304))
+    assert alive["net.0.weight"] > 0.6 * 144  # earlier layers keep more (Appendix E)
+
+
+class Invariants(pl.Callback):
+    """Holds after every step of a run with all three parts."""
+
+    def __init__(self, masking):
+        self.masking, self.steps, self.compared = masking, 0, 0
+        self.zeros, self.support, self.before = {}, {}, {}
+
+    def on_fit_start(self, trainer, pl_module):
+        masks, measure, put = Masks.of(pl_module), self.masking.importance, Masks.of(pl_module).set_alive
+        scores = {}
+
+        def importance(*args):
+            scores.update(measure(*args))
+            return dict(scores)
+
+        def set_alive(name, mask):
+            old = masks.alive.get(name)
+            put(name, mask)
+            if name in scores:  # the shrinking that follows a ranking
+                dropped, score = old & ~mask, scores.pop(name)
+                assert not (mask & ~old).any()
+                assert not dropped.any() or score[mask].min() >= score[dropped].max()
+                self.compared += bool(dropped.any())
+            else:
+                self.zeros[name] = mask & ~old if old is not None else ~mask
+                assert not pl_module.get_parameter(name)[self.zeros[name]].any()
+
+        self.masking.importance, masks.set_alive = importance, set_alive
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.before = {n: pl_module.get_parameter(n).detach().clone() for n in Masks.of(pl_module).alive}
+        for name, grown in self.zeros.items():  # still exactly zero
+            assert not self.before[name][grown].any()
+        self.zeros = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        masks = Masks.of(pl_module)
+        self.steps += 1
+        for name, alive in masks.alive.items():
+            weight, updated = pl_module.get_parameter(name), masks.updated[name]
+            assert not weight[~alive].any()
+            assert not (updated & ~alive).any()
+            assert int(updated.sum()) == int(alive.sum()) - int(0.05 * alive.numel())
+            assert torch.equal(weight[~updated], self.before[name][~updated])
+            if batch_idx % 3:
+                assert torch.equal(updated, self.support[name])
+            self.support[name] = updated.clone()
+
+
+@pytest.mark.parametrize("gradients", ["measured", "training"])
+def test_invariants_of_a_whole_run_under_momentum_and_weight_decay(gradients):
+    masking = TaskAwareDynamicMasking(0.7, every=2, p_intra=0.1, p_inter=0.1, gradients=gradients)
+    holds = Invariants(masking)
+    model = sparcl(
+        masking,
+        gradients=DynamicGradientMasking(0.05, interval=3, gradients=gradients),
+        optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    )
+    trainer(holds, epochs=6).fit(model, toy_tasks())
+    assert holds.steps == 3 * (5 + 5 + 4 + 4 + 3 + 3)  # 80, 68 and 56 samples, batches of 16
+    assert holds.compared == 3 * 2 * 3  # layers, rankings a task, tasks
+    assert not Masks.of(model).updated
+
+
+def test_importance_is_that_of_equations_1_and_3():
+    """Against autograd by hand, over the whole task and the whole memory."""
+    seen = []
+
+    class Check(TaskAwareDynamicMasking):
+        def importance(self, trainer, pl_module):
+            found, data = super().importance(trainer, pl_module), trainer.datamodule
+            at, memory = data.task, pl_module.objective.memory
+            norms = [m for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)]
+            statistics = [m.running_mean.clone() for m in norms]
+            grads = {n: pl_module.get_parameter(n).grad.clone() for n in found}
+            alive = data.alive[at]
+            x, y = data.train_sets[at][alive]
+            logits = pl_module(data.prepare(x, augment=False))[:, 2 * at : 2 * at + 2]
+            names = list(found)
+            weights = [pl_module.get_parameter(n) for n in names]
+            with Masks.of(pl_module).scoring():
+                current = torch.autograd.grad(F.cross_entropy(logits, y - 2 * at), weights)
+                n = len(memory)
+                logits = pl_module(data.prepare(memory.images[:n], augment=False))
+                old = torch.autograd.grad(F.cross_entropy(logits, memory.labels[:n]), weights)
+            for m, mean in zip(norms, statistics):
+                m.running_mean.copy_(mean)
+            for name, w, a, b in zip(names, weights, current, old):
+                expected = w.abs() + 2.0 * a.abs() + 3.0 * b.abs()
+                assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-7)
+                assert torch.equal(pl_module.get_parameter(name).grad, grads[name])
+            seen.append(at)
+            return found
+
+    trainer(epochs=4).fit(sparcl(Check(0.5, every=2, alpha=2.0, beta=3.0)), toy_tasks())
+    assert seen == [0, 1, 2]
+
+
+def test_samples_left_are_those_of_the_paper():
+    removal = DynamicDataRemoval()
+    assert [removal.remaining(10_000, stage) for stage in range(6)] == [10000, 9250, 8500, 7750, 7000, 7000]
+    at_once = DynamicDataRemoval(one_shot=True)
+    assert [at_once.remaining(10_000, stage) for stage in range(6)] == [10000] * 4 + [7000, 7000]
+
+
+class Watch(pl.Callback):
+    """What each sample did in the stage, and who was removed, by hand."""
+
+    def __init__(self, every):
+        self.every, self.stage, self.left = every, defaultdict(list), []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for i, row, y in zip(trainer.datamodule.indices(batch_idx).tolist(), outputs["logits"], batch[1]):
+            self.stage[i].append((row, y))
+
+    def on_train_epoch_end(self, trainer, pl_module):  # before the removal, which is one of the policies
+        self.alive = trainer.datamodule.alive[trainer.datamodule.task].clone()
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        data = trainer.datamodule
+        if data.epoch_in_task and data.epoch_in_task % self.every == 0 and self.stage:
+            kept = set(data.alive[data.task].tolist())
+            self.left.append((set(self.alive.tolist()) - kept, kept, dict(self.stage)))
+        if data.epoch_in_task % self.every == 0:
+            self.stage = defaultdict(list)
+
+
+def unlearnt(shown):
+    right = [bool(row.argmax() == y) for row, y in shown]
+    return sum(a and not b for a, b in pairwise(right)) if any(right) else float("inf")
+
+
+BY_HAND = {
+    "misclassification": lambda shown: sum(float(row.argmax() != y) for row, y in shown),
+    "forgetting": unlearnt,
+    "loss": lambda shown: sum(float(F.cross_entropy(row, y)) for row, y in shown),
+    "gradient": lambda shown: sum(float((row.softmax(0) - F.one_hot(y, len(row))).norm()) for row, y in shown),
+}
+
+
+@pytest.mark.parametrize("by", BY_HAND)
+def test_the_easiest_samples_leave(by):
+    watch = Watch(every=3)
+    removal = DynamicDataRemoval(0.4, cutoff=2, every=3, by=by)
+    data = toy_tasks(num_tasks=2, batch_size=20)  # 80 samples: all are seen in every epoch at first
+    trainer(watch, epochs=8).fit(sparcl(removal=removal), data)
+    assert [(len(gone), len(kept)) for gone, kept, _ in watch.left] == [(16, 64), (16, 48)] * 2
+    for gone, kept, stage in watch.left:
+        rate = {i: BY_HAND[by](shown) / len(shown) for i, shown in stage.items()}
+        assert max(rate.get(i, 0.0) for i in gone) <= min(rate.get(i, 1e9) for i in kept) + 1e-6
+
+
+def test_removal_is_the_same_again_and_other_with_another_seed():
+    alive = []
+    for seed in (0, 0, 1):
+        pl.seed_everything(seed, verbose=False)
+        data = toy_tasks(num_tasks=1)
+        trainer(epochs=5).fit(sparcl(), data)
+        alive.append(data.alive[0])
+    assert torch.equal(alive[0], alive[1]) and not torch.equal(alive[0], alive[2])
+
+
+def test_a_stock_module_with_automatic_optimisation_uses_the_same_callbacks():
+    model, data = PlainClassifier(), toy_tasks()
+    keys = list(model.state_dict())
+    masking = TaskAwareDynamicMasking(0.8, every=2)
+    holds = Invariants(masking)
+    parts = [masking, DynamicDataRemoval(0.3, 2, 2), DynamicGradientMasking(0.05, interval=3)]
+    trainer(*parts, holds, epochs=6).fit(model, data)
+    assert list(model.state_dict()) == keys
+    assert [len(a) for a in data.alive] == [56] * 3
+    assert holds.compared == 2 * 3 and int(model.net[3].weight.count_nonzero()) <= round(0.2 * 2304)
+
+
+@pytest.mark.parametrize("gradients", ["measured", "training"])
+def test_masks_work_without_a_task_sequence(gradients):
+    class Loose(PlainClassifier):
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(torch.randn(24, 1, 8, 8), torch.arange(24) % 4), 4, shuffle=True)
+
+    model = Loose()
+    masking = TaskAwareDynamicMasking(0.75, every=1, gradients=gradients)
+    parts = [masking, DynamicGradientMasking(0.05, interval=2, gradients=gradients)]
+    pl.Trainer(accelerator="cpu", max_epochs=3, callbacks=parts, logger=False, enable_checkpointing=False,
+               enable_progress_bar=False, enable_model_summary=False).fit(model)  # fmt: skip
+    assert int(Masks.of(model).alive["net.3.weight"].sum()) == 576
+    assert int(model.net[3].weight.count_nonzero()) <= 576
+
+
+def test_masks_of_another_network_are_refused_and_nothing_changes():
+    a, b = PlainClassifier(), PlainClassifier(width=8)
+    masks, other = Masks.of(a), Masks.of(b)
+    other.set_alive("net.3.weight", torch.ones(8, 8, 3, 3, dtype=torch.bool))
+    masks.set_alive("net.8.weight", torch.zeros(6, 64, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask of 'net\.3\.weight' has shape \(8, 8, 3, 3\), the weight"):
+        masks.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"a mask of 'conv\.weight', which this network does not have"):
+        masks.load_state_dict({"alive": {"conv.weight": torch.ones(2, dtype=torch.bool)}})
+    assert list(masks) == ["net.8.weight"] and not a.net[8].weight.any()
+
+
+def fit(*parts, **kwargs):
+    trainer(*parts, epochs=4).fit(ContinualModule(SmallCNN(4)), toy_tasks(**kwargs))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TaskAwareDynamicMasking(1.0), r"sparsity=1\.0"),
+        (lambda: TaskAwareDynamicMasking(0.9, p_intra=0.1), r"p_intra=0\.1\).*\[0, 0\.1\)"),
+        (lambda: TaskAwareDynamicMasking(0.005, p_inter=0.01), r"p_inter=0\.01\).*\[0, 0\.005\]"),
+        (lambda: TaskAwareDynamicMasking(every=0), "every=0"),
+        (lambda: TaskAwareDynamicMasking(alpha=-1), "alpha=-1"),
+        (lambda: TaskAwareDynamicMasking(init="ones"), "init='ones'.*'random' or 'magnitude'"),
+        (lambda: fit(TaskAwareDynamicMasking(dense=["stem*"])), r"dense='stem\*' matches none of the weights"),
+        (lambda: DynamicDataRemoval(1.0), r"fraction=1\.0"),
+        (lambda: DynamicDataRemoval(cutoff=0), "cutoff=0"),
+        (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss"),
+        (lambda: fit(DynamicDataRemoval(0.3, 3, 2)), "cutoff=3, every=2.*task 0 takes 4 epochs, which is 2 stages"),
+        (lambda: fit(DynamicDataRemoval(0.9, 2, 2)), r"fraction=0\.9\): 8 of the 80 samples of task 0 would be left"),
+        (lambda: DynamicGradientMasking(1.0), r"q=1\.0"),
+        (lambda: DynamicGradientMasking(interval=0), "interval=0"),
+        (lambda: DynamicGradientMasking(gradients="mine"), "gradients='mine'"),
+        (lambda: fit(TaskAwareDynamicMasking(0.9), DynamicGradientMasking(0.2)), r"q=0\.2.*are unpruned"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_removal_needs_a_task_sequence_in_the_data():
+    with pytest.raises(TypeError, match="not a TaskDataModule"):
+        pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[DynamicDataRemoval()], logger=False,
+                   enable_checkpointing=False).fit(
+            PlainClassifier(), DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))))  # fmt: skip
+
+
+def test_pruning_goes_well_with_gradient_masks():
+    """Weights that the gradient mask holds may be pruned, and stay so."""
+    model = ContinualModule(SmallCNN(4), policies=[DynamicGradientMasking(0.05, 4), OneShotPruning(0.9)])
+    trainer(epochs=2).fit(model, toy_tasks())
+    assert int(model.backbone[3].weight.count_nonzero()) <= round(0.1 * 144)
