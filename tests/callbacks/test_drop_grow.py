@@ -1,0 +1,147 @@
+"""SET, RigL, SNFS and SNIP: the right weights go and come, exactly so many, when they should."""
+
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.nn import functional as F
+from toy_trainer import trainer
+
+from lightning_sparse_cl import SET, SNFS, SNIP, ContinualModule, DERpp, Masks, RigL, SmallCNN
+from lightning_sparse_cl.callbacks.drop_grow import share_out
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+
+
+class Exchanges(pl.Callback):
+    """Weights and masks before and after every step, and the gradient that no mask acted on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        masks = Masks.of(pl_module)
+        names = list(masks)
+        with masks.scoring():
+            loss = F.cross_entropy(pl_module(batch[0]), batch[1])
+            grads = torch.autograd.grad(loss, [pl_module.get_parameter(n) for n in names])
+        weights = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+        self.now = dict(masks.alive), weights, dict(zip(names, grads))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        weights = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+        self.seen.append((*self.now, dict(Masks.of(pl_module).alive), weights))
+        for name, alive in Masks.of(pl_module).alive.items():
+            assert not weights[name][~alive].any()
+
+
+def moved(before, after):
+    return [name for name in before if not torch.equal(before[name], after[name])]
+
+
+@pytest.mark.parametrize("policy", [RigL, SET])
+def test_each_layer_keeps_its_number_and_the_smallest_go(policy):
+    steps, model = Exchanges(), PlainClassifier()
+    trainer(policy(0.8, fraction=0.4, interval=3, until=1.0), steps, epochs=4).fit(model, toy_tasks(num_tasks=2))
+    changed = [i for i, (before, _, _, after, _) in enumerate(steps.seen) if moved(before, after)]
+    assert changed == [i for i in range(3, 40, 3) if i % 20 or i == 0]  # at step 20, f = 0.4 of another task: not of 0
+    for i in changed:
+        before, weights, grads, after, stepped = steps.seen[i]
+        f = 0.2 * (1 + math.cos(math.pi * (i % 20) / 20))
+        for name in moved(before, after):
+            dropped, alive = int(f * int(before[name].sum())), weights[name][before[name]].abs()
+            assert int(after[name].sum()) == int(before[name].sum()) == round(0.2 * before[name].numel())
+            gone, new = before[name] & ~after[name], after[name] & ~before[name]
+            assert 0 < int(gone.sum()) == int(new.sum()) <= dropped
+            assert weights[name][gone].abs().max() <= alive.sort().values[dropped - 1]
+            if policy is RigL:
+                pool = grads[name].abs()[~before[name]]
+                assert grads[name].abs()[new].min() >= pool.sort(descending=True).values[dropped - 1]
+                assert not stepped[name][new].any()
+                kept = before[name] & after[name]
+                assert torch.equal(stepped[name][kept], weights[name][kept])
+        if policy is RigL:  # the exchange takes the place of the step: momentum moves nothing either
+            assert torch.equal(stepped["net.8.weight"], weights["net.8.weight"])
+        else:
+            assert not torch.equal(stepped["net.8.weight"], weights["net.8.weight"])
+
+
+def test_the_exchanged_fraction_falls_to_zero_and_starts_anew_with_a_task():
+    class Record(RigL):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            fractions.append(self.exchanged(trainer))
+
+    fractions = []
+    trainer(Record(0.5, until=0.5), epochs=4).fit(PlainClassifier(), toy_tasks(num_tasks=2))
+    assert fractions == pytest.approx(
+        [0.15 * (1 + math.cos(math.pi * t / 10)) if t < 10 else 0.0 for t in range(20)] * 2
+    )
+    assert fractions[0] == 0.3
+
+
+def test_snfs_keeps_the_total_and_follows_the_momentum():
+    steps, model, policy = Exchanges(), ContinualModule(SmallCNN(4), DERpp(30, 8)), SNFS(0.7, interval=4)
+    trainer(policy, steps, epochs=3).fit(model, toy_tasks(num_tasks=2))
+    totals = [sum(int(m.sum()) for m in after.values()) for *_, after, _ in steps.seen]
+    assert set(totals) == {sum(round(0.3 * m.numel()) for m in Masks.of(model).alive.values())}
+    assert len({int(after["backbone.3.weight"].sum()) for *_, after, _ in steps.seen}) > 1
+    assert policy._momentum.keys() == Masks.of(model).alive.keys()
+    assert all(m[~Masks.of(model).alive[n]].any() for n, m in policy._momentum.items())
+
+
+@pytest.mark.parametrize(
+    ("total", "weight", "room", "given"),
+    [
+        (10, {"a": 1.0, "b": 4.0}, {"a": 99, "b": 99}, {"a": 2, "b": 8}),
+        (10, {"a": 1.0, "b": 4.0}, {"a": 99, "b": 3}, {"a": 7, "b": 3}),
+        (10, {"a": 1.0, "b": 4.0}, {"a": 1, "b": 3}, {"a": 1, "b": 3}),
+        (1, {"a": 1.0, "b": 4.0}, {"a": 5, "b": 5}, {"a": 0, "b": 1}),
+        (4, {"a": 0.0, "b": 0.0}, {"a": 5, "b": 5}, {"a": 2, "b": 2}),
+    ],
+)
+def test_sharing_out(total, weight, room, given):
+    assert share_out(total, weight, room) == given
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_snip_keeps_what_the_first_batch_is_sensitive_to(ranking):
+    masks_of, scores = [], {}
+
+    class Check(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):  # listed first: nothing is pruned yet
+            if not scores:
+                for name in ("net.0.weight", "net.3.weight"):
+                    weight = pl_module.get_parameter(name)
+                    (grad,) = torch.autograd.grad(F.cross_entropy(pl_module(batch[0]), batch[1]), weight)
+                    scores[name] = (weight * grad).detach().abs()
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            masks_of.append({n: m.clone() for n, m in Masks.of(pl_module).alive.items()})
+
+    trainer(Check(), SNIP(0.75, ranking, dense=["net.8.*"])).fit(model := PlainClassifier(), toy_tasks())
+    assert all(torch.equal(masks[n], masks_of[0][n]) for masks in masks_of for n in masks)
+    mask = masks_of[0]
+    assert not model.net[3].weight[~mask["net.3.weight"]].any()
+    if ranking == "layer":
+        assert [int(m.sum()) for m in mask.values()] == [36, 576]
+        assert scores["net.3.weight"][mask["net.3.weight"]].min() >= scores["net.3.weight"][~mask["net.3.weight"]].max()
+    else:
+        kept, gone = (torch.cat([scores[n][m if keep else ~m] for n, m in mask.items()]) for keep in (True, False))
+        assert len(kept) == round(0.25 * (144 + 2304)) and kept.min() >= gone.max()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RigL(1.0), r"RigL\(sparsity=1\.0\)"),
+        (lambda: SET(0.5, fraction=1.5), r"SET\(fraction=1\.5\)"),
+        (lambda: SNFS(0.5, interval=0), r"SNFS\(interval=0\)"),
+        (lambda: RigL(0.5, until=0.0), r"RigL\(until=0\.0\)"),
+        (lambda: SNIP(-0.1), r"SNIP\(sparsity=-0\.1\)"),
+        (lambda: SNIP(0.5, "all"), r"ranking='all'"),
+        (lambda: trainer(SNIP(0.5, dense=["x"])).fit(PlainClassifier(), toy_tasks()), "dense='x' matches none"),
+    ],
+)
+def test_bad_arguments_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
