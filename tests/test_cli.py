@@ -6,6 +6,7 @@ from pathlib import Path
 import fake_data
 import pytest
 import torch
+from toy_trainer import shortened
 
 from lightning_sparse_cl.__main__ import main, run
 
@@ -47,6 +48,7 @@ def small(config):
         "--schedule.epochs=1",
         "--trainer.accelerator=cpu",
         *SMALL[config.parent.name],
+        *shortened(config.stem),
     ]
 
 
@@ -63,18 +65,23 @@ def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_roo
     for scenario in ("class_il", "task_il"):
         for task, accuracy in enumerate(metrics[scenario]["matrix"][-1]):
             assert float(tested[f"{scenario}/task_{task}"]) == pytest.approx(accuracy, abs=1e-6)
-    if config.stem == "esacl":
-        assert metrics["sparsity"] == pytest.approx(0.8, abs=0.02)
-        pruned = [d for name, d in metrics["density_per_layer"].items() if d < 0.5]
-        assert pruned
-    else:
-        assert metrics["sparsity"] == 0
+    expected = {"esacl": 0.8, "sparcl": 0.9, "snip_derpp": 0.9, "rigl_derpp": 0.9}
+    expected |= {"sparcl": 0.75} if config.parent.name != "split_digits" else {}
+    assert metrics["sparsity"] == pytest.approx(expected.get(config.stem, 0.0), abs=0.02)
+    if config.stem in expected:
+        assert any(d < 0.5 for d in metrics["density_per_layer"].values())
+        assert metrics["size"]["nonzero"] < metrics["size"]["parameters"]
+
+
+BASES = {"esacl": "esacl", "objectives": "esacl", "sparcl": "sparcl", "policies": "derpp"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
-def test_every_overlay_fits_over_esacl(overlay):
-    base = CONFIGS / "split_digits" / "esacl.yaml"
+def test_every_overlay_fits_over_its_base(overlay):
+    base = CONFIGS / "split_digits" / f"{BASES[overlay.parent.name]}.yaml"
     cli = main(["fit", "-c", str(base), "-c", str(overlay), *small(base), "--trainer.limit_train_batches=2"])
+    name = overlay.stem
+    parts = [getattr(c, "fraction", getattr(c, "q", getattr(c, "sparsity", None))) for c in cli.model.policies]
     changed = {
         "without_sa": lambda m: type(m.update).__name__ == "Plain",
         "without_sp": lambda m: isinstance(m.trainer.optimizers[0], torch.optim.SGD),
@@ -83,8 +90,17 @@ def test_every_overlay_fits_over_esacl(overlay):
         "er": lambda m: type(m.objective).__name__ == "ER",
         "derpp": lambda m: type(m.objective).__name__ == "DERpp" and m.objective.memory.size == 500,
         "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
+        "tdm": lambda m: parts == [0.9, 0.0, 0.0],
+        "tdm_ddr": lambda m: parts == [0.9, 0.3, 0.0],
+        "tdm_dgm": lambda m: parts == [0.9, 0.0, 0.02],
+        "sparsity_90": lambda m: parts == [0.9, 0.3, 0.02],
+        "sparsity_95": lambda m: parts == [0.95, 0.3, 0.01],
+        "as_in_the_code": lambda m: m.objective.single_head and m.policies[1].by == "forgetting",
+        **dict.fromkeys(
+            ("set", "snfs", "snip", "rigl"), lambda m: type(m.policies[0]).__name__.lower() == overlay.stem
+        ),
     }
-    assert changed[overlay.stem](cli.model)
+    assert changed[name](cli.model)
     last = Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")
     main(["test", "-c", str(base), "-c", str(overlay), *small(base), "--ckpt_path", str(last)])
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from toy_trainer import shortened
 
 from lightning_sparse_cl.__main__ import main
 
@@ -17,7 +18,15 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command):
     arguments = [str(ROOT / a) if a.startswith("configs/") else a for a in command.split()]
-    main([*arguments, "--schedule.epochs=1", "--trainer.accelerator=cpu", "--trainer.limit_train_batches=2"])
+    main(
+        [
+            *arguments,
+            *shortened(command),
+            "--schedule.epochs=1",
+            "--trainer.accelerator=cpu",
+            "--trainer.limit_train_batches=2",
+        ]
+    )
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)

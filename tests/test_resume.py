@@ -11,6 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from toy_trainer import shortened
 
 from lightning_sparse_cl.__main__ import main, run
 
@@ -45,7 +46,7 @@ def command(folder, config, *more):
         "fit", "-c", str(CONFIGS / f"{config}.yaml"), f"--schedule.epochs={EPOCHS}",
         "--model.init_args.backbone.width=4", f"--trainer.default_root_dir={folder}", "--trainer.logger=false",
         f"--checkpoint.dirpath={folder}", "--checkpoint.every_n_train_steps=3", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", *more,
+        "--trainer.enable_progress_bar=false", *shortened(config), *more,
     ]  # fmt: skip
 
 
@@ -146,7 +147,7 @@ def points(ends, seed):
 IN_CI = ["middle of a task", "between pruning and measuring", "a checkpoint's write", "its first batch"]
 
 
-@pytest.mark.parametrize("config", ["esacl", "derpp"])
+@pytest.mark.parametrize("config", ["esacl", "derpp", "sparcl"])
 def test_killed_and_resumed(tmp_path, config):
     ends = whole_run(tmp_path / "whole", config)
     for name in IN_CI:

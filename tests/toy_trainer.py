@@ -1,4 +1,4 @@
-"""A Trainer for toy sequences: on the CPU, and silent."""
+"""A Trainer for toy sequences: on the CPU, and silent; and options for short runs of the command line."""
 
 import lightning.pytorch as pl
 
@@ -11,3 +11,9 @@ def trainer(*callbacks, epochs=2, **kwargs):
         enable_model_summary=False,
     )  # fmt: skip
     return pl.Trainer(callbacks=[TaskSchedule(epochs), *callbacks], **(options | kwargs))
+
+
+def shortened(config):
+    """What a configuration needs in order to make sense for one or two epochs a task."""
+    every, cutoff = "--model.init_args.{}.init_args.every=1", "--model.init_args.removal.init_args.cutoff=1"
+    return [every.format("masking"), every.format("removal"), cutoff] if "sparcl" in str(config) else []
