@@ -35,7 +35,7 @@ FILES: dict[str, Callable[..., Any]] = {
 NO_RESULT = {
     "where the files are": {"root", "download"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
-        "Objective", "UpdateRule", "Sparsifier", "AccuracyMatrix", "ReservoirMemory", "ImageTransform"},
+        "Objective", "UpdateRule", "Sparsifier", "DropAndGrow", "AccuracyMatrix", "ReservoirMemory", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
     "where it runs, not what comes out": {"num_workers"},
@@ -53,6 +53,13 @@ BASE: dict[str, dict[str, Any]] = {
     "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
     "ER": {"memory": 30, "minibatch": 8}, "DERpp": {"memory": 30, "minibatch": 8},
     "DERppOneDraw": {"memory": 30, "minibatch": 8},
+    "SparCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8),
+        "masking": scl.TaskAwareDynamicMasking(0.5, 1), "removal": scl.DynamicDataRemoval(0.3, 1, 1),
+        "gradients": scl.DynamicGradientMasking(0.1, 2)},
+    "TaskAwareDynamicMasking": {"sparsity": 0.5, "every": 1, "p_intra": 0.2, "p_inter": 0.2},
+    "DynamicDataRemoval": {"cutoff": 2, "every": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
+    "RigL": {"sparsity": 0.5, "interval": 3}, "SET": {"sparsity": 0.5, "interval": 3},
+    "SNFS": {"sparsity": 0.5, "interval": 3}, "SNIP": {"sparsity": 0.5},
     "LossSelection": {"warmup": 1},
     "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
@@ -64,14 +71,22 @@ OTHER: dict[str, Any] = {
     "optimizer": partial(SGD, lr=0.01), "selection": scl.LossSelection(0.2, 0.2, 0),
     "policies": [scl.GradientClipping(0.1)], "freeze": "share", "dense": ["head.weight"], "of": "share",
     "init": "zero", "momentum": 0.9, "min_k": 40, "scheduler": partial(StepLR, step_size=2, gamma=0.1),
-    "interval": "step", "monitor": "val/acc", "mode": "max", "min_delta": 1e9, "patience": 3, "hidden": [5],
+    "TaskLRSchedule.interval": "step", "monitor": "val/acc", "mode": "max", "min_delta": 1e9, "patience": 3, "hidden": [5],
     "class_order": 3, "transform": scl.ImageTransform([0.2], [0.7]), "train": (IMAGES[0].flip(3), IMAGES[1]),
     "test": (IMAGES[0][:90], IMAGES[1][:90] * 0 + torch.arange(90) % 6), "crop": 1, "flip": False, "num_tasks": 2,
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
+    "masking": scl.TaskAwareDynamicMasking(0.7, 1),
+    "removal": scl.DynamicDataRemoval(0.6, 1, 1),
+    "SparCL.gradients": scl.DynamicGradientMasking(0.3, 2),
+    "gradients": "training",
+    "ranking": "global",
+    "by": "loss",
+    "TaskAwareDynamicMasking.init": "magnitude",
     "EsaCL.update": scl.Plain(),
     "EsaCL.backbone": scl.SmallMLP([8, 8]),
+    "SparCL.backbone": scl.SmallMLP([8, 8]),
     "joint": True,
     "SplitImageFolder.num_tasks": 4,
     "SplitImageFolder.flip": True,
@@ -125,8 +140,7 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
     )
     evaluation = next((c for c in callbacks if isinstance(c, scl.ContinualEvaluation)), scl.ContinualEvaluation())
     schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))
-    if name == "TaskEarlyStopping":
-        schedule = scl.TaskSchedule(8)
+    schedule = {"TaskEarlyStopping": scl.TaskSchedule(8), "DynamicDataRemoval": scl.TaskSchedule(4)}.get(name, schedule)
     trainer(evaluation, epochs=schedule.epochs).fit(model, sequence)
     figures = [m.R for m in evaluation.matrices.values()] + [torch.tensor(sequence.starts)]
     return [p.detach() for p in model.parameters()] + [f.float().nan_to_num(-1) for f in figures]
