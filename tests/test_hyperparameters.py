@@ -71,12 +71,13 @@ OTHER: dict[str, Any] = {
     "optimizer": partial(SGD, lr=0.01), "selection": scl.LossSelection(0.2, 0.2, 0),
     "policies": [scl.GradientClipping(0.1)], "freeze": "share", "dense": ["head.weight"], "of": "share",
     "init": "zero", "momentum": 0.9, "min_k": 40, "scheduler": partial(StepLR, step_size=2, gamma=0.1),
-    "TaskLRSchedule.interval": "step", "monitor": "val/acc", "mode": "max", "min_delta": 1e9, "patience": 3, "hidden": [5],
+    "monitor": "val/acc", "mode": "max", "min_delta": 1e9, "patience": 3, "hidden": [5],
     "class_order": 3, "transform": scl.ImageTransform([0.2], [0.7]), "train": (IMAGES[0].flip(3), IMAGES[1]),
     "test": (IMAGES[0][:90], IMAGES[1][:90] * 0 + torch.arange(90) % 6), "crop": 1, "flip": False, "num_tasks": 2,
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
+    "TaskLRSchedule.interval": "step",
     "masking": scl.TaskAwareDynamicMasking(0.7, 1),
     "removal": scl.DynamicDataRemoval(0.6, 1, 1),
     "SparCL.gradients": scl.DynamicGradientMasking(0.3, 2),

@@ -70,7 +70,7 @@ class DropAndGrow(Sparsifier):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         names = self.names(pl_module)
-        if not all(name in self.masks.alive for name in names):
+        if self.unmasked(pl_module):
             for name, score in self.random(pl_module, names, 0).items():
                 self.masks.set_alive(name, top_k_mask(score, round((1 - self.sparsity) * score.numel())))
 

@@ -106,7 +106,7 @@ class TaskAwareDynamicMasking(Sparsifier):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         names = self.names(pl_module)
-        if not all(name in self.masks.alive for name in names):
+        if self.unmasked(pl_module):
             start = self.random(pl_module, names, 0)
             if self.init == "magnitude":
                 start = {name: pl_module.get_parameter(name).abs() for name in names}

@@ -38,9 +38,9 @@ class SNIP(Sparsifier):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
     ) -> None:
-        names = self.names(pl_module)
-        if all(name in self.masks.alive for name in names):
+        if not self.unmasked(pl_module):
             return
+        names = self.names(pl_module)
         grads = mean_gradients(trainer, pl_module, names, [batch])
         scores = {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}
         for group in [[name] for name in names] if self.ranking == "layer" else [names]:

@@ -35,6 +35,20 @@ class Sparsifier(pl.Callback):
         """The weights this callback prunes."""
         return sparse_weights(pl_module, self.dense)
 
+    def unmasked(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the weights have no masks yet, so that the first are to be made.
+
+        Raises:
+            ValueError: if only some of them have: masks of other layers, from a checkpoint or an earlier fit.
+        """
+        without = [name for name in self.names(pl_module) if name not in self.masks.alive]
+        if without and len(self.masks) > 0:
+            raise ValueError(
+                f"{type(self).__name__}(dense={self.dense}): the module's masks are of {', '.join(self.masks)}; "
+                f"{', '.join(without)} would have to have one too. Go on with the same `dense`"
+            )
+        return bool(without)
+
     def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
         """Uniform scores for the named weights: the same on every process and after a resume, others ``at`` others."""
         generator = torch.Generator().manual_seed(hash((self._seed, *at)) % 2**63)

@@ -1,0 +1,124 @@
+"""SparCL, its parts and its competitors on Split CIFAR-10 at a size for CPUs: accuracy, FLOPs, footprint, seconds.
+
+Five tasks of two classes, 200 images a class, halved to 16x16 pixels, ResNet-18 of width 16, DER++ with 500 exemplars,
+batch 32, 20 epochs a task, SGD with learning rate 0.03: the same for all rows. Stages of TDM and DDR are two epochs.
+
+python benchmarks/sparcl.py [--quick] [--root FOLDER]
+
+FOLDER holds CIFAR-10 as torchvision downloads it, or as an image folder {train,test}/<class>/*.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import harness
+import lightning.pytorch as pl
+import torch
+from torch.nn import functional as F
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.metrics import DenseCost, mean_kept, sparcl_flops, sparcl_memory
+from lightning_sparse_cl.sparsity import sparse_weights
+
+EPOCHS, EVERY, CUTOFF, BATCH, REMOVED = 20, 2, 4, 32, 0.3
+Q = {0.75: 0.05, 0.9: 0.02, 0.95: 0.01}  # gradient sparsity minus sparsity, as in the paper
+
+
+def tdm(s: float) -> scl.TaskAwareDynamicMasking:
+    return scl.TaskAwareDynamicMasking(s, every=EVERY)
+
+
+def ddr() -> scl.DynamicDataRemoval:
+    return scl.DynamicDataRemoval(REMOVED, CUTOFF, EVERY)
+
+
+def dgm(s: float) -> scl.DynamicGradientMasking:
+    return scl.DynamicGradientMasking(Q[s], interval=6)
+
+
+POLICIES: dict[str, Callable[[float], list[pl.Callback]]] = {
+    "DER++": lambda s: [],
+    "SparCL-DER++": lambda s: [tdm(s), ddr(), dgm(s)],
+    "TDM only": lambda s: [tdm(s)],
+    "TDM + DDR": lambda s: [tdm(s), ddr()],
+    "TDM + DGM": lambda s: [tdm(s), dgm(s)],
+    "SNIP-DER++": lambda s: [scl.SNIP(s)],
+    "RigL-DER++": lambda s: [scl.RigL(s, interval=20)],
+}
+ROWS = [
+    ("DER++", 0.0), *(("SparCL-DER++", s) for s in Q), ("TDM only", 0.9), ("TDM + DDR", 0.9), ("TDM + DGM", 0.9),
+    *((name, s) for name in ("SNIP-DER++", "RigL-DER++") for s in (0.9, 0.95)),
+]  # fmt: skip
+
+
+def halved(root: str, per_class: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The first images of every class, to train and to test on, averaged over 2x2 pixels; and their labels."""
+    source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
+    parts = []
+    for train in (True, False):
+        images, labels = source.read(train)
+        at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else 500] for c in range(10)])
+        parts.append((F.avg_pool2d(images[at].float(), 2).round().byte(), labels[at]))
+    return parts
+
+
+def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: int) -> dict[str, Any]:
+    """One sequence, and what the closed formulas say of its plan."""
+    pl.seed_everything(seed, verbose=False)
+    optimizer = partial(torch.optim.SGD, lr=0.03)
+    objective, policies = scl.DERpp(500, BATCH), POLICIES[row](sparsity)
+    module = scl.ContinualModule(scl.ResNet18(width), objective, optimizer=optimizer, policies=policies)
+    augment = scl.ImageTransform([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2615], crop=2, flip=True)
+    data = scl.SplitTensors(*torch.load(images), num_tasks=5, batch_size=BATCH, transform=augment)
+    metrics = harness.fit(module, data, epochs)
+    flops, cost = metrics["flops"], DenseCost.of(module, data.input_shape)
+    gradient = sparsity + (Q[sparsity] if "DGM" in row or "SparCL" in row else 0.0)
+    stages = [EVERY * (i + 1) for i in range(CUTOFF)]
+    kept = mean_kept(REMOVED, stages, epochs) if "DDR" in row or "SparCL" in row else 1.0
+    d = 1 - cost.share(sparse_weights(module))
+    return {
+        "Class-IL": metrics["class_il"]["acc"],
+        "Task-IL": metrics["task_il"]["acc"],
+        "FLOPs": flops["training"] / 1e12,
+        "of dense": flops["training"] / flops["dense"],
+        "to find masks": flops["scoring"] / flops["dense"],
+        "FLOPs as in the tables": flops["papers"] / 1e12,
+        "closed formula": sparcl_flops(
+            cost.total_macs(), epochs * sum(map(len, data.train_sets)), 2, sparsity, gradient, d, kept
+        )
+        / 1e12,
+        "footprint, MB": metrics["memory"]["formula"] / 1e6,
+        "footprint by plan, MB": sparcl_memory(cost, BATCH, sparsity, gradient) / 1e6,
+        "seconds": metrics["seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="data/cifar10-images")
+    args = harness.arguments(parser)
+    per_class, epochs, width, seeds = (64, 9, 8, [0]) if args.quick else (200, EPOCHS, 16, [0, 1, 2])
+    with TemporaryDirectory() as folder:
+        images = f"{folder}/images.pt"
+        torch.save(halved(args.root, per_class), images)
+        jobs = [(*row, seed, images, epochs, width) for row in ROWS for seed in seeds]
+        results = iter(harness.run_all(run, jobs, args.processes))
+    rows = []
+    for row, sparsity in ROWS:
+        runs = [next(results) for _ in seeds]
+        rows.append({"method": row, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
+    plain = ("FLOPs", "FLOPs as in the tables", "closed formula", "footprint, MB", "footprint by plan, MB", "seconds")
+    columns = [c for c in rows[0] if c not in ("closed formula", "footprint by plan, MB")]
+    harness.show("Split CIFAR-10: accuracies and shares in percent, TFLOPs, MB, seconds", rows, columns, plain)
+    if not args.quick:
+        harness.save("sparcl", rows, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class, width=width)
+
+
+if __name__ == "__main__":
+    main()
