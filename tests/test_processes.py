@@ -25,6 +25,8 @@ class Compare(pl.Callback):
         state = {k: v for k, v in pl_module.state_dict().items() if isinstance(v, torch.Tensor)}
         state |= {f"alive/{k}": v for k, v in scl.Masks.of(pl_module).alive.items()}
         state |= {f"frozen/{k}": v for k, v in scl.Masks.of(pl_module).frozen.items()}
+        state |= {f"updated/{k}": v for k, v in scl.Masks.of(pl_module).updated.items()}
+        state |= {f"samples/{i}": v for i, v in enumerate(trainer.datamodule.alive)}
         assert "objective.memory.images" in state and any(k.startswith("alive") for k in state)
         for name, value in state.items():
             first = trainer.strategy.broadcast(value)
@@ -32,18 +34,30 @@ class Compare(pl.Callback):
         starts = trainer.strategy.broadcast(trainer.datamodule.starts)
         assert starts == trainer.datamodule.starts  # each process has losses of its own, and they stop together
         seen = trainer.strategy.broadcast(pl_module.objective.memory.seen)
-        assert seen == pl_module.objective.memory.seen == 5 * 16 * starts[task + 1]
+        assert seen == pl_module.objective.memory.seen == flops.counts["samples"]
+        assert REMOVED or seen == 5 * 16 * starts[task + 1]
+        assert flops.summary() == trainer.strategy.broadcast(flops.summary())
         rates = trainer.strategy.broadcast([g["lr"] for g in trainer.optimizers[0].param_groups])
         assert rates == [g["lr"] for g in trainer.optimizers[0].param_groups]
 
 evaluation = scl.ContinualEvaluation()
 pl.seed_everything(0, verbose=False)
 halved = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
-model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), freeze="share", selection=scl.LossSelection(warmup=1),
-    policies=[scl.GradientClipping(1.0), scl.TaskLRSchedule(halved), scl.TaskEarlyStopping("train/loss", 1)])
+aids = [scl.GradientClipping(1.0), scl.TaskLRSchedule(halved), scl.TaskEarlyStopping("train/loss", 1)]
+flops, REMOVED = scl.FlopsCounter(), METHOD == "SparCL"
+backbone, objective = scl.SmallCNN(4), scl.DERpp(30, 8)
+if METHOD == "EsaCL":
+    model = scl.EsaCL(backbone, objective, freeze="share", selection=scl.LossSelection(warmup=1), policies=aids)
+elif METHOD == "SparCL":
+    model = scl.SparCL(backbone, objective, scl.TaskAwareDynamicMasking(0.7, 2), scl.DynamicDataRemoval(0.4, 2, 2, BY),
+        scl.DynamicGradientMasking(0.1, 3, gradients=GRADIENTS))
+else:
+    policy = getattr(scl, METHOD)(0.7)
+    policy.interval = 3
+    model = scl.ContinualModule(backbone, objective, policies=[policy])
 trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=-1, logger=False,
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    callbacks=[scl.TaskSchedule(5), scl.RandomState(), evaluation, Compare()])
+    callbacks=[scl.TaskSchedule(5), scl.RandomState(), flops, evaluation, Compare()])
 data = toy_tasks(batch_size=8)
 trainer.fit(model, data)
 model.eval()
@@ -55,8 +69,17 @@ Path(f"ok{trainer.global_rank}").touch()
 """
 
 
-def test_two_processes_agree_bit_for_bit(tmp_path):
-    (tmp_path / "two.py").write_text(SCRIPT)
+@pytest.mark.parametrize(
+    ("method", "gradients", "by"),
+    [
+        ("EsaCL", "", ""),
+        ("SparCL", "measured", "forgetting"),
+        pytest.param("SparCL", "training", "loss", marks=pytest.mark.slow),
+        *(pytest.param(method, "", "", marks=pytest.mark.slow) for method in ("RigL", "SET", "SNFS", "SNIP")),
+    ],
+)
+def test_two_processes_agree_bit_for_bit(tmp_path, method, gradients, by):
+    (tmp_path / "two.py").write_text(f"METHOD, GRADIENTS, BY = {method!r}, {gradients!r}, {by!r}\n{SCRIPT}")
     done = subprocess.run([sys.executable, "two.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert {p.name for p in tmp_path.glob("ok*")} == {"ok0", "ok1"}
