@@ -11,6 +11,7 @@ from toy_trainer import trainer
 from lightning_sparse_cl import SET, SNFS, SNIP, ContinualModule, DERpp, Masks, RigL, SmallCNN
 from lightning_sparse_cl.callbacks.drop_grow import share_out
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+from lightning_sparse_cl.sparsity import top_k_mask
 
 
 class Exchanges(pl.Callback):
@@ -30,7 +31,13 @@ class Exchanges(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         weights = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
-        self.seen.append((*self.now, dict(Masks.of(pl_module).alive), weights))
+        state = trainer.optimizers[0].state
+        momentum = {
+            n: state[p]["momentum_buffer"].clone()
+            for n, p in pl_module.named_parameters()
+            if "momentum_buffer" in state[p]
+        }
+        self.seen.append((*self.now, dict(Masks.of(pl_module).alive), weights, momentum))
         for name, alive in Masks.of(pl_module).alive.items():
             assert not weights[name][~alive].any()
 
@@ -43,10 +50,10 @@ def moved(before, after):
 def test_each_layer_keeps_its_number_and_the_smallest_go(policy):
     steps, model = Exchanges(), PlainClassifier()
     trainer(policy(0.8, fraction=0.4, interval=3, until=1.0), steps, epochs=4).fit(model, toy_tasks(num_tasks=2))
-    changed = [i for i, (before, _, _, after, _) in enumerate(steps.seen) if moved(before, after)]
+    changed = [i for i, (before, _, _, after, *_) in enumerate(steps.seen) if moved(before, after)]
     assert changed == [i for i in range(3, 40, 3) if i % 20 or i == 0]  # at step 20, f = 0.4 of another task: not of 0
     for i in changed:
-        before, weights, grads, after, stepped = steps.seen[i]
+        before, weights, grads, after, stepped, momentum = steps.seen[i]
         f = 0.2 * (1 + math.cos(math.pi * (i % 20) / 20))
         for name in moved(before, after):
             dropped, alive = int(f * int(before[name].sum())), weights[name][before[name]].abs()
@@ -55,11 +62,13 @@ def test_each_layer_keeps_its_number_and_the_smallest_go(policy):
             assert 0 < int(gone.sum()) == int(new.sum()) <= dropped
             assert weights[name][gone].abs().max() <= alive.sort().values[dropped - 1]
             if policy is RigL:
-                pool = grads[name].abs()[~before[name]]
-                assert grads[name].abs()[new].min() >= pool.sort(descending=True).values[dropped - 1]
+                kept = top_k_mask(weights[name].abs(), int(before[name].sum()) - dropped, among=before[name])
+                grown = top_k_mask(grads[name].abs(), dropped, among=~kept)  # some that were dropped may come back
+                assert torch.equal(after[name], kept | grown)
+                assert not momentum[name][new].any() and momentum[name][kept].any()
                 assert not stepped[name][new].any()
-                kept = before[name] & after[name]
-                assert torch.equal(stepped[name][kept], weights[name][kept])
+                stayed = before[name] & after[name]
+                assert torch.equal(stepped[name][stayed], weights[name][stayed])
         if policy is RigL:  # the exchange takes the place of the step: momentum moves nothing either
             assert torch.equal(stepped["net.8.weight"], weights["net.8.weight"])
         else:
@@ -82,9 +91,9 @@ def test_the_exchanged_fraction_falls_to_zero_and_starts_anew_with_a_task():
 def test_snfs_keeps_the_total_and_follows_the_momentum():
     steps, model, policy = Exchanges(), ContinualModule(SmallCNN(4), DERpp(30, 8)), SNFS(0.7, interval=4)
     trainer(policy, steps, epochs=3).fit(model, toy_tasks(num_tasks=2))
-    totals = [sum(int(m.sum()) for m in after.values()) for *_, after, _ in steps.seen]
+    totals = [sum(int(m.sum()) for m in after.values()) for _, _, _, after, *_ in steps.seen]
     assert set(totals) == {sum(round(0.3 * m.numel()) for m in Masks.of(model).alive.values())}
-    assert len({int(after["backbone.3.weight"].sum()) for *_, after, _ in steps.seen}) > 1
+    assert len({int(after["backbone.3.weight"].sum()) for _, _, _, after, *_ in steps.seen}) > 1
     assert policy._momentum.keys() == Masks.of(model).alive.keys()
     assert all(m[~Masks.of(model).alive[n]].any() for n, m in policy._momentum.items())
 

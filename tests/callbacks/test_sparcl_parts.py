@@ -195,15 +195,20 @@ def test_samples_left_are_those_of_the_paper():
 class Watch(pl.Callback):
     """What each sample did in the stage, and who was removed, by hand."""
 
-    def __init__(self, every):
-        self.every, self.stage, self.left = every, defaultdict(list), []
+    def __init__(self, removal):
+        self.removal, self.every, self.stage, self.left = removal, removal.every, defaultdict(list), []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         for i, row, y in zip(trainer.datamodule.indices(batch_idx).tolist(), outputs["logits"], batch[1]):
             self.stage[i].append((row, y))
 
     def on_train_epoch_end(self, trainer, pl_module):  # before the removal, which is one of the policies
-        self.alive = trainer.datamodule.alive[trainer.datamodule.task].clone()
+        data = trainer.datamodule
+        self.alive = data.alive[data.task].clone()
+        if (data.epoch_in_task + 1) % self.every == 0 and data.epoch_in_task < self.removal.cutoff * self.every:
+            by_hand = {i: BY_HAND[self.removal.by](shown) / len(shown) for i, shown in self.stage.items()}
+            found = self.removal.difficulty()[list(by_hand)]
+            assert found.tolist() == pytest.approx(list(by_hand.values()), rel=1e-4)
 
     def on_train_epoch_start(self, trainer, pl_module):
         data = trainer.datamodule
@@ -229,8 +234,8 @@ BY_HAND = {
 
 @pytest.mark.parametrize("by", BY_HAND)
 def test_the_easiest_samples_leave(by):
-    watch = Watch(every=3)
     removal = DynamicDataRemoval(0.4, cutoff=2, every=3, by=by)
+    watch = Watch(removal)
     data = toy_tasks(num_tasks=2, batch_size=20)  # 80 samples: all are seen in every epoch at first
     trainer(watch, epochs=8).fit(sparcl(removal=removal), data)
     assert [(len(gone), len(kept)) for gone, kept, _ in watch.left] == [(16, 64), (16, 48)] * 2
