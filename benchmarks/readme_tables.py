@@ -26,6 +26,12 @@ COLUMNS = {
         "choice": "", "sparsity": "sparsity", "class_il_before": "Class-IL before", "class_il": "Class-IL after",
         "task_il": "Task-IL after", "used": "weights in use",
     },
+    "sparcl": {
+        "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
+        "FLOPs": "TFLOPs", "of dense": "% of dense", "to find masks": "to find masks, %",
+        "FLOPs as in the tables": "TFLOPs as in the tables", "closed formula": "closed formula",
+        "footprint, MB": "footprint, MB", "seconds": "seconds",
+    },
     "overhead": {
         "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
     },
@@ -35,14 +41,15 @@ COLUMNS = {
     },
 }  # fmt: skip
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
-PLAIN = {"backward passes", "seconds"}
+PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2}
+PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
 
 
 def cell(column: str, value: Any) -> str:
     """A median with its range, in percent where it is a fraction."""
     if not isinstance(value, dict):
         return f"{100 * value:g} %" if column == "sparsity" else str(value)
-    scale, digits = (1, 1) if column in PLAIN else (100, 1)
+    scale, digits = (1, PLAIN[column]) if column in PLAIN else (100, 1)
     median, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("median", "min", "max"))
     return median if low == high else f"{median} ({low} to {high})"
 

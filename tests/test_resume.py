@@ -1,5 +1,6 @@
 """A run that is killed anywhere and resumed ends with the same bits as one that never stopped."""
 
+import json
 import os
 import random
 import signal
@@ -210,11 +211,14 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(tmp_path, mo
     said = []
     monkeypatch.setattr("lightning_sparse_cl.callbacks.schedule.rank_zero_info", said.append)
     main(command(tmp_path, "finetune"))
-    before = final_state(tmp_path)
+    before, figures = final_state(tmp_path), json.loads((tmp_path / "metrics.json").read_text())
     assert not said
     main(command(tmp_path, "finetune", "--ckpt_path", str(tmp_path / "last.ckpt")))
     assert "all tasks of this run are finished" in said[0]
     assert_identical(before, final_state(tmp_path))
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert figures["flops"]["training"] > 0
+    assert {k: v for k, v in figures.items() if k not in ("seconds", "memory")}.items() <= again.items()
 
 
 def test_last_is_the_newest_run_of_the_same_configuration():

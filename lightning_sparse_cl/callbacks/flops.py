@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -62,6 +63,7 @@ class FlopsCounter(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._masks, self._processes = Masks.of(pl_module), trainer.world_size
         self._done = {name: value.to(pl_module.device) for name, value in self._done.items()}
+        self._whole = self._without_removal(trainer)  # of an epoch that is resumed in its middle
         self._hook = pl_module.register_forward_pre_hook(self._count)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,7 +74,6 @@ class FlopsCounter(pl.Callback):
     ) -> None:
         if self.cost is None and isinstance(batch, tuple | list) and torch.is_tensor(batch[0]):
             self.cost = DenseCost.of(pl_module, batch[0].shape[1:])
-            self._whole = self._without_removal(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -164,7 +165,9 @@ class FlopsCounter(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        return {"counts": dict(self.counts), "dense": self._dense, "done": dict(self._done)}
+        cost = None if self.cost is None else asdict(self.cost)
+        return {"counts": dict(self.counts), "dense": self._dense, "done": dict(self._done), "cost": cost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts, self._dense, self._done = dict(state["counts"]), state["dense"], dict(state["done"])
+        self.cost = None if state["cost"] is None else DenseCost(**state["cost"])

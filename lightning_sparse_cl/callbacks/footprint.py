@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -79,7 +80,9 @@ class MemoryFootprint(pl.Callback):
         return found | {"peak": peak * (1 if sys.platform == "darwin" else 1024), "source": "process"}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"densest": self._densest}
+        cost = None if self.cost is None else asdict(self.cost)
+        return {"densest": self._densest, "cost": cost, "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._densest = state["densest"]
+        self._densest, self.batch_size = state["densest"], state["batch_size"]
+        self.cost = None if state["cost"] is None else DenseCost(**state["cost"])

@@ -293,6 +293,12 @@ def test_masks_of_another_network_are_refused_and_nothing_changes():
     assert list(masks) == ["net.8.weight"] and not a.net[8].weight.any()
 
 
+def refit_with_other_layers():
+    model = PlainClassifier()
+    for dense in (["net.8.*"], ["net.0.*"]):
+        trainer(TaskAwareDynamicMasking(0.5, dense=dense), epochs=1).fit(model, toy_tasks())
+
+
 def fit(*parts, **kwargs):
     trainer(*parts, epochs=4).fit(ContinualModule(SmallCNN(4)), toy_tasks(**kwargs))
 
@@ -307,6 +313,7 @@ def fit(*parts, **kwargs):
         (lambda: TaskAwareDynamicMasking(alpha=-1), "alpha=-1"),
         (lambda: TaskAwareDynamicMasking(init="ones"), "init='ones'.*'random' or 'magnitude'"),
         (lambda: fit(TaskAwareDynamicMasking(dense=["stem*"])), r"dense='stem\*' matches none of the weights"),
+        (refit_with_other_layers, r"dense=\['net\.0\.\*'\].*are of net\.0\.weight, net\.3\.weight; net\.8\.weight"),
         (lambda: DynamicDataRemoval(1.0), r"fraction=1\.0"),
         (lambda: DynamicDataRemoval(cutoff=0), "cutoff=0"),
         (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss"),
