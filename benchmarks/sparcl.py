@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.metrics import DenseCost, mean_kept, sparcl_flops, sparcl_memory
+from lightning_sparse_cl.metrics import DenseCost, sparcl_flops, sparcl_memory
 from lightning_sparse_cl.sparsity import sparse_weights
 
 EPOCHS, EVERY, CUTOFF, BATCH, REMOVED = 10, 2, 4, 32, 0.3
@@ -78,10 +78,8 @@ def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: i
     data = scl.SplitTensors(*torch.load(images), num_tasks=5, batch_size=BATCH, transform=augment)
     metrics = harness.fit(module, data, epochs)
     flops, cost = metrics["flops"], DenseCost.of(module, data.input_shape)
-    gradient = sparsity + (Q[sparsity] if "DGM" in row or "SparCL" in row else 0.0)
-    stages = [EVERY * (i + 1) for i in range(CUTOFF)]
-    kept = mean_kept(REMOVED, stages, epochs) if "DDR" in row or "SparCL" in row else 1.0
-    d = 1 - cost.share(sparse_weights(module))
+    gradient = sparsity + (Q[sparsity] if policies and isinstance(policies[-1], scl.DynamicGradientMasking) else 0.0)
+    dense_share = 1 - cost.share(sparse_weights(module))
     return {
         "Class-IL": metrics["class_il"]["acc"],
         "Task-IL": metrics["task_il"]["acc"],
@@ -89,14 +87,33 @@ def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: i
         "of dense": flops["training"] / flops["dense"],
         "to find masks": flops["scoring"] / flops["dense"],
         "FLOPs as in the tables": flops["papers"] / 1e12,
-        "closed formula": sparcl_flops(
-            cost.total_macs(), epochs * sum(map(len, data.train_sets)), 2, sparsity, gradient, d, kept
-        )
-        / 1e12,
+        "closed formula": planned(policies, cost.total_macs(), dense_share, sparsity, gradient, data, epochs) / 1e12,
         "footprint, MB": metrics["memory"]["formula"] / 1e6,
         "footprint by plan, MB": sparcl_memory(cost, BATCH, sparsity, gradient) / 1e6,
         "seconds": metrics["seconds"],
     }
+
+
+def planned(
+    policies: list[pl.Callback],
+    macs: int,
+    dense_share: float,
+    s: float,
+    g: float,
+    data: scl.TaskDataModule,
+    epochs: int,
+) -> float:
+    """The closed formula for every epoch of the plan: whole batches, data removed, masks expanded at task starts."""
+    masking = next((p for p in policies if isinstance(p, scl.TaskAwareDynamicMasking)), None)
+    removal = next((p for p in policies if isinstance(p, scl.DynamicDataRemoval)), scl.DynamicDataRemoval(0.0))
+    total = 0.0
+    for task, samples in enumerate(map(len, data.train_sets)):
+        for epoch in range(epochs):
+            n = removal.remaining(samples, epoch // EVERY) // BATCH * BATCH
+            more = masking.p_inter if masking and task > 0 and epoch < EVERY else 0.0
+            draws = 2 - (2 * BATCH / n if task == epoch == 0 else 0)  # the first batch finds the memory empty
+            total += sparcl_flops(macs, n, draws, s - more, g - more, dense_share)
+    return total
 
 
 def main() -> None:

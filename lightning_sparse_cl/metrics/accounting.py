@@ -67,7 +67,7 @@ class DenseCost:
 def sparcl_flops(
     macs: int,
     samples: float,
-    draws: int = 0,
+    draws: float = 0,
     sparsity: float = 0.0,
     gradient_sparsity: float | None = None,
     dense_share: float = 0.0,
