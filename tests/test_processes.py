@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import CONFIGS, assert_identical, command, final_state, points
+from test_resume import CONFIGS, COUNT, assert_identical, command, ends_of, final_state, points
 
 SCRIPT = """
 import functools, sys, torch, lightning.pytorch as pl, logging, warnings
@@ -108,13 +108,10 @@ def strike(hook, at, number=signal.SIGKILL):
 
 def whole_run(folder, config):
     """The run of two processes that is never stopped; the last step of each task."""
-    status, said = launch(command(folder, config))
+    status, said = launch(command(folder, config, COUNT))
     assert status == 0, said[-3000:]
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    starts, steps = checkpoint["SplitDigits"]["starts"], checkpoint["global_step"]
-    sizes = [len(alive) // 16 for alive in checkpoint["SplitDigits"]["alive"]]
-    ends = [sum(n * (b - a) for n, a, b in zip(sizes[: t + 1], starts, starts[1:])) for t in range(len(sizes))]
-    assert ends[-1] == steps
+    ends = ends_of(folder)
+    assert ends[-1] == torch.load(folder / "last.ckpt", weights_only=True)["global_step"]
     return ends
 
 
