@@ -16,7 +16,8 @@ COLUMNS = {
     },
     "split_digits_methods": {
         "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
-        "sparsity": "sparsity", "backward passes": "backward passes a sample", "seconds": "seconds",
+        "sparsity": "sparsity", "backward passes": "backward passes a sample",
+        "FLOPs of dense": "training FLOPs, % of dense", "seconds": "seconds",
     },
     "one_shot_pruning": {
         "variant": "", "before": "dense", "keep 40 %": "keep 40 %", "keep 20 %": "20 %", "keep 10 %": "10 %",

@@ -34,6 +34,7 @@ def run(config: str, seed: int, epochs: int | None) -> dict[str, Any]:
     return figures | {
         "sparsity": metrics["sparsity"],
         "backward passes": passes["backward"] / passes["samples"],
+        "FLOPs of dense": passes["training"] / passes["dense"],
         "seconds": metrics["seconds"],
     }
 
@@ -48,7 +49,7 @@ def main() -> None:
         runs = [next(results) for _ in seeds]
         figures = {k: harness.spread([r[k] for r in runs]) for k in runs[0] if runs[0][k] is not None}
         rows.append({"configuration": config} | dict.fromkeys(runs[0], "-") | figures)
-    title = "Split Digits, in percent; passes per sample served; seconds"
+    title = "Split Digits, in percent; passes per sample served; training FLOPs in percent of dense ones; seconds"
     harness.show(title, rows, list(rows[0]), plain=("backward passes", "seconds"))
     if not args.quick:
         harness.save("split_digits_methods", rows, seeds=seeds)

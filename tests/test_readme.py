@@ -1,5 +1,6 @@
 """What the README shows, runs; what it prints as results, was measured."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -42,3 +43,12 @@ def test_paths_and_tables():
     import readme_tables
 
     assert readme_tables.render(README) == README, "run python benchmarks/readme_tables.py"
+
+
+def test_measured_flops_agree_with_the_closed_formula():
+    """Of runs on Split CIFAR-10 with TDM, DDR and DGM; a different plan for every row."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "sparcl.json").read_text())["rows"]
+    for row in rows:
+        counted, formula = row["FLOPs as in the tables"]["median"], row["closed formula"]["median"]
+        assert counted == pytest.approx(formula, rel=1e-3), row["method"]
+    assert sum("SparCL" in row["method"] for row in rows) == 3

@@ -15,8 +15,10 @@ from lightning_sparse_cl.sparsity.export import save_sparse
 class ModelCapacity(pl.Callback):
     """Writes the trained network, without its memory of exemplars, as a sparse file when the fit ends.
 
-    The file, ``model.safetensors`` in the folder of the run, is loaded with
-    :func:`~lightning_sparse_cl.sparsity.load_sparse`.
+    The file, ``model.safetensors`` in the folder of the run, is read by
+    :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
+    ``module.load_state_dict(state, strict=False)``. List it after callbacks that prune when the fit ends, and before
+    :class:`RunReport`.
     """
 
     def __init__(self) -> None:

@@ -174,6 +174,8 @@ class DynamicDataRemoval(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stage = {}
+        if stage == "fit":
+            trainer.reload_dataloaders_every_n_epochs = 1  # a shrunken task is a new loader
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stage = {kind: value.to(pl_module.device) for kind, value in self._stage.items()}

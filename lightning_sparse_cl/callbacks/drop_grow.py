@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
 from lightning_sparse_cl.sparsity import top_k_mask
-from lightning_sparse_cl.sparsity.scores import check_sparsity
+from lightning_sparse_cl.sparsity.scores import check_sparsity, whole_part
 
 
 class DropAndGrow(Sparsifier):
@@ -72,7 +72,7 @@ class DropAndGrow(Sparsifier):
         names = self.names(pl_module)
         if self.unmasked(pl_module):
             for name, score in self.random(pl_module, names, 0).items():
-                self.masks.set_alive(name, top_k_mask(score, round((1 - self.sparsity) * score.numel())))
+                self.masks.set_alive(name, top_k_mask(score, max(1, round((1 - self.sparsity) * score.numel()))))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -88,18 +88,22 @@ class DropAndGrow(Sparsifier):
         """f, the fraction of alive weights that is exchanged now: fraction / 2 (1 + cos(pi t / t_end))."""
         at, batch = position(trainer), trainer.fit_loop.epoch_loop.batch_progress.current.processed
         t = (at.epoch + batch / trainer.num_training_batches) / at.epochs
+        if math.isinf(at.epochs) and trainer.max_steps > 0:
+            t = trainer.global_step / trainer.max_steps
         return 0.0 if t >= self.until else self.fraction / 2 * (1 + math.cos(math.pi * t / self.until))
 
     @torch.no_grad()
     def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop and grow. Weights that are dropped and grown again keep their value."""
+        """Drop and grow. Weights that are dropped and grown again keep their value; frozen ones are not dropped."""
         scores, part = self.grow_scores(trainer, pl_module), self.exchanged(trainer)
         before, kept, dropped, free = dict(self.masks.alive), {}, {}, {}
         for name, score in scores.items():
-            alive = int(before[name].sum())
-            dropped[name] = int(part * alive)
+            frozen = self.masks.is_frozen(name)
+            pool = before[name] & ~frozen
+            alive, movable = int(before[name].sum()), int(pool.sum())
+            dropped[name] = whole_part(part, movable)
             free[name] = score.numel() - alive + dropped[name]
-            kept[name] = top_k_mask(pl_module.get_parameter(name).abs(), alive - dropped[name], among=before[name])
+            kept[name] = frozen | top_k_mask(pl_module.get_parameter(name).abs(), movable - dropped[name], among=pool)
         for name, count in self.how_many(dropped, free).items():
             grown = top_k_mask(scores[name], count, among=~kept[name])
             self.masks.set_alive(name, kept[name] | grown)
@@ -119,7 +123,8 @@ class SET(DropAndGrow):
 class RigL(DropAndGrow):
     """RigL (Evci et al., 2020): grows where the gradient, also that of pruned weights, is largest.
 
-    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper.
+    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper. Where a step makes several
+    backward passes (SAM, accumulated batches), their gradients are added.
     """
 
     def on_train_batch_start(
@@ -127,6 +132,12 @@ class RigL(DropAndGrow):
     ) -> None:
         if self.due(trainer):
             self.masks.ask_whole(self.names(pl_module))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.masks.whole:  # decided when the batch began, whatever the steps of it
+            self.exchange(trainer, pl_module)
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         return {name: grad.abs() for name, grad in self.masks.take_whole().items()}
@@ -172,7 +183,7 @@ class SNFS(DropAndGrow):
         return {name: m.abs() for name, m in self._momentum.items()}
 
     def how_many(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
-        mean = {n: float(m[self.masks.alive[n]].abs().mean()) for n, m in self._momentum.items()}
+        mean = {n: float(m[self.masks.alive[n]].abs().mean().nan_to_num()) for n, m in self._momentum.items()}
         return share_out(sum(dropped.values()), mean, free)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.importance import (
@@ -19,7 +18,7 @@ from lightning_sparse_cl.callbacks.importance import (
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
 from lightning_sparse_cl.objectives.memory import Exemplars
-from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks
+from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks, whole_part
 
 
 class TaskAwareDynamicMasking(Sparsifier):
@@ -36,15 +35,16 @@ class TaskAwareDynamicMasking(Sparsifier):
     * after every ``every`` epochs the mask shrinks to k - int(p_intra n) by CWI and grows back to k at random, among
       all unused weights, those just dropped too. Grown weights start from zero, and so does their momentum.
 
-    At a task's end the mask has k weights, whenever it ends; the last epoch's adjustment is left out, as nothing would
-    be learnt with it. Algorithm 1 as printed grows at every epoch; meant, and done here and in the released code, is at
-    the task's first. That code also grows before the first task, which the paper does not, and starts from the largest
-    of the initial weights (``init="magnitude"``) where the paper starts at random.
+    Frozen weights are kept, and count as part of k. At a task's end the mask has k weights, whenever it ends; the last
+    epoch's adjustment is left out, as nothing would be learnt with it. Algorithm 1 as printed grows at every epoch;
+    meant, and done here and in the released code, is at the task's first. That code also grows before the first task,
+    which the paper does not, and starts from the largest of the initial weights (``init="magnitude"``) where the paper
+    starts at random.
 
     Works without a memory (the last term is then left out), and with any LightningModule.
 
     Args:
-        sparsity: s, zero fraction of the masked weights, in [0, 1).
+        sparsity: s, zero fraction of the masked weights, in [0, 1); 0 switches the masks off.
         every: delta k, epochs between adjustments.
         p_intra: fraction of the weights exchanged within a task, in [0, 1 - s).
         p_inter: fraction of the weights that a new task has in addition, in [0, s].
@@ -81,11 +81,11 @@ class TaskAwareDynamicMasking(Sparsifier):
         check_sparsity(name, sparsity)
         if every < 1:
             raise ValueError(f"{name}(every={every}): epochs between adjustments, at least 1")
-        if not 0 <= p_intra < 1 - sparsity:
+        if sparsity and not 0 <= p_intra < 1 - sparsity:
             raise ValueError(
                 f"{name}(p_intra={p_intra}): the fraction exchanged is in [0, 1 - sparsity), here [0, {1 - sparsity:g})"
             )
-        if not 0 <= p_inter <= sparsity:
+        if sparsity and not 0 <= p_inter <= sparsity:
             raise ValueError(f"{name}(p_inter={p_inter}): the fraction added is in [0, sparsity], here [0, {sparsity}]")
         if not (alpha >= 0 and beta >= 0):
             raise ValueError(f"{name}(alpha={alpha}, beta={beta}): the weights of the gradients are >= 0")
@@ -106,10 +106,10 @@ class TaskAwareDynamicMasking(Sparsifier):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         names = self.names(pl_module)
-        if self.unmasked(pl_module):
+        if self.sparsity and self.unmasked(pl_module):
             start = self.random(pl_module, names, 0)
             if self.init == "magnitude":
-                start = {name: pl_module.get_parameter(name).abs() for name in names}
+                start = {name: pl_module.get_parameter(name).detach().abs() for name in names}
             self._keep(pl_module, start, 0.0)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
@@ -119,12 +119,11 @@ class TaskAwareDynamicMasking(Sparsifier):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at = position(trainer)
         if (at.epoch + 1) % self.every == 0 and not at.over:
-            self._keep(pl_module, self.importance(trainer, pl_module), self.p_intra)
+            self._shrink(trainer, pl_module, self.p_intra)
             self._expand(trainer, pl_module, 0.0)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        if position(trainer).epoch + 1 <= self.every and task > 0:  # still expanded
-            self._keep(pl_module, self.importance(trainer, pl_module), 0.0)
+        self._shrink(trainer, pl_module, 0.0)  # it may end while it is still expanded
 
     def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """CWI (eq 1) of every masked weight."""
@@ -144,29 +143,41 @@ class TaskAwareDynamicMasking(Sparsifier):
             cwi = {name: value + weight * grads[name].abs() for name, value in cwi.items()}
         return cwi
 
+    def _shrink(self, trainer: pl.Trainer, pl_module: pl.LightningModule, less: float) -> None:
+        """Drop the weights of least CWI, if there are more than (1 - s) n - int(less n)."""
+        if any(self._alive(group) > self._target(n) - whole_part(less, n) for group, n in self._groups(pl_module)):
+            self._keep(pl_module, self.importance(trainer, pl_module), less)
+
     def _keep(self, pl_module: pl.LightningModule, scores: dict[str, Tensor], less: float) -> None:
-        """Shrink: keep the best (1 - s) n weights, int(less n) fewer."""
+        """Keep the (1 - s) n weights of largest score, int(less n) fewer; frozen ones in any case."""
         for group, n in self._groups(pl_module):
-            among = {m: self.masks.alive.get(m, torch.ones_like(scores[m], dtype=torch.bool)) for m in group}
-            kept = top_k_masks({m: scores[m] for m in group}, round((1 - self.sparsity) * n) - int(less * n), among)
-            for name, mask in kept.items():
-                self.masks.set_alive(name, mask)
+            frozen = {name: self.masks.is_frozen(name) for name in group}
+            among = {name: self.masks.alive.get(name, ~frozen[name]) & ~frozen[name] for name in group}
+            count = self._target(n) - whole_part(less, n) - sum(int(m.sum()) for m in frozen.values())
+            for name, mask in top_k_masks({m: scores[m] for m in group}, count, among).items():
+                self.masks.set_alive(name, mask | frozen[name])
 
     def _expand(self, trainer: pl.Trainer, pl_module: pl.LightningModule, more: float) -> None:
         """Grow at random, from zero, up to (1 - s) n weights and int(more n) more."""
         for i, (group, n) in enumerate(self._groups(pl_module)):
             used = {name: self.masks.alive[name] for name in group}
-            missing = round((1 - self.sparsity) * n) + int(more * n) - sum(int(m.sum()) for m in used.values())
+            missing = self._target(n) + whole_part(more, n) - self._alive(group)
             unused = {name: ~mask for name, mask in used.items()}
-            grown = top_k_masks(
-                self.random(pl_module, group, 1 + (more > 0), trainer.current_epoch, i), missing, unused
-            )
+            scores = self.random(pl_module, group, 1 + (more > 0), trainer.current_epoch, i)
+            grown = top_k_masks(scores, missing, unused)
             for name, mask in grown.items():
                 self.masks.set_alive(name, used[name] | mask)
             reset_state(trainer, pl_module, grown)
 
+    def _alive(self, group: list[str]) -> int:
+        return sum(int(self.masks.alive[name].sum()) for name in group)
+
+    def _target(self, n: int) -> int:
+        """k, at least one."""
+        return max(1, round((1 - self.sparsity) * n))
+
     def _groups(self, pl_module: pl.LightningModule) -> list[tuple[list[str], int]]:
         """Names of weights that are ranked together, and how many weights that are."""
-        names = self.names(pl_module)
-        groups = [[name] for name in names] if self.ranking == "layer" else [names]
+        names = self.names(pl_module) if self.sparsity else []
+        groups = [names] if names and self.ranking == "global" else [[name] for name in names]
         return [(group, sum(pl_module.get_parameter(name).numel() for name in group)) for group in groups]

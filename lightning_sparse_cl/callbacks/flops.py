@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -29,12 +30,14 @@ class FlopsCounter(pl.Callback):
     * ``training``: of the training steps, physically: a replayed sample costs its forward and its backward pass;
     * ``scoring``: of passes that measure which weights or samples matter;
     * ``papers``: of the training steps as SparCL's tables count (see
-      :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, and a
-      gradient mask saves its part in all layers alike;
+      :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, a
+      gradient mask saves its part in all layers alike, and RigL's whole gradients are not charged;
     * ``dense``: what ``training`` would have been without masks and with no data removed;
     * ``per_layer``: ``training`` of each layer.
 
-    A module whose ``training_step`` does not go through its own ``forward`` has its samples counted only. Which samples
+    A module whose ``training_step`` does not go through its own ``forward``, or whose ``forward`` does not take a batch
+    of images, has its samples counted only; work in functional calls is not counted. List it before callbacks that
+    measure importance, or their first pass is missed. Which samples
     of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`).
     """
 
@@ -54,6 +57,7 @@ class FlopsCounter(pl.Callback):
         self._passed = {"training": [0, 0], "scoring": [0, 0], "papers": [0]}  # since the masks last changed
         self._version: int | None = None
         self._whole = 1.0
+        self._tried = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -72,8 +76,8 @@ class FlopsCounter(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.cost is None and isinstance(batch, tuple | list) and torch.is_tensor(batch[0]):
-            self.cost = DenseCost.of(pl_module, batch[0].shape[1:])
+        if self.cost is None and not self._tried:
+            self._tried, self.cost = True, dense_cost(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
@@ -86,12 +90,17 @@ class FlopsCounter(pl.Callback):
         data = trainer.datamodule
         if not isinstance(data, TaskDataModule):
             return 1.0
-        batch = data.batch_size * trainer.world_size
-        return (data.whole(data.task) // batch) / (len(data.alive[data.task]) // batch)
+        limit = trainer.limit_train_batches
+        most = limit if isinstance(limit, int) else float("inf")
+        whole, alive = (
+            min(n // (data.batch_size * trainer.world_size), most)
+            for n in (data.whole(data.task), len(data.alive[data.task]))
+        )
+        return whole / max(alive, 1)
 
     def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         # Under DDP the training step itself is sent through the module's call, with a batch and not with images.
-        if not module.training or self.cost is None or not torch.is_tensor(inputs[0]):
+        if not module.training or self.cost is None or not inputs or not torch.is_tensor(inputs[0]):
             return
         if self._masks.version != self._version:
             self._settle()
@@ -115,14 +124,17 @@ class FlopsCounter(pl.Callback):
         alive = {name: masks.alive[name].count_nonzero() if name in masks.alive else n for name, n in sizes.items()}
         held = {*masks.frozen, *masks.updated}
         updated = {name: masks.movable(name).count_nonzero() if name in held else n for name, n in alive.items()}
-        updated |= {name: sizes[name] for name in masks.whole}
-        self._alive, self._updated = (
+        masked = torch.tensor([name in masks.alive or name in held for name in sizes], device=device)
+        every = torch.tensor(list(sizes.values()), device=device)
+        macs = torch.tensor(list(self.cost.macs.values()), device=device, dtype=torch.float32)
+        whole = torch.tensor([name in masks.whole for name in sizes], device=device)
+        self._alive, updated = (
             torch.stack([torch.as_tensor(n, device=device) for n in counts.values()]) for counts in (alive, updated)
         )
-        forward = sum(2 * m / sizes[name] * alive[name] for name, m in self.cost.macs.items())
-        masked = [name for name in sizes if name in masks.alive or name in held]
-        ratio = sum(updated[name] for name in masked) / sum(alive[name] for name in masked) if masked else 1.0
-        self._third = torch.as_tensor(forward * (2 + ratio) / 3, device=device).round().long()
+        self._updated = torch.where(whole, every, updated)
+        forward = (2 * macs * self._alive.float() / every.float()).sum()
+        ratio = torch.where(masked.any(), (updated * masked).sum().float() / (self._alive * masked).sum().float(), 1.0)
+        self._third = (forward * (2 + ratio) / 3).round().long()
 
     def _settle(self) -> None:
         """Add up what passed under the masks until now."""
@@ -171,3 +183,17 @@ class FlopsCounter(pl.Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.counts, self._dense, self._done = dict(state["counts"]), state["dense"], dict(state["done"])
         self.cost = None if state["cost"] is None else DenseCost(**state["cost"])
+
+
+def dense_cost(pl_module: pl.LightningModule, batch: Any) -> DenseCost | None:
+    """What an image of ``batch`` (x, ...) costs ``pl_module`` dense; None, with a warning, where that is not known."""
+    if not (isinstance(batch, tuple | list) and torch.is_tensor(batch[0])):
+        return None
+    try:
+        return DenseCost.of(pl_module, batch[0].shape[1:])
+    except Exception as error:  # any module may be trained; one that cannot be counted is not to be stopped
+        rank_zero_warn(
+            f"{type(pl_module).__name__}: its FLOPs and footprint are not counted, for its forward does not take "
+            f"images of {tuple(batch[0].shape[1:])} ({type(error).__name__})"
+        )
+        return None

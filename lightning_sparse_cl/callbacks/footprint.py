@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.callbacks.flops import dense_cost
 from lightning_sparse_cl.metrics.accounting import DenseCost, sparcl_memory
 from lightning_sparse_cl.sparsity import Masks
 
@@ -24,6 +25,8 @@ class MemoryFootprint(pl.Callback):
         self.cost: DenseCost | None = None
         self.batch_size = 0
         self._version = -1
+        self._tried = False
+        self._device = torch.device("cpu")
         self._densest: Tensor | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -40,8 +43,9 @@ class MemoryFootprint(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if self.cost is None and isinstance(batch, tuple | list) and torch.is_tensor(batch[0]):
-            self.cost, self.batch_size = DenseCost.of(pl_module, batch[0].shape[1:]), len(batch[0])
+        if not self._tried and self.cost is None:
+            self._tried, self.cost = True, dense_cost(pl_module, batch)
+            self.batch_size = 0 if self.cost is None else len(batch[0])
         if self._masks.version != self._version:
             self._version = self._masks.version
             densest = self._densities()
@@ -61,9 +65,9 @@ class MemoryFootprint(pl.Callback):
     def summary(self) -> dict[str, Any]:
         """``formula``: bytes by :func:`~lightning_sparse_cl.metrics.sparcl_memory` (SparCL, Appendix B.2) with the
         densest masks that were trained with (two activations of the batch, weights and gradients; a replayed batch,
-        optimiser state and memory are not in it); ``dense``: the same without masks; ``peak``: bytes really allocated
-        at most, on a GPU by the allocator, else of the process, everything included (``source``). Masks save none of
-        the latter: tensors stay dense while training.
+        optimiser state, memory and the whole gradients of RigL's and SNFS's steps are not in it); ``dense``: the same
+        without masks; ``peak``: bytes really allocated at most, on a GPU by the allocator, else of the process,
+        everything included (``source``). Masks save none of the latter: tensors stay dense while training.
         """
         found: dict[str, Any] = {}
         if self.cost is not None and self._densest is not None:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.importance import live_classes, mean_gradients, memory_batches, memory_of
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.sparsity import top_k_mask
+from lightning_sparse_cl.sparsity.scores import whole_part
 
 
 class DynamicGradientMasking(Sparsifier):
@@ -65,6 +65,12 @@ class DynamicGradientMasking(Sparsifier):
             raise ValueError(f"{name}(gradients={gradients!r}): gradients is 'measured' or 'training'")
         self.q, self.interval = q, interval
         self.alpha, self.beta, self.gradients = alpha, beta, gradients
+        self._due = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.names(pl_module)  # a pattern that matches nothing is an error before training
+        self._due = False
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
@@ -73,19 +79,20 @@ class DynamicGradientMasking(Sparsifier):
             return
         for name in self.names(pl_module):
             self.masks.set_updated(name, None)
-        if self.gradients == "measured":
-            self._choose(pl_module, self.importance(trainer, pl_module, batch))
+        self._due = self.gradients == "training"
+        if not self._due:
+            self._choose(self.importance(trainer, pl_module, batch))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        names = self.names(pl_module) if self.q else []
-        if any(name not in self.masks.updated for name in names):  # "training": this is the refreshing step
-            grads = {name: pl_module.get_parameter(name).grad for name in names}
-            self._choose(pl_module, {name: grad.abs() for name, grad in grads.items() if grad is not None})
+        weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)} if self._due else {}
+        grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
+        if grads:  # none: this step was taken away, by RigL
+            self._due = False
+            self._choose({name: grad.abs() for name, grad in grads.items()})
             for name, grad in grads.items():
-                if grad is not None:
-                    grad.mul_(self.masks.updated[name])
+                grad.mul_(self.masks.updated[name])
 
     def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         """CGI (eq 3) of every weight."""
@@ -98,10 +105,10 @@ class DynamicGradientMasking(Sparsifier):
             cgi = {name: value + self.beta * grads[name].abs() for name, value in cgi.items()}
         return cgi
 
-    def _choose(self, pl_module: pl.LightningModule, scores: dict[str, Tensor]) -> None:
-        pools = {name: self.masks.alive.get(name, torch.ones_like(s, dtype=torch.bool)) for name, s in scores.items()}
+    def _choose(self, scores: dict[str, Tensor]) -> None:
+        pools = {name: self.masks.movable(name) for name in scores}
         unpruned = {name: int(pool.sum()) for name, pool in pools.items()}
-        dropped = {name: int(self.q * score.numel()) for name, score in scores.items()}
+        dropped = {name: whole_part(self.q, score.numel()) for name, score in scores.items()}
         if sum(unpruned.values()) <= sum(dropped.values()):
             raise ValueError(
                 f"{type(self).__name__}(q={self.q}): only {sum(unpruned.values())} of the "

@@ -36,30 +36,40 @@ def mean_gradients(
         live: classes (C,) that compete in the loss; None is all. The current task's make it *single-head*.
 
     Raises:
-        ValueError: if the module does not map images to logits.
+        ValueError: if a batch is not (x, y), or the module does not map images to logits.
     """
-    weights = [pl_module.get_parameter(name) for name in names]
-    sums, count = [torch.zeros_like(w) for w in weights], 0
-    for x, y in batches:
+    weights = {name: pl_module.get_parameter(name) for name in names}
+    sums = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
+    asked, count = [name for name, w in weights.items() if w.requires_grad], 0
+    for batch in batches:
+        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
+            raise ValueError(
+                f"{type(pl_module).__name__}: gradients are measured on batches (images, labels), this one is a "
+                f"{type(batch).__name__}; use the gradients of the training step where there is a choice"
+            )
+        x, y = batch
         with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
             logits = pl_module(x)
             if not torch.is_tensor(logits) or logits.ndim != 2:
                 raise ValueError(
                     f"{type(pl_module).__name__}: its forward must map images to logits (B, C) for gradients to be "
-                    "measured; gradients='training' takes those of the training step instead"
+                    "measured; use the gradients of the training step where there is a choice"
                 )
             if live is not None:  # the module may have more outputs than the data have classes
                 logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            torch._foreach_add_(sums, torch.autograd.grad(loss, weights))
+            grads = torch.autograd.grad(loss, [weights[name] for name in asked], allow_unused=True)
+        for name, grad in zip(asked, grads, strict=True):
+            if grad is not None:
+                sums[name] += grad
         count += len(y)
     if trainer.world_size > 1:
         total = torch.tensor(count, device=pl_module.device)
-        for value in (*sums, total):
+        for value in (*sums.values(), total):
             torch.distributed.all_reduce(value)
         count = int(total)
-    torch._foreach_div_(sums, max(count, 1))
-    return dict(zip(names, sums, strict=True))
+    torch._foreach_div_(list(sums.values()), max(count, 1))
+    return sums
 
 
 def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
@@ -67,8 +77,10 @@ def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator
     if isinstance(trainer.datamodule, TaskDataModule):
         yield from trainer.datamodule.samples()
     else:
-        for batch in trainer.train_dataloader:
-            yield pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+        for i, batch in enumerate(trainer.train_dataloader):
+            if i >= trainer.num_training_batches:
+                break
+            yield trainer.strategy.batch_to_device(batch, pl_module.device)
 
 
 def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:

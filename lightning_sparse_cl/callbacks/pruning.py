@@ -53,7 +53,7 @@ class OneShotPruning(Sparsifier):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for name in self.names(pl_module):
             weight = pl_module.get_parameter(name)
-            frozen = self.masks.frozen.get(name, torch.zeros_like(weight, dtype=torch.bool))
+            frozen = self.masks.is_frozen(name)
             pool = ~frozen
             whole = pool.sum().item() if self.of == "free" else weight.numel() / trainer.datamodule.num_tasks
             keep = top_k_mask(weight.abs(), round((1 - self.sparsity) * whole), among=pool)

@@ -160,7 +160,7 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
     flops, memory, size = (metrics.get(name, {}) for name in ("flops", "memory", "size"))
-    if "training" in flops:  # modules that do not call themselves are not counted
+    if flops.get("dense"):  # modules that do not call themselves are not counted
         lines.add_row("samples served", f"{flops['samples']:,}")
         for direction in ("forward", "backward"):
             ratio = flops[direction] / max(1, flops["samples"])
@@ -169,7 +169,8 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
         lines.add_row("training FLOPs", f"{flops['training']:.3g} ({share:.1f} % of dense training on all data)")
         lines.add_row("  as SparCL's tables count", f"{flops['papers']:.3g}")
         if flops["scoring"]:
-            lines.add_row("  to find masks, in addition", f"{flops['scoring']:.3g}")
+            share = 100 * flops["scoring"] / flops["dense"]
+            lines.add_row("  to find masks, in addition", f"{flops['scoring']:.3g} ({share:.1f} %)")
     if "formula" in memory:
         lines.add_row(
             "memory, SparCL's formula", f"{memory['formula'] / 1e6:.1f} MB (dense {memory['dense'] / 1e6:.1f})"

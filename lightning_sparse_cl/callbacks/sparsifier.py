@@ -30,10 +30,20 @@ class Sparsifier(pl.Callback):
         self.dense = dense
         self._loaded: dict[str, Any] | None = None
         self._seed: int | None = None
+        self._names: list[str] | None = None  # looked up once a fit
 
     def names(self, pl_module: pl.LightningModule) -> list[str]:
-        """The weights this callback prunes."""
-        return sparse_weights(pl_module, self.dense)
+        """The weights this callback prunes.
+
+        Raises:
+            ValueError: if a pattern of ``dense`` matches nothing, or nothing is left.
+        """
+        if self._names is None:
+            try:
+                self._names = sparse_weights(pl_module, self.dense)
+            except ValueError as error:
+                raise ValueError(f"{type(self).__name__}: {error}") from error
+        return self._names
 
     def unmasked(self, pl_module: pl.LightningModule) -> bool:
         """Whether the weights have no masks yet, so that the first are to be made.
@@ -62,7 +72,7 @@ class Sparsifier(pl.Callback):
         self._seed = state["seed"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._loaded = self._seed = None
+        self._loaded = self._seed = self._names = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._seed is None:

@@ -34,7 +34,7 @@ class DenseCost:
         hooks = [
             module.register_forward_hook(lambda _, __, out: elements.append(out.numel()))
             for module in network.modules()
-            if isinstance(module, nn.Conv2d | nn.Linear)
+            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
         ]
         training = {module: module.training for module in network.modules()}
         own = next(network.parameters())

@@ -35,7 +35,8 @@ def save_sparse(
         The size of the file in bytes.
 
     Raises:
-        ValueError: if ``layout`` is neither.
+        ValueError: if ``layout`` is neither, or names clash.
+        OSError: if the file cannot be written; an earlier one is untouched.
     """
     if layout not in ("bitmask", "csr"):
         raise ValueError(f"save_sparse(layout={layout!r}): layout is 'bitmask' or 'csr'")
@@ -49,9 +50,12 @@ def save_sparse(
         sparse = (_to_bits if layout == "bitmask" else _to_csr)(whole) if whole.ndim > 1 else {}
         if sparse and sum(map(_bytes, sparse.values())) < _bytes(whole):
             shapes[name] = list(whole.shape)
-            parts |= {f"{name}:{kind}": part for kind, part in sparse.items()}
+            found = {f"{name}:{kind}": part for kind, part in sparse.items()}
         else:
-            parts[name] = whole.clone()  # tied weights are no longer one tensor
+            found = {name: whole.clone()}  # tied weights are no longer one tensor
+        if clash := found.keys() & parts.keys():
+            raise ValueError(f"save_sparse: {clash.pop()!r} is the name of two parts; rename one entry")
+        parts |= found
     path = Path(path)
     half_written = path.with_name(path.name + ".part")
     shapes_text = json.dumps(shapes, sort_keys=True)
@@ -59,6 +63,8 @@ def save_sparse(
     try:
         save_file(parts, half_written, about)
         os.replace(half_written, path)
+    except SafetensorError as error:
+        raise OSError(f"save_sparse({str(path)!r}): not written, {error}; an earlier file is untouched") from error
     finally:
         half_written.unlink(missing_ok=True)
     return path.stat().st_size
@@ -84,12 +90,10 @@ def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
     if about["sha256"] != _digest(parts, about.get("layout", "") + about.get("shapes", "")):
         raise ValueError(f"load_sparse({str(path)!r}): altered, its checksum does not match")
     shapes = json.loads(about["shapes"])
-    state = {name: part for name, part in parts.items() if name.rpartition(":")[0] not in shapes}
-    dense = _from_bits if about["layout"] == "bitmask" else _from_csr
-    for name, shape in shapes.items():
-        kinds = ("values", "mask") if about["layout"] == "bitmask" else ("values", "columns", "rows")
-        state[name] = dense(shape, *(parts[f"{name}:{kind}"] for kind in kinds))
-    return state
+    bits = about["layout"] == "bitmask"
+    dense, kinds = (_from_bits, ("values", "mask")) if bits else (_from_csr, ("values", "columns", "rows"))
+    sparse = {name: dense(shape, *(parts.pop(f"{name}:{k}") for k in kinds)) for name, shape in shapes.items()}
+    return parts | sparse
 
 
 def _to_bits(tensor: Tensor) -> dict[str, Tensor]:

@@ -128,6 +128,11 @@ class Masks:
             torch._foreach_div_(list(taken.values()), distributed.get_world_size())
         return taken
 
+    def is_frozen(self, name: str) -> Tensor:
+        """Where the weight is frozen, of the weight's shape: who prunes keeps these."""
+        frozen = self.frozen.get(name)
+        return torch.zeros_like(self.module.get_parameter(name), dtype=torch.bool) if frozen is None else frozen
+
     def movable(self, name: str) -> Tensor:
         """Where the next step may move the weight: alive and not held; of the weight's shape."""
         free = self._free(name) if name in self._values else True
@@ -151,7 +156,7 @@ class Masks:
         optimizer.register_step_post_hook(lambda *_: self.apply_())
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, weight in self.module.named_parameters():
-            if weight.ndim > 1 and id(weight) in stepped and weight not in self._hooked:
+            if weight.ndim > 1 and weight.requires_grad and id(weight) in stepped and weight not in self._hooked:
                 self._hooked[weight] = True
                 weight.register_hook(lambda grad, name=name: self._masked(name, grad))
 

@@ -38,6 +38,11 @@ def top_k_masks(scores: Mapping[str, Tensor], k: int, among: Mapping[str, Tensor
     return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 
 
+def whole_part(fraction: float, n: int) -> int:
+    """int(fraction * n), where a product such as 0.29 * 100 = 28.999... is meant to be whole."""
+    return int(fraction * n + 1e-9)
+
+
 def check_sparsity(owner: str, sparsity: float) -> None:
     """Raises ValueError unless ``sparsity`` is a zero fraction, in [0, 1)."""
     if not 0 <= sparsity < 1:

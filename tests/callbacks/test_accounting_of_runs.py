@@ -126,3 +126,23 @@ def test_footprint_and_size_of_a_run(tmp_path):
     fresh.load_state_dict(state)
     x = data.prepare(data.test_sets[0].images, augment=False)
     assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_a_module_that_cannot_be_counted_is_trained_all_the_same(tmp_path):
+    class Inner(PlainClassifier):
+        forward = None
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    class Unused(PlainClassifier):
+        def __init__(self):
+            super().__init__()
+            self.aux = torch.nn.Linear(16, 16)
+
+    flops, report = scl.FlopsCounter(), scl.RunReport()
+    with pytest.warns(UserWarning, match="Inner: its FLOPs and footprint are not counted"):
+        trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(Inner(), toy_tasks())
+    assert flops.summary() == {"samples": 480, "forward": 0, "backward": 0}
+    trainer(flops, scl.RigL(0.5, interval=3), report, default_root_dir=tmp_path).fit(Unused(), toy_tasks())
+    assert flops.summary()["training"] < flops.summary()["dense"]

@@ -88,12 +88,32 @@ def test_the_exchanged_fraction_falls_to_zero_and_starts_anew_with_a_task():
     assert fractions[0] == 0.3
 
 
+class Shares(SNFS):
+    """Checks every exchange against the momentum."""
+
+    exchanges = 0
+
+    def exchange(self, trainer, pl_module):
+        before, part = dict(self.masks.alive), self.exchanged(trainer)
+        momentum = {n: m.abs() for n, m in self._momentum.items()}
+        mean = {n: float(m[before[n]].mean()) for n, m in momentum.items()}
+        lost = {n: int(part * int(m.sum())) for n, m in before.items()}
+        sizes = {n: pl_module.get_parameter(n).detach().abs() for n in before}
+        super().exchange(trainer, pl_module)
+        grown = share_out(sum(lost.values()), mean, {n: m.numel() for n, m in before.items()})
+        for name, mask in before.items():
+            kept = top_k_mask(sizes[name], int(mask.sum()) - lost[name], among=mask)
+            assert torch.equal(self.masks.alive[name], kept | top_k_mask(momentum[name], grown[name], among=~kept))
+        self.exchanges += 1
+
+
 def test_snfs_keeps_the_total_and_follows_the_momentum():
-    steps, model, policy = Exchanges(), ContinualModule(SmallCNN(4), DERpp(30, 8)), SNFS(0.7, interval=4)
+    steps, model, policy = Exchanges(), ContinualModule(SmallCNN(4), DERpp(30, 8)), Shares(0.7, interval=4)
     trainer(policy, steps, epochs=3).fit(model, toy_tasks(num_tasks=2))
     totals = [sum(int(m.sum()) for m in after.values()) for _, _, _, after, *_ in steps.seen]
     assert set(totals) == {sum(round(0.3 * m.numel()) for m in Masks.of(model).alive.values())}
     assert len({int(after["backbone.3.weight"].sum()) for _, _, _, after, *_ in steps.seen}) > 1
+    assert policy.exchanges == 7
     assert policy._momentum.keys() == Masks.of(model).alive.keys()
     assert all(m[~Masks.of(model).alive[n]].any() for n, m in policy._momentum.items())
 

@@ -12,17 +12,21 @@ from torch.utils.data import DataLoader, TensorDataset
 from toy_trainer import trainer
 
 from lightning_sparse_cl import (
+    SET,
     ContinualModule,
     DERpp,
     DynamicDataRemoval,
     DynamicGradientMasking,
     Masks,
     OneShotPruning,
+    RigL,
     SmallCNN,
     SparCL,
     TaskAwareDynamicMasking,
 )
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+from lightning_sparse_cl.sparsity import top_k_mask
 
 
 def sparcl(masking=None, removal=None, gradients=None, **kwargs):
@@ -183,6 +187,122 @@ def test_importance_is_that_of_equations_1_and_3():
 
     trainer(epochs=4).fit(sparcl(Check(0.5, every=2, alpha=2.0, beta=3.0)), toy_tasks())
     assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_gradient_masks_keep_the_largest_importance_of_equation_3(memory):
+    checked = []
+
+    class Check(DynamicGradientMasking):
+        def importance(self, trainer, pl_module, batch):
+            state = torch.get_rng_state()
+            found, data = super().importance(trainer, pl_module, batch), trainer.datamodule
+            names, at = list(found), data.task
+            weights = [pl_module.get_parameter(n) for n in names]
+            with Masks.of(pl_module).scoring(), batch_norm_still(pl_module):
+                logits = pl_module(batch[0])[:, 2 * at : 2 * at + 2]
+                loss = F.cross_entropy(logits, batch[1] - 2 * at)
+                expected = [2.0 * g.abs() for g in torch.autograd.grad(loss, weights)]
+                if memory and len(pl_module.objective.memory):
+                    torch.set_rng_state(state)
+                    x, y, _ = pl_module.objective.memory.draw(16)
+                    loss = F.cross_entropy(pl_module(data.prepare(x, augment=False)), y)
+                    expected = [e + 3.0 * g.abs() for e, g in zip(expected, torch.autograd.grad(loss, weights))]
+            for name, value in zip(names, expected):
+                assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-7)
+            self.found = found
+            return found
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if batch_idx % self.interval == 0:
+                for name, score in self.found.items():
+                    alive = self.masks.alive[name]
+                    kept = top_k_mask(score, int(alive.sum()) - int(0.2 * score.numel()), among=alive)
+                    assert torch.equal(self.masks.updated[name], kept)
+                checked.append(trainer.global_step)
+
+    objective = DERpp(30, 8) if memory else None
+    policies = [TaskAwareDynamicMasking(0.5, every=2), Check(0.2, interval=3, alpha=2.0, beta=3.0)]
+    trainer(epochs=2).fit(ContinualModule(SmallCNN(4), objective, policies=policies), toy_tasks())
+    assert len(checked) == 3 * 2 * 2
+
+
+def test_grown_weights_are_random_and_start_without_momentum():
+    grown = {}
+
+    class Check(TaskAwareDynamicMasking):
+        def _expand(self, trainer, pl_module, more):
+            before = dict(self.masks.alive)
+            super()._expand(trainer, pl_module, more)
+            for name, mask in before.items():
+                new = self.masks.alive[name] & ~mask
+                momentum = trainer.optimizers[0].state[pl_module.get_parameter(name)]["momentum_buffer"]
+                assert new.any() and not momentum[new].any() and momentum[mask].any()
+                unused = (~mask).flatten().nonzero().squeeze(1)
+                place = torch.searchsorted(unused, new.flatten().nonzero().squeeze(1)).float() / len(unused)
+                grown.setdefault((pl_module, name), []).append(place)
+
+    for seed in (0, 1):
+        pl.seed_everything(seed, verbose=False)
+        model = PlainClassifier(width=16)
+        trainer(Check(0.5, every=1, p_intra=0.2), epochs=2).fit(model, toy_tasks(num_tasks=1))
+    places = torch.cat([p for found in grown.values() for p in found])
+    assert abs(float(places.mean()) - 0.5) < 0.05 and float(places.std()) > 0.25  # all over the unused ones
+    assert len({tuple(p.tolist()) for found in grown.values() for p in found}) == len(grown)
+
+
+@pytest.mark.parametrize(
+    "policy", [TaskAwareDynamicMasking(0.5, every=1, p_intra=0.2), RigL(0.5, interval=3), SET(0.5, interval=3)]
+)
+def test_frozen_weights_are_neither_dropped_nor_counted_as_updated(policy):
+    class Hold(pl.Callback):
+        def on_task_end(self, trainer, pl_module, task):
+            if task == 0:
+                for name, mask in Masks.of(pl_module).alive.items():
+                    Masks.of(pl_module).set_frozen(name, mask & (torch.rand(mask.shape) < 0.5))
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            masks = Masks.of(pl_module)
+            for name, frozen in masks.frozen.items():
+                values = self.__dict__.setdefault(name, pl_module.get_parameter(name)[frozen].clone())
+                assert torch.equal(pl_module.get_parameter(name)[frozen], values)
+                assert not (masks.updated[name] & frozen).any()
+                k = round(0.5 * frozen.numel())
+                assert int(masks.alive[name].sum()) in (k, k + int(0.01 * frozen.numel()))
+
+    trainer(policy, DynamicGradientMasking(0.05, 3), Hold(), epochs=3).fit(PlainClassifier(), toy_tasks())
+
+
+def test_a_part_whose_quantity_is_zero_does_nothing():
+    states = []
+    for make in (
+        lambda: sparcl(TaskAwareDynamicMasking(0.0), DynamicDataRemoval(0.0), DynamicGradientMasking(0.0)),
+        lambda: ContinualModule(SmallCNN(4), DERpp(30, 8)),
+    ):
+        pl.seed_everything(0, verbose=False)
+        trainer(epochs=3).fit(model := make(), toy_tasks())
+        states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*states)
+
+
+def test_gradient_masks_wait_for_a_step_that_rigl_has_taken_away():
+    model = PlainClassifier()
+    parts = [RigL(0.5, interval=3), DynamicGradientMasking(0.05, interval=3, gradients="training")]
+    trainer(*parts, epochs=3).fit(model, toy_tasks())
+    assert int(model.net[3].weight.count_nonzero()) <= 1152
+
+
+def test_data_removal_shortens_epochs_without_a_schedule_too():
+    class Steps(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            steps.append(trainer.global_step)
+
+    steps = []
+    pl.Trainer(accelerator="cpu", max_epochs=4, callbacks=[DynamicDataRemoval(0.5, 2, 1), Steps()], logger=False,
+               enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(
+        PlainClassifier(), toy_tasks())  # fmt: skip
+    assert steps == [5, 8, 10, 12]
 
 
 def test_samples_left_are_those_of_the_paper():

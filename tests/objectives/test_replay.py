@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_sparse_cl import ER, CrossEntropy, DERpp, DERppOneDraw
+from lightning_sparse_cl.objectives import Exemplars
 
 
 def setup(objective, filled=True):
@@ -63,3 +65,19 @@ def test_without_memory_or_weight_replay_adds_nothing(objective):
 def test_bad_arguments_are_named(bad):
     with pytest.raises(ValueError, match=f"{'size' if 'memory' in bad else next(iter(bad))}="):
         DERpp(**bad)
+
+
+def test_a_single_head_leaves_other_classes_out_of_the_current_loss_only():
+    objective = ER(20, 4, single_head=True)
+    objective.build((1,), 4, seed=0, dtype=torch.float32)
+    live = torch.tensor([False, True, True, False])
+    objective.on_task_start(nn.Identity(), 1, live)
+    logits, y = torch.randn(5, 4), torch.tensor([1, 2, 2, 1, 1])
+    expected = F.cross_entropy(logits[:, 1:3], y - 1, reduction="none")
+    assert torch.allclose(objective.current_loss(logits, y), expected)
+    replayed = [Exemplars(torch.randn(3, 1), torch.tensor([0, 3, 1]), None)]
+    terms = objective(lambda x: logits, logits, y, None)
+    assert torch.allclose(terms["per_sample"], expected)
+    assert torch.allclose(
+        objective.replay_loss([logits[:3]], replayed), F.cross_entropy(logits[:3], replayed[0].labels)
+    )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lightning_sparse_cl import ResNet18, load_sparse, save_sparse
@@ -47,6 +48,16 @@ def test_sizes():
     assert sizes["csr", 0.02] < sizes["bitmask", 0.02]
 
 
+def test_names_that_look_like_parts():
+    zeros = torch.zeros(8, 8)
+    save_sparse({"a": zeros, "a:b": torch.ones(2)}, "x")
+    assert load_sparse("x").keys() == {"a", "a:b"}
+    with pytest.raises(ValueError, match="'a:values' is the name of two parts"):
+        save_sparse({"a": zeros, "a:values": torch.ones(2)}, "x")
+    with pytest.raises(OSError, match="not written"):
+        save_sparse({"a": zeros}, "missing/x")
+
+
 def test_what_is_no_tensor_stays_out_and_tied_weights_come_back():
     layer = nn.Linear(8, 8)
     network = nn.Sequential(layer, layer)
@@ -84,7 +95,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device")
 
     monkeypatch.setattr("lightning_sparse_cl.sparsity.export.save_file", full)
     with pytest.raises(OSError, match="No space left"):
