@@ -57,13 +57,13 @@ ROWS = [
 ]  # fmt: skip
 
 
-def halved(root: str, per_class: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first images of every class, to train and to test on, averaged over 2x2 pixels; and their labels."""
     source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
     parts = []
     for train in (True, False):
         images, labels = source.read(train)
-        at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else 500] for c in range(10)])
+        at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else to_test] for c in range(10)])
         parts.append((F.avg_pool2d(images[at].float(), 2).round().byte(), labels[at]))
     return parts
 
@@ -123,7 +123,7 @@ def main() -> None:
     per_class, epochs, width, seeds = (48, 8, 16, [0]) if args.quick else (400, EPOCHS, 16, [0, 1, 2])
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
-        torch.save(halved(args.root, per_class), images)
+        torch.save(halved(args.root, per_class, 100 if args.quick else 500), images)
         jobs = [(*row, seed, images, epochs, width) for row in ROWS for seed in seeds]
         results = iter(harness.run_all(run, jobs, args.processes))
     rows = []
