@@ -22,10 +22,10 @@ class DropAndGrow(Sparsifier):
     """Base: each layer starts with a random ``round((1 - sparsity) n)`` of its n weights and keeps that number.
 
     Every ``interval`` steps each layer drops the fraction f of its weights that is smallest in magnitude, and as many
-    grow where :meth:`grow_scores` is largest among the weights that were not alive before. Grown weights start from
-    zero, and so does their optimiser state. f is ``fraction`` at a task's start and follows a cosine to 0 at the part
-    ``until`` of it, after which the mask rests; every task starts anew, for in continual learning the end of training
-    is not known (the papers have one task).
+    grow where :meth:`grow_scores` is largest among the others, those just dropped too, which then keep their value. The
+    other grown weights start from zero, and so does their optimiser state. f is ``fraction`` at a task's start and
+    follows a cosine to 0 at the part ``until`` of it, after which the mask rests; every task starts anew, for in
+    continual learning the end of training is not known (the papers have one task).
 
     A subclass says where to grow, and may say :meth:`how_many` in each layer.
 

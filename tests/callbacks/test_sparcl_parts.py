@@ -1,7 +1,6 @@
-"""TDM, DDR and DGM keep what SparCL's paper says of them, throughout a run and in modules of any kind."""
+"""TDM and DGM, and all of SparCL, keep what its paper says of them, throughout a run and in modules of any kind."""
 
 from collections import defaultdict
-from itertools import pairwise
 
 import lightning.pytorch as pl
 import pytest
@@ -293,87 +292,6 @@ def test_gradient_masks_wait_for_a_step_that_rigl_has_taken_away():
     assert int(model.net[3].weight.count_nonzero()) <= 1152
 
 
-def test_data_removal_shortens_epochs_without_a_schedule_too():
-    class Steps(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            steps.append(trainer.global_step)
-
-    steps = []
-    pl.Trainer(accelerator="cpu", max_epochs=4, callbacks=[DynamicDataRemoval(0.5, 2, 1), Steps()], logger=False,
-               enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False).fit(
-        PlainClassifier(), toy_tasks())  # fmt: skip
-    assert steps == [5, 8, 10, 12]
-
-
-def test_samples_left_are_those_of_the_paper():
-    removal = DynamicDataRemoval()
-    assert [removal.remaining(10_000, stage) for stage in range(6)] == [10000, 9250, 8500, 7750, 7000, 7000]
-    at_once = DynamicDataRemoval(one_shot=True)
-    assert [at_once.remaining(10_000, stage) for stage in range(6)] == [10000] * 4 + [7000, 7000]
-
-
-class Watch(pl.Callback):
-    """What each sample did in the stage, and who was removed, by hand."""
-
-    def __init__(self, removal):
-        self.removal, self.every, self.stage, self.left = removal, removal.every, defaultdict(list), []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        for i, row, y in zip(trainer.datamodule.indices(batch_idx).tolist(), outputs["logits"], batch[1]):
-            self.stage[i].append((row, y))
-
-    def on_train_epoch_end(self, trainer, pl_module):  # before the removal, which is one of the policies
-        data = trainer.datamodule
-        self.alive = data.alive[data.task].clone()
-        if (data.epoch_in_task + 1) % self.every == 0 and data.epoch_in_task < self.removal.cutoff * self.every:
-            by_hand = {i: BY_HAND[self.removal.by](shown) / len(shown) for i, shown in self.stage.items()}
-            found = self.removal.difficulty()[list(by_hand)]
-            assert found.tolist() == pytest.approx(list(by_hand.values()), rel=1e-4)
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        data = trainer.datamodule
-        if data.epoch_in_task and data.epoch_in_task % self.every == 0 and self.stage:
-            kept = set(data.alive[data.task].tolist())
-            self.left.append((set(self.alive.tolist()) - kept, kept, dict(self.stage)))
-        if data.epoch_in_task % self.every == 0:
-            self.stage = defaultdict(list)
-
-
-def unlearnt(shown):
-    right = [bool(row.argmax() == y) for row, y in shown]
-    return sum(a and not b for a, b in pairwise(right)) if any(right) else float("inf")
-
-
-BY_HAND = {
-    "misclassification": lambda shown: sum(float(row.argmax() != y) for row, y in shown),
-    "forgetting": unlearnt,
-    "loss": lambda shown: sum(float(F.cross_entropy(row, y)) for row, y in shown),
-    "gradient": lambda shown: sum(float((row.softmax(0) - F.one_hot(y, len(row))).norm()) for row, y in shown),
-}
-
-
-@pytest.mark.parametrize("by", BY_HAND)
-def test_the_easiest_samples_leave(by):
-    removal = DynamicDataRemoval(0.4, cutoff=2, every=3, by=by)
-    watch = Watch(removal)
-    data = toy_tasks(num_tasks=2, batch_size=20)  # 80 samples: all are seen in every epoch at first
-    trainer(watch, epochs=8).fit(sparcl(removal=removal), data)
-    assert [(len(gone), len(kept)) for gone, kept, _ in watch.left] == [(16, 64), (16, 48)] * 2
-    for gone, kept, stage in watch.left:
-        rate = {i: BY_HAND[by](shown) / len(shown) for i, shown in stage.items()}
-        assert max(rate.get(i, 0.0) for i in gone) <= min(rate.get(i, 1e9) for i in kept) + 1e-6
-
-
-def test_removal_is_the_same_again_and_other_with_another_seed():
-    alive = []
-    for seed in (0, 0, 1):
-        pl.seed_everything(seed, verbose=False)
-        data = toy_tasks(num_tasks=1)
-        trainer(epochs=5).fit(sparcl(), data)
-        alive.append(data.alive[0])
-    assert torch.equal(alive[0], alive[1]) and not torch.equal(alive[0], alive[2])
-
-
 def test_a_stock_module_with_automatic_optimisation_uses_the_same_callbacks():
     model, data = PlainClassifier(), toy_tasks()
     keys = list(model.state_dict())
@@ -434,11 +352,6 @@ def fit(*parts, **kwargs):
         (lambda: TaskAwareDynamicMasking(init="ones"), "init='ones'.*'random' or 'magnitude'"),
         (lambda: fit(TaskAwareDynamicMasking(dense=["stem*"])), r"dense='stem\*' matches none of the weights"),
         (refit_with_other_layers, r"dense=\['net\.0\.\*'\].*are of net\.0\.weight, net\.3\.weight; net\.8\.weight"),
-        (lambda: DynamicDataRemoval(1.0), r"fraction=1\.0"),
-        (lambda: DynamicDataRemoval(cutoff=0), "cutoff=0"),
-        (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss"),
-        (lambda: fit(DynamicDataRemoval(0.3, 3, 2)), "cutoff=3, every=2.*task 0 takes 4 epochs, which is 2 stages"),
-        (lambda: fit(DynamicDataRemoval(0.9, 2, 2)), r"fraction=0\.9\): 8 of the 80 samples of task 0 would be left"),
         (lambda: DynamicGradientMasking(1.0), r"q=1\.0"),
         (lambda: DynamicGradientMasking(interval=0), "interval=0"),
         (lambda: DynamicGradientMasking(gradients="mine"), "gradients='mine'"),
@@ -448,13 +361,6 @@ def fit(*parts, **kwargs):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_removal_needs_a_task_sequence_in_the_data():
-    with pytest.raises(TypeError, match="not a TaskDataModule"):
-        pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[DynamicDataRemoval()], logger=False,
-                   enable_checkpointing=False).fit(
-            PlainClassifier(), DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))))  # fmt: skip
 
 
 def test_pruning_goes_well_with_gradient_masks():
