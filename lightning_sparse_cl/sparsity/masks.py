@@ -17,11 +17,12 @@ _of: WeakKeyDictionary[nn.Module, Masks] = WeakKeyDictionary()
 class Masks:
     """Boolean masks by parameter name; the weights themselves stay plain parameters with their usual names.
 
-    ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is alive but never updated,
+    ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is never updated,
     ``updated[name]`` True where it is updated until further notice (a gradient mask). A name that is absent has no
     mask: all alive, none frozen, all updated. Pruning a coordinate sets it to zero; freezing and gradient masks act on
     the *update*, not on the gradient alone: weight decay, momentum, Adam and Frank-Wolfe steps all move weights whose
-    gradient is zero, so after every optimiser step the held values are put back, bit for bit.
+    gradient is zero, so after every optimiser step the held values are put back, bit for bit. A frozen weight may be
+    pruned too: it is zero while it is, and has its frozen value when it is alive again.
 
     Args:
         module: the module whose weights are masked. Use :meth:`of` to share one ``Masks`` among callbacks.
@@ -38,6 +39,8 @@ class Masks:
         """True inside :meth:`scoring`."""
         self.whole: dict[str, Tensor | None] = {}
         """Gradients that no mask acts on, of the names asked for by :meth:`ask_whole`."""
+        self.stored = False
+        """True where each task's own mask remembers its frozen weights, so that the present mask may drop them."""
         self._values: dict[str, Tensor] = {}  # the weights when they were last held, kept to put back
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._hooked = WeakIdKeyDictionary()  # by identity: tensors compare element by element
@@ -63,16 +66,7 @@ class Masks:
         Raises:
             ValueError: if the mask does not have the weight's shape.
         """
-        weight = self._weight(name, mask)
-        self.version += 1
-        if mask is None:
-            self.alive.pop(name, None)
-        else:
-            self.alive[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
-            with torch.no_grad():
-                weight.masked_fill_(~self.alive[name], 0)
-        if name in self._values:
-            self._values[name] = weight.detach().clone()
+        self._change(self.alive, name, mask)
 
     def set_frozen(self, name: str, mask: Tensor | None) -> None:
         """Hold the weights where ``mask`` is True at their present value. None releases them all.
@@ -80,7 +74,7 @@ class Masks:
         Raises:
             ValueError: if the mask does not have the weight's shape.
         """
-        self._hold(self.frozen, name, mask)
+        self._change(self.frozen, name, mask)
 
     def set_updated(self, name: str, mask: Tensor | None) -> None:
         """Update only where ``mask`` is True and hold the other weights at their present value. None updates all.
@@ -88,19 +82,22 @@ class Masks:
         Raises:
             ValueError: if the mask does not have the weight's shape.
         """
-        self._hold(self.updated, name, mask)
+        self._change(self.updated, name, mask)
 
-    def _hold(self, kind: dict[str, Tensor], name: str, mask: Tensor | None) -> None:
+    @torch.no_grad()
+    def _change(self, kind: dict[str, Tensor], name: str, mask: Tensor | None) -> None:
         weight = self._weight(name, mask)
         self.version += 1
+        whole = torch.where(self.frozen[name], self._values[name], weight) if name in self.frozen else weight.clone()
         if mask is None:
             kind.pop(name, None)
         else:
-            kind[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+            kind[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
         if name in self.frozen or name in self.updated:
-            self._values[name] = weight.detach().clone()
+            self._values[name] = whole
         else:
             self._values.pop(name, None)
+        weight.copy_(whole.masked_fill(~self.alive[name], 0) if name in self.alive else whole)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
@@ -132,6 +129,16 @@ class Masks:
         """Where the weight is frozen, of the weight's shape: who prunes keeps these."""
         frozen = self.frozen.get(name)
         return torch.zeros_like(self.module.get_parameter(name), dtype=torch.bool) if frozen is None else frozen
+
+    def held(self, name: str) -> Tensor:
+        """The weight with the values that are frozen, also of those that are pruned now."""
+        weight = self.module.get_parameter(name).detach()
+        return torch.where(self.frozen[name], self._values[name], weight) if name in self.frozen else weight
+
+    def protected(self, name: str) -> Tensor:
+        """Where whoever drops weights has to keep them: frozen and alive, and in no task's own mask."""
+        frozen = self.is_frozen(name) & self.alive.get(name, True)
+        return torch.zeros_like(frozen) if self.stored else frozen
 
     def movable(self, name: str) -> Tensor:
         """Where the next step may move the weight: alive and not held; of the weight's shape."""
@@ -170,26 +177,30 @@ class Masks:
             self.module.get_parameter(name).mul_(mask)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        return {"alive": dict(self.alive), "frozen": dict(self.frozen), "updated": dict(self.updated)}
+        kinds = {"alive": dict(self.alive), "frozen": dict(self.frozen), "updated": dict(self.updated)}
+        return kinds | {"values": {name: self._values[name][frozen] for name, frozen in self.frozen.items()}}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore after the weights: held values are those the module has now. Names keep the saved order.
+        """Restore after the weights: what a gradient mask holds are the values now. Names keep the saved order.
 
         Raises:
             ValueError: if the masks are of another network; nothing is changed then.
         """
         weights = dict(self.module.named_parameters())
-        for name, mask in ((n, m) for kind in state.values() for n, m in kind.items()):
+        kinds = (("frozen", self.set_frozen), ("alive", self.set_alive), ("updated", self.set_updated))
+        for name, mask in ((n, m) for kind, _ in kinds for n, m in state.get(kind, {}).items()):
             if name not in weights:
                 raise ValueError(f"Masks: the checkpoint has a mask of {name!r}, which this network does not have")
             self._weight(name, mask)
-        for name in {*self.alive, *self._values}:
-            self.set_alive(name, None)
-            self.set_frozen(name, None)
-            self.set_updated(name, None)
-        for kind, put in (("alive", self.set_alive), ("frozen", self.set_frozen), ("updated", self.set_updated)):
+        for kind, put in kinds:
+            for name in list(getattr(self, kind)):
+                put(name, None)
+        for kind, put in kinds:
             for name, mask in state.get(kind, {}).items():
                 put(name, mask)
+        for name, values in state.get("values", {}).items():
+            self._values[name][self.frozen[name]] = values.to(self._values[name])
+            self.set_frozen(name, self.frozen[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.alive)
