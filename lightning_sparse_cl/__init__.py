@@ -1,10 +1,11 @@
 """Sparse continual learning in PyTorch Lightning."""
 
-from lightning_sparse_cl.backbones import ResNet18, SmallCNN, SmallMLP
+from lightning_sparse_cl.backbones import VGG16, LeNet5, MobileNetV2, ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
     SET,
     SNFS,
     SNIP,
+    AdaptiveGrowth,
     ContinualEvaluation,
     DropAndGrow,
     DynamicDataRemoval,
@@ -15,6 +16,7 @@ from lightning_sparse_cl.callbacks import (
     GradientClipping,
     MemoryFootprint,
     ModelCapacity,
+    MomentumGrowth,
     OneShotPruning,
     RandomState,
     Reopen,
@@ -27,9 +29,11 @@ from lightning_sparse_cl.callbacks import (
     TaskLRSchedule,
     TaskProgressBar,
     TaskSchedule,
+    TaskSubnetworks,
+    UnfiredGrowth,
 )
 from lightning_sparse_cl.data import *  # noqa: F403
-from lightning_sparse_cl.methods import ContinualModule, EsaCL, SparCL
+from lightning_sparse_cl.methods import ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, Objective, ReservoirMemory
 from lightning_sparse_cl.optim import (
@@ -40,6 +44,6 @@ from lightning_sparse_cl.optim import (
     StochasticFrankWolfe,
     UpdateRule,
 )
-from lightning_sparse_cl.sparsity import Masks, load_sparse, save_sparse
+from lightning_sparse_cl.sparsity import Masks, Subnetworks, load_sparse, save_sparse
 
 __version__ = "0.1.0"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,16 +36,20 @@ class ResNet18(nn.Module):
 
     Args:
         width: w, channels of the stem and of the first stage.
+        stem: ``"3x3"``, stride 1; or ``"7x7"``, stride 2, which "Continual Dynamic Sparse Training" uses.
 
     Raises:
-        ValueError: if ``width`` is not positive.
+        ValueError: if ``width`` is not positive, or ``stem`` is neither.
     """
 
-    def __init__(self, width: int = 64) -> None:
+    def __init__(self, width: int = 64, stem: Literal["3x3", "7x7"] = "3x3") -> None:
         super().__init__()
         if width < 1:
             raise ValueError(f"ResNet18(width={width}): a stage has at least one channel")
-        self.stem = nn.LazyConv2d(width, 3, 1, 1, bias=False)
+        if stem not in ("3x3", "7x7"):
+            raise ValueError(f"ResNet18(stem={stem!r}): stem is '3x3' or '7x7'")
+        kernel, stride = (3, 1) if stem == "3x3" else (7, 2)
+        self.stem = nn.LazyConv2d(width, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.stages = nn.Sequential(

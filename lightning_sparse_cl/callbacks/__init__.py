@@ -4,7 +4,15 @@ from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
 from lightning_sparse_cl.callbacks.data_removal import DynamicDataRemoval
-from lightning_sparse_cl.callbacks.drop_grow import SET, SNFS, DropAndGrow, RigL
+from lightning_sparse_cl.callbacks.drop_grow import (
+    SET,
+    SNFS,
+    AdaptiveGrowth,
+    DropAndGrow,
+    MomentumGrowth,
+    RigL,
+    UnfiredGrowth,
+)
 from lightning_sparse_cl.callbacks.dynamic_masking import TaskAwareDynamicMasking
 from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
@@ -21,11 +29,13 @@ from lightning_sparse_cl.callbacks.schedule import TaskSchedule
 from lightning_sparse_cl.callbacks.snip import SNIP
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.state import RandomState
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 
 __all__ = [
     "SET",
     "SNFS",
     "SNIP",
+    "AdaptiveGrowth",
     "ContinualEvaluation",
     "DropAndGrow",
     "DynamicDataRemoval",
@@ -36,6 +46,7 @@ __all__ = [
     "GradientClipping",
     "MemoryFootprint",
     "ModelCapacity",
+    "MomentumGrowth",
     "OneShotPruning",
     "RandomState",
     "Reopen",
@@ -48,4 +59,6 @@ __all__ = [
     "TaskLRSchedule",
     "TaskProgressBar",
     "TaskSchedule",
+    "TaskSubnetworks",
+    "UnfiredGrowth",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse_cl.metrics import AccuracyMatrix
+from lightning_sparse_cl.sparsity import Subnetworks
 
 SCENARIOS = ("class_il", "task_il")
 
@@ -18,7 +20,8 @@ class ContinualEvaluation(pl.Callback):
     """Accuracy on every task's test data, with the weights as the task leaves them (pruned, frozen).
 
     Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
-    the sample's task, on the same head and from the same forward pass. Before training the untrained network is
+    the sample's task, on the same head and from the same forward pass. Where each task has a subnetwork of its own
+    (:class:`TaskSubnetworks`), every class's logit is that of its task's, in both scenarios. Before training the untrained network is
     measured on every task, the baseline of forward transfer.
 
     Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
@@ -72,11 +75,13 @@ class ContinualEvaluation(pl.Callback):
         matrices = [self.matrices[s + suffix] for s in SCENARIOS]
         was_training = pl_module.training
         pl_module.eval()
+        learnt = Subnetworks.of(pl_module)
+        logits = partial(learnt.logits, network=pl_module) if len(learnt) else pl_module
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
                     x, y = x.to(pl_module.device), y.to(pl_module.device)
-                    self._count(pl_module(trainer.datamodule.prepare(x, augment=False)), y, task, matrices)
+                    self._count(logits(trainer.datamodule.prepare(x, augment=False)), y, task, matrices)
         pl_module.train(was_training)
         for matrix in matrices:
             matrix.close_row(row)

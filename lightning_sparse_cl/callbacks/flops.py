@@ -190,7 +190,7 @@ def dense_cost(pl_module: pl.LightningModule, batch: Any) -> DenseCost | None:
     if not (isinstance(batch, tuple | list) and torch.is_tensor(batch[0])):
         return None
     try:
-        return DenseCost.of(pl_module, batch[0].shape[1:])
+        return DenseCost.of(getattr(pl_module, "network", pl_module), batch[0].shape[1:])
     except Exception as error:  # any module may be trained; one that cannot be counted is not to be stopped
         rank_zero_warn(
             f"{type(pl_module).__name__}: its FLOPs and footprint are not counted, for its forward does not take "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -70,6 +71,11 @@ class ContinualModule(pl.LightningModule):
         channels_last_(self.backbone)
         self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
         self.objective.build(input_shape, num_classes, seed, dtype)
+
+    @property
+    def network(self) -> nn.Sequential:
+        """What maps images (B, C, H, W) to logits: backbone and head, under the names they have here."""
+        return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """The policies.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-BITS = 2 ** torch.arange(8, dtype=torch.uint8)
+from lightning_sparse_cl.sparsity.bits import pack, unpack
 
 
 def save_sparse(
@@ -98,14 +98,12 @@ def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
 
 def _to_bits(tensor: Tensor) -> dict[str, Tensor]:
     alive = tensor.flatten() != 0
-    bits = nn.functional.pad(alive, (0, -alive.numel() % 8)).view(-1, 8)
-    return {"values": tensor.flatten()[alive], "mask": (bits * BITS).sum(1, dtype=torch.uint8)}
+    return {"values": tensor.flatten()[alive], "mask": pack(alive)}
 
 
 def _from_bits(shape: list[int], values: Tensor, mask: Tensor) -> Tensor:
     dense = torch.zeros(shape, dtype=values.dtype)
-    alive = (mask[:, None] & BITS).bool().flatten()[: dense.numel()]
-    dense.view(-1)[alive] = values
+    dense[unpack(mask, shape)] = values
     return dense
 
 

@@ -8,6 +8,15 @@ from fnmatch import fnmatch
 from torch import nn
 
 
+def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The convolutions and linear layers by the names of their weights, in module order."""
+    return {
+        f"{name}.weight" if name else "weight": layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+    }
+
+
 def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> list[str]:
     """Names of the convolution and linear weights to prune, in module order.
 
@@ -20,11 +29,7 @@ def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> lis
     Raises:
         ValueError: if a pattern matches no weight, or nothing is left to prune.
     """
-    layers = {
-        f"{name}.weight" if name else "weight": layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
-    }
+    layers = weight_layers(module)
     names = list(layers)
     if dense is None:
         pointwise = [n for n, m in layers.items() if not isinstance(m, nn.Linear) and m.weight[0, 0].numel() == 1]

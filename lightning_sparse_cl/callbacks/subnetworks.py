@@ -1,0 +1,159 @@
+"""A subnetwork a task: what a task has used is frozen and remembered, so that nothing of it is ever forgotten."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.sparsity import Subnetworks
+from lightning_sparse_cl.sparsity.layers import weight_layers
+
+
+class TaskSubnetworks(Sparsifier):
+    """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy what is its own.
+
+    Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
+    :class:`SparseGrowth`); list this one after those that prune at task ends and before those that draw masks at task
+    starts. Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, a task
+    uses the rows of its classes. Biases are the task's own. Later tasks may use frozen weights, and never change them.
+
+    Every task's logits are bit-identical ever after, also on the weights' next use (``sparsity.Subnetworks``). Works on
+    any LightningModule whose ``forward`` maps images to logits.
+
+    Args:
+        batch_norm: what becomes of batch-norm, whose statistics and parameters are part of what a task has learnt:
+
+            * ``"per_task"``: each task has a copy; nothing is forgotten.
+            * ``"frozen"``: all tasks use that of the first, in eval mode (PackNet); nothing is forgotten.
+            * ``"shared"``: it goes on moving, as in "Continual Dynamic Sparse Training", section 4: earlier tasks
+              change with it. (Its code has batch-norm without running statistics, so that logits depend on the other
+              samples of the test batch; that is not offered.)
+
+        full: what to do in a task that finds no free weight in its mask: ``"error"``, or ``"share"`` to go on with
+            batch-norm, biases and head on top of frozen weights.
+
+    Raises:
+        ValueError: if an argument is none of these, or no weight is free.
+    """
+
+    def __init__(
+        self,
+        batch_norm: Literal["per_task", "frozen", "shared"] = "per_task",
+        full: Literal["error", "share"] = "error",
+    ) -> None:
+        super().__init__()  # which weights is the choice of others
+        if batch_norm not in ("per_task", "frozen", "shared"):
+            raise ValueError(f"TaskSubnetworks(batch_norm={batch_norm!r}): batch_norm is 'per_task', 'frozen', 'shared'")
+        if full not in ("error", "share"):
+            raise ValueError(f"TaskSubnetworks(full={full!r}): full is 'error' or 'share'")
+        self.batch_norm, self.full = batch_norm, full
+        self._norms: dict[str, Tensor] = {}  # frozen batch-norm: tensors to put back
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._saved: dict[str, Any] | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.masks.stored = True
+        self.subnetworks = Subnetworks.of(pl_module)
+        if self._saved is not None:
+            self.subnetworks.load_state_dict(self._saved)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx == 0 and trainer.datamodule.epoch_in_task == 0:
+            self._refuse_full(trainer, pl_module)
+        if self.batch_norm == "frozen" and len(self.subnetworks):
+            if not self._norms:
+                self._norms = {n: t.detach().clone() for n, t in _norm_tensors(pl_module).items()}
+            for norm in _norms(pl_module).values():
+                norm.eval()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        for name, tensor in _norm_tensors(pl_module).items() if self._norms else ():
+            tensor.data.copy_(self._norms[name])
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        network = getattr(pl_module, "network", pl_module)
+        weights, classes = list(weight_layers(network)), trainer.datamodule.classes[task]
+        masks = {n: self.masks.alive.get(n, torch.ones_like(pl_module.get_parameter(n), dtype=torch.bool)) for n in weights}
+        rows = torch.zeros_like(masks[weights[-1]])
+        rows[classes] = True
+        masks[weights[-1]] = masks[weights[-1]] & rows
+        for name, mask in masks.items():
+            self.masks.set_frozen(name, self.masks.is_frozen(name) | mask)
+        own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
+        if self.batch_norm != "per_task":
+            own = [n for n in own if n not in _norm_tensors(pl_module)]
+        self.subnetworks.add(classes, masks, own)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._norms = {}
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["subnetworks"] = Subnetworks.of(pl_module).state_dict()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._saved = checkpoint.get("subnetworks")
+
+    def _refuse_full(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        task, names = len(self.subnetworks), list(self.masks.alive) or list(weight_layers(pl_module))[:-1]
+        if task == 0 or self.full == "share" or any(bool(self.masks.movable(name).any()) for name in names):
+            return
+        ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
+        since = "" if ended is None else f"; the free weights ended with task {ended}"
+        raise ValueError(
+            f"TaskSubnetworks: task {task} of {trainer.datamodule.num_tasks} has no free weight in its mask{since}. Take "
+            "a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
+        )
+
+    def _none_left(self, names: list[str], tasks: int) -> bool:
+        return all(bool(self.subnetworks.used(name, tasks).all()) for name in names)
+
+    def summary(self) -> dict[str, Any]:
+        """What the subnetworks share, as fractions of the weights of convolutions and linear layers but the head.
+
+        ``density`` by layer, one entry a task; ``overlap`` (T, T), the part of task i's weights that task j uses too;
+        ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
+        weights that no earlier task had.
+        """
+        tasks = self.subnetworks.tasks
+        names = list(tasks[0].masks)[:-1] if tasks else []
+        used = {name: torch.zeros_like(self.subnetworks.used(name)) for name in names}
+        total = sum(u.numel() for u in used.values())
+        found: dict[str, Any] = {"density": {n: [] for n in names}, "overlap": [], "used": [], "free_in_mask": []}
+        for i in range(len(tasks)):
+            masks = {name: self.subnetworks.mask(i, name) for name in names}
+            count = sum(int(m.sum()) for m in masks.values())
+            new = sum(int((masks[n] & ~used[n]).sum()) for n in names)
+            for name, mask in masks.items():
+                found["density"][name].append(int(mask.sum()) / mask.numel())
+                used[name] |= mask
+            both = [
+                sum(int((masks[n] & self.subnetworks.mask(j, n)).sum()) for n in names) for j in range(len(tasks))
+            ]
+            found["overlap"].append([b / max(count, 1) for b in both])
+            found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
+            found["free_in_mask"].append(new / max(count, 1))
+        return found
+
+
+def _norms(module: nn.Module) -> dict[str, nn.Module]:
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def _norm_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of batch-norm, by name."""
+    return {
+        f"{name}.{n}": t
+        for name, norm in _norms(module).items()
+        for n, t in (*norm.named_parameters(), *norm.named_buffers())
+    }

@@ -1,0 +1,68 @@
+"""Continual dynamic sparse training: a sparse subnetwork a task (Yildirim et al., CPAL 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Adam, Optimizer
+
+from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
+from lightning_sparse_cl.callbacks.pruning import Reopen
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.methods.isolation import IsolatingModule
+from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
+from lightning_sparse_cl.optim.sam import UpdateRule
+
+
+class ContinualDST(IsolatingModule):
+    """ "Continual Learning with Dynamic Sparse Training: Exploring Algorithms for Effective Model Updates"::
+
+        eq 1  M_t: cross-entropy of task t's classes               objective = CrossEntropy(single_head=True)
+        3     sparse initialisation, uniform or ERK                growth = SET | UnfiredGrowth | RigL |
+        3     every delta T steps drop by magnitude, and grow               MomentumGrowth | AdaptiveGrowth
+        3     cosine annealing of the fraction exchanged             "
+        3     the subnetwork of task t is frozen, and usable       subnetworks = TaskSubnetworks(batch_norm)
+        -     values that weights no task has used start from      reopen = Reopen("random" | "zero")
+
+    Where the released code and the paper differ or are silent: every layer's count is exact (the code draws each weight
+    by itself); a weight of an earlier task that is grown again has its value (there zero while training); all gradients
+    of inactive weights compete in gradient growth, of used weights too (there they are zero, and never grow); the head
+    is dense, and each task freezes the rows of its classes (there all rows after the first task); batch-norm and biases
+    are the task's own; unused weights start from their layer's initialisation (there from zero after the first task).
+
+    Args:
+        backbone: images (B, C, H, W) to features (B, D).
+        objective: None is cross-entropy among the task's classes.
+        growth: drop and growth, with sparsity and initialisation; None is gradient growth from a uniform start at
+            sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.
+        subnetworks: how tasks are kept apart; None gives each its own batch-norm.
+        reopen: where unused weights start from; None is their layer's initialisation.
+        update: None is one backward pass.
+        optimizer: None is Adam with learning rate 0.001. (The paper divides it by ten at half and three quarters of a
+            task: policy ``TaskLRSchedule``.)
+        policies: further callbacks.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        objective: Objective | None = None,
+        growth: DropAndGrow | None = None,
+        subnetworks: TaskSubnetworks | None = None,
+        reopen: Reopen | None = None,
+        update: UpdateRule | None = None,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        policies: Sequence[pl.Callback] = (),
+    ) -> None:
+        growth = growth or RigL(0.9, fraction=0.5, until=1.0, final=0.005, dense=["head.weight"])
+        parts = [subnetworks or TaskSubnetworks(), reopen or Reopen(), growth]
+        super().__init__(
+            backbone,
+            objective or CrossEntropy(single_head=True),
+            update,
+            optimizer or partial(Adam, lr=0.001),
+            policies=[*parts, *policies],
+        )

@@ -1,0 +1,21 @@
+"""Masks as bits, eight a byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+PLACES = 2 ** torch.arange(8, dtype=torch.uint8)
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A boolean mask of any shape as bytes (ceil(n / 8),), first element in the lowest bit."""
+    bits = nn.functional.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8)
+    return (bits * PLACES.to(mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The boolean mask of that shape that :func:`pack` has packed."""
+    return (bits[:, None] & PLACES.to(bits.device)).bool().flatten()[: torch.Size(shape).numel()].view(shape)

@@ -1,0 +1,186 @@
+"""Which layers share channels, and the smaller network that is left when nobody reads some of them."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+MIXING = (nn.Conv2d, nn.Linear)
+SAME = (
+    nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.GELU,
+    nn.SiLU, nn.Hardswish, nn.LeakyReLU,
+)  # fmt: skip
+SAME_FUNCTIONS = {
+    F.relu, F.relu6, torch.relu, torch.flatten, torch.mean, F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d,
+    F.dropout, F.gelu, F.silu,
+}  # fmt: skip
+SAME_METHODS = {"mean", "flatten", "relu", "contiguous"}
+ADDING = {operator.add, operator.iadd, torch.add}
+
+
+@dataclass
+class Channels:
+    """The channels of a network: sets of them, each shared by the layers that write, normalise or read it.
+
+    Layers whose outputs are added write the same set. Made by :meth:`of`.
+    """
+
+    sizes: list[int] = field(default_factory=list)
+    """Channels of each set."""
+    reads: dict[str, int] = field(default_factory=dict)
+    """The set that a convolution or linear layer reads, by the layer's name."""
+    writes: dict[str, int] = field(default_factory=dict)
+    """The set that it writes."""
+    along: dict[str, int] = field(default_factory=dict)
+    """The set of a batch-norm or depthwise convolution, which treats each channel alone."""
+    input: int = 0
+    output: int = 0
+
+    @classmethod
+    def of(cls, network: nn.Module) -> Channels:
+        """Follow the channels through the graph that ``torch.fx`` traces.
+
+        Raises:
+            ValueError: if the network cannot be traced, or has an operation that may mix channels in another way.
+        """
+        try:
+            graph = fx.Tracer().trace(network)
+        except (fx.proxy.TraceError, TypeError) as error:
+            raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
+        found, modules = cls(), dict(network.named_modules())
+        at: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            source = at.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            if node.op == "placeholder":
+                if not found.sizes:
+                    at[node] = found._new(0)
+            elif node.op == "output":
+                found.output = source if source is not None else 0
+            elif node.op == "call_module":
+                at[node] = found._through(node.target, modules[node.target], source)
+            elif node.op == "call_function" and node.target in ADDING and len(node.all_input_nodes) == 2:
+                one, other = (at[n] for n in node.all_input_nodes)
+                found._join(one, other)
+                at[node] = min(one, other)
+                at = {n: min(one, other) if s == max(one, other) else s for n, s in at.items()}
+            elif source is not None and (
+                (node.op == "call_function" and node.target in SAME_FUNCTIONS)
+                or (node.op == "call_method" and node.target in SAME_METHODS)
+            ):
+                at[node] = source
+            else:
+                raise ValueError(f"{type(network).__name__}: channels cannot be followed through {node.format_node()}")
+        return found
+
+    def _new(self, size: int) -> int:
+        self.sizes.append(size)
+        return len(self.sizes) - 1
+
+    def _through(self, name: str, module: nn.Module, source: int) -> int:
+        if isinstance(module, SAME):
+            return source
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or _depthwise(module):
+            self.along[name] = source
+            return source
+        if not isinstance(module, MIXING) or getattr(module, "groups", 1) != 1:
+            raise ValueError(f"channels cannot be followed through {name}, a {type(module).__name__}")
+        self.reads[name] = source
+        if not self.sizes[source]:  # the input
+            self.sizes[source] = module.weight.shape[1]
+        self.writes[name] = self._new(module.weight.shape[0])
+        return self.writes[name]
+
+    def _join(self, one: int, other: int) -> None:
+        kept, gone = min(one, other), max(one, other)
+        for users in (self.reads, self.writes, self.along):
+            users |= {name: kept for name, s in users.items() if s == gone}
+
+    def kernels(self, name: str, weight: Tensor, writing: Tensor, reading: Tensor) -> Tensor:
+        """Products of what belongs to the channels a layer writes (C_out,) and reads (C_in,), as broadcast to it.
+
+        Of shape (C_out, C_in, 1, 1), or (C_out, n_in) for a linear layer, which may read several values a channel.
+        """
+        reading = reading.repeat_interleave(weight.shape[1] // len(reading))
+        product = writing[:, None] * reading[None]
+        return product[..., None, None] if weight.ndim == 4 else product
+
+
+def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -> nn.Module:
+    """A copy without the channels that nobody reads; it computes the same.
+
+    A channel is read if a layer has a non-zero weight for it, and is read itself. What a channel's own weights are does
+    not matter: batch-norm makes a constant of zero weights.
+
+    Args:
+        network: maps images (B, C, H, W) to (B, D).
+        outputs: which of the D outputs to keep; None is all.
+
+    Returns:
+        The smaller network. One that cannot be followed (see :meth:`Channels.of`) is returned with all channels but
+        the outputs.
+    """
+    network = copy.deepcopy(network)
+    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1] if outputs is not None else None
+    try:
+        channels = Channels.of(network)
+    except ValueError:
+        if last is not None:
+            _cut(last, torch.as_tensor(outputs), 0)
+        return network
+    modules = dict(network.named_modules())
+    read = [torch.zeros(size, dtype=torch.bool) for size in channels.sizes]
+    read[channels.input][:] = True
+    if outputs is None:
+        read[channels.output][:] = True
+    else:
+        read[channels.output][torch.as_tensor(outputs)] = True
+    changed = True
+    while changed:
+        changed = False
+        for name, source in channels.reads.items():
+            weight = modules[name].weight.detach()[read[channels.writes[name]].to(modules[name].weight.device)]
+            used = (weight != 0).sum(0).view(len(read[source]), -1).any(1).cpu()
+            changed |= bool((used & ~read[source]).any())
+            read[source] |= used
+    for mask in read:
+        if not mask.any():
+            mask[0] = True  # a layer has at least one channel
+    for name, source in channels.along.items():
+        _cut(modules[name], read[source].nonzero().squeeze(1), 0)
+    for name, source in channels.reads.items():
+        layer = modules[name]
+        if not read[channels.writes[name]].all():
+            _cut(layer, read[channels.writes[name]].nonzero().squeeze(1), 0)
+        if not read[source].all():
+            wide = read[source].repeat_interleave(layer.weight.shape[1] // len(read[source]))
+            _cut(layer, wide.nonzero().squeeze(1), 1)
+    return network
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+
+
+@torch.no_grad()
+def _cut(layer: nn.Module, kept: Tensor, dim: int) -> None:
+    """Keep these channels of a layer's own tensors, on its outputs (dim 0) or inputs (dim 1)."""
+    for name, tensor in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]:
+        if tensor.ndim > dim:
+            smaller = tensor.index_select(dim, kept.to(tensor.device))
+            if isinstance(tensor, nn.Parameter):
+                setattr(layer, name, nn.Parameter(smaller, tensor.requires_grad))
+            else:
+                setattr(layer, name, smaller)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        layer.num_features = len(kept)
+    elif _depthwise(layer):
+        layer.in_channels = layer.out_channels = layer.groups = len(kept)
+    else:
+        names = ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
+        setattr(layer, names[dim], len(kept))

@@ -1,0 +1,153 @@
+"""One subnetwork a task in one network: a mask of bits over shared weights, and tensors of the task's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse_cl.sparsity.bits import pack, unpack
+from lightning_sparse_cl.sparsity.channels import compact
+from lightning_sparse_cl.sparsity.masks import Masks
+
+_of: WeakKeyDictionary[nn.Module, Subnetworks] = WeakKeyDictionary()
+
+
+class Subnetwork(NamedTuple):
+    """What a task has learnt."""
+
+    classes: list[int]
+    masks: dict[str, Tensor]
+    """By weight: which it uses, eight a byte. Their values are shared and frozen."""
+    own: dict[str, Tensor]
+    """Tensors that it shares with no other task: batch-norm, biases."""
+
+
+class Subnetworks:
+    """The subnetworks of a module, by task; each computes the same for ever, bit for bit.
+
+    The values of shared weights are those that :class:`Masks` holds frozen.
+
+    Args:
+        module: maps images (B, C, H, W) to logits (B, num_classes). Use :meth:`of` to share one among callbacks.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = ref(module)
+        self.tasks: list[Subnetwork] = []
+        self._ready: dict[int, nn.Module] = {}  # extracted networks
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Subnetworks:
+        """The one ``Subnetworks`` of ``module``, made on first use."""
+        if module not in _of:
+            _of[module] = cls(module)
+        return _of[module]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that they are parts of."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError("Subnetworks: the module they belong to no longer exists")
+        return module
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def add(self, classes: Sequence[int], masks: Mapping[str, Tensor], own: Sequence[str]) -> None:
+        """Remember what the next task uses: masks by weight, and copies of the tensors named ``own``.
+
+        Raises:
+            ValueError: if a mask does not have its weight's shape.
+        """
+        for name, mask in masks.items():
+            if mask.shape != (shape := self.module.get_parameter(name).shape):
+                raise ValueError(
+                    f"Subnetworks: mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}"
+                )
+        state = self.module.state_dict()
+        copies = {name: state[name].detach().clone() for name in own}
+        self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
+        self._ready = {}
+
+    def mask(self, task: int, name: str) -> Tensor:
+        """Which of a weight's entries a task uses, of the weight's shape."""
+        weight = self.module.get_parameter(name)
+        return unpack(self._task(task).masks[name].to(weight.device), weight.shape)
+
+    def used(self, name: str, tasks: int | None = None) -> Tensor:
+        """Which entries the first ``tasks`` tasks use together, of the weight's shape; None is all tasks."""
+        weight = self.module.get_parameter(name)
+        found = torch.zeros_like(weight, dtype=torch.bool)
+        for task in self.tasks[:tasks]:
+            found |= unpack(task.masks[name].to(weight.device), weight.shape)
+        return found
+
+    def tensors(self, task: int) -> dict[str, Tensor]:
+        """Parameters and buffers of the module as the task's subnetwork has them, of full size."""
+        held, own = Masks.of(self.module).held, self._task(task).own
+        return {name: held(name) * self.mask(task, name) for name in self._task(task).masks} | own
+
+    @contextmanager
+    def use(self, task: int) -> Iterator[None]:
+        """Inside, the module is the task's subnetwork; only the logits of the task's classes mean something."""
+        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        before = {}
+        try:
+            for name, value in self.tensors(task).items():
+                before[name], tensors[name].data = tensors[name].data, value.to(tensors[name])
+            yield
+        finally:
+            for name, value in before.items():
+                tensors[name].data = value
+
+    def network(self, task: int) -> nn.Module:
+        """The task's subnetwork alone, in eval mode, without the channels that it does not use.
+
+        It maps images (B, C, H, W) to logits (B, len(classes)) and has weights of its own. Made once a task and kept
+        until another task is added.
+        """
+        if task not in self._ready:
+            network = getattr(self.module, "network", self.module)
+            with self.use(task), torch.no_grad():
+                self._ready[task] = compact(network, self.tasks[task].classes).eval().requires_grad_(False)
+        return self._ready[task].to(next(self.module.parameters()).device)
+
+    def logits(self, x: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits (B, num_classes) for images (B, C, H, W): each class has that of the subnetwork of its task.
+
+        Args:
+            x: the images.
+            network: gives the logits of the classes that are not learnt yet.
+        """
+        logits = network(x).clone()
+        for task, learnt in enumerate(self.tasks):
+            logits[:, learnt.classes] = self.network(task)(x).to(logits.dtype)
+        return logits
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tasks": [task._asdict() for task in self.tasks]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; the values of the weights are those of the module's :class:`Masks`.
+
+        Raises:
+            ValueError: if the masks are of another network; nothing is changed then.
+        """
+        weights = dict(self.module.named_parameters())
+        tasks = [Subnetwork(**task) for task in state["tasks"]]
+        for name, bits in ((n, b) for task in tasks for n, b in task.masks.items()):
+            if name not in weights or bits.numel() != -(-weights[name].numel() // 8):
+                raise ValueError(f"Subnetworks: the checkpoint has a mask of {name!r}, which does not fit this network")
+        self.tasks, self._ready = tasks, {}
+
+    def _task(self, task: int) -> Subnetwork:
+        if not 0 <= task < len(self.tasks):
+            learnt = f"tasks 0 to {len(self.tasks) - 1}" if self.tasks else "no task"
+            raise ValueError(f"Subnetworks: task {task} was never trained; this module has learnt {learnt}")
+        return self.tasks[task]
