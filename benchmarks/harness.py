@@ -38,9 +38,9 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fit(module: pl.LightningModule, data: scl.TaskDataModule, epochs: int) -> dict[str, Any]:
+def fit(module: pl.LightningModule, data: scl.TaskDataModule, epochs: int, task_il_only: bool = False) -> dict[str, Any]:
     """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
-    evaluation, report = scl.ContinualEvaluation(before_pruning=True), scl.RunReport()
+    evaluation, report = scl.ContinualEvaluation(not task_il_only, not task_il_only), scl.RunReport()
     measures = [scl.FlopsCounter(), scl.MemoryFootprint()]
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

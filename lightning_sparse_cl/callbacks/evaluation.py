@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,10 +29,12 @@ class ContinualEvaluation(pl.Callback):
 
     Args:
         before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
+        class_il: False measures Task-IL alone, which sends an image through the subnetwork of its task only.
     """
 
-    def __init__(self, before_pruning: bool = False) -> None:
+    def __init__(self, before_pruning: bool = False, class_il: bool = True) -> None:
         self.before_pruning = before_pruning
+        self.scenarios = SCENARIOS if class_il else ("task_il",)
         self.matrices: dict[str, AccuracyMatrix] = {}
         """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
         self.tested: dict[str, AccuracyMatrix] = {}
@@ -44,10 +45,10 @@ class ContinualEvaluation(pl.Callback):
         data = trainer.datamodule
         if stage == "fit":
             self._loaded = None
-            names = [*SCENARIOS, *(f"{s}_before" for s in SCENARIOS if self.before_pruning)]
+            names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:
-            self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in SCENARIOS}
+            self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in self.scenarios}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
             self._live[task, labels] = True
@@ -56,7 +57,7 @@ class ContinualEvaluation(pl.Callback):
         if self._loaded is not None:
             for name, matrix in ((n, m) for n, m in self.matrices.items() if n in self._loaded):
                 matrix.R, matrix.baseline = self._loaded[name]["R"].clone(), self._loaded[name]["baseline"].clone()
-        elif self.matrices["class_il"].baseline.isnan().all():
+        elif self.matrices["task_il"].baseline.isnan().all():
             self._measure(trainer, pl_module, None)
 
     def on_before_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
@@ -65,30 +66,36 @@ class ContinualEvaluation(pl.Callback):
 
     def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._measure(trainer, pl_module, task)
-        figures = {s: self.matrices[s].summary() for s in SCENARIOS}
+        figures = {s: self.matrices[s].summary() for s in self.scenarios}
         pl_module.log_dict(
-            {f"{s}/{f}": v for s in SCENARIOS for f, v in figures[s].items() if isinstance(v, float)},
+            {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if isinstance(v, float)},
             on_step=False, on_epoch=True, sync_dist=True,
         )  # fmt: skip
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
-        matrices = [self.matrices[s + suffix] for s in SCENARIOS]
+        matrices = {s: self.matrices[s + suffix] for s in self.scenarios}
         was_training = pl_module.training
         pl_module.eval()
         learnt = Subnetworks.of(pl_module)
-        logits = partial(learnt.logits, network=pl_module) if len(learnt) else pl_module
+        alone = "class_il" not in self.scenarios
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
                     x, y = x.to(pl_module.device), y.to(pl_module.device)
-                    self._count(logits(trainer.datamodule.prepare(x, augment=False)), y, task, matrices)
+                    x = trainer.datamodule.prepare(x, augment=False)
+                    if len(learnt):
+                        logits = learnt.logits(x, pl_module, task if alone else None)
+                    else:
+                        logits = pl_module(x)
+                    self._count(logits, y, task, matrices)
         pl_module.train(was_training)
-        for matrix in matrices:
+        for matrix in matrices.values():
             matrix.close_row(row)
 
-    def _count(self, logits: Tensor, y: Tensor, task: int, matrices: Iterable[AccuracyMatrix]) -> None:
+    def _count(self, logits: Tensor, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix]) -> None:
         live = self._live[task].to(logits.device)
-        for matrix, scores in zip(matrices, (logits, logits.masked_fill(~live, -torch.inf)), strict=True):
+        for scenario, matrix in matrices.items():
+            scores = logits if scenario == "class_il" else logits.masked_fill(~live, -torch.inf)
             matrix.to(logits.device).update(scores, y, task)
 
     # -- trainer.test and trainer.validate ---------------------------------------------------------------------
@@ -99,10 +106,10 @@ class ContinualEvaluation(pl.Callback):
     ) -> None:  # fmt: skip
         x, y = batch
         logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else pl_module(x)
-        self._count(logits, y, dataloader_idx, self.tested.values())
+        self._count(logits, y, dataloader_idx, self.tested)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for scenario in SCENARIOS:
+        for scenario in self.scenarios:
             row = self.tested[scenario].close_row(0)
             tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
             pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, sync_dist=True)

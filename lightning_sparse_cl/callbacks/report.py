@@ -20,8 +20,10 @@ from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.sparsity import Masks
 
+MEASURES = {"flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks}
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
 
@@ -88,11 +90,11 @@ class RunReport(pl.Callback):
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {k: v.item() for k, v in trainer.callback_metrics.items()}
-        tasks = sum(k.startswith("class_il/task_") for k in figures)
+        tasks = sum(k.startswith("task_il/task_") for k in figures)
         table = Table(title="Accuracy on task, %", title_justify="left")
         for column in ("", *(str(t + 1) for t in range(tasks)), "ACC"):
             table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        for scenario in SCENARIOS if tasks else ():
+        for scenario in (s for s in SCENARIOS if f"{s}/acc" in figures):
             row = [figures[f"{scenario}/{name}"] for name in (*(f"task_{t}" for t in range(tasks)), "acc")]
             table.add_row(TITLES[scenario], *map(_percent, row))
         console = Console()
@@ -109,7 +111,7 @@ class RunReport(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ContinualEvaluation):
                 metrics |= {name: matrix.summary() for name, matrix in callback.matrices.items()}
-            for name, measure in (("flops", FlopsCounter), ("memory", MemoryFootprint), ("size", ModelCapacity)):
+            for name, measure in MEASURES.items():
                 if isinstance(callback, measure):
                     metrics[name] = callback.summary()
         weights = {n: p for n, p in pl_module.named_parameters() if p.ndim > 1}
@@ -154,8 +156,8 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     names = {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}
     for key, name in names.items():
         summary.add_row(name, *(_percent(metrics[s][key]) for s in SCENARIOS if s in metrics))
-    if "class_il_before" in metrics:
-        summary.add_row("ACC before the last pruning", *(_percent(metrics[f"{s}_before"]["acc"]) for s in SCENARIOS))
+    if "task_il_before" in metrics:
+        summary.add_row("ACC before the last pruning", *(_percent(metrics[f"{s}_before"]["acc"]) for s in SCENARIOS if s in metrics))
     console.print(summary)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")

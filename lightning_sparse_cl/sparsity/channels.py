@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.backbones.memory_format import channels_last_
+
 MIXING = (nn.Conv2d, nn.Linear)
 SAME = (
     nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.GELU,
@@ -160,7 +162,7 @@ def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -
         if not read[source].all():
             wide = read[source].repeat_interleave(layer.weight.shape[1] // len(read[source]))
             _cut(layer, wide.nonzero().squeeze(1), 1)
-    return network
+    return channels_last_(network)
 
 
 def _depthwise(module: nn.Module) -> bool:

@@ -118,16 +118,23 @@ class Subnetworks:
                 self._ready[task] = compact(network, self.tasks[task].classes).eval().requires_grad_(False)
         return self._ready[task].to(next(self.module.parameters()).device)
 
-    def logits(self, x: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+    def logits(self, x: Tensor, network: Callable[[Tensor], Tensor], task: int | None = None) -> Tensor:
         """Logits (B, num_classes) for images (B, C, H, W): each class has that of the subnetwork of its task.
 
         Args:
             x: the images.
             network: gives the logits of the classes that are not learnt yet.
+            task: only the classes of this one are asked for.
         """
-        logits = network(x).clone()
-        for task, learnt in enumerate(self.tasks):
-            logits[:, learnt.classes] = self.network(task)(x).to(logits.dtype)
+        asked = range(len(self.tasks)) if task is None else [task] if task < len(self.tasks) else []
+        found = {i: self.network(i)(x) for i in asked}
+        if task is None or not found:
+            logits = network(x).clone()
+        else:
+            head = self.module.get_parameter(list(self.tasks[task].masks)[-1])
+            logits = found[task].new_full((len(x), len(head)), -torch.inf)
+        for i, learnt in found.items():
+            logits[:, self.tasks[i].classes] = learnt.to(logits.dtype)
         return logits
 
     def state_dict(self) -> dict[str, Any]:
