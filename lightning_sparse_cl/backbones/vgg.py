@@ -44,16 +44,16 @@ class LeNet5(nn.Sequential):
     """LeNet-5 as CL-LSG and APD use it: two 5x5 convolutions of 20 and 50 channels, fully connected 800 and 500.
 
     Args:
-        scale: factor on all four widths.
+        width: channels of the first convolution; the others are 2.5, 40 and 25 times as wide.
 
     Raises:
-        ValueError: if a layer would be empty.
+        ValueError: if ``width`` is not positive.
     """
 
-    def __init__(self, scale: float = 1.0) -> None:
-        a, b, c, d = (int(scale * n) for n in (20, 50, 800, 500))
-        if a < 1:
-            raise ValueError(f"LeNet5(scale={scale}): a layer has at least one channel; scale is at least 0.05")
+    def __init__(self, width: int = 20) -> None:
+        if width < 1:
+            raise ValueError(f"LeNet5(width={width}): a layer has at least one channel")
+        a, b, c, d = width, 5 * width // 2, 40 * width, 25 * width
         super().__init__(
             nn.LazyConv2d(a, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),

@@ -31,7 +31,9 @@ class ContinualDST(IsolatingModule):
     by itself); a weight of an earlier task that is grown again has its value (there zero while training); all gradients
     of inactive weights compete in gradient growth, of used weights too (there they are zero, and never grow); the head
     is dense, and each task freezes the rows of its classes (there all rows after the first task); batch-norm and biases
-    are the task's own; unused weights start from their layer's initialisation (there from zero after the first task).
+    are the task's own. From the second task on unused weights start from zero, as in the code: drawn anew, Task-IL ACC
+    was 5 to 6 points lower (``benchmarks/continual_dst.py`` at 10 epochs a task, ERK and gradient at 0.9, uniform and
+    random at 0.8, one seed).
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).
@@ -39,7 +41,7 @@ class ContinualDST(IsolatingModule):
         growth: drop and growth, with sparsity and initialisation; None is gradient growth from a uniform start at
             sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.
         subnetworks: how tasks are kept apart; None gives each its own batch-norm.
-        reopen: where unused weights start from; None is their layer's initialisation.
+        reopen: where unused weights start from; None is zero.
         update: None is one backward pass.
         optimizer: None is Adam with learning rate 0.001. (The paper divides it by ten at half and three quarters of a
             task: policy ``TaskLRSchedule``.)
@@ -58,7 +60,7 @@ class ContinualDST(IsolatingModule):
         policies: Sequence[pl.Callback] = (),
     ) -> None:
         growth = growth or RigL(0.9, fraction=0.5, until=1.0, final=0.005, dense=["head.weight"])
-        parts = [subnetworks or TaskSubnetworks(), reopen or Reopen(), growth]
+        parts = [subnetworks or TaskSubnetworks(), reopen or Reopen("zero"), growth]
         super().__init__(
             backbone,
             objective or CrossEntropy(single_head=True),

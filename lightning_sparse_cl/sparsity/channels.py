@@ -121,7 +121,7 @@ def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -
 
     Args:
         network: maps images (B, C, H, W) to (B, D).
-        outputs: which of the D outputs to keep; None is all.
+        outputs: which of the D outputs to keep, in this order; None is all.
 
     Returns:
         The smaller network. One that cannot be followed (see :meth:`Channels.of`) is returned with all channels but
@@ -153,12 +153,15 @@ def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -
     for mask in read:
         if not mask.any():
             mask[0] = True  # a layer has at least one channel
+    kept = [mask.nonzero().squeeze(1) for mask in read]
+    if outputs is not None:
+        kept[channels.output] = torch.as_tensor(outputs)
     for name, source in channels.along.items():
-        _cut(modules[name], read[source].nonzero().squeeze(1), 0)
+        _cut(modules[name], kept[source], 0)
     for name, source in channels.reads.items():
-        layer = modules[name]
-        if not read[channels.writes[name]].all():
-            _cut(layer, read[channels.writes[name]].nonzero().squeeze(1), 0)
+        layer, target = modules[name], channels.writes[name]
+        if not read[target].all() or target == channels.output:
+            _cut(layer, kept[target], 0)
         if not read[source].all():
             wide = read[source].repeat_interleave(layer.weight.shape[1] // len(read[source]))
             _cut(layer, wide.nonzero().squeeze(1), 1)

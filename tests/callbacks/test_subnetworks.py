@@ -1,0 +1,252 @@
+"""A task that was learnt computes the same bits for ever; its subnetwork has exactly the weights that it should."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.drop_grow import cosine
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+from lightning_sparse_cl.sparsity.distributions import counts
+
+OPTIMIZERS = {
+    "adam": partial(torch.optim.Adam, lr=0.01, weight_decay=0.1),
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
+}
+HEAD = ["head.weight"]
+EXCHANGE = dict(fraction=0.5, interval=3, until=1.0, final=0.005, dense=HEAD)
+GROWTH = [scl.SET, scl.UnfiredGrowth, scl.RigL, scl.MomentumGrowth, scl.AdaptiveGrowth]
+
+
+class Logits(pl.Callback):
+    """Logits of every task learnt on its test data, after every task, from the compact subnetwork and the whole."""
+
+    def __init__(self):
+        self.after = []
+
+    @torch.no_grad()
+    def on_after_task_end(self, trainer, pl_module, task):
+        learnt, data, found = scl.Subnetworks.of(pl_module), trainer.datamodule, []
+        assert len(learnt) == task + 1
+        training = pl_module.training
+        pl_module.eval()
+        for t, loader in enumerate(data.test_dataloader()[: task + 1]):
+            x = torch.cat([data.prepare(images, augment=False) for images, _ in loader])
+            found.append(learnt.network(t)(x))
+            with learnt.use(t):
+                whole = getattr(pl_module, "network", pl_module)(x)[:, data.classes[t]]
+            torch.testing.assert_close(found[-1], whole, rtol=1e-4, atol=1e-4)
+            if isinstance(pl_module, scl.IsolatingModule):
+                assert torch.equal(pl_module(x)[:, data.classes[t]], found[-1])
+        pl_module.train(training)
+        self.after.append(found)
+
+    def assert_same(self):
+        for i, later in enumerate(self.after):
+            for t, logits in enumerate(later):
+                assert torch.equal(logits, self.after[t][t]), f"task {t} after task {i}"
+
+
+def dst(growth=scl.RigL, optimizer="adam", width=8, sparsity=0.6, init="erk", **subnetworks):
+    rule = growth(sparsity, init=init, **EXCHANGE)
+    backbone = scl.SmallCNN(width)
+    return scl.ContinualDST(
+        backbone, growth=rule, subnetworks=scl.TaskSubnetworks(**subnetworks), optimizer=OPTIMIZERS[optimizer]
+    )
+
+
+@pytest.mark.parametrize("batch_norm", ["per_task", "frozen"])
+@pytest.mark.parametrize(("growth", "optimizer"), [*((g, "adam") for g in GROWTH), (scl.SET, "sgd"), (scl.RigL, "sgd")])
+def test_nothing_is_forgotten(growth, optimizer, batch_norm):
+    logits, evaluation = Logits(), scl.ContinualEvaluation()
+    module = dst(growth, optimizer, batch_norm=batch_norm)
+    trainer(logits, evaluation, epochs=3).fit(module, toy_tasks(num_tasks=4))
+    logits.assert_same()
+    R = evaluation.matrices["task_il"].R
+    assert all(torch.equal(R[i, : t + 1], R[-1, : t + 1]) for t in range(4) for i in range(t, 4))
+    assert evaluation.matrices["task_il"].summary()["bwt"] == 0
+
+
+def test_shared_batch_norm_does_forget():
+    logits = Logits()
+    trainer(logits, epochs=3).fit(dst(batch_norm="shared"), toy_tasks(num_tasks=3))
+    with pytest.raises(AssertionError):
+        logits.assert_same()
+
+
+class Counts(pl.Callback):
+    """After every step: each layer has its number, what is frozen has its value, what is off is zero."""
+
+    def on_task_start(self, trainer, pl_module, task):
+        masks = scl.Masks.of(pl_module)
+        self.frozen = {n: (f.clone(), masks.held(n).clone()) for n, f in masks.frozen.items()}
+        self.shared = 0
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        masks = scl.Masks.of(pl_module)
+        shapes = {n: pl_module.get_parameter(n).shape for n in masks}
+        assert {n: int(m.sum()) for n, m in masks.alive.items()} == counts("", "erk", shapes, 0.4)
+        for name, alive in masks.alive.items():
+            weight = pl_module.get_parameter(name)
+            assert not weight[~alive].any()
+            if name in self.frozen:
+                frozen, value = self.frozen[name]
+                assert torch.equal(weight[frozen & alive], value[frozen & alive])
+                assert torch.equal(masks.held(name)[frozen], value[frozen])
+                self.shared += int((frozen & alive).sum())
+
+    def on_task_end(self, trainer, pl_module, task):
+        assert (self.shared > 0) == (task > 0)
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+def test_counts_values_and_zeros_after_every_step(growth):
+    trainer(Counts(), epochs=3).fit(dst(growth), toy_tasks(num_tasks=3))
+
+
+class Alive(pl.Callback):
+    """Masks of one layer after every step, by task."""
+
+    def __init__(self, name="backbone.3.weight"):
+        self.name, self.tasks, self.kept = name, [], None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.datamodule.epoch_in_task == batch_idx == 0:
+            self.tasks.append([scl.Masks.of(pl_module).alive[self.name]])
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.tasks[-1].append(scl.Masks.of(pl_module).alive[self.name])
+
+
+def test_unfired_growth_takes_what_was_never_alive_in_the_task_as_long_as_there_is_some():
+    alive = Alive()
+    trainer(alive, epochs=3).fit(dst(scl.UnfiredGrowth, sparsity=0.8, init="uniform"), toy_tasks(num_tasks=2))
+    for masks in alive.tasks:
+        fired, exhausted = masks[0].clone(), 0
+        for before, after in zip(masks, masks[1:]):
+            grown = after & ~before
+            if grown.any():
+                exhausted += int((~fired).sum() < grown.sum())
+                assert exhausted or not (grown & fired).any()
+                fired |= after
+        assert not exhausted or fired.all()
+    assert not torch.equal(alive.tasks[0][0], alive.tasks[1][0])
+
+
+def test_adaptive_growth_changes_from_random_to_gradient():
+    class Asked(pl.Callback):
+        def __init__(self):
+            self.by_task = {}
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.by_task.setdefault(trainer.datamodule.task, set()).add(bool(scl.Masks.of(pl_module).whole))
+
+    for more, late in (({}, [False, False, True, True]), ({"switch": "saturation", "full": 0.55}, None)):
+        asked, rule = Asked(), scl.AdaptiveGrowth(0.6, **EXCHANGE, **more)
+        module = scl.ContinualDST(scl.SmallCNN(8), growth=rule, optimizer=OPTIMIZERS["adam"])
+        run = trainer(asked, epochs=2)
+        asked_first = [c for c in run.callbacks if c is asked]
+        run.callbacks = asked_first + [c for c in run.callbacks if c is not asked]
+        run.fit(module, toy_tasks(num_tasks=4))
+        used = next(c for c in run.callbacks if isinstance(c, scl.TaskSubnetworks)).summary()["used"]
+        expected = late or [False, *(u > 0.55 for u in used[:-1])]
+        assert [True in asked.by_task[t] for t in range(4)] == expected and True in expected and False in expected
+
+
+def test_the_fraction_follows_the_papers_cosine():
+    assert [cosine(t, 0.5, 0.005) for t in (0, 0.5, 1)] == pytest.approx([0.5, 0.2525, 0.005], abs=1e-12)
+
+
+def test_it_works_in_a_module_that_knows_nothing_of_it():
+    torch.manual_seed(0)
+    logits, evaluation, model = Logits(), scl.ContinualEvaluation(), PlainClassifier(6, 8)
+    model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=0.01)
+    keys = list(model.state_dict())
+    policies = [scl.TaskSubnetworks(), scl.Reopen(), scl.SET(0.5, interval=3, dense=["net.8.weight"])]
+    trainer(*policies, logits, evaluation, epochs=3).fit(model, toy_tasks(num_tasks=3))
+    logits.assert_same()
+    assert evaluation.matrices["task_il"].summary()["bwt"] == 0 and list(model.state_dict()) == keys
+    assert evaluation.matrices["task_il"].summary()["acc"] > 0.8
+
+
+def test_tasks_that_keep_their_own_weights_by_pruning():
+    """PackNet with masks a task: prune the free weights, freeze, remember."""
+    logits, model = Logits(), PlainClassifier(6, 8)
+    policies = [scl.OneShotPruning(0.5, dense=["net.8.weight"]), scl.TaskSubnetworks(), scl.Reopen()]
+    trainer(*policies, logits, epochs=3).fit(model, toy_tasks(num_tasks=3))
+    logits.assert_same()
+    used = policies[1].summary()["used"]
+    assert used == pytest.approx([0.5, 0.75, 0.875], abs=0.01)
+
+
+def test_summary_against_counting_by_hand():
+    run, module = trainer(epochs=2), dst(scl.SET)
+    run.fit(module, toy_tasks(num_tasks=3))
+    shared, learnt = module.policies[0].summary(), scl.Subnetworks.of(module)
+    names = [n for n in scl.Masks.of(module)]
+    total = sum(module.get_parameter(n).numel() for n in names)
+    union = {n: torch.zeros_like(learnt.mask(0, n)) for n in names}
+    for t in range(3):
+        masks = {n: learnt.mask(t, n) for n in names}
+        size = sum(int(m.sum()) for m in masks.values())
+        assert shared["free_in_mask"][t] == sum(int((masks[n] & ~union[n]).sum()) for n in names) / size
+        union = {n: union[n] | masks[n] for n in names}
+        assert shared["used"][t] == sum(int(u.sum()) for u in union.values()) / total
+        assert all(torch.equal(learnt.used(n, t + 1), union[n]) for n in names)
+        assert shared["overlap"][t][t] == 1
+        for name in names:
+            assert shared["density"][name][t] == pytest.approx(masks[name].float().mean().item())
+    assert size == round(0.4 * total)
+
+
+def test_a_loaded_module_answers_without_a_trainer(tmp_path):
+    module = dst(scl.SET)
+    run = trainer(epochs=2)
+    run.fit(module, toy_tasks(num_tasks=3))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    x = torch.rand(5, 1, 8, 8)
+    loaded = scl.ContinualDST.load_from_checkpoint(
+        tmp_path / "run.ckpt", backbone=scl.SmallCNN(8), growth=scl.SET(0.6, dense=HEAD), weights_only=True
+    ).eval()
+    assert torch.equal(loaded(x), module.eval()(x))
+    for task, classes in enumerate(((0, 1), (2, 3), (4, 5))):
+        labels = loaded.predict(x, task)
+        assert torch.equal(labels, module.predict(x, task)) and set(labels.tolist()) <= set(classes)
+    with pytest.raises(ValueError, match="task 3 was never trained; this module has learnt tasks 0 to 2"):
+        loaded.predict(x, 3)
+
+
+def test_more_tasks_than_capacity_is_said_and_sharing_goes_on_only_when_told():
+    with pytest.raises(ValueError, match=r"task 1 of 3 has no free weight in its mask; the free weights ended with task 0"):
+        trainer(epochs=1).fit(dst(sparsity=0.0), toy_tasks())
+    logits, module = Logits(), dst(sparsity=0.0, full="share")
+    trainer(logits, epochs=3).fit(module, toy_tasks())
+    logits.assert_same()
+    assert module.policies[0].summary()["free_in_mask"] == [1, 0, 0]
+
+
+def test_bad_input_is_named():
+    for make, message in (
+        (lambda: scl.TaskSubnetworks("own"), "batch_norm is 'per_task', 'frozen', 'shared'"),
+        (lambda: scl.TaskSubnetworks(full="go on"), "full is 'error' or 'share'"),
+        (lambda: scl.AdaptiveGrowth(0.5, switch="late"), "switch is 'half' or 'saturation'"),
+        (lambda: scl.AdaptiveGrowth(0.5, full=2), r"AdaptiveGrowth\(full=2\)"),
+        (lambda: scl.SET(0.5, fraction=0.1, final=0.2), r"SET\(final=0.2\): .* in \[0, fraction=0.1\]"),
+        (lambda: scl.ResNet18(8, "5x5"), "stem is '3x3' or '7x7'"),
+        (lambda: scl.VGG16(0), "at least one channel"),
+        (lambda: scl.LeNet5(0), "at least one channel"),
+        (lambda: scl.MobileNetV2(0), "positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(ValueError, match="uniform leaves no weight in backbone.0.weight"):
+        trainer(epochs=1).fit(dst(sparsity=0.999, init="uniform"), toy_tasks())
+    module = PlainClassifier()
+    with pytest.raises(ValueError, match=r"mask of 'net.0.weight' has shape \(2, 2\), the weight \(16, 1, 3, 3\)"):
+        scl.Subnetworks.of(module).add([0], {"net.0.weight": torch.ones(2, 2, dtype=torch.bool)}, [])
+    state = {"tasks": [{"classes": [0], "masks": {"net.0.weight": torch.zeros(3, dtype=torch.uint8)}, "own": {}}]}
+    with pytest.raises(ValueError, match=r"mask of 'net.0.weight', which does not fit"):
+        scl.Subnetworks.of(module).load_state_dict(state)
