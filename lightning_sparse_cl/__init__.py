@@ -13,6 +13,7 @@ from lightning_sparse_cl.callbacks import (
     FiniteLoss,
     FlopsCounter,
     FreezeMasks,
+    FromScratch,
     GradientClipping,
     MemoryFootprint,
     ModelCapacity,
@@ -23,6 +24,7 @@ from lightning_sparse_cl.callbacks import (
     RigL,
     RunReport,
     SequenceCheckpoint,
+    SparseGrowth,
     Sparsifier,
     TaskAwareDynamicMasking,
     TaskEarlyStopping,
@@ -33,7 +35,7 @@ from lightning_sparse_cl.callbacks import (
     UnfiredGrowth,
 )
 from lightning_sparse_cl.data import *  # noqa: F403
-from lightning_sparse_cl.methods import ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
+from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, Objective, ReservoirMemory
 from lightning_sparse_cl.optim import (
@@ -44,6 +46,6 @@ from lightning_sparse_cl.optim import (
     StochasticFrankWolfe,
     UpdateRule,
 )
-from lightning_sparse_cl.sparsity import Masks, Subnetworks, load_sparse, save_sparse
+from lightning_sparse_cl.sparsity import GrowthGates, Masks, Subnetworks, load_sparse, save_sparse
 
 __version__ = "0.1.0"

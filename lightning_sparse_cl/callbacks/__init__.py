@@ -27,9 +27,10 @@ from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.report import RunReport
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
 from lightning_sparse_cl.callbacks.snip import SNIP
+from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.state import RandomState
-from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
 
 __all__ = [
     "SET",
@@ -43,6 +44,7 @@ __all__ = [
     "FiniteLoss",
     "FlopsCounter",
     "FreezeMasks",
+    "FromScratch",
     "GradientClipping",
     "MemoryFootprint",
     "ModelCapacity",
@@ -53,6 +55,7 @@ __all__ = [
     "RigL",
     "RunReport",
     "SequenceCheckpoint",
+    "SparseGrowth",
     "Sparsifier",
     "TaskAwareDynamicMasking",
     "TaskEarlyStopping",

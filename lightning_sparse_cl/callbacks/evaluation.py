@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,12 +40,14 @@ class ContinualEvaluation(pl.Callback):
         """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
         self.tested: dict[str, AccuracyMatrix] = {}
         """The single row of the last ``trainer.test`` or ``trainer.validate``, by scenario."""
+        self.held_out: list[float] = []
+        """Task-IL accuracy of each task on its own held-out samples when it was learnt, if there are any."""
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = trainer.datamodule
         if stage == "fit":
-            self._loaded = None
+            self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:
@@ -55,6 +58,7 @@ class ContinualEvaluation(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._loaded is not None:
+            self.held_out = list(self._loaded.get("held_out", []))
             for name, matrix in ((n, m) for n, m in self.matrices.items() if n in self._loaded):
                 matrix.R, matrix.baseline = self._loaded[name]["R"].clone(), self._loaded[name]["baseline"].clone()
         elif self.matrices["task_il"].baseline.isnan().all():
@@ -66,6 +70,10 @@ class ContinualEvaluation(pl.Callback):
 
     def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._measure(trainer, pl_module, task)
+        if trainer.datamodule.val_fraction:
+            learnt = Subnetworks.of(pl_module)
+            logits = partial(learnt.logits, network=pl_module, task=task) if len(learnt) else pl_module
+            self.held_out.append(held_out_accuracy(trainer, pl_module, logits))
         figures = {s: self.matrices[s].summary() for s in self.scenarios}
         pl_module.log_dict(
             {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if isinstance(v, float)},
@@ -74,10 +82,8 @@ class ContinualEvaluation(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
         matrices = {s: self.matrices[s + suffix] for s in self.scenarios}
-        was_training = pl_module.training
+        was_training, learnt, alone = pl_module.training, Subnetworks.of(pl_module), "class_il" not in self.scenarios
         pl_module.eval()
-        learnt = Subnetworks.of(pl_module)
-        alone = "class_il" not in self.scenarios
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
@@ -123,7 +129,32 @@ class ContinualEvaluation(pl.Callback):
             self.on_test_epoch_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}
+        matrices = {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}
+        return matrices | {"held_out": list(self.held_out)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state
+
+
+def held_out_accuracy(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Tensor]
+) -> float:
+    """Accuracy of the running task on its held-out samples, over all processes, among the task's classes.
+
+    Args:
+        trainer: the trainer, in ``fit``.
+        pl_module: put in eval mode for it.
+        logits: maps images (B, C, H, W) to logits (B, num_classes).
+    """
+    data, was_training = trainer.datamodule, pl_module.training
+    live, right = data.live().to(pl_module.device), torch.zeros(2, device=pl_module.device, dtype=torch.long)
+    pl_module.eval()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        for x, y in data.val_dataloader()[0]:
+            x, y = data.prepare(x.to(pl_module.device), augment=False), y.to(pl_module.device)
+            hits = logits(x).masked_fill(~live, -torch.inf).argmax(1) == y
+            right += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(y))])
+    pl_module.train(was_training)
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(right)
+    return float(right[0] / right[1])

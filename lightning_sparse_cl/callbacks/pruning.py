@@ -8,6 +8,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
@@ -83,17 +84,23 @@ class Reopen(Sparsifier):
             raise ValueError(f"Reopen(init={init!r}): init is 'random' or 'zero'")
         self.init = init
 
-    @torch.no_grad()
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for i, (name, alive) in enumerate(list(self.masks.alive.items())):
             self.masks.set_alive(name, None)
             if self.init == "random":
-                layer = copy.deepcopy(pl_module.get_submodule(name.rpartition(".")[0])).cpu()
-                with torch.random.fork_rng([]):  # the same draw on every process
-                    torch.manual_seed((trainer.datamodule.order_seed + 1000 * task + i) % 2**62)
-                    layer.reset_parameters()
-                weight = pl_module.get_parameter(name)
-                weight.copy_(torch.where(alive, weight, layer.weight.to(weight.device)))
+                seed = trainer.datamodule.order_seed + 1000 * task + i
+                redraw(pl_module, name, ~(alive | self.masks.is_frozen(name)), seed)
+
+
+@torch.no_grad()
+def redraw(pl_module: pl.LightningModule, name: str, where: Tensor, seed: int) -> None:
+    """Give the entries of a weight that are ``where`` new values from its layer's own initialisation, by the seed."""
+    layer = copy.deepcopy(pl_module.get_submodule(name.rpartition(".")[0])).cpu()
+    with torch.random.fork_rng([]):  # the same draw on every process
+        torch.manual_seed(seed % 2**62)
+        layer.reset_parameters()
+    weight = pl_module.get_parameter(name)
+    weight.copy_(torch.where(where, layer.weight.to(weight.device), weight))
 
 
 def _has_schedule(trainer: pl.Trainer) -> bool:

@@ -20,10 +20,14 @@ from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
+from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.sparsity import Masks
 
-MEASURES = {"flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks}
+MEASURES = {
+    "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
+    "growth": SparseGrowth,
+}  # fmt: skip
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
 
@@ -111,6 +115,7 @@ class RunReport(pl.Callback):
         for callback in trainer.callbacks:
             if isinstance(callback, ContinualEvaluation):
                 metrics |= {name: matrix.summary() for name, matrix in callback.matrices.items()}
+                metrics |= {"held_out": callback.held_out} if callback.held_out else {}
             for name, measure in MEASURES.items():
                 if isinstance(callback, measure):
                     metrics[name] = callback.summary()

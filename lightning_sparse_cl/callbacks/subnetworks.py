@@ -35,6 +35,8 @@ class TaskSubnetworks(Sparsifier):
 
         full: what to do in a task that finds no free weight in its mask: ``"error"``, or ``"share"`` to go on with
             batch-norm, biases and head on top of frozen weights.
+        share: False keeps a whole copy of the network for every task, and freezes nothing: independent networks, each
+            starting from the last one's weights (fine-tuning) or, with :class:`FromScratch`, anew.
 
     Raises:
         ValueError: if an argument is none of these, or no weight is free.
@@ -44,13 +46,14 @@ class TaskSubnetworks(Sparsifier):
         self,
         batch_norm: Literal["per_task", "frozen", "shared"] = "per_task",
         full: Literal["error", "share"] = "error",
+        share: bool = True,
     ) -> None:
         super().__init__()  # which weights is the choice of others
         if batch_norm not in ("per_task", "frozen", "shared"):
             raise ValueError(f"TaskSubnetworks(batch_norm={batch_norm!r}): batch_norm is 'per_task', 'frozen', 'shared'")
         if full not in ("error", "share"):
             raise ValueError(f"TaskSubnetworks(full={full!r}): full is 'error' or 'share'")
-        self.batch_norm, self.full = batch_norm, full
+        self.batch_norm, self.full, self.share = batch_norm, full, share
         self._norms: dict[str, Tensor] = {}  # frozen batch-norm: tensors to put back
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -86,6 +89,8 @@ class TaskSubnetworks(Sparsifier):
         rows = torch.zeros_like(masks[weights[-1]])
         rows[classes] = True
         masks[weights[-1]] = masks[weights[-1]] & rows
+        if not self.share:
+            masks = {}
         for name, mask in masks.items():
             self.masks.set_frozen(name, self.masks.is_frozen(name) | mask)
         own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
@@ -106,7 +111,7 @@ class TaskSubnetworks(Sparsifier):
 
     def _refuse_full(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         task, names = len(self.subnetworks), list(self.masks.alive) or list(weight_layers(pl_module))[:-1]
-        if task == 0 or self.full == "share" or any(bool(self.masks.movable(name).any()) for name in names):
+        if task == 0 or self.full == "share" or not self.share or any(bool(self.masks.movable(name).any()) for name in names):
             return
         ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
         since = "" if ended is None else f"; the free weights ended with task {ended}"
@@ -123,10 +128,12 @@ class TaskSubnetworks(Sparsifier):
 
         ``density`` by layer, one entry a task; ``overlap`` (T, T), the part of task i's weights that task j uses too;
         ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
-        weights that no earlier task had.
+        weights that no earlier task had. Without sharing only ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
         names = list(tasks[0].masks)[:-1] if tasks else []
+        if not self.share:
+            return {"used": [float(i + 1) for i in range(len(tasks))]}
         used = {name: torch.zeros_like(self.subnetworks.used(name)) for name in names}
         total = sum(u.numel() for u in used.values())
         found: dict[str, Any] = {"density": {n: [] for n in names}, "overlap": [], "used": [], "free_in_mask": []}
@@ -144,6 +151,18 @@ class TaskSubnetworks(Sparsifier):
             found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
             found["free_in_mask"].append(new / max(count, 1))
         return found
+
+
+class FromScratch(pl.Callback):
+    """Every task after the first starts from newly drawn parameters and batch-norm, also of the head."""
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        if task > 0:
+            with torch.random.fork_rng():  # the same draw on every process
+                torch.manual_seed((trainer.datamodule.order_seed + 1000 * task) % 2**62)
+                for layer in pl_module.modules():
+                    if hasattr(layer, "reset_parameters"):
+                        layer.reset_parameters()
 
 
 def _norms(module: nn.Module) -> dict[str, nn.Module]:

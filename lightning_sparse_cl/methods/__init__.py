@@ -1,9 +1,10 @@
 """Methods: one paper a file, each a composition of an objective, an update rule, an optimiser and policies."""
 
 from lightning_sparse_cl.methods.base import ContinualModule
+from lightning_sparse_cl.methods.cl_lsg import CLLSG
 from lightning_sparse_cl.methods.continual_dst import ContinualDST
 from lightning_sparse_cl.methods.esacl import EsaCL
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.methods.sparcl import SparCL
 
-__all__ = ["ContinualDST", "ContinualModule", "EsaCL", "IsolatingModule", "SparCL"]
+__all__ = ["CLLSG", "ContinualDST", "ContinualModule", "EsaCL", "IsolatingModule", "SparCL"]

@@ -120,7 +120,8 @@ class ContinualModule(pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
         x, y = batch
-        data, optimizer = self.trainer.datamodule, self.optimizers()
+        data, optimizers = self.trainer.datamodule, self.optimizers()
+        optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
         whole: Outputs = {}  # the whole batch before the update: losses to rank, logits to remember
         moved = False
@@ -137,16 +138,23 @@ class ContinualModule(pl.LightningModule):
             moved = True
             if not whole:
                 whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
-            return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"]}
+            return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"] + self.penalty()}
 
-        optimizer.zero_grad()
+        for each in (optimizer, *others):
+            each.zero_grad()
         outputs = self.update(self, loss)
         optimizer.step()
+        for other in others:
+            other.optimizer.step()  # Lightning does not count it: a batch is one step
         self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
         loss = outputs["loss"].detach()
         if self._logs():
             self.log("train/loss", loss, prog_bar=True)
         return {"loss": loss, "logits": whole["logits"]}
+
+    def penalty(self) -> Tensor | float:
+        """What a method adds to the loss, once a pass."""
+        return 0.0
 
     def _logs(self) -> bool:
         """Logging costs as much as a small network's step, and is done where somebody looks."""

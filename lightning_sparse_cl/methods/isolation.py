@@ -21,8 +21,12 @@ class IsolatingModule(ContinualModule):
         """Images (B, C, H, W) to logits (B, num_classes); in eval mode each class's is that of its task's subnetwork."""
         learnt = Subnetworks.of(self)
         if self.training or not len(learnt):
-            return super().forward(x)
-        return learnt.logits(x, super().forward)
+            return self.running(x)
+        return learnt.logits(x, self.running)
+
+    def running(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of the network that the running task trains."""
+        return super().forward(x)
 
     def predict(self, x: Tensor, task: int) -> Tensor:
         """Labels (B,) of images (B, C, H, W), out of the classes of ``task``, by its compact subnetwork alone.

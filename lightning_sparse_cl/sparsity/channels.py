@@ -78,11 +78,19 @@ class Channels:
                 at[node] = source
             else:
                 raise ValueError(f"{type(network).__name__}: channels cannot be followed through {node.format_node()}")
-        return found
+        return found._renumbered()
 
     def _new(self, size: int) -> int:
         self.sizes.append(size)
         return len(self.sizes) - 1
+
+    def _renumbered(self) -> Channels:
+        """Without the sets that were joined to others."""
+        users = (self.reads, self.writes, self.along)
+        number = {s: i for i, s in enumerate(sorted({s for u in users for s in u.values()} | {self.input, self.output}))}
+        reads, writes, along = ({name: number[s] for name, s in u.items()} for u in users)
+        sizes = [self.sizes[s] for s in number]
+        return Channels(sizes, reads, writes, along, number[self.input], number[self.output])
 
     def _through(self, name: str, module: nn.Module, source: int) -> int:
         if isinstance(module, SAME):
@@ -102,15 +110,6 @@ class Channels:
         kept, gone = min(one, other), max(one, other)
         for users in (self.reads, self.writes, self.along):
             users |= {name: kept for name, s in users.items() if s == gone}
-
-    def kernels(self, name: str, weight: Tensor, writing: Tensor, reading: Tensor) -> Tensor:
-        """Products of what belongs to the channels a layer writes (C_out,) and reads (C_in,), as broadcast to it.
-
-        Of shape (C_out, C_in, 1, 1), or (C_out, n_in) for a linear layer, which may read several values a channel.
-        """
-        reading = reading.repeat_interleave(weight.shape[1] // len(reading))
-        product = writing[:, None] * reading[None]
-        return product[..., None, None] if weight.ndim == 4 else product
 
 
 def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
+from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
 _of: WeakKeyDictionary[nn.Module, Subnetworks] = WeakKeyDictionary()
@@ -131,8 +132,8 @@ class Subnetworks:
         if task is None or not found:
             logits = network(x).clone()
         else:
-            head = self.module.get_parameter(list(self.tasks[task].masks)[-1])
-            logits = found[task].new_full((len(x), len(head)), -torch.inf)
+            head = list(weight_layers(getattr(self.module, "network", self.module)).values())[-1]
+            logits = found[task].new_full((len(x), len(head.weight)), -torch.inf)
         for i, learnt in found.items():
             logits[:, self.tasks[i].classes] = learnt.to(logits.dtype)
         return logits

@@ -1,0 +1,180 @@
+"""When CL-LSG grows: pick and reuse first, grow channels only if the target accuracy is missed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim.swa_utils import update_bn
+
+from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy
+from lightning_sparse_cl.callbacks.pruning import redraw
+from lightning_sparse_cl.callbacks.schedule import position
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.sparsity.gates import GrowthGates
+
+
+class SparseGrowth(Sparsifier):
+    """Two stages a task (Algorithm 1 of CL-LSG), on a module that has :class:`GrowthGates` as ``gates``.
+
+    Stage 1, pick and reuse: selective masks on the kernels that earlier tasks own, and training of the released ones,
+    for at most ``reuse_epochs``. Stage 2, growth of new channels, for the rest of the task's epochs. After every epoch
+    the Task-IL accuracy of the noiseless network on the held-out samples is compared with the target: as soon as it is
+    reached the task ends; a task that misses it to the end keeps what it has. The first task does the same from the
+    seed network (the paper grows it at once), so that a target that is always reached never grows. The seed's weights
+    are scaled to the variance that a network of its size would be given.
+
+    Batch-norm statistics of training are those of drawn masks, and are measured anew for the network without noise,
+    before each comparison and when a task ends (``torch.optim.swa_utils.update_bn``).
+
+    Args:
+        target: accuracy in [0, 1] that makes growth unnecessary; one for all tasks or one a task. Above 1 it is never
+            reached. Or the ``metrics.json`` of a run (or of several: the best is taken, task by task) whose
+            ``held_out`` accuracies are the target, the paper's best of "scratch" and "fine-tune". The paper compares on
+            test data, which decides the structure by what it is judged with.
+        reuse_epochs: of stage 1 at most; fewer than the epochs of a task.
+
+    Raises:
+        ValueError: if an argument is out of range or does not fit the run, or nothing is held out to decide by.
+        TypeError: if the module has no gates.
+    """
+
+    def __init__(self, target: float | list[float] | str | list[str], reuse_epochs: int = 10) -> None:
+        super().__init__()
+        if reuse_epochs < 1:
+            raise ValueError(f"SparseGrowth(reuse_epochs={reuse_epochs}): stage 1 takes at least one epoch")
+        for value in target if isinstance(target, list) else [target]:
+            if not isinstance(value, str) and value < 0:
+                raise ValueError(f"SparseGrowth(target={target}): an accuracy is a fraction, at least 0")
+        self.target, self.reuse_epochs = target, reuse_epochs
+        self.grew: list[bool] = []
+        self.reached: list[float] = []
+        self.allocated: list[float] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self.grew, self.reached, self.allocated = [], [], []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        data = trainer.datamodule
+        if not isinstance(getattr(pl_module, "gates", None), GrowthGates):
+            raise TypeError(f"SparseGrowth: {type(pl_module).__name__} has no GrowthGates as `gates`; use CLLSG")
+        if not data.val_fraction:
+            raise ValueError("SparseGrowth: growth is decided on held-out samples; set the data module's val_fraction")
+        if self.reuse_epochs >= (shortest := position(trainer).epochs):
+            raise ValueError(
+                f"SparseGrowth(reuse_epochs={self.reuse_epochs}): a task has {shortest} epochs, none would be left to grow"
+            )
+        self.targets = targets_of(self.target, data.num_tasks)
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        gates = pl_module.gates
+        gates.begin(self.masks.frozen)
+        for name, allocated in gates.allocated_kernels().items():
+            weight = pl_module.get_parameter(name)
+            self.masks.set_alive(name, _expanded(allocated, weight))
+            if task == 0:  # drawn for as many inputs as the whole network has
+                weight.data *= math.sqrt(allocated.shape[1] / int(allocated[0].sum()))
+        self.grew.append(False)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        at = position(trainer)
+        if at.over:  # the task ended with its last batch
+            return
+        self._measure_batch_norm(trainer, pl_module)
+        accuracy = held_out_accuracy(trainer, pl_module, pl_module.running)
+        pl_module.log("growth/held_out", accuracy, rank_zero_only=True)
+        if accuracy >= self.targets[at.task]:
+            trainer.datamodule.end_task()
+        elif at.epoch + 1 == self.reuse_epochs:
+            self.grow(trainer, pl_module)
+
+    def grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stage 2 begins: weights of channels that can be grown are drawn, and all gates open."""
+        at, gates = position(trainer), pl_module.gates
+        for i, (name, allocated) in enumerate(gates.allocated_kernels().items()):
+            self.masks.set_alive(name, None)
+            new = ~_expanded(allocated, pl_module.get_parameter(name))
+            redraw(pl_module, name, new, trainer.datamodule.order_seed + 1000 * at.task + 500 + i)
+        gates.growing.fill_(True)
+        for optimizer in trainer.optimizers:
+            optimizer.state.clear()
+        self.grew[-1] = True
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._measure_batch_norm(trainer, pl_module)
+        self.reached.append(held_out_accuracy(trainer, pl_module, pl_module.running))
+        for name, mask in pl_module.gates.finish().items():
+            weight = pl_module.get_parameter(name)
+            self.masks.set_alive(name, _expanded(mask.expand(weight.shape[:2]), weight))
+        self.allocated.append(self._allocated(pl_module))
+
+    def _allocated(self, pl_module: pl.LightningModule) -> float:
+        """Weights between allocated channels, of all but the head's, as a fraction of the whole network's."""
+        *kernels, _ = pl_module.gates.allocated_kernels().items()
+        weights = {name: pl_module.get_parameter(name) for name, _ in kernels}
+        there = sum(int(mask.sum()) * weights[name][0, 0].numel() for name, mask in kernels)
+        return there / sum(w.numel() for w in weights.values())
+
+    def _measure_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        training = pl_module.training
+        with pl_module.gates.still(), self.masks.scoring(), trainer.precision_plugin.forward_context():
+            update_bn(trainer.datamodule.samples(), pl_module)
+        pl_module.train(training)
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.all_reduce(buffer)
+                    buffer /= trainer.world_size
+
+    def summary(self) -> dict[str, Any]:
+        """By task: whether it ``grew``, the ``target`` and what it ``reached`` on held-out samples, and the weights that
+        are ``allocated`` after it, released ones included, as a fraction of the whole network's.
+        """
+        return {
+            "grew": self.grew, "target": self.targets[: len(self.reached)], "reached": self.reached,
+            "allocated": self.allocated,
+        }  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"grew": self.grew, "reached": self.reached, "allocated": self.allocated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.grew, self.reached, self.allocated = (list(state[k]) for k in ("grew", "reached", "allocated"))
+
+
+def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks: int) -> list[float]:
+    """The target of each task; see :class:`SparseGrowth`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if there are not as many targets as tasks, or a file has none.
+    """
+    given = target if isinstance(target, list | tuple) else [target]
+    if not all(isinstance(value, str) for value in given):
+        found = [float(v) for v in (given if isinstance(target, list | tuple) else [target] * num_tasks)]
+    else:
+        runs = []
+        for path in given:
+            if not Path(path).is_file():
+                raise FileNotFoundError(f"SparseGrowth(target={path!r}): there is no such file; give a run's metrics.json")
+            runs.append(json.loads(Path(path).read_text()).get("held_out") or [])
+        found = [max(values) for values in zip(*runs)]
+    if len(found) != num_tasks:
+        raise ValueError(
+            f"SparseGrowth(target={target}): {len(found)} held-out accuracies for {num_tasks} tasks; give one for all or "
+            "one a task, or runs of all tasks with a val_fraction"
+        )
+    return found
+
+
+def _expanded(kernels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A mask of kernels (C_out, n_in) as one of the weight's shape."""
+    return kernels.view(*kernels.shape, *[1] * (weight.ndim - 2)).expand_as(weight)

@@ -1,0 +1,96 @@
+"""CL-LSG: continual learning via learnable sparse growth from a seed network (Yang et al., 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import SGD, Adam, Optimizer
+
+from lightning_sparse_cl.callbacks.pruning import Reopen
+from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.methods.isolation import IsolatingModule
+from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
+from lightning_sparse_cl.optim.sam import UpdateRule
+from lightning_sparse_cl.sparsity.gates import GrowthGates
+
+
+class CLLSG(IsolatingModule):
+    """ "CL-LSG: Continual Learning via Learnable Sparse Growth", Algorithm 1::
+
+        seed network of 1/8 of the channels                        gates = GrowthGates(seed)
+        3.2  stage 1: selective mask m^s on frozen weights,        gates (selective, retrain)
+             released weights trained again
+        2    growth only if the target accuracy is missed          growth = SparseGrowth(target, reuse_epochs)
+        eq 2 L(f(w * m^g * m^a)) + lambda ||m^g||_0                gates (attentive, penalty)
+        A.2  masks by Gumbel-sigmoid, straight through             sparsity/gates.py
+             what a task uses is frozen, and its own mask          subnetworks = TaskSubnetworks
+
+    ``backbone`` is the network at its full size, to which it can grow; sizes are reported as fractions of it. (The
+    paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains all of
+    it is multiplied; the subnetwork that is left of it has the task's channels only.
+
+    Released weights that a task trains are its own from then on, which the paper does not say: without it the next task
+    would train what this one relies on.
+
+    Args:
+        backbone: images (B, C, H, W) to features (B, D), of plain convolutions, linear layers and batch-norm.
+        growth: when to grow.
+        gates: what to grow, and the masks; None is the paper's.
+        objective: None is cross-entropy among the task's classes.
+        subnetworks: how tasks are kept apart; None gives each its own batch-norm.
+        update: None is one backward pass.
+        optimizer: of the weights; None is SGD with learning rate 0.01.
+        mask_optimizer: of the real-valued masks; None is Adam with learning rate 0.0005. In runs much shorter than the
+            paper's 4,000 steps a task masks need a larger one to change sign at all.
+        policies: further callbacks.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        growth: SparseGrowth,
+        gates: GrowthGates | None = None,
+        objective: Objective | None = None,
+        subnetworks: TaskSubnetworks | None = None,
+        update: UpdateRule | None = None,
+        optimizer: Callable[[Iterable], Optimizer] | None = None,
+        mask_optimizer: Callable[[Iterable], Optimizer] | None = None,
+        policies: Sequence[pl.Callback] = (),
+    ) -> None:
+        parts = [Reopen(), growth, subnetworks or TaskSubnetworks(full="share")]
+        super().__init__(
+            backbone,
+            objective or CrossEntropy(single_head=True),
+            update,
+            optimizer or partial(SGD, lr=0.01),
+            policies=[*parts, *policies],
+        )
+        self.gates = gates or GrowthGates()
+        self.mask_optimizer = mask_optimizer or partial(Adam, lr=0.0005)
+
+    def build(
+        self, input_shape: Sequence[int], num_classes: int, seed: int = 0, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        super().build(input_shape, num_classes, seed, dtype)
+        self.gates.build(self.network)
+
+    def running(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of the network that grows: its weights times masks, drawn in training mode."""
+        network = self.network
+        return functional_call(network, self.gates.weights(network), (x,))
+
+    def penalty(self) -> Tensor:
+        """lambda ||m^g||_0 of eq 2, in expectation."""
+        return self.gates.penalty * self.gates.expected_size()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        """One optimiser for the weights, one for the real-valued masks."""
+        masks = [p for p in self.gates.parameters() if p.requires_grad]
+        weights = [p for n, p in self.named_parameters() if not n.startswith("gates.")]
+        return [self.optimizer(weights), self.mask_optimizer(masks)]
