@@ -18,6 +18,8 @@ SMALL = {
     "split_digits": [],
     "split_cifar10": ["--data.init_args.batch_size", "20"],
     "split_cifar100": ["--data.init_args.batch_size", "16"],
+    "split_cifar100_superclasses": ["--data.init_args.batch_size", "8"],
+    "split_mini_imagenet": ["--data.init_args.batch_size", "8"],
     "split_tiny_imagenet": ["--data.init_args.batch_size", "16"],
 }
 
@@ -34,8 +36,10 @@ def data_root(tmp_path, monkeypatch):
     def write(kind):
         if kind == "split_cifar10":
             fake_data.write_cifar10(root, monkeypatch, per_class=20)
-        if kind == "split_cifar100":
+        if kind.startswith("split_cifar100"):
             fake_data.write_cifar100(root, monkeypatch, per_class=4)
+        if kind == "split_mini_imagenet":
+            fake_data.write_mini_imagenet(root, per_class=6, size=16)
         if kind == "split_tiny_imagenet":
             fake_data.write_tiny_imagenet(root, per_class=2)
 
@@ -45,11 +49,15 @@ def data_root(tmp_path, monkeypatch):
 def small(config):
     return [
         "--model.init_args.backbone.init_args.width=2",
-        "--schedule.epochs=1",
+        f"--schedule.epochs={epochs_of(config)}",
         "--trainer.accelerator=cpu",
         *SMALL[config.parent.name],
         *shortened(config.stem),
     ]
+
+
+def epochs_of(config):
+    return 2 if "cl_lsg" in str(config) else 1
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=name_of)
@@ -67,13 +75,22 @@ def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_roo
             assert float(tested[f"{scenario}/task_{task}"]) == pytest.approx(accuracy, abs=1e-6)
     expected = {"esacl": 0.8, "sparcl": 0.9, "snip_derpp": 0.9, "rigl_derpp": 0.9}
     expected |= {"sparcl": 0.75} if config.parent.name != "split_digits" else {}
-    assert metrics["sparsity"] == pytest.approx(expected.get(config.stem, 0.0), abs=0.02)
+    if config.stem == "cl_lsg":  # as much as it has grown
+        assert metrics["growth"]["grew"] and 0 < metrics["subnetworks"]["used"][-1] < 1
+    elif config.stem.startswith("continual_dst"):  # weights that have just grown are zero too
+        assert metrics["sparsity"] >= 0.9 - 1e-3
+    else:
+        assert metrics["sparsity"] == pytest.approx(expected.get(config.stem, 0.0), abs=0.02)
+    if config.stem in ("continual_dst", "cl_lsg"):
+        assert (folder / "subnetworks.png").exists() and metrics["task_il"]["bwt"] == 0
+        predicted = main(["predict", "-c", str(config), *small(config), "--ckpt_path", str(last)])
+        assert predicted.trainer.predict_loop.num_dataloaders == len(metrics["task_il"]["baseline"])
     if config.stem in expected:
         assert any(d < 0.5 for d in metrics["density_per_layer"].values())
         assert metrics["size"]["nonzero"] < metrics["size"]["parameters"]
 
 
-BASES = {"esacl": "esacl", "objectives": "esacl", "sparcl": "sparcl", "policies": "derpp"}
+BASES = {"esacl": "esacl", "objectives": "esacl", "sparcl": "sparcl", "policies": "derpp", "cl_lsg": "cl_lsg"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=name_of)
@@ -96,6 +113,9 @@ def test_every_overlay_fits_over_its_base(overlay):
         "sparsity_90": lambda m: parts == [0.9, 0.3, 0.02],
         "sparsity_95": lambda m: parts == [0.95, 0.3, 0.01],
         "as_in_the_code": lambda m: m.objective.single_head and m.policies[1].by == "forgetting",
+        "grow": lambda m: not (m.gates.selective or m.gates.attentive or m.gates.retrain),
+        "sel_mask": lambda m: m.gates.selective and not m.gates.attentive and not m.gates.retrain,
+        "lsg": lambda m: m.gates.selective and m.gates.attentive and not m.gates.retrain,
         **dict.fromkeys(
             ("set", "snfs", "snip", "rigl"), lambda m: type(m.policies[0]).__name__.lower() == overlay.stem
         ),

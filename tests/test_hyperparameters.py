@@ -39,6 +39,7 @@ NO_RESULT = {
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
     "where it runs, not what comes out": {"num_workers"},
+    "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
         for name in ("Digits", "MNIST", "FashionMNIST")},
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
@@ -50,6 +51,7 @@ IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for par
 # What a class needs to be made at all or to show a difference, and the other value where it is not obvious.
 BASE: dict[str, dict[str, Any]] = {
     "ContinualModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03)},
+    "IsolatingModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03)},
     "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
     "ER": {"memory": 30, "minibatch": 8}, "DERpp": {"memory": 30, "minibatch": 8},
     "DERppOneDraw": {"memory": 30, "minibatch": 8},
@@ -60,6 +62,12 @@ BASE: dict[str, dict[str, Any]] = {
     "DynamicDataRemoval": {"cutoff": 2, "every": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
     "RigL": {"sparsity": 0.5, "interval": 3}, "SET": {"sparsity": 0.5, "interval": 3},
     "SNFS": {"sparsity": 0.5, "interval": 3}, "SNIP": {"sparsity": 0.5},
+    **{name: {"sparsity": 0.5, "interval": 3} for name in ("UnfiredGrowth", "MomentumGrowth")},
+    "AdaptiveGrowth": {"sparsity": 0.5, "interval": 3, "switch": "saturation", "full": 0.1},
+    "ContinualDST": {"backbone": scl.SmallCNN(4), "growth": scl.SET(0.5, interval=3, dense=["head.weight"])},
+    "CLLSG": {"backbone": scl.SmallCNN(8), "growth": scl.SparseGrowth(1.1, 1)},
+    "GrowthGates": {"kernel_init": 0.1}, "SparseGrowth": {"target": 1.1, "reuse_epochs": 1},
+    "TaskSubnetworks": {"full": "share"},
     "LossSelection": {"warmup": 1},
     "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
@@ -77,6 +85,25 @@ OTHER: dict[str, Any] = {
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
+    "AdaptiveGrowth.switch": "half",
+    "AdaptiveGrowth.full": 0.9,
+    "DropAndGrow.init": "erk",
+    **{f"{name}.init": "erk" for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
+    **{f"{name}.final": 0.2 for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
+    "stem": "7x7",
+    "batch_norm": "shared",
+    "target": 0.0,
+    "gates": scl.GrowthGates(0.5),
+    "GrowthGates.seed": 0.5,
+    "CLLSG.optimizer": partial(SGD, lr=0.1),
+    "penalty": 10.0,
+    "growth": scl.SET(0.7, interval=3, dense=["head.weight"]),
+    "CLLSG.growth": scl.SparseGrowth(0.0, 1),
+    "subnetworks": scl.TaskSubnetworks("shared", "share"),
+    "reopen": scl.Reopen("random"),
+    "mask_optimizer": partial(SGD, lr=1.0),
+    "LeNet5.width": 8,
+    "MobileNetV2.width": 0.5,
     "TaskLRSchedule.interval": "step",
     "masking": scl.TaskAwareDynamicMasking(0.7, 1),
     "removal": scl.DynamicDataRemoval(0.6, 1, 1),
@@ -128,12 +155,17 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
         model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), optimizer=partial(part, **kwargs))
     elif issubclass(part, scl.LossSelection):
         model = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), selection=part(**kwargs))
+    elif issubclass(part, scl.GrowthGates):
+        model = scl.CLLSG(scl.SmallCNN(8), scl.SparseGrowth(1.1, 1), part(**kwargs))
+    elif issubclass(part, scl.SparseGrowth):
+        model = scl.CLLSG(scl.SmallCNN(8), part(**kwargs))
     elif issubclass(part, nn.Module) and not issubclass(part, pl.LightningModule):
         model = scl.ContinualModule(part(**kwargs))
     elif issubclass(part, pl.Callback):
         callbacks = [part(**kwargs)]
     policies = [c for c in callbacks if not isinstance(c, scl.TaskSchedule | scl.ContinualEvaluation)]
     policies += [scl.OneShotPruning(0.5)] if name in ("FreezeMasks", "Reopen") else []
+    policies = [scl.TaskSubnetworks(), scl.Reopen(), *policies] if name == "AdaptiveGrowth" else policies
     policies.sort(key=lambda c: not isinstance(c, scl.OneShotPruning))
     objective = scl.DERpp(30, 8)
     model = model or scl.ContinualModule(
@@ -141,6 +173,7 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
     )
     evaluation = next((c for c in callbacks if isinstance(c, scl.ContinualEvaluation)), scl.ContinualEvaluation())
     schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))
+    schedule = scl.TaskSchedule(3) if name in ("GrowthGates", "SparseGrowth", "CLLSG") else schedule
     schedule = {"TaskEarlyStopping": scl.TaskSchedule(8), "DynamicDataRemoval": scl.TaskSchedule(4)}.get(name, schedule)
     trainer(evaluation, epochs=schedule.epochs).fit(model, sequence)
     figures = [m.R for m in evaluation.matrices.values()] + [torch.tensor(sequence.starts)]

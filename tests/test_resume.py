@@ -144,6 +144,7 @@ def points(ends, seed):
         "between pruning and measuring": ("on_task_end", 2),
         "after the measurement": ("on_after_task_end", 2),
         "the epoch's end at a transition": ("on_train_epoch_end", 2 * EPOCHS),
+        "between epochs of a task, for CL-LSG stages": ("on_train_epoch_start", 2 * EPOCHS),
         "the next task's start": ("on_task_start", 3),
         "its first batch": ("on_train_batch_start", ends[1] + 1),
         "in its first step": ("on_before_optimizer_step", ends[1] + 1),
@@ -154,12 +155,13 @@ def points(ends, seed):
 
 
 IN_CI = ["middle of a task", "between pruning and measuring", "a checkpoint's write", "its first batch"]
+ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measurement", "its first batch"]
 
 
-@pytest.mark.parametrize("config", ["esacl", "derpp", "sparcl"])
+@pytest.mark.parametrize("config", ["esacl", "derpp", "sparcl", "continual_dst", "cl_lsg"])
 def test_killed_and_resumed(tmp_path, config):
     ends = whole_run(tmp_path / "whole", config)
-    for name in IN_CI:
+    for name in ISOLATING if config in ("continual_dst", "cl_lsg") else IN_CI:
         kill_and_resume(tmp_path / "whole", tmp_path / name, config, *points(ends, 0)[name])
 
 

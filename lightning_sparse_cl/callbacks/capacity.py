@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_sparse_cl.metrics.accounting import capacity
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity import Masks, Subnetworks
 from lightning_sparse_cl.sparsity.export import save_sparse
 
 
@@ -17,7 +17,8 @@ class ModelCapacity(pl.Callback):
 
     The file, ``model.safetensors`` in the folder of the run, is read by
     :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
-    ``module.load_state_dict(state, strict=False)``. List it after callbacks that prune when the fit ends, and before
+    ``module.load_state_dict(state, strict=False)``. Where each task has a subnetwork, the file holds them all, see
+    :meth:`~lightning_sparse_cl.Subnetworks.stored`. List it after callbacks that prune when the fit ends, and before
     :class:`RunReport`.
     """
 
@@ -30,6 +31,8 @@ class ModelCapacity(pl.Callback):
             return
         folder.mkdir(parents=True, exist_ok=True)
         network = {n: t for n, t in pl_module.state_dict().items() if not n.startswith("objective.")}
+        if len(learnt := Subnetworks.of(pl_module)):
+            network = learnt.stored()
         masks, parameters = Masks.of(pl_module), list(pl_module.parameters())
         self._found = {
             "capacity": capacity(1 - masks.density()),

@@ -39,8 +39,9 @@ class RunReport(pl.Callback):
     ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc``, ``bwt``, ``fwt``, ``forgetting``; with
     ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
-    ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`), ``seconds``
-    (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
+    ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
+    ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
+    ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds`` (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
     """
 
     def __init__(self) -> None:
@@ -81,6 +82,10 @@ class RunReport(pl.Callback):
             from lightning_sparse_cl.callbacks.picture import draw_matrices
 
             draw_matrices(matrices, folder / "accuracy_matrix.png")
+        if metrics.get("subnetworks", {}).get("density"):
+            from lightning_sparse_cl.callbacks.picture import draw_subnetworks
+
+            draw_subnetworks(metrics["subnetworks"], metrics.get("growth"), folder / "subnetworks.png")
         self._finished = metrics, folder
 
     @rank_zero_only
@@ -166,6 +171,12 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     console.print(summary)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
+    shared, growth = metrics.get("subnetworks"), metrics.get("growth")
+    if shared and shared["used"]:
+        lines.add_row("weights used by all tasks", f"{100 * shared['used'][-1]:.2f} % of the network's")
+    if growth:
+        grew = ", ".join(str(t + 1) for t, g in enumerate(growth["grew"]) if g) or "none"
+        lines.add_row("  allocated", f"{100 * growth['allocated'][-1]:.2f} % (grew in tasks: {grew})")
     flops, memory, size = (metrics.get(name, {}) for name in ("flops", "memory", "size"))
     if flops.get("dense"):  # modules that do not call themselves are not counted
         lines.add_row("samples served", f"{flops['samples']:,}")

@@ -83,7 +83,7 @@ class TaskSubnetworks(Sparsifier):
             tensor.data.copy_(self._norms[name])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        network = getattr(pl_module, "network", pl_module)
+        network = _network(pl_module)
         weights, classes = list(weight_layers(network)), trainer.datamodule.classes[task]
         masks = {n: self.masks.alive.get(n, torch.ones_like(pl_module.get_parameter(n), dtype=torch.bool)) for n in weights}
         rows = torch.zeros_like(masks[weights[-1]])
@@ -128,7 +128,8 @@ class TaskSubnetworks(Sparsifier):
 
         ``density`` by layer, one entry a task; ``overlap`` (T, T), the part of task i's weights that task j uses too;
         ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
-        weights that no earlier task had. Without sharing only ``used``, in whole networks.
+        weights that no earlier task had; ``compact``: parameters of each task's network without the channels that it
+        does not use. Without sharing only ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
         names = list(tasks[0].masks)[:-1] if tasks else []
@@ -150,7 +151,9 @@ class TaskSubnetworks(Sparsifier):
             found["overlap"].append([b / max(count, 1) for b in both])
             found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
             found["free_in_mask"].append(new / max(count, 1))
-        return found
+        whole = sum(p.numel() for p in _network(self.subnetworks.module).parameters())
+        compact = [sum(p.numel() for p in self.subnetworks.network(i).parameters()) for i in range(len(tasks))]
+        return found | {"compact": [parameters / whole for parameters in compact]}
 
 
 class FromScratch(pl.Callback):
@@ -163,6 +166,11 @@ class FromScratch(pl.Callback):
                 for layer in pl_module.modules():
                     if hasattr(layer, "reset_parameters"):
                         layer.reset_parameters()
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """What maps images to logits."""
+    return getattr(module, "network", module)
 
 
 def _norms(module: nn.Module) -> dict[str, nn.Module]:

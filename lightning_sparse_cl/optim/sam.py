@@ -56,7 +56,8 @@ class SharpnessAware(UpdateRule):
         self.rho = rho
 
     def __call__(self, module: Any, loss: Callable[[Stage], Outputs]) -> Outputs:
-        optimizer = module.optimizers()
+        optimizers = module.optimizers()
+        optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers  # the first is that of the weights
         with optimizer.toggle_model(sync_grad=False):
             module.manual_backward(loss("ascent")["loss"])
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -119,6 +119,15 @@ class Subnetworks:
                 self._ready[task] = compact(network, self.tasks[task].classes).eval().requires_grad_(False)
         return self._ready[task].to(next(self.module.parameters()).device)
 
+    def stored(self) -> dict[str, Tensor]:
+        """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight a
+        byte, under ``mask.TASK.NAME``; a task's own tensors under ``own.TASK.NAME``.
+        """
+        shared = {n: Masks.of(self.module).held(n) * self.used(n) for n in (self.tasks[0].masks if self.tasks else ())}
+        masks = {f"mask.{i}.{n}": bits for i, task in enumerate(self.tasks) for n, bits in task.masks.items()}
+        own = {f"own.{i}.{n}": tensor for i, task in enumerate(self.tasks) for n, tensor in task.own.items()}
+        return shared | masks | own
+
     def logits(self, x: Tensor, network: Callable[[Tensor], Tensor], task: int | None = None) -> Tensor:
         """Logits (B, num_classes) for images (B, C, H, W): each class has that of the subnetwork of its task.
 
