@@ -62,9 +62,7 @@ def data_of(images: str, **kwargs: Any) -> scl.SplitTensors:
 def run(init: str, growth: str, sparsity: float, seed: int, images: str, epochs: int, width: int) -> dict[str, Any]:
     """One sequence."""
     pl.seed_everything(seed, verbose=False)
-    rule = GROWTH[growth](
-        sparsity, interval=25, fraction=0.5, until=1.0, final=0.005, init=init, dense=["head.weight"]
-    )
+    rule = GROWTH[growth](sparsity, interval=25, fraction=0.5, until=1.0, final=0.005, init=init, dense=["head.weight"])
     drops = scl.TaskLRSchedule(partial(MultiStepLR, milestones=[epochs // 2, 3 * epochs // 4], gamma=0.1))
     module = scl.ContinualDST(scl.ResNet18(width, "7x7"), growth=rule, policies=[drops])
     metrics = harness.fit(module, data_of(images), epochs, task_il_only=True)
@@ -109,7 +107,9 @@ def findings(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     adaptive = acc("erk", "adaptive, half", 0.9)
     own = acc("erk", "adaptive, saturation", 0.9)
     return {
-        "I a: at sparsity 0.80 ERK beats uniform": verdict(less(over(["erk"], FIXED, 0.8), over(["uniform"], FIXED, 0.8))),
+        "I a: at sparsity 0.80 ERK beats uniform": verdict(
+            less(over(["erk"], FIXED, 0.8), over(["uniform"], FIXED, 0.8))
+        ),
         "I b: at 0.95 uniform beats ERK": verdict(less(over(["uniform"], FIXED, 0.95), over(["erk"], FIXED, 0.95))),
         "II: uniform depends less on the growth than ERK at 0.95": verdict(
             less(spread_over_growth(acc, "erk"), spread_over_growth(acc, "uniform"))

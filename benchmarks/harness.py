@@ -38,7 +38,9 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fit(module: pl.LightningModule, data: scl.TaskDataModule, epochs: int, task_il_only: bool = False) -> dict[str, Any]:
+def fit(
+    module: pl.LightningModule, data: scl.TaskDataModule, epochs: int, task_il_only: bool = False
+) -> dict[str, Any]:
     """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
     evaluation, report = scl.ContinualEvaluation(not task_il_only, not task_il_only), scl.RunReport()
     measures = [scl.FlopsCounter(), scl.MemoryFootprint()]

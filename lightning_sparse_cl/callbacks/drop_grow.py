@@ -126,7 +126,9 @@ class DropAndGrow(Sparsifier):
             alive, movable = int(before[name].sum()), int(pool.sum())
             dropped[name] = whole_part(part, movable)
             free[name] = score.numel() - alive + dropped[name]
-            kept[name] = protected | top_k_mask(pl_module.get_parameter(name).abs(), movable - dropped[name], among=pool)
+            kept[name] = protected | top_k_mask(
+                pl_module.get_parameter(name).abs(), movable - dropped[name], among=pool
+            )
         for name, count in self.how_many(dropped, free).items():
             grown = top_k_mask(scores[name], count, among=~kept[name])
             self.masks.set_alive(name, kept[name] | grown)

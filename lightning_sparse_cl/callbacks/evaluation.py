@@ -21,7 +21,7 @@ class ContinualEvaluation(pl.Callback):
 
     Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
     the sample's task, on the same head and from the same forward pass. Where each task has a subnetwork of its own
-    (:class:`TaskSubnetworks`), every class's logit is that of its task's, in both scenarios. Before training the untrained network is
+    (:class:`TaskSubnetworks`), Task-IL asks that of the sample's task, Class-IL all of them. Before training the untrained network is
     measured on every task, the baseline of forward transfer.
 
     Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
@@ -82,27 +82,29 @@ class ContinualEvaluation(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
         matrices = {s: self.matrices[s + suffix] for s in self.scenarios}
-        was_training, learnt, alone = pl_module.training, Subnetworks.of(pl_module), "class_il" not in self.scenarios
+        was_training = pl_module.training
         pl_module.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
-                    x, y = x.to(pl_module.device), y.to(pl_module.device)
-                    x = trainer.datamodule.prepare(x, augment=False)
-                    if len(learnt):
-                        logits = learnt.logits(x, pl_module, task if alone else None)
-                    else:
-                        logits = pl_module(x)
-                    self._count(logits, y, task, matrices)
+                    x = trainer.datamodule.prepare(x.to(pl_module.device), augment=False)
+                    self._count(pl_module, x, y.to(pl_module.device), task, matrices)
         pl_module.train(was_training)
         for matrix in matrices.values():
             matrix.close_row(row)
 
-    def _count(self, logits: Tensor, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix]) -> None:
-        live = self._live[task].to(logits.device)
+    def _count(
+        self, pl_module: pl.LightningModule, x: Tensor, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix],
+        logits: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        learnt, live = Subnetworks.of(pl_module), self._live[task].to(y.device)
+        running = getattr(pl_module, "running", pl_module)
+        if not len(learnt) and logits is None:
+            logits = pl_module(x)
         for scenario, matrix in matrices.items():
-            scores = logits if scenario == "class_il" else logits.masked_fill(~live, -torch.inf)
-            matrix.to(logits.device).update(scores, y, task)
+            known = scenario.startswith("task_il")
+            scores = learnt.logits(x, running, task if known else None) if len(learnt) else logits
+            matrix.to(y.device).update(scores.masked_fill(~live, -torch.inf) if known else scores, y, task)
 
     # -- trainer.test and trainer.validate ---------------------------------------------------------------------
 
@@ -111,8 +113,8 @@ class ContinualEvaluation(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         x, y = batch
-        logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else pl_module(x)
-        self._count(logits, y, dataloader_idx, self.tested)
+        logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else None
+        self._count(pl_module, x, y, dataloader_idx, self.tested, logits)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for scenario in self.scenarios:
@@ -136,9 +138,7 @@ class ContinualEvaluation(pl.Callback):
         self._loaded = state
 
 
-def held_out_accuracy(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Tensor]
-) -> float:
+def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Tensor]) -> float:
     """Accuracy of the running task on its held-out samples, over all processes, among the task's classes.
 
     Args:

@@ -167,7 +167,9 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     for key, name in names.items():
         summary.add_row(name, *(_percent(metrics[s][key]) for s in SCENARIOS if s in metrics))
     if "task_il_before" in metrics:
-        summary.add_row("ACC before the last pruning", *(_percent(metrics[f"{s}_before"]["acc"]) for s in SCENARIOS if s in metrics))
+        summary.add_row(
+            "ACC before the last pruning", *(_percent(metrics[f"{s}_before"]["acc"]) for s in SCENARIOS if s in metrics)
+        )
     console.print(summary)
     lines = Table.grid(padding=(0, 2))
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")

@@ -164,7 +164,9 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
         runs = []
         for path in given:
             if not Path(path).is_file():
-                raise FileNotFoundError(f"SparseGrowth(target={path!r}): there is no such file; give a run's metrics.json")
+                raise FileNotFoundError(
+                    f"SparseGrowth(target={path!r}): there is no such file; give a run's metrics.json"
+                )
             runs.append(json.loads(Path(path).read_text()).get("held_out") or [])
         found = [max(values) for values in zip(*runs)]
     if len(found) != num_tasks:

@@ -18,8 +18,8 @@ class TaskSubnetworks(Sparsifier):
 
     Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
     :class:`SparseGrowth`); list this one after those that prune at task ends and before those that draw masks at task
-    starts. Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, a task
-    uses the rows of its classes. Biases are the task's own. Later tasks may use frozen weights, and never change them.
+    starts. Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, the
+    rows of its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change them.
 
     Every task's logits are bit-identical ever after, also on the weights' next use (``sparsity.Subnetworks``). Works on
     any LightningModule whose ``forward`` maps images to logits.
@@ -50,7 +50,9 @@ class TaskSubnetworks(Sparsifier):
     ) -> None:
         super().__init__()  # which weights is the choice of others
         if batch_norm not in ("per_task", "frozen", "shared"):
-            raise ValueError(f"TaskSubnetworks(batch_norm={batch_norm!r}): batch_norm is 'per_task', 'frozen', 'shared'")
+            raise ValueError(
+                f"TaskSubnetworks(batch_norm={batch_norm!r}): batch_norm is 'per_task', 'frozen', 'shared'"
+            )
         if full not in ("error", "share"):
             raise ValueError(f"TaskSubnetworks(full={full!r}): full is 'error' or 'share'")
         self.batch_norm, self.full, self.share = batch_norm, full, share
@@ -66,6 +68,11 @@ class TaskSubnetworks(Sparsifier):
         self.subnetworks = Subnetworks.of(pl_module)
         if self._saved is not None:
             self.subnetworks.load_state_dict(self._saved)
+        elif len(self.subnetworks):
+            raise ValueError(
+                f"TaskSubnetworks: this {type(pl_module).__name__} has already learnt {len(self.subnetworks)} tasks; "
+                "train a new one, or go on with ckpt_path"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -83,19 +90,18 @@ class TaskSubnetworks(Sparsifier):
             tensor.data.copy_(self._norms[name])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        network = _network(pl_module)
-        weights, classes = list(weight_layers(network)), trainer.datamodule.classes[task]
-        masks = {n: self.masks.alive.get(n, torch.ones_like(pl_module.get_parameter(n), dtype=torch.bool)) for n in weights}
-        rows = torch.zeros_like(masks[weights[-1]])
-        rows[classes] = True
-        masks[weights[-1]] = masks[weights[-1]] & rows
-        if not self.share:
-            masks = {}
+        network, head = self.subnetworks.whole, self.subnetworks.head
+        masks = {
+            name: self.masks.alive.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
+            for name, layer in weight_layers(network).items()
+            if self.share and name not in head
+        }
         for name, mask in masks.items():
             self.masks.set_frozen(name, self.masks.is_frozen(name) | mask)
         own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
         if self.batch_norm != "per_task":
             own = [n for n in own if n not in _norm_tensors(pl_module)]
+        classes = trainer.datamodule.live().nonzero().squeeze(1).tolist()
         self.subnetworks.add(classes, masks, own)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,8 +116,9 @@ class TaskSubnetworks(Sparsifier):
         self._saved = checkpoint.get("subnetworks")
 
     def _refuse_full(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        task, names = len(self.subnetworks), list(self.masks.alive) or list(weight_layers(pl_module))[:-1]
-        if task == 0 or self.full == "share" or not self.share or any(bool(self.masks.movable(name).any()) for name in names):
+        task = len(self.subnetworks)
+        names = list(self.subnetworks.tasks[0].masks) if task and self.share and self.full == "error" else []
+        if not names or any(bool(self.masks.movable(name).any()) for name in names):
             return
         ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
         since = "" if ended is None else f"; the free weights ended with task {ended}"
@@ -132,9 +139,9 @@ class TaskSubnetworks(Sparsifier):
         does not use. Without sharing only ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
-        names = list(tasks[0].masks)[:-1] if tasks else []
         if not self.share:
             return {"used": [float(i + 1) for i in range(len(tasks))]}
+        names = list(tasks[0].masks) if tasks else []
         used = {name: torch.zeros_like(self.subnetworks.used(name)) for name in names}
         total = sum(u.numel() for u in used.values())
         found: dict[str, Any] = {"density": {n: [] for n in names}, "overlap": [], "used": [], "free_in_mask": []}
@@ -145,13 +152,11 @@ class TaskSubnetworks(Sparsifier):
             for name, mask in masks.items():
                 found["density"][name].append(int(mask.sum()) / mask.numel())
                 used[name] |= mask
-            both = [
-                sum(int((masks[n] & self.subnetworks.mask(j, n)).sum()) for n in names) for j in range(len(tasks))
-            ]
+            both = [sum(int((masks[n] & self.subnetworks.mask(j, n)).sum()) for n in names) for j in range(len(tasks))]
             found["overlap"].append([b / max(count, 1) for b in both])
             found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
             found["free_in_mask"].append(new / max(count, 1))
-        whole = sum(p.numel() for p in _network(self.subnetworks.module).parameters())
+        whole = sum(p.numel() for p in self.subnetworks.whole.parameters())
         compact = [sum(p.numel() for p in self.subnetworks.network(i).parameters()) for i in range(len(tasks))]
         return found | {"compact": [parameters / whole for parameters in compact]}
 
@@ -166,11 +171,6 @@ class FromScratch(pl.Callback):
                 for layer in pl_module.modules():
                     if hasattr(layer, "reset_parameters"):
                         layer.reset_parameters()
-
-
-def _network(module: nn.Module) -> nn.Module:
-    """What maps images to logits."""
-    return getattr(module, "network", module)
 
 
 def _norms(module: nn.Module) -> dict[str, nn.Module]:

@@ -87,7 +87,9 @@ class Channels:
     def _renumbered(self) -> Channels:
         """Without the sets that were joined to others."""
         users = (self.reads, self.writes, self.along)
-        number = {s: i for i, s in enumerate(sorted({s for u in users for s in u.values()} | {self.input, self.output}))}
+        number = {
+            s: i for i, s in enumerate(sorted({s for u in users for s in u.values()} | {self.input, self.output}))
+        }
         reads, writes, along = ({name: number[s] for name, s in u.items()} for u in users)
         sizes = [self.sizes[s] for s in number]
         return Channels(sizes, reads, writes, along, number[self.input], number[self.output])

@@ -91,7 +91,9 @@ class GrowthGates(nn.Module):
         self.channels = Channels.of(network)
         weights = dict(network.named_parameters())
         if grouped := [n for n in self.channels.along if isinstance(network.get_submodule(n), nn.Conv2d)]:
-            raise ValueError(f"GrowthGates: {grouped[0]} is a depthwise convolution, which has no kernels to choose from")
+            raise ValueError(
+                f"GrowthGates: {grouped[0]} is a depthwise convolution, which has no kernels to choose from"
+            )
         *self.names, self.head = (f"{name}.weight" for name in self.channels.reads)
         self.width = {name: weights[name].shape[1] for name in (*self.names, self.head)}
         fixed = (self.channels.input, self.channels.output)
@@ -140,7 +142,9 @@ class GrowthGates(nn.Module):
 
     def masks(self) -> dict[str, Tensor]:
         """What each weight is multiplied with: (C_out, n_in), 0 or 1, drawn unless noise is off."""
-        channel = [torch.where(self.allocated(s), 1.0, self._draw(m) * self.growing) for s, m in enumerate(self.channel)]
+        channel = [
+            torch.where(self.allocated(s), 1.0, self._draw(m) * self.growing) for s, m in enumerate(self.channel)
+        ]
         found = {}
         for i, name in enumerate(self.names):
             reads, writes = self._reads(name), self._writes(name)

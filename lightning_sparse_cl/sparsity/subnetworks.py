@@ -25,7 +25,7 @@ class Subnetwork(NamedTuple):
     masks: dict[str, Tensor]
     """By weight: which it uses, eight a byte. Their values are shared and frozen."""
     own: dict[str, Tensor]
-    """Tensors that it shares with no other task: batch-norm, biases."""
+    """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
 
 
 class Subnetworks:
@@ -57,11 +57,22 @@ class Subnetworks:
             raise ReferenceError("Subnetworks: the module they belong to no longer exists")
         return module
 
+    @property
+    def whole(self) -> nn.Module:
+        """What maps images to logits, under the names that its tensors have in the module."""
+        return getattr(self.module, "network", self.module)
+
+    @property
+    def head(self) -> list[str]:
+        """Names of weight and bias of the last linear layer, whose rows are classes."""
+        weight, layer = list(weight_layers(self.whole).items())[-1]
+        return [weight] if layer.bias is None else [weight, weight.removesuffix("weight") + "bias"]
+
     def __len__(self) -> int:
         return len(self.tasks)
 
     def add(self, classes: Sequence[int], masks: Mapping[str, Tensor], own: Sequence[str]) -> None:
-        """Remember what the next task uses: masks by weight, and copies of the tensors named ``own``.
+        """Remember what the next task uses: masks by weight, copies of the tensors named ``own``, and rows of the head.
 
         Raises:
             ValueError: if a mask does not have its weight's shape.
@@ -72,7 +83,8 @@ class Subnetworks:
                     f"Subnetworks: mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}"
                 )
         state = self.module.state_dict()
-        copies = {name: state[name].detach().clone() for name in own}
+        copies = {name: state[name].detach().clone() for name in own if name not in self.head}
+        copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
         self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
         self._ready = {}
 
@@ -91,8 +103,11 @@ class Subnetworks:
 
     def tensors(self, task: int) -> dict[str, Tensor]:
         """Parameters and buffers of the module as the task's subnetwork has them, of full size."""
-        held, own = Masks.of(self.module).held, self._task(task).own
-        return {name: held(name) * self.mask(task, name) for name in self._task(task).masks} | own
+        learnt, held, state = self._task(task), Masks.of(self.module).held, self.module.state_dict()
+        head = {name: torch.zeros_like(state[name]) for name in self.head}
+        for name, tensor in head.items():
+            tensor[learnt.classes] = learnt.own[name].to(tensor)
+        return {name: held(name) * self.mask(task, name) for name in learnt.masks} | learnt.own | head
 
     @contextmanager
     def use(self, task: int) -> Iterator[None]:
@@ -114,9 +129,8 @@ class Subnetworks:
         until another task is added.
         """
         if task not in self._ready:
-            network = getattr(self.module, "network", self.module)
             with self.use(task), torch.no_grad():
-                self._ready[task] = compact(network, self.tasks[task].classes).eval().requires_grad_(False)
+                self._ready[task] = compact(self.whole, self.tasks[task].classes).eval().requires_grad_(False)
         return self._ready[task].to(next(self.module.parameters()).device)
 
     def stored(self) -> dict[str, Tensor]:
@@ -131,20 +145,23 @@ class Subnetworks:
     def logits(self, x: Tensor, network: Callable[[Tensor], Tensor], task: int | None = None) -> Tensor:
         """Logits (B, num_classes) for images (B, C, H, W): each class has that of the subnetwork of its task.
 
+        A class that several tasks have, as in domain-incremental learning, has the largest of theirs.
+
         Args:
             x: the images.
             network: gives the logits of the classes that are not learnt yet.
-            task: only the classes of this one are asked for.
+            task: the images are known to be of this one, and other learnt tasks are not asked.
         """
-        asked = range(len(self.tasks)) if task is None else [task] if task < len(self.tasks) else []
+        asked = range(len(self.tasks)) if task is None else range(task, min(task + 1, len(self.tasks)))
         found = {i: self.network(i)(x) for i in asked}
         if task is None or not found:
             logits = network(x).clone()
         else:
-            head = list(weight_layers(getattr(self.module, "network", self.module)).values())[-1]
-            logits = found[task].new_full((len(x), len(head.weight)), -torch.inf)
+            logits = found[task].new_full((len(x), len(self.module.get_parameter(self.head[0]))), -torch.inf)
+        logits[:, sorted({c for i in found for c in self.tasks[i].classes})] = -torch.inf
         for i, learnt in found.items():
-            logits[:, self.tasks[i].classes] = learnt.to(logits.dtype)
+            classes = self.tasks[i].classes
+            logits[:, classes] = logits[:, classes].maximum(learnt.to(logits.dtype))
         return logits
 
     def state_dict(self) -> dict[str, Any]:

@@ -137,7 +137,9 @@ def test_what_is_not_grown_is_not_there_at_test_time():
         layers = {n: m for n, m in small.named_modules() if isinstance(m, torch.nn.Conv2d)}
         for name, layer in layers.items():
             mask = scl.Subnetworks.of(module).mask(task, f"{name}.weight")
-            assert layer.weight.shape[0] <= mask.shape[0] and layer.in_channels <= int(mask.flatten(2).any(2).any(0).sum())
+            assert layer.weight.shape[0] <= mask.shape[0] and layer.in_channels <= int(
+                mask.flatten(2).any(2).any(0).sum()
+            )
         parameters = sum(p.numel() for p in small.parameters())
         assert parameters < 0.8 * sum(p.numel() for p in module.network.parameters())
     x = torch.rand(3, 1, 8, 8)

@@ -7,7 +7,14 @@ from torch import nn
 from lightning_sparse_cl import VGG16, LeNet5, MobileNetV2, ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.sparsity.channels import Channels, compact
 
-NETWORKS = [lambda: ResNet18(8), lambda: VGG16(8), lambda: LeNet5(10), lambda: MobileNetV2(0.5), lambda: SmallCNN(8), SmallMLP]
+NETWORKS = [
+    lambda: ResNet18(8),
+    lambda: VGG16(8),
+    lambda: LeNet5(10),
+    lambda: MobileNetV2(0.5),
+    lambda: SmallCNN(8),
+    SmallMLP,
+]
 
 
 @pytest.mark.parametrize("make", NETWORKS, ids="ResNet18 VGG16 LeNet5 MobileNetV2 SmallCNN SmallMLP".split())
