@@ -21,8 +21,8 @@ class ContinualEvaluation(pl.Callback):
 
     Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
     the sample's task, on the same head and from the same forward pass. Where each task has a subnetwork of its own
-    (:class:`TaskSubnetworks`), Task-IL asks that of the sample's task, Class-IL all of them. Before training the untrained network is
-    measured on every task, the baseline of forward transfer.
+    (:class:`TaskSubnetworks`), Task-IL asks that of the sample's task, Class-IL all of them. Before training the
+    untrained network is measured on every task, the baseline of forward transfer.
 
     Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
     module's test loaders, so that neither a ``validation_step`` nor a validation loop is needed, and resuming never

@@ -41,7 +41,8 @@ class RunReport(pl.Callback):
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
-    ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds`` (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
+    ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds``
+    (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
     """
 
     def __init__(self) -> None:

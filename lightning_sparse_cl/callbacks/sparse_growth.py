@@ -69,7 +69,7 @@ class SparseGrowth(Sparsifier):
             raise ValueError("SparseGrowth: growth is decided on held-out samples; set the data module's val_fraction")
         if self.reuse_epochs >= (shortest := position(trainer).epochs):
             raise ValueError(
-                f"SparseGrowth(reuse_epochs={self.reuse_epochs}): a task has {shortest} epochs, none would be left to grow"
+                f"SparseGrowth(reuse_epochs={self.reuse_epochs}): a task has {shortest} epochs, none is left to grow"
             )
         self.targets = targets_of(self.target, data.num_tasks)
 
@@ -134,8 +134,8 @@ class SparseGrowth(Sparsifier):
                     buffer /= trainer.world_size
 
     def summary(self) -> dict[str, Any]:
-        """By task: whether it ``grew``, the ``target`` and what it ``reached`` on held-out samples, and the weights that
-        are ``allocated`` after it, released ones included, as a fraction of the whole network's.
+        """By task: whether it ``grew``, the ``target`` and what it ``reached`` on held-out samples, and the weights
+        that are ``allocated`` after it, released ones included, as a fraction of the whole network's.
         """
         return {
             "grew": self.grew, "target": self.targets[: len(self.reached)], "reached": self.reached,
@@ -171,8 +171,8 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
         found = [max(values) for values in zip(*runs)]
     if len(found) != num_tasks:
         raise ValueError(
-            f"SparseGrowth(target={target}): {len(found)} held-out accuracies for {num_tasks} tasks; give one for all or "
-            "one a task, or runs of all tasks with a val_fraction"
+            f"SparseGrowth(target={target}): {len(found)} held-out accuracies for {num_tasks} tasks; give one for all "
+            "or one a task, or runs of all tasks with a val_fraction"
         )
     return found
 

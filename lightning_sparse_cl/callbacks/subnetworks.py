@@ -19,7 +19,8 @@ class TaskSubnetworks(Sparsifier):
     Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
     :class:`SparseGrowth`); list this one after those that prune at task ends and before those that draw masks at task
     starts. Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, the
-    rows of its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change them.
+    rows of its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change
+    them.
 
     Every task's logits are bit-identical ever after, also on the weights' next use (``sparsity.Subnetworks``). Works on
     any LightningModule whose ``forward`` maps images to logits.
@@ -123,8 +124,8 @@ class TaskSubnetworks(Sparsifier):
         ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
         since = "" if ended is None else f"; the free weights ended with task {ended}"
         raise ValueError(
-            f"TaskSubnetworks: task {task} of {trainer.datamodule.num_tasks} has no free weight in its mask{since}. Take "
-            "a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
+            f"TaskSubnetworks: task {task} of {trainer.datamodule.num_tasks} has no free weight in its mask{since}. "
+            "Take a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
         )
 
     def _none_left(self, names: list[str], tasks: int) -> bool:

@@ -32,8 +32,8 @@ class CLLSG(IsolatingModule):
              what a task uses is frozen, and its own mask          subnetworks = TaskSubnetworks
 
     ``backbone`` is the network at its full size, to which it can grow; sizes are reported as fractions of it. (The
-    paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains all of
-    it is multiplied; the subnetwork that is left of it has the task's channels only.
+    paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains all
+    of it is multiplied; the subnetwork that is left of it has the task's channels only.
 
     Released weights that a task trains are its own from then on, which the paper does not say: without it the next task
     would train what this one relies on.

@@ -18,7 +18,7 @@ class IsolatingModule(ContinualModule):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes); in eval mode each class's is that of its task's subnetwork."""
+        """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork."""
         learnt = Subnetworks.of(self)
         if self.training or not len(learnt):
             return self.running(x)

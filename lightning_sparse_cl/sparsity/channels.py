@@ -53,7 +53,7 @@ class Channels:
         """
         try:
             graph = fx.Tracer().trace(network)
-        except (fx.proxy.TraceError, TypeError) as error:
+        except Exception as error:  # any module may come, and tracing runs its code
             raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
         found, modules = cls(), dict(network.named_modules())
         at: dict[fx.Node, int] = {}
@@ -71,10 +71,7 @@ class Channels:
                 found._join(one, other)
                 at[node] = min(one, other)
                 at = {n: min(one, other) if s == max(one, other) else s for n, s in at.items()}
-            elif source is not None and (
-                (node.op == "call_function" and node.target in SAME_FUNCTIONS)
-                or (node.op == "call_method" and node.target in SAME_METHODS)
-            ):
+            elif source is not None and _keeps_channels(node):
                 at[node] = source
             else:
                 raise ValueError(f"{type(network).__name__}: channels cannot be followed through {node.format_node()}")
@@ -95,8 +92,10 @@ class Channels:
         return Channels(sizes, reads, writes, along, number[self.input], number[self.output])
 
     def _through(self, name: str, module: nn.Module, source: int) -> int:
-        if isinstance(module, SAME):
+        if isinstance(module, SAME) and getattr(module, "start_dim", 1) == 1:
             return source
+        if name in self.reads or name in self.along:
+            raise ValueError(f"channels cannot be followed through {name}, which is used twice")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or _depthwise(module):
             self.along[name] = source
             return source
@@ -167,6 +166,18 @@ def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -
             wide = read[source].repeat_interleave(layer.weight.shape[1] // len(read[source]))
             _cut(layer, wide.nonzero().squeeze(1), 1)
     return channels_last_(network)
+
+
+def _keeps_channels(node: fx.Node) -> bool:
+    """Whether a function or method treats every channel alone and keeps them where they are."""
+    known = SAME_FUNCTIONS if node.op == "call_function" else SAME_METHODS if node.op == "call_method" else ()
+    if node.target not in known:
+        return False
+    dims = node.args[1:2] or [v for k, v in node.kwargs.items() if k in ("dim", "start_dim")]
+    if node.target in (torch.mean, "mean"):
+        given = dims[0] if dims and isinstance(dims[0], list | tuple) else dims
+        return bool(given) and set(given) <= {2, 3, -1, -2}
+    return node.target not in (torch.flatten, "flatten") or tuple(dims) == (1,)
 
 
 def _depthwise(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.parametrize("make", NETWORKS, ids="ResNet18 VGG16 LeNet5 MobileNetV2 SmallCNN SmallMLP".split())
+@pytest.mark.parametrize("make", NETWORKS, ids=["ResNet18", "VGG16", "LeNet5", "MobileNetV2", "SmallCNN", "SmallMLP"])
 @torch.no_grad()
 def test_half_the_channels_unread(make):
     torch.manual_seed(0)
@@ -59,3 +59,32 @@ def test_a_network_that_cannot_be_followed_keeps_its_channels():
         Channels.of(odd)
     assert torch.equal(compact(odd)(x), odd(x))
     torch.testing.assert_close(compact(odd, [4, 0])(x), odd(x)[:, [4, 0]])
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda conv: nn.Sequential(conv, conv),  # used twice
+        lambda conv: nn.Sequential(conv, nn.Flatten(0)),
+        lambda conv: nn.Sequential(conv, nn.GroupNorm(2, 4)),
+        lambda conv: nn.Sequential(conv, nn.Conv2d(4, 4, 3, groups=2)),
+    ],
+)
+def test_what_may_mix_channels_is_refused(layers):
+    with pytest.raises(ValueError, match="channels cannot be followed"):
+        Channels.of(layers(nn.Conv2d(4, 4, 3, padding=1)))
+
+
+def test_a_mean_over_channels_is_refused():
+    class Mean(nn.Module):
+        def __init__(self, dims):
+            super().__init__()
+            self.conv, self.dims = nn.Conv2d(3, 4, 3), dims
+
+        def forward(self, x):
+            return self.conv(x).mean(self.dims)
+
+    assert Channels.of(Mean((2, 3))).sizes == [3, 4]
+    for dims in (1, (1, 2), (0,)):
+        with pytest.raises(ValueError, match="channels cannot be followed"):
+            Channels.of(Mean(dims))

@@ -15,7 +15,8 @@ SIZES = {n: math.prod(s) for n, s in SHAPES.items()}
 
 # Of the ResNet-18 of "Continual Dynamic Sparse Training", at density 0.20, 0.10 and 0.05, to four digits.
 ERK = {
-    "0.stem": (1, 1, 0.5185), "0.stages.0.0.conv1": (0.9975, 0.4580, 0.2189), "0.stages.0.1.conv2": (0.9975, 0.4580, 0.2189),
+    "0.stem": (1, 1, 0.5185), "0.stages.0.0.conv1": (0.9975, 0.4580, 0.2189),
+    "0.stages.0.1.conv2": (0.9975, 0.4580, 0.2189),
     "0.stages.1.0.conv1": (0.7370, 0.3383, 0.1617), "0.stages.1.0.conv2": (0.4876, 0.2239, 0.1070),
     "0.stages.2.0.conv1": (0.3629, 0.1666, 0.0796), "0.stages.2.1.conv1": (0.2410, 0.1106, 0.0529),
     "0.stages.3.0.conv1": (0.1801, 0.0827, 0.0395), "0.stages.3.1.conv2": (0.1198, 0.0550, 0.0263),

@@ -102,7 +102,7 @@ def test_kernels_are_owned_released_or_grown():
 
 
 def test_the_penalty_is_the_expected_number_of_grown_channels():
-    network, gates = network_and_gates()
+    _, gates = network_and_gates()
     assert float(gates.expected_size()) == 0
     gates.growing.fill_(True)
     candidates = sum(int((~gates.allocated(s)).sum()) for s in range(len(gates.channel)))
