@@ -54,7 +54,7 @@ def run(row: str, seed: int, images: str, epochs: int, width: int, target: list[
         "BWT": metrics["task_il"]["bwt"],
         "held out": statistics.mean(metrics["held_out"]),
         "allocated": grown["allocated"][-1],
-        "used": used[-1],
+        "used in networks": used[-1],
         "tasks that grew": sum(grown["grew"]),
         "seconds": metrics["seconds"],
         "accuracy of each task": metrics["task_il"]["matrix"][-1],
@@ -84,9 +84,9 @@ def main() -> None:
         lists = ("accuracy of each task", "size after each task")
         each = {k: [statistics.median(v) for v in zip(*(r[k] for r in runs))] for k in lists}
         rows.append({"method": row} | spread | each)
-    columns = ["method", "ACC", "BWT", "held out", "allocated", "used", "tasks that grew", "seconds"]
+    columns = ["method", "ACC", "BWT", "held out", "allocated", "used in networks", "tasks that grew", "seconds"]
     harness.show("CL-LSG: accuracies in percent, sizes in whole networks", rows, columns,
-                 ("allocated", "used", "tasks that grew", "seconds"))  # fmt: skip
+                 ("allocated", "used in networks", "tasks that grew", "seconds"))  # fmt: skip
     for key in ("accuracy of each task", "size after each task"):
         tasks = [{"method": r["method"], **{str(t + 1): round(v, 3) for t, v in enumerate(r[key])}} for r in rows]
         harness.show(key, tasks, list(tasks[0]))

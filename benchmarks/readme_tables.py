@@ -33,6 +33,17 @@ COLUMNS = {
         "FLOPs as in the tables": "TFLOPs as in the tables", "closed formula": "closed formula",
         "footprint, MB": "footprint, MB", "seconds": "seconds",
     },
+    "continual_dst": {
+        "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
+        "second half": "tasks 6 to 10", "used": "backbone used, %", "free in the last mask": "free in the last mask, %",
+        "saturated at task": "saturated at task", "of dense": "training FLOPs, % of dense",
+    },
+    "continual_dst_findings": {"finding": "finding", "verdict": "verdict", "differences": "paired differences, points"},
+    "cl_lsg": {
+        "method": "", "ACC": "Task-IL ACC", "held out": "on held-out images", "allocated": "allocated", "used in networks": "used",
+        "tasks that grew": "tasks that grew", "seconds": "seconds",
+    },
+    "cl_lsg_tasks": {"method": ""} | {str(t): str(t) for t in range(1, 11)},
     "overhead": {
         "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
     },
@@ -42,8 +53,35 @@ COLUMNS = {
     },
 }  # fmt: skip
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
-PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2}
+PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2, "saturated at task": 1, "tasks that grew": 0}
+PLAIN |= {"allocated": 2, "used in networks": 2}
 PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
+
+
+def findings(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each finding of the paper, with what bears on it."""
+    return [
+        {
+            "finding": name,
+            "verdict": found["verdict"],
+            "differences": ", ".join(f"{100 * d:+.1f}" for d in found["differences"]),
+        }
+        for name, found in result["findings"].items()
+    ]
+
+
+def by_task(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two rows a method: accuracy in percent on each task, and size after it in whole networks."""
+    rows = []
+    for row in result["rows"]:
+        accuracy, size = row["accuracy of each task"], row["size after each task"]
+        rows.append({"method": row["method"]} | {str(i + 1): f"{100 * a:.1f}" for i, a in enumerate(accuracy)})
+        rows.append({"method": "size"} | {str(i + 1): f"{s:.2f}x" for i, s in enumerate(size)})
+    return rows
+
+
+DERIVED = {"continual_dst_findings": ("continual_dst", findings), "cl_lsg_tasks": ("cl_lsg", by_task)}
+"""Tables that are made from a result file of another name, and how."""
 
 
 def cell(column: str, value: Any) -> str:
@@ -57,7 +95,8 @@ def cell(column: str, value: Any) -> str:
 
 def table(name: str) -> str:
     """The markdown table of one result file."""
-    rows = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    file, rows_of = DERIVED.get(name, (name, lambda result: result["rows"]))
+    rows = rows_of(json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text()))
     columns = COLUMNS[name]
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(c, r[c]) for c in columns) + " |" for r in filter(ROWS.get(name), rows)]
