@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from lightning_sparse_cl.metrics.accounting import capacity
 from lightning_sparse_cl.sparsity import Masks, Subnetworks
+from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.export import save_sparse
 
 
@@ -30,10 +31,10 @@ class ModelCapacity(pl.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        network = {n: t for n, t in pl_module.state_dict().items() if not n.startswith("objective.")}
+        network = {n: t for n, t in pl_module.state_dict().items() if not n.startswith(("objective.", "gates."))}
         if len(learnt := Subnetworks.of(pl_module)):
             network = learnt.stored()
-        masks, parameters = Masks.of(pl_module), list(pl_module.parameters())
+        masks, parameters = Masks.of(pl_module), list(network_of(pl_module).parameters())
         self._found = {
             "capacity": capacity(1 - masks.density()),
             "parameters": sum(p.numel() for p in parameters),

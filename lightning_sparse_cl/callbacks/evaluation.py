@@ -1,9 +1,8 @@
-"""Measure every task after every task: the accuracy matrix, Class-IL and Task-IL in one pass."""
+"""Measure every task after every task: the accuracy matrix, Class-IL and Task-IL together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -72,8 +71,8 @@ class ContinualEvaluation(pl.Callback):
         self._measure(trainer, pl_module, task)
         if trainer.datamodule.val_fraction:
             learnt = Subnetworks.of(pl_module)
-            logits = partial(learnt.logits, network=pl_module, task=task) if len(learnt) else pl_module
-            self.held_out.append(held_out_accuracy(trainer, pl_module, logits))
+            known = (lambda x: learnt.combined(x, learnt.answers(x, task))) if len(learnt) else pl_module
+            self.held_out.append(held_out_accuracy(trainer, pl_module, known))
         figures = {s: self.matrices[s].summary() for s in self.scenarios}
         pl_module.log_dict(
             {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if isinstance(v, float)},
@@ -98,13 +97,16 @@ class ContinualEvaluation(pl.Callback):
         logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         learnt, live = Subnetworks.of(pl_module), self._live[task].to(y.device)
-        running = getattr(pl_module, "running", pl_module)
-        if not len(learnt) and logits is None:
-            logits = pl_module(x)
+        if len(learnt):
+            answers = learnt.answers(x, None if "class_il" in self.scenarios else task)
+            known = learnt.combined(x, {i: a for i, a in answers.items() if i == task})
+            logits = learnt.combined(x, answers) if "class_il" in self.scenarios else known
+        else:
+            known = logits = pl_module(x) if logits is None else logits
         for scenario, matrix in matrices.items():
-            known = scenario.startswith("task_il")
-            scores = learnt.logits(x, running, task if known else None) if len(learnt) else logits
-            matrix.to(y.device).update(scores.masked_fill(~live, -torch.inf) if known else scores, y, task)
+            of_task = scenario.startswith("task_il")
+            scores = known.masked_fill(~live, -torch.inf) if of_task else logits
+            matrix.to(y.device).update(scores, y, task)
 
     # -- trainer.test and trainer.validate ---------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics.accounting import DenseCost
 from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.layers import network_of
 
 
 class FlopsCounter(pl.Callback):
@@ -190,7 +191,7 @@ def dense_cost(pl_module: pl.LightningModule, batch: Any) -> DenseCost | None:
     if not (isinstance(batch, tuple | list) and torch.is_tensor(batch[0])):
         return None
     try:
-        return DenseCost.of(getattr(pl_module, "network", pl_module), batch[0].shape[1:])
+        return DenseCost.of(network_of(pl_module), batch[0].shape[1:])
     except Exception as error:  # any module may be trained; one that cannot be counted is not to be stopped
         rank_zero_warn(
             f"{type(pl_module).__name__}: its FLOPs and footprint are not counted, for its forward does not take "

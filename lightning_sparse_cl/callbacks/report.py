@@ -23,6 +23,7 @@ from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.layers import network_of
 
 MEASURES = {
     "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
@@ -125,7 +126,7 @@ class RunReport(pl.Callback):
             for name, measure in MEASURES.items():
                 if isinstance(callback, measure):
                     metrics[name] = callback.summary()
-        weights = {n: p for n, p in pl_module.named_parameters() if p.ndim > 1}
+        weights = {n: p for n, p in network_of(pl_module).named_parameters() if p.ndim > 1}
         alive = {n: int(p.count_nonzero()) for n, p in weights.items()}
         masked = list(Masks.of(pl_module))
         total = sum(weights[n].numel() for n in masked)
@@ -176,7 +177,7 @@ def print_report(metrics: dict[str, Any], console: Console | None = None) -> Non
     lines.add_row("sparsity of the pruned layers", f"{100 * metrics['sparsity']:.2f} %")
     shared, growth = metrics.get("subnetworks"), metrics.get("growth")
     if shared and shared["used"]:
-        lines.add_row("weights used by all tasks", f"{100 * shared['used'][-1]:.2f} % of the network's")
+        lines.add_row("weights used by any task", f"{100 * shared['used'][-1]:.2f} % of one network's")
     if growth:
         grew = ", ".join(str(t + 1) for t, g in enumerate(growth["grew"]) if g) or "none"
         lines.add_row("  allocated", f"{100 * growth['allocated'][-1]:.2f} % (grew in tasks: {grew})")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy
 from lightning_sparse_cl.callbacks.pruning import redraw
-from lightning_sparse_cl.callbacks.schedule import position
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.subnetworks import norm_tensors
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 
 
@@ -49,7 +51,7 @@ class SparseGrowth(Sparsifier):
         if reuse_epochs < 1:
             raise ValueError(f"SparseGrowth(reuse_epochs={reuse_epochs}): stage 1 takes at least one epoch")
         for value in target if isinstance(target, list) else [target]:
-            if not isinstance(value, str) and value < 0:
+            if not isinstance(value, str) and not value >= 0:
                 raise ValueError(f"SparseGrowth(target={target}): an accuracy is a fraction, at least 0")
         self.target, self.reuse_epochs = target, reuse_epochs
         self.grew: list[bool] = []
@@ -67,7 +69,11 @@ class SparseGrowth(Sparsifier):
             raise TypeError(f"SparseGrowth: {type(pl_module).__name__} has no GrowthGates as `gates`; use CLLSG")
         if not data.val_fraction:
             raise ValueError("SparseGrowth: growth is decided on held-out samples; set the data module's val_fraction")
-        if self.reuse_epochs >= (shortest := position(trainer).epochs):
+        schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
+        if schedule is None:
+            raise TypeError("SparseGrowth: stages are epochs of tasks; add a TaskSchedule")
+        shortest = min(schedule.epochs_of(task) for task in range(data.num_tasks))
+        if self.reuse_epochs >= shortest:
             raise ValueError(
                 f"SparseGrowth(reuse_epochs={self.reuse_epochs}): a task has {shortest} epochs, none is left to grow"
             )
@@ -125,13 +131,13 @@ class SparseGrowth(Sparsifier):
     def _measure_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         training = pl_module.training
         with pl_module.gates.still(), self.masks.scoring(), trainer.precision_plugin.forward_context():
-            update_bn(trainer.datamodule.samples(), pl_module)
+            update_bn(_equal_batches(trainer.datamodule.samples()), pl_module)
         pl_module.train(training)
-        if trainer.world_size > 1:
-            for buffer in pl_module.buffers():
-                if buffer.is_floating_point():
-                    torch.distributed.all_reduce(buffer)
-                    buffer /= trainer.world_size
+        if trainer.world_size > 1:  # the mean of what each process has found in its share
+            for tensor in norm_tensors(pl_module).values():
+                if not tensor.requires_grad and tensor.is_floating_point():
+                    torch.distributed.all_reduce(tensor)
+                    tensor /= trainer.world_size
 
     def summary(self) -> dict[str, Any]:
         """By task: whether it ``grew``, the ``target`` and what it ``reached`` on held-out samples, and the weights
@@ -150,6 +156,15 @@ class SparseGrowth(Sparsifier):
         self.grew, self.reached, self.allocated = (list(state[k]) for k in ("grew", "reached", "allocated"))
 
 
+def _equal_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
+    """Images, without a last batch that is smaller: each counts as much as another."""
+    size = 0
+    for x, _ in batches:
+        if len(x) >= size:
+            size = len(x)
+            yield x
+
+
 def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks: int) -> list[float]:
     """The target of each task; see :class:`SparseGrowth`.
 
@@ -158,7 +173,11 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
         ValueError: if there are not as many targets as tasks, or a file has none.
     """
     given = target if isinstance(target, list | tuple) else [target]
-    if not all(isinstance(value, str) for value in given):
+    if not given:
+        raise ValueError("SparseGrowth(target=[]): no target")
+    if len({isinstance(value, str) for value in given}) > 1:
+        raise ValueError(f"SparseGrowth(target={target}): accuracies or files, not both")
+    if not isinstance(given[0], str):
         found = [float(v) for v in (given if isinstance(target, list | tuple) else [target] * num_tasks)]
     else:
         runs = []
@@ -167,7 +186,12 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
                 raise FileNotFoundError(
                     f"SparseGrowth(target={path!r}): there is no such file; give a run's metrics.json"
                 )
-            runs.append(json.loads(Path(path).read_text()).get("held_out") or [])
+            try:
+                runs.append([float(value) for value in json.loads(Path(path).read_text())["held_out"]])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"SparseGrowth(target={path!r}): no metrics.json with held_out accuracies; run with a val_fraction"
+                ) from error
         found = [max(values) for values in zip(*runs)]
     if len(found) != num_tasks:
         raise ValueError(
@@ -177,6 +201,6 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
     return found
 
 
-def _expanded(kernels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _expanded(kernels: Tensor, weight: Tensor) -> Tensor:
     """A mask of kernels (C_out, n_in) as one of the weight's shape."""
     return kernels.view(*kernels.shape, *[1] * (weight.ndim - 2)).expand_as(weight)

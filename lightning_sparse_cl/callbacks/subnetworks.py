@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.sparsity import Subnetworks
-from lightning_sparse_cl.sparsity.layers import weight_layers
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.sparsity import Masks, Subnetworks
+from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
 
 class TaskSubnetworks(Sparsifier):
@@ -22,8 +23,8 @@ class TaskSubnetworks(Sparsifier):
     rows of its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change
     them.
 
-    Every task's logits are bit-identical ever after, also on the weights' next use (``sparsity.Subnetworks``). Works on
-    any LightningModule whose ``forward`` maps images to logits.
+    Every task's logits are bit-identical ever after: those of ``Subnetworks.of(module).network(task)``. Works on any
+    LightningModule whose ``forward`` maps images to logits and whose last layer is a linear head.
 
     Args:
         batch_norm: what becomes of batch-norm, whose statistics and parameters are part of what a task has learnt:
@@ -40,7 +41,9 @@ class TaskSubnetworks(Sparsifier):
             starting from the last one's weights (fine-tuning) or, with :class:`FromScratch`, anew.
 
     Raises:
-        ValueError: if an argument is none of these, or no weight is free.
+        ValueError: if an argument is none of these, no weight is free, the last layer is no head of all classes, or
+            the module has already learnt tasks.
+        TypeError: if the data are no :class:`TaskDataModule`.
     """
 
     def __init__(
@@ -65,8 +68,16 @@ class TaskSubnetworks(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.masks.stored = True
+        self.masks.stored = self.share
         self.subnetworks = Subnetworks.of(pl_module)
+        if not isinstance(trainer.datamodule, TaskDataModule):
+            raise TypeError("TaskSubnetworks: tasks are those of a TaskDataModule; this fit has none")
+        *_, (name, head) = weight_layers(network_of(pl_module)).items()
+        if not isinstance(head, nn.Linear) or head.out_features < trainer.datamodule.num_classes:
+            raise ValueError(
+                f"TaskSubnetworks: {name} of {type(pl_module).__name__}, its last layer, is no linear head of "
+                f"{trainer.datamodule.num_classes} classes; define the layers in the order in which they are used"
+            )
         if self._saved is not None:
             self.subnetworks.load_state_dict(self._saved)
         elif len(self.subnetworks):
@@ -82,16 +93,21 @@ class TaskSubnetworks(Sparsifier):
             self._refuse_full(trainer, pl_module)
         if self.batch_norm == "frozen" and len(self.subnetworks):
             if not self._norms:
-                self._norms = {n: t.detach().clone() for n, t in _norm_tensors(pl_module).items()}
+                self._norms = {n: t.detach().clone() for n, t in norm_tensors(pl_module).items()}
             for norm in _norms(pl_module).values():
                 norm.eval()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        for name, tensor in _norm_tensors(pl_module).items() if self._norms else ():
+        for name, tensor in norm_tensors(pl_module).items() if self._norms else ():
             tensor.data.copy_(self._norms[name])
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        network, head = self.subnetworks.whole, self.subnetworks.head
+        if len(self.subnetworks) != task:
+            raise ValueError(
+                f"TaskSubnetworks: task {task} ends, and {len(self.subnetworks)} are stored; the checkpoint was taken "
+                "without TaskSubnetworks"
+            )
+        network, head = network_of(pl_module), self.subnetworks.head
         masks = {
             name: self.masks.alive.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
             for name, layer in weight_layers(network).items()
@@ -101,9 +117,21 @@ class TaskSubnetworks(Sparsifier):
             self.masks.set_frozen(name, self.masks.is_frozen(name) | mask)
         own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
         if self.batch_norm != "per_task":
-            own = [n for n in own if n not in _norm_tensors(pl_module)]
+            own = [n for n in own if n not in norm_tensors(pl_module)]
         classes = trainer.datamodule.live().nonzero().squeeze(1).tolist()
         self.subnetworks.add(classes, masks, own)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Subnetworks of a checkpoint, in a module that does not restore them itself."""
+        if trainer.ckpt_path and not len(Subnetworks.of(pl_module)):
+            checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
+            if "subnetworks" in checkpoint:
+                Masks.of(pl_module).load_state_dict(checkpoint["masks"])
+                Subnetworks.of(pl_module).load_state_dict(checkpoint["subnetworks"])
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._norms = {}
@@ -122,7 +150,9 @@ class TaskSubnetworks(Sparsifier):
         if not names or any(bool(self.masks.movable(name).any()) for name in names):
             return
         ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
-        since = "" if ended is None else f"; the free weights ended with task {ended}"
+        since = f"; the free weights ended with task {ended}"
+        if ended is None:
+            since = " though some are free: is there a Reopen, and after pruning and this callback?"
         raise ValueError(
             f"TaskSubnetworks: task {task} of {trainer.datamodule.num_tasks} has no free weight in its mask{since}. "
             "Take a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
@@ -157,7 +187,7 @@ class TaskSubnetworks(Sparsifier):
             found["overlap"].append([b / max(count, 1) for b in both])
             found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
             found["free_in_mask"].append(new / max(count, 1))
-        whole = sum(p.numel() for p in self.subnetworks.whole.parameters())
+        whole = sum(p.numel() for p in network_of(self.subnetworks.module).parameters())
         compact = [sum(p.numel() for p in self.subnetworks.network(i).parameters()) for i in range(len(tasks))]
         return found | {"compact": [parameters / whole for parameters in compact]}
 
@@ -178,7 +208,7 @@ def _norms(module: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
 
 
-def _norm_tensors(module: nn.Module) -> dict[str, Tensor]:
+def norm_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of batch-norm, by name."""
     return {
         f"{name}.{n}": t

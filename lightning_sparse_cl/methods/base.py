@@ -178,11 +178,16 @@ class ContinualModule(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         x, y = batch
-        logits = self(x)
-        if self.trainer.state.fn == "fit":  # the current task only; `validate` is reported by ContinualEvaluation
+        fitting = self.trainer.state.fn == "fit"
+        logits = self.held_out_logits(x) if fitting else self(x)
+        if fitting:  # the current task only; `validate` is reported by ContinualEvaluation
             self.log("val/loss", F.cross_entropy(logits, y), sync_dist=True)
             self.log("val/acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
         return {"logits": logits}
+
+    def held_out_logits(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) by which a running task is validated."""
+        return self(x)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return {"logits": self(batch[0])}

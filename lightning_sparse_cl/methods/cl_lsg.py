@@ -49,6 +49,9 @@ class CLLSG(IsolatingModule):
         mask_optimizer: of the real-valued masks; None is Adam with learning rate 0.0005. In runs much shorter than the
             paper's 4,000 steps a task masks need a larger one to change sign at all.
         policies: further callbacks.
+
+    Raises:
+        ValueError: if ``subnetworks`` refuses tasks without free weights, or has frozen batch-norm.
     """
 
     def __init__(
@@ -63,7 +66,13 @@ class CLLSG(IsolatingModule):
         mask_optimizer: Callable[[Iterable], Optimizer] | None = None,
         policies: Sequence[pl.Callback] = (),
     ) -> None:
-        parts = [Reopen(), growth, subnetworks or TaskSubnetworks(full="share")]
+        subnetworks = subnetworks or TaskSubnetworks(full="share")
+        if subnetworks.full == "error" or subnetworks.batch_norm == "frozen":
+            raise ValueError(
+                f"CLLSG(subnetworks=TaskSubnetworks({subnetworks.batch_norm!r}, {subnetworks.full!r})): picking starts "
+                "without free weights, full='share', and every task measures its own batch-norm statistics"
+            )
+        parts = [Reopen(), growth, subnetworks]
         super().__init__(
             backbone,
             objective or CrossEntropy(single_head=True),

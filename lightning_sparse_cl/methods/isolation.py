@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.sparsity import Masks, Subnetworks
 
@@ -14,15 +17,23 @@ class IsolatingModule(ContinualModule):
     """A :class:`ContinualModule` whose tasks have subnetworks: nothing that was learnt is forgotten.
 
     Trains the network of the running task, and answers with the subnetworks of all tasks learnt. Its policies hold
-    :class:`TaskSubnetworks`.
+    :class:`TaskSubnetworks`. In ``fit``, ``val/acc`` and ``val/loss`` are Task-IL figures of the running task.
+
+    Raises:
+        ValueError: if no policy is a :class:`TaskSubnetworks`.
     """
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        if not any(isinstance(p, TaskSubnetworks) for p in self.policies):
+            raise ValueError(f"{type(self).__name__}(policies=...): add TaskSubnetworks(), which keeps what tasks learnt")
+        return super().configure_callbacks()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork."""
         learnt = Subnetworks.of(self)
         if self.training or not len(learnt):
             return self.running(x)
-        return learnt.logits(x, self.running)
+        return learnt.combined(x, learnt.answers(x))
 
     def running(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the network that the running task trains."""
@@ -40,10 +51,16 @@ class IsolatingModule(ContinualModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Predicted labels (B,); the data module has one loader a task, so that a loader's place is its task."""
-        return self.predict(batch[0], dataloader_idx)
+        return self.predict(batch[0], 0 if getattr(self.trainer.datamodule, "joint", False) else dataloader_idx)
+
+    def held_out_logits(self, x: Tensor) -> Tensor:
+        """Of the running task alone, among its classes."""
+        live = self.trainer.datamodule.live().to(x.device)
+        return self.running(x).masked_fill(~live, -torch.inf)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Masks and subnetworks are restored too, so that a loaded module needs no trainer to answer."""
         super().on_load_checkpoint(checkpoint)
-        Masks.of(self).load_state_dict(checkpoint["masks"])
-        Subnetworks.of(self).load_state_dict(checkpoint["subnetworks"])
+        if "subnetworks" in checkpoint:
+            Masks.of(self).load_state_dict(checkpoint["masks"])
+            Subnetworks.of(self).load_state_dict(checkpoint["subnetworks"])

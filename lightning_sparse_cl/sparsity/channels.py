@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,22 +52,27 @@ class Channels:
             ValueError: if the network cannot be traced, or has an operation that may mix channels in another way.
         """
         try:
-            graph = fx.Tracer().trace(network)
+            with torch.compiler.set_stance("force_eager"):
+                graph = fx.Tracer().trace(network)
         except Exception as error:  # any module may come, and tracing runs its code
             raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
         found, modules = cls(), dict(network.named_modules())
         at: dict[fx.Node, int] = {}
+        flat: dict[fx.Node, bool] = {}  # (B, D) and not (B, C, H, W)
         for node in graph.nodes:
-            source = at.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+            first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+            source, flat[node] = at.get(first), flat.get(first, False) or _flattens(node, modules)
             if node.op == "placeholder":
                 if not found.sizes:
                     at[node] = found._new(0)
             elif node.op == "output":
                 found.output = source if source is not None else 0
             elif node.op == "call_module":
-                at[node] = found._through(node.target, modules[node.target], source)
+                at[node] = found._through(node.target, modules[node.target], source, flat[node])
             elif node.op == "call_function" and node.target in ADDING and len(node.all_input_nodes) == 2:
                 one, other = (at[n] for n in node.all_input_nodes)
+                if len({flat[n] for n in node.all_input_nodes}) > 1:
+                    raise ValueError(f"{type(network).__name__}: channels cannot be followed through {node.name}")
                 found._join(one, other)
                 at[node] = min(one, other)
                 at = {n: min(one, other) if s == max(one, other) else s for n, s in at.items()}
@@ -91,15 +96,22 @@ class Channels:
         sizes = [self.sizes[s] for s in number]
         return Channels(sizes, reads, writes, along, number[self.input], number[self.output])
 
-    def _through(self, name: str, module: nn.Module, source: int) -> int:
-        if isinstance(module, SAME) and getattr(module, "start_dim", 1) == 1:
+    def _through(self, name: str, module: nn.Module, source: int, flat: bool) -> int:
+        if isinstance(module, SAME) and (getattr(module, "start_dim", 1), getattr(module, "end_dim", -1)) == (1, -1):
             return source
         if name in self.reads or name in self.along:
             raise ValueError(f"channels cannot be followed through {name}, which is used twice")
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or _depthwise(module):
             self.along[name] = source
             return source
-        if not isinstance(module, MIXING) or getattr(module, "groups", 1) != 1:
+        reads_flat, size = isinstance(module, nn.Linear), self.sizes[source]
+        if (
+            not isinstance(module, MIXING)
+            or getattr(module, "groups", 1) != 1
+            or reads_flat != flat
+            or (size and module.weight.shape[1] % size)
+            or nn.utils.parametrize.is_parametrized(module)
+        ):
             raise ValueError(f"channels cannot be followed through {name}, a {type(module).__name__}")
         self.reads[name] = source
         if not self.sizes[source]:  # the input
@@ -109,6 +121,8 @@ class Channels:
 
     def _join(self, one: int, other: int) -> None:
         kept, gone = min(one, other), max(one, other)
+        if self.sizes[one] != self.sizes[other]:
+            raise ValueError(f"channels cannot be followed: {self.sizes[one]} are added to {self.sizes[other]}")
         for users in (self.reads, self.writes, self.along):
             users |= {name: kept for name, s in users.items() if s == gone}
 
@@ -175,9 +189,16 @@ def _keeps_channels(node: fx.Node) -> bool:
         return False
     dims = node.args[1:2] or [v for k, v in node.kwargs.items() if k in ("dim", "start_dim")]
     if node.target in (torch.mean, "mean"):
-        given = dims[0] if dims and isinstance(dims[0], list | tuple) else dims
-        return bool(given) and set(given) <= {2, 3, -1, -2}
-    return node.target not in (torch.flatten, "flatten") or tuple(dims) == (1,)
+        given = dims[0] if dims and isinstance(dims[0], list | tuple) else node.args[1:]
+        return set(given) in ({2, 3}, {-1, -2})
+    return node.target not in (torch.flatten, "flatten") or (*node.args[1:], *node.kwargs.values()) == (1,)
+
+
+def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether what comes out is (B, D)."""
+    if node.op == "call_module":
+        return isinstance(modules[node.target], nn.Flatten)
+    return node.target in (torch.mean, torch.flatten, "mean", "flatten")
 
 
 def _depthwise(module: nn.Module) -> bool:

@@ -17,6 +17,11 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def network_of(module: nn.Module) -> nn.Module:
+    """What maps images to logits in a module: its property ``network``, as methods here have one, or all of it."""
+    return module.network if isinstance(getattr(type(module), "network", None), property) else module
+
+
 def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> list[str]:
     """Names of the convolution and linear weights to prune, in module order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
-from lightning_sparse_cl.sparsity.layers import weight_layers
+from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
 _of: WeakKeyDictionary[nn.Module, Subnetworks] = WeakKeyDictionary()
@@ -58,14 +58,9 @@ class Subnetworks:
         return module
 
     @property
-    def whole(self) -> nn.Module:
-        """What maps images to logits, under the names that its tensors have in the module."""
-        return getattr(self.module, "network", self.module)
-
-    @property
     def head(self) -> list[str]:
         """Names of weight and bias of the last linear layer, whose rows are classes."""
-        weight, layer = list(weight_layers(self.whole).items())[-1]
+        weight, layer = list(weight_layers(network_of(self.module)).items())[-1]
         return [weight] if layer.bias is None else [weight, weight.removesuffix("weight") + "bias"]
 
     def __len__(self) -> int:
@@ -82,7 +77,7 @@ class Subnetworks:
                 raise ValueError(
                     f"Subnetworks: mask of {name!r} has shape {tuple(mask.shape)}, the weight {tuple(shape)}"
                 )
-        state = self.module.state_dict()
+        state = self._tensors()
         copies = {name: state[name].detach().clone() for name in own if name not in self.head}
         copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
         self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
@@ -103,7 +98,7 @@ class Subnetworks:
 
     def tensors(self, task: int) -> dict[str, Tensor]:
         """Parameters and buffers of the module as the task's subnetwork has them, of full size."""
-        learnt, held, state = self._task(task), Masks.of(self.module).held, self.module.state_dict()
+        learnt, held, state = self._task(task), Masks.of(self.module).held, self._tensors()
         head = {name: torch.zeros_like(state[name]) for name in self.head}
         for name, tensor in head.items():
             tensor[learnt.classes] = learnt.own[name].to(tensor)
@@ -112,8 +107,7 @@ class Subnetworks:
     @contextmanager
     def use(self, task: int) -> Iterator[None]:
         """Inside, the module is the task's subnetwork; only the logits of the task's classes mean something."""
-        tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        before = {}
+        tensors, before = self._tensors(), {}
         try:
             for name, value in self.tensors(task).items():
                 before[name], tensors[name].data = tensors[name].data, value.to(tensors[name])
@@ -130,7 +124,7 @@ class Subnetworks:
         """
         if task not in self._ready:
             with self.use(task), torch.no_grad():
-                self._ready[task] = compact(self.whole, self.tasks[task].classes).eval().requires_grad_(False)
+                self._ready[task] = compact(network_of(self.module), self.tasks[task].classes).eval().requires_grad_(False)
         return self._ready[task].to(next(self.module.parameters()).device)
 
     def stored(self) -> dict[str, Tensor]:
@@ -142,26 +136,32 @@ class Subnetworks:
         own = {f"own.{i}.{n}": tensor for i, task in enumerate(self.tasks) for n, tensor in task.own.items()}
         return shared | masks | own
 
-    def logits(self, x: Tensor, network: Callable[[Tensor], Tensor], task: int | None = None) -> Tensor:
-        """Logits (B, num_classes) for images (B, C, H, W): each class has that of the subnetwork of its task.
+    def running(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of the network that is being trained, whatever tasks have been learnt."""
+        own = getattr(type(self.module), "running", None)
+        return own(self.module, x) if callable(own) else self.module(x)
 
-        A class that several tasks have, as in domain-incremental learning, has the largest of theirs.
-
-        Args:
-            x: the images.
-            network: gives the logits of the classes that are not learnt yet.
-            task: the images are known to be of this one, and other learnt tasks are not asked.
-        """
+    def answers(self, x: Tensor, task: int | None = None) -> dict[int, Tensor]:
+        """Logits (B, len(classes)) of each task's subnetwork for images (B, C, H, W); of one task, or of all learnt."""
         asked = range(len(self.tasks)) if task is None else range(task, min(task + 1, len(self.tasks)))
-        found = {i: self.network(i)(x) for i in asked}
-        if task is None or not found:
-            logits = network(x).clone()
+        return {i: self.network(i)(x) for i in asked}
+
+    def combined(self, x: Tensor, answers: Mapping[int, Tensor]) -> Tensor:
+        """Logits (B, num_classes): each class has that of its task's subnetwork.
+
+        A class that several tasks have, as in domain-incremental learning, has the largest of theirs; one that none of
+        ``answers`` has, that of the network which is being trained.
+        """
+        classes = len(self.module.get_parameter(self.head[0]))
+        known = sorted({c for i in answers for c in self.tasks[i].classes})
+        if len(known) < classes:
+            logits = self.running(x).clone()
         else:
-            logits = found[task].new_full((len(x), len(self.module.get_parameter(self.head[0]))), -torch.inf)
-        logits[:, sorted({c for i in found for c in self.tasks[i].classes})] = -torch.inf
-        for i, learnt in found.items():
-            classes = self.tasks[i].classes
-            logits[:, classes] = logits[:, classes].maximum(learnt.to(logits.dtype))
+            logits = next(iter(answers.values())).new_empty(len(x), classes)
+        logits[:, known] = -torch.inf
+        for i, answer in answers.items():
+            own = self.tasks[i].classes
+            logits[:, own] = logits[:, own].maximum(answer.to(logits.dtype))
         return logits
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,6 +179,9 @@ class Subnetworks:
             if name not in weights or bits.numel() != -(-weights[name].numel() // 8):
                 raise ValueError(f"Subnetworks: the checkpoint has a mask of {name!r}, which does not fit this network")
         self.tasks, self._ready = tasks, {}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
 
     def _task(self, task: int) -> Subnetwork:
         if not 0 <= task < len(self.tasks):
