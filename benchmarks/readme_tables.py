@@ -40,8 +40,8 @@ COLUMNS = {
     },
     "continual_dst_findings": {"finding": "finding", "verdict": "verdict", "differences": "paired differences, points"},
     "cl_lsg": {
-        "method": "", "ACC": "Task-IL ACC", "held out": "on held-out images", "allocated": "allocated", "used in networks": "used",
-        "tasks that grew": "tasks that grew", "seconds": "seconds",
+        "method": "", "ACC": "Task-IL ACC", "held out": "on held-out images", "allocated": "allocated",
+        "used in networks": "used", "tasks that grew": "tasks that grew", "seconds": "seconds",
     },
     "cl_lsg_tasks": {"method": ""} | {str(t): str(t) for t in range(1, 11)},
     "overhead": {

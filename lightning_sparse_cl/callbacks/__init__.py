@@ -4,15 +4,7 @@ from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
 from lightning_sparse_cl.callbacks.data_removal import DynamicDataRemoval
-from lightning_sparse_cl.callbacks.drop_grow import (
-    SET,
-    SNFS,
-    AdaptiveGrowth,
-    DropAndGrow,
-    MomentumGrowth,
-    RigL,
-    UnfiredGrowth,
-)
+from lightning_sparse_cl.callbacks.drop_grow import SET, DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.dynamic_masking import TaskAwareDynamicMasking
 from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
@@ -21,6 +13,7 @@ from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
+from lightning_sparse_cl.callbacks.growth_rules import SNFS, AdaptiveGrowth, MomentumGrowth, UnfiredGrowth
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen

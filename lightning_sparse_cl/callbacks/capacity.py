@@ -9,8 +9,8 @@ import lightning.pytorch as pl
 
 from lightning_sparse_cl.metrics.accounting import capacity
 from lightning_sparse_cl.sparsity import Masks, Subnetworks
-from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.export import save_sparse
+from lightning_sparse_cl.sparsity.layers import network_of
 
 
 class ModelCapacity(pl.Callback):

@@ -25,7 +25,9 @@ class IsolatingModule(ContinualModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         if not any(isinstance(p, TaskSubnetworks) for p in self.policies):
-            raise ValueError(f"{type(self).__name__}(policies=...): add TaskSubnetworks(), which keeps what tasks learnt")
+            raise ValueError(
+                f"{type(self).__name__}(policies=...): add TaskSubnetworks(), which keeps what tasks learnt"
+            )
         return super().configure_callbacks()
 
     def forward(self, x: Tensor) -> Tensor:

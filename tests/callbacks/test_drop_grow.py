@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from toy_trainer import trainer
 
 from lightning_sparse_cl import SET, SNFS, SNIP, ContinualModule, DERpp, Masks, RigL, SmallCNN
-from lightning_sparse_cl.callbacks.drop_grow import share_out
+from lightning_sparse_cl.callbacks.growth_rules import share_out
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 from lightning_sparse_cl.sparsity import top_k_mask
 
@@ -51,7 +51,7 @@ def test_each_layer_keeps_its_number_and_the_smallest_go(policy):
     steps, model = Exchanges(), PlainClassifier()
     trainer(policy(0.8, fraction=0.4, interval=3, until=1.0), steps, epochs=4).fit(model, toy_tasks(num_tasks=2))
     changed = [i for i, (before, _, _, after, *_) in enumerate(steps.seen) if moved(before, after)]
-    assert changed == [i for i in range(3, 40, 3) if i % 20 or i == 0]  # at step 20, f = 0.4 of another task: not of 0
+    assert changed == [i for i in range(40) if i % 20 and i % 20 % 3 == 0]  # two tasks of 20 steps
     for i in changed:
         before, weights, grads, after, stepped, momentum = steps.seen[i]
         f = 0.2 * (1 + math.cos(math.pi * (i % 20) / 20))
@@ -95,7 +95,7 @@ class Shares(SNFS):
 
     def exchange(self, trainer, pl_module):
         before, part = dict(self.masks.alive), self.exchanged(trainer)
-        momentum = {n: m.abs() for n, m in self._momentum.items()}
+        momentum = {n: m.abs() for n, m in self._kept.items()}
         mean = {n: float(m[before[n]].mean()) for n, m in momentum.items()}
         lost = {n: int(part * int(m.sum())) for n, m in before.items()}
         sizes = {n: pl_module.get_parameter(n).detach().abs() for n in before}
@@ -114,8 +114,8 @@ def test_snfs_keeps_the_total_and_follows_the_momentum():
     assert set(totals) == {sum(round(0.3 * m.numel()) for m in Masks.of(model).alive.values())}
     assert len({int(after["backbone.3.weight"].sum()) for _, _, _, after, *_ in steps.seen}) > 1
     assert policy.exchanges == 7
-    assert policy._momentum.keys() == Masks.of(model).alive.keys()
-    assert all(m[~Masks.of(model).alive[n]].any() for n, m in policy._momentum.items())
+    assert policy._kept.keys() == Masks.of(model).alive.keys()
+    assert all(m[~Masks.of(model).alive[n]].any() for n, m in policy._kept.items())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""Growth rules of "Continual Dynamic Sparse Training" beside random (SET) and gradient (RigL), and SNFS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
+from lightning_sparse_cl.callbacks.schedule import position
+
+
+class _Remembering(DropAndGrow):
+    """Base of the rules that keep a tensor for each weight; it starts anew with every mask that is drawn."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: dict[str, Tensor] = {}
+
+    def draw(self, pl_module: pl.LightningModule, task: int) -> None:
+        if self.unmasked(pl_module):
+            self._kept = {}
+        super().draw(pl_module, task)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._kept = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._kept = {name: kept.to(pl_module.device) for name, kept in self._kept.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"kept": dict(self._kept)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._kept = dict(state["kept"])
+
+
+class UnfiredGrowth(_Remembering):
+    """Grows at random among the weights that were never alive in this task; at random when there are none left.
+
+    Unfired growth of "Continual Dynamic Sparse Training" (section 3); what has fired is forgotten with the task.
+    """
+
+    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for name in self.names(pl_module):
+            self._kept[name] = self.masks.alive[name] | self._kept.get(name, False)
+        super().exchange(trainer, pl_module)
+
+    def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        scores = self.random(pl_module, self.names(pl_module), 1, trainer.global_step)
+        return {name: score + ~self._kept[name] for name, score in scores.items()}
+
+
+class MomentumGrowth(_Remembering):
+    """Grows where the momentum m <- 0.9 m + 0.1 g is largest; every layer keeps its number.
+
+    The momentum is that of all weights, pruned ones too, so that every step needs whole gradients; it is kept here, and
+    the optimiser need not have any. The code of "Continual Dynamic Sparse Training" ranks Adam's |m / (sqrt(v) + eps)|
+    instead, which ties the rule to that optimiser; its text says momentum.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.masks.ask_whole(self.names(pl_module))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        for name, grad in self.masks.take_whole().items():
+            self._kept[name] = 0.1 * grad if name not in self._kept else self._kept[name].lerp(grad, 0.1)
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        return {name: m.abs() for name, m in self._kept.items()}
+
+
+class SNFS(MomentumGrowth):
+    """Sparse networks from scratch (Dettmers & Zettlemoyer, 2019): momentum growth across layers.
+
+    What all layers dropped is shared out among them by the mean |m| of their alive weights, as far as there is room:
+    the number of weights is constant in all, not in each layer.
+    """
+
+    def __init__(
+        self,
+        sparsity: float,
+        fraction: float = 0.5,
+        interval: int = 100,
+        until: float = 1.0,
+        final: float = 0.0,
+        init: Literal["uniform", "erk"] = "uniform",
+        dense: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(sparsity, fraction, interval, until, final, init, dense)
+
+    def how_many(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
+        mean = {n: float(m[self.masks.alive[n]].abs().mean().nan_to_num()) for n, m in self._kept.items()}
+        return share_out(sum(dropped.values()), mean, free)
+
+
+class AdaptiveGrowth(RigL):
+    """Grows at random in early tasks and by the gradient in late ones (Fig 6 of "Continual Dynamic Sparse Training").
+
+    Args:
+        sparsity: zero fraction of the masked weights, in [0, 1).
+        switch: when the gradient takes over: ``"half"``, in the second half of the tasks, as in the paper;
+            ``"saturation"``, in the first task that finds more than the fraction ``full`` of the masked weights frozen
+            by earlier ones, however many tasks are to come.
+        full: see ``switch``, in [0, 1].
+        **kwargs: as of :class:`DropAndGrow`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, sparsity: float, switch: Literal["half", "saturation"] = "half", full: float = 0.5, **kwargs: Any
+    ) -> None:
+        super().__init__(sparsity, **kwargs)
+        if switch not in ("half", "saturation"):
+            raise ValueError(f"AdaptiveGrowth(switch={switch!r}): switch is 'half' or 'saturation'")
+        if not 0 <= full <= 1:
+            raise ValueError(f"AdaptiveGrowth(full={full}): the fraction of frozen weights, in [0, 1]")
+        self.switch, self.full = switch, full
+
+    def late(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether the running task grows by the gradient."""
+        if self.switch == "half":
+            tasks = getattr(trainer.datamodule, "num_tasks", 1)
+            return position(trainer).task >= tasks / 2
+        names = self.names(pl_module)
+        frozen = sum(int(self.masks.is_frozen(name).sum()) for name in names)
+        return frozen > self.full * sum(pl_module.get_parameter(name).numel() for name in names)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.due(trainer) and self.late(trainer, pl_module):
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self.masks.whole:
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        elif self.due(trainer) and not self.late(trainer, pl_module):
+            DropAndGrow.exchange(self, trainer, pl_module)
+
+    def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        if self.masks.whole:
+            return super().grow_scores(trainer, pl_module)
+        return self.random(pl_module, self.names(pl_module), 1, trainer.global_step)
+
+
+def share_out(total: int, weight: dict[str, float], room: dict[str, int]) -> dict[str, int]:
+    """Split ``total`` in proportion to the weights, whole numbers up to each one's room; what is over goes on."""
+    given = dict.fromkeys(weight, 0)
+    while (left := total - sum(given.values())) > 0:
+        open_ = {n: max(w, 1e-30) for n, w in weight.items() if given[n] < room[n]}
+        if not open_:
+            break
+        scale = left / sum(open_.values())
+        parts = {n: min(int(w * scale), room[n] - given[n]) for n, w in open_.items()}
+        if not any(parts.values()):  # less than one each: to the largest
+            parts = {max(open_, key=lambda n: open_[n]): 1}
+        for name, part in parts.items():
+            given[name] += part
+    return given
