@@ -192,7 +192,64 @@ def test_scratch_and_fine_tune_keep_a_network_a_task():
     assert moved[1] > 3 * moved[0]  # from scratch it ends somewhere else
 
 
+@pytest.mark.parametrize("gates", [{"selective": False, "attentive": False, "retrain": False}, {"retrain": False}])
+def test_the_ablations_learn_the_first_task_with_the_seed(gates):
+    module = lsg(0.9, reuse_epochs=10, **gates)
+    fit(module, epochs=11)
+    assert module.policies[1].grew[0] is False and module.policies[1].reached[0] >= 0.9
+
+
+class ByHand(scl.Sparsifier):
+    """Held-out accuracy and batch-norm statistics of the network without noise, measured another way."""
+
+    found = None
+
+    @torch.no_grad()
+    def on_after_task_end(self, trainer, pl_module, task):
+        data, network = trainer.datamodule, pl_module.network.eval()
+        at = data._held_out[task]
+        x = data.prepare(data.train_sets[task].images[at], augment=False)
+        labels, live = data.train_sets[task].labels[at], data.live()
+        right = network(x).masked_fill(~live, -torch.inf).argmax(1) == labels
+        assert right.float().mean().item() == pytest.approx(pl_module.policies[1].reached[task])
+        assert len(at) == 16 and not set(at.tolist()) & set(data.alive[task].tolist())
+        network.train()
+        images = data.prepare(data.train_sets[task].images[data.alive[task]], augment=False)
+        before = network.backbone[0](images)
+        torch.testing.assert_close(network.backbone[1].running_mean, before.mean((0, 2, 3)))
+        torch.testing.assert_close(network.backbone[1].running_var, before.var((0, 2, 3)))
+        pl_module.train()
+
+
+def test_growth_is_judged_on_held_out_samples_by_the_network_without_noise():
+    fit(lsg(1.1, policies=[ByHand()]))
+
+
+def test_the_seed_is_drawn_for_its_size():
+    module, norms = lsg(0.0, scl.SmallMLP([64, 64])), []
+
+    class Norm(scl.Sparsifier):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weight = pl_module.get_parameter("backbone.3.weight")
+            norms.append(float(weight[:8, :8].std() / (1 / (3 * 8)) ** 0.5))
+
+    module.policies.append(Norm())
+    fit(module)
+    assert norms[0] == pytest.approx(1, abs=0.3)  # uniform in +-1/sqrt(inputs), of which there are 8
+
+
+def test_epochs_of_every_task_leave_some_to_grow():
+    with pytest.raises(ValueError, match=r"reuse_epochs=3\): a task has 2 epochs, none is left"):
+        fit(lsg(reuse_epochs=3), epochs=[5, 2, 2])
+
+
 def test_bad_input_is_named():
+    for subnetworks in (scl.TaskSubnetworks(), scl.TaskSubnetworks("frozen", "share")):
+        with pytest.raises(ValueError, match=r"CLLSG\(subnetworks=TaskSubnetworks"):
+            scl.CLLSG(scl.SmallCNN(4), scl.SparseGrowth(0.5), subnetworks=subnetworks)
+    for target, message in (([0.1, "a.json"], "accuracies or files"), ([], "no target"), ([__file__], "no metrics")):
+        with pytest.raises(ValueError, match=message):
+            targets_of(target, 2)
     with pytest.raises(ValueError, match="set the data module's val_fraction"):
         fit(lsg(), val_fraction=0.0)
     with pytest.raises(ValueError, match=r"reuse_epochs=6\): a task has 6 epochs"):

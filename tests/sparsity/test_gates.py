@@ -101,6 +101,14 @@ def test_kernels_are_owned_released_or_grown():
     assert int(gates.allocated(gates.channels.writes["0.stages.0.0.conv1"]).sum()) == 8 > allocated
 
 
+def test_the_seed_is_the_first_tasks_to_train_whatever_becomes_of_released_kernels():
+    _, gates = network_and_gates(retrain=False)
+    gates.eval()
+    assert all(torch.equal(gates.masks()[n] > 0, gates.allocated_kernels()[n]) for n in gates.names)
+    gates.begin({name: torch.zeros_like(kernels) for name, kernels in gates.allocated_kernels().items()})
+    assert not any(gates.masks()[name].any() for name in gates.names)
+
+
 def test_the_penalty_is_the_expected_number_of_grown_channels():
     _, gates = network_and_gates()
     assert float(gates.expected_size()) == 0
