@@ -52,8 +52,8 @@ class Channels:
             ValueError: if the network cannot be traced, or has an operation that may mix channels in another way.
         """
         try:
-            with torch.compiler.set_stance("force_eager"):
-                graph = fx.Tracer().trace(network)
+            with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+                graph = fx.Tracer().trace(network)  # also where a part is compiled
         except Exception as error:  # any module may come, and tracing runs its code
             raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
         found, modules = cls(), dict(network.named_modules())

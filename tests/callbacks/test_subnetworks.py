@@ -289,6 +289,9 @@ class OtherNames(PlainClassifier):
         self.network, self.running = self.net, 0.0
         self.register_buffer("scale", torch.ones(1), persistent=False)
 
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        return {"logits": self(batch[0])}
+
 
 def test_a_foreign_module_may_have_any_names_and_be_tested_from_its_checkpoint(tmp_path):
     def policies():
@@ -300,11 +303,7 @@ def test_a_foreign_module_may_have_any_names_and_be_tested_from_its_checkpoint(t
     run.save_checkpoint(tmp_path / "run.ckpt")
     again = scl.ContinualEvaluation()
 
-    class Tested(OtherNames):
-        def test_step(self, batch, batch_idx, dataloader_idx=0):
-            return {"logits": self(batch[0])}
-
-    trainer(*policies(), again).test(Tested(), toy_tasks(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    trainer(*policies(), again).test(OtherNames(), toy_tasks(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
     assert torch.equal(again.tested["task_il"].R[0], evaluation.matrices["task_il"].R[-1])
 
 
