@@ -76,7 +76,7 @@ def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_roo
     expected = {"esacl": 0.8, "sparcl": 0.9, "snip_derpp": 0.9, "rigl_derpp": 0.9}
     expected |= {"sparcl": 0.75} if config.parent.name != "split_digits" else {}
     if config.stem == "cl_lsg":  # as much as it has grown
-        assert metrics["growth"]["grew"] and 0 < metrics["subnetworks"]["used"][-1] < 1
+        assert metrics["growth"]["grew"] and 0 < metrics["subnetworks"]["used"][-1] <= 1
     elif config.stem.startswith("continual_dst"):  # weights that have just grown are zero too
         assert metrics["sparsity"] >= 0.9 - 1e-3
     else:
