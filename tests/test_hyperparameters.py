@@ -62,8 +62,7 @@ BASE: dict[str, dict[str, Any]] = {
     "DynamicDataRemoval": {"cutoff": 2, "every": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
     "RigL": {"sparsity": 0.5, "interval": 3}, "SET": {"sparsity": 0.5, "interval": 3},
     "SNFS": {"sparsity": 0.5, "interval": 3}, "SNIP": {"sparsity": 0.5},
-    **{name: {"sparsity": 0.5, "interval": 3} for name in ("UnfiredGrowth", "MomentumGrowth")},
-    "AdaptiveGrowth": {"sparsity": 0.5, "interval": 3, "switch": "saturation", "full": 0.1},
+    **{name: {"sparsity": 0.5, "interval": 3} for name in ("UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
     "ContinualDST": {"backbone": scl.SmallCNN(4), "growth": scl.SET(0.5, interval=3, dense=["head.weight"])},
     "CLLSG": {"backbone": scl.SmallCNN(8), "growth": scl.SparseGrowth(1.1, 1)},
     "GrowthGates": {"kernel_init": 0.1}, "SparseGrowth": {"target": 1.1, "reuse_epochs": 1},
@@ -85,8 +84,6 @@ OTHER: dict[str, Any] = {
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
-    "AdaptiveGrowth.switch": "half",
-    "AdaptiveGrowth.full": 0.9,
     "DropAndGrow.init": "erk",
     **{f"{name}.init": "erk" for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
     **{f"{name}.final": 0.2 for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
@@ -165,7 +162,6 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
         callbacks = [part(**kwargs)]
     policies = [c for c in callbacks if not isinstance(c, scl.TaskSchedule | scl.ContinualEvaluation)]
     policies += [scl.OneShotPruning(0.5)] if name in ("FreezeMasks", "Reopen") else []
-    policies = [scl.TaskSubnetworks(), scl.Reopen(), *policies] if name == "AdaptiveGrowth" else policies
     policies.sort(key=lambda c: not isinstance(c, scl.OneShotPruning))
     objective = scl.DERpp(30, 8)
     model = model or scl.ContinualModule(

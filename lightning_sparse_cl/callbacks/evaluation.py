@@ -19,8 +19,8 @@ class ContinualEvaluation(pl.Callback):
     """Accuracy on every task's test data, with the weights as the task leaves them (pruned, frozen).
 
     Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
-    the sample's task, on the same head and from the same forward pass. Where each task has a subnetwork of its own
-    (:class:`TaskSubnetworks`), Task-IL asks that of the sample's task, Class-IL all of them. Before training the
+    the sample's task, on the same head and from the same forward pass. (Where each task has a subnetwork of its own,
+    by :class:`TaskSubnetworks`, Task-IL asks that of the sample's task, Class-IL all of them.) Before training the
     untrained network is measured on every task, the baseline of forward transfer.
 
     Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
@@ -71,7 +71,7 @@ class ContinualEvaluation(pl.Callback):
         self._measure(trainer, pl_module, task)
         if trainer.datamodule.val_fraction:
             learnt = Subnetworks.of(pl_module)
-            known = (lambda x: learnt.combined(x, learnt.answers(x, task))) if len(learnt) else pl_module
+            known = (lambda x: learnt.combined(x, learnt.answers(x, task), task)) if len(learnt) else pl_module
             self.held_out.append(held_out_accuracy(trainer, pl_module, known))
         figures = {s: self.matrices[s].summary() for s in self.scenarios}
         pl_module.log_dict(
@@ -99,7 +99,7 @@ class ContinualEvaluation(pl.Callback):
         learnt, live = Subnetworks.of(pl_module), self._live[task].to(y.device)
         if len(learnt):
             answers = learnt.answers(x, None if "class_il" in self.scenarios else task)
-            known = learnt.combined(x, {i: a for i, a in answers.items() if i == task})
+            known = learnt.combined(x, answers, task)
             logits = learnt.combined(x, answers) if "class_il" in self.scenarios else known
         else:
             known = logits = pl_module(x) if logits is None else logits

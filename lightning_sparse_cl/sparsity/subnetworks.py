@@ -148,18 +148,25 @@ class Subnetworks:
         asked = range(len(self.tasks)) if task is None else range(task, min(task + 1, len(self.tasks)))
         return {i: self.network(i)(x) for i in asked}
 
-    def combined(self, x: Tensor, answers: Mapping[int, Tensor]) -> Tensor:
+    def combined(self, x: Tensor, answers: Mapping[int, Tensor], task: int | None = None) -> Tensor:
         """Logits (B, num_classes): each class has that of its task's subnetwork.
 
         A class that several tasks have, as in domain-incremental learning, has the largest of theirs; one that none of
         ``answers`` has, that of the network which is being trained.
+
+        Args:
+            x: the images.
+            answers: of :meth:`answers`.
+            task: that of the images, where it is known; if it is learnt, only its classes are answered.
         """
+        if task is not None:
+            answers = {task: answers[task]} if task in answers else {}
         classes = len(self.module.get_parameter(self.head[0]))
         known = sorted({c for i in answers for c in self.tasks[i].classes})
-        if len(known) < classes:
-            logits = self.running(x).clone()
+        if len(known) == classes or (task is not None and answers):
+            logits = next(iter(answers.values())).new_full((len(x), classes), -torch.inf)
         else:
-            logits = next(iter(answers.values())).new_empty(len(x), classes)
+            logits = self.running(x).clone()
         logits[:, known] = -torch.inf
         for i, answer in answers.items():
             own = self.tasks[i].classes
