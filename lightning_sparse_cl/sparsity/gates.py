@@ -34,7 +34,8 @@ class GrowthGates(nn.Module):
     or can be grown. What a kernel is multiplied with:
 
     * owned: the selective mask m^s, binary, learnt on frozen weights (the paper calls it soft, and defines it binary);
-    * released: 1, its weights are trained again; those of the seed are the first task's to train;
+    * released: 1, its weights are trained again; so are those of the seed in the first task (eq 2 read to the letter
+      would learn m^a on them too);
     * grown: m^g of its output channel, m^g of its input channel (1 where allocated) and the attentive mask m^a.
 
     m^s and m^a are on different kernels, so that one real-valued tensor a layer serves both. In eval mode, and when
