@@ -19,8 +19,8 @@ class ModelCapacity(pl.Callback):
     The file, ``model.safetensors`` in the folder of the run, is read by
     :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
     ``module.load_state_dict(state, strict=False)``. Where each task has a subnetwork, the file holds them all, see
-    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. List it after callbacks that prune when the fit ends, and before
-    :class:`RunReport`.
+    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. List it after
+    callbacks that prune when the fit ends, and before :class:`RunReport`.
     """
 
     def __init__(self) -> None:

@@ -35,8 +35,8 @@ class CLLSG(IsolatingModule):
     paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains all
     of it is multiplied; the subnetwork that is left of it has the task's channels only.
 
-    Drawn masks need the paper's thousands of steps a task. In 200 steps of growth they cost 13 points against masks that
-    are only thresholded, ``GrowthGates(noise=False)`` (``benchmarks/cl_lsg.py``).
+    Drawn masks need the paper's thousands of steps a task. In 200 steps of growth they cost 13 points against masks
+    that are only thresholded, ``GrowthGates(noise=False)`` (``benchmarks/cl_lsg.py``).
 
     Released weights that a task trains are its own from then on, which the paper does not say: without it the next task
     would train what this one relies on.
