@@ -60,7 +60,16 @@ def epochs_of(config):
     return 2 if "cl_lsg" in str(config) else 1
 
 
-@pytest.mark.parametrize("config", EXPERIMENTS, ids=name_of)
+# The same method and network as another, on other tasks.
+SIMILAR = ["split_cifar100/continual_dst_5_tasks", "split_cifar100/continual_dst_20_tasks", "split_mini_imagenet/cl_lsg",
+           "split_cifar100_superclasses/continual_dst", "split_mini_imagenet/continual_dst"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(e, marks=pytest.mark.slow) if name_of(e) in SIMILAR else e for e in EXPERIMENTS],
+    ids=map(name_of, EXPERIMENTS),
+)
 def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_root, tmp_path):
     data_root(config.parent.name)
     cli = main(["fit", "-c", str(config), *small(config)])
