@@ -61,8 +61,13 @@ def epochs_of(config):
 
 
 # The same method and network as another, on other tasks.
-SIMILAR = ["split_cifar100/continual_dst_5_tasks", "split_cifar100/continual_dst_20_tasks", "split_mini_imagenet/cl_lsg",
-           "split_cifar100_superclasses/continual_dst", "split_mini_imagenet/continual_dst"]  # fmt: skip
+SIMILAR = [
+    "split_cifar100/continual_dst_5_tasks",
+    "split_cifar100/continual_dst_20_tasks",
+    "split_cifar100_superclasses/continual_dst",
+    "split_mini_imagenet/continual_dst",
+    "split_mini_imagenet/cl_lsg",
+]
 
 
 @pytest.mark.parametrize(
