@@ -51,7 +51,8 @@ IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for par
 # What a class needs to be made at all or to show a difference, and the other value where it is not obvious.
 BASE: dict[str, dict[str, Any]] = {
     "ContinualModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03)},
-    "IsolatingModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03)},
+    "IsolatingModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03),
+        "policies": [scl.TaskSubnetworks(share=False)]},
     "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
     "ER": {"memory": 30, "minibatch": 8}, "DERpp": {"memory": 30, "minibatch": 8},
     "DERppOneDraw": {"memory": 30, "minibatch": 8},
@@ -92,6 +93,7 @@ OTHER |= {
     "target": 0.0,
     "gates": scl.GrowthGates(0.5),
     "GrowthGates.seed": 0.5,
+    "IsolatingModule.policies": [scl.TaskSubnetworks(share=False), scl.GradientClipping(0.1)],
     "CLLSG.optimizer": partial(SGD, lr=0.1),
     "penalty": 10.0,
     "growth": scl.SET(0.7, interval=3, dense=["head.weight"]),

@@ -23,7 +23,7 @@ def test_commands(command):
         [
             *arguments,
             *shortened(command),
-            "--schedule.epochs=1",
+            f"--schedule.epochs={2 if 'cl_lsg' in command else 1}",
             "--trainer.accelerator=cpu",
             "--trainer.limit_train_batches=2",
         ]
