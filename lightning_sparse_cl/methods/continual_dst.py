@@ -31,9 +31,10 @@ class ContinualDST(IsolatingModule):
     by itself); a weight of an earlier task that is grown again has its value (there zero while training); all gradients
     of inactive weights compete in gradient growth, of used weights too (there they are zero, and never grow); the head
     is dense (there masked, and all its rows frozen after the first task); the head's rows of a task's classes,
-    batch-norm and biases are the task's own. From the second task on unused weights start from zero, as in the code; drawn anew, Task-IL ACC
-    was 5 to 6 points lower in two runs side by side (the preset of ``benchmarks/continual_dst.py`` with 10 epochs a
-    task; ERK, gradient, 0.9: 35.5 against 29.6; uniform, random, 0.8: 29.6 against 24.1; one seed).
+    batch-norm and biases are the task's own. From the second task on unused weights start from zero, as in the code;
+    drawn anew, Task-IL ACC was 5 to 6 points lower in two runs side by side (the preset of
+    ``benchmarks/continual_dst.py`` with 10 epochs a task; ERK, gradient, 0.9: 35.5 against 29.6; uniform, random, 0.8:
+    29.6 against 24.1; one seed).
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).
