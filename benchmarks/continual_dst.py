@@ -2,7 +2,7 @@
 
 The first 100 classes of Tiny ImageNet in 10 tasks of 10, 100 training and 25 test images a class, resized to 32x32.
 ResNet-18 of width 16 with the paper's 7x7 stem, Adam 0.001 divided by ten at half and three quarters of a task, batch
-32, 8 epochs a task, exchanges every 25 steps, the fraction from 0.5 to 0.005: the same for all rows.
+32, 6 epochs a task, exchanges every 25 steps, the fraction from 0.5 to 0.005: the same for all rows.
 
 python benchmarks/continual_dst.py [--quick] [--root FOLDER]  (50 runs of about two minutes)
 
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--root", default="data")
     parser.add_argument("--seeds", type=int, default=2)
     args = harness.arguments(parser)
-    per_class, epochs, width, seeds = (32, 2, 4, [0]) if args.quick else (100, 8, 16, list(range(args.seeds)))
+    per_class, epochs, width, seeds = (32, 2, 4, [0]) if args.quick else (100, 6, 16, list(range(args.seeds)))
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
         torch.save(images_of(args.root, per_class), images)
