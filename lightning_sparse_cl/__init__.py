@@ -2,6 +2,8 @@
 
 from lightning_sparse_cl.backbones import VGG16, LeNet5, MobileNetV2, ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
+    AGEM,
+    GPM,
     SET,
     SNFS,
     SNIP,
@@ -37,9 +39,24 @@ from lightning_sparse_cl.callbacks import (
 from lightning_sparse_cl.data import *  # noqa: F403
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
-from lightning_sparse_cl.objectives import ER, CrossEntropy, DERpp, DERppOneDraw, Objective, ReservoirMemory
+from lightning_sparse_cl.objectives import (
+    CO2L,
+    DER,
+    ER,
+    EWC,
+    FDR,
+    BalancedMemory,
+    CrossEntropy,
+    DERpp,
+    DERppOneDraw,
+    ICaRL,
+    LwF,
+    Objective,
+    ReservoirMemory,
+)
 from lightning_sparse_cl.optim import (
     KSparsePolytope,
+    LaMAML,
     LossSelection,
     Plain,
     SharpnessAware,

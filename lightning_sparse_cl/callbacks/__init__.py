@@ -1,5 +1,6 @@
 """Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
 
+from lightning_sparse_cl.callbacks.agem import AGEM
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
@@ -12,6 +13,7 @@ from lightning_sparse_cl.callbacks.finite import FiniteLoss
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
+from lightning_sparse_cl.callbacks.gpm import GPM
 from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
 from lightning_sparse_cl.callbacks.growth_rules import SNFS, AdaptiveGrowth, MomentumGrowth, UnfiredGrowth
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
@@ -26,6 +28,8 @@ from lightning_sparse_cl.callbacks.state import RandomState
 from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
 
 __all__ = [
+    "AGEM",
+    "GPM",
     "SET",
     "SNFS",
     "SNIP",

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.memory import Exemplars, ReservoirMemory
+from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars
 from lightning_sparse_cl.sparsity import Masks
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -89,9 +89,9 @@ def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor |
     return data.live().to(pl_module.device) if isinstance(data, TaskDataModule) else None
 
 
-def memory_of(pl_module: pl.LightningModule) -> ReservoirMemory | None:
+def memory_of(pl_module: pl.LightningModule) -> ExemplarMemory | None:
     """The module's memory, if it has one and something is in it."""
-    memory = next((m for m in pl_module.modules() if isinstance(m, ReservoirMemory)), None)
+    memory = next((m for m in pl_module.modules() if isinstance(m, ExemplarMemory)), None)
     return memory if memory is not None and len(memory) else None
 
 

@@ -132,11 +132,24 @@ class TaskDataModule(pl.LightningDataModule):
         """Training samples of a task before any was removed: all that are not set aside for validation."""
         return len(self.train_sets[task]) - len(self._held_out[task])
 
-    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The current task's samples that are alive, once and not augmented; of each process its share."""
-        device = self.trainer.strategy.root_device
-        for x, y in self._eval_loader(self.train_sets[self.task], self.alive[self.task]):
-            yield self.prepare(x.to(device), augment=False), y.to(device)
+    def stored(self, count: int | None = None, share: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+        """The current task's samples that are alive, once, as they are stored.
+
+        Args:
+            count: so many of them at most, drawn at random: the same on every process and after a resume.
+            share: of each process its share; else every process has them all.
+        """
+        device, alive = self.trainer.strategy.root_device, self.alive[self.task]
+        if count is not None and count < len(alive):
+            generator = torch.Generator().manual_seed(self.order_seed + self.task)
+            alive = alive[torch.randperm(len(alive), generator=generator)[:count]]
+        for x, y in self._eval_loader(self.train_sets[self.task], alive, share):
+            yield x.to(device), y.to(device)
+
+    def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """:meth:`stored` as the network sees them, not augmented."""
+        for x, y in self.stored(count, share):
+            yield self.prepare(x, augment=False), y
 
     # -- Lightning ---------------------------------------------------------------------------------------------
 
@@ -254,11 +267,11 @@ class TaskDataModule(pl.LightningDataModule):
     def _workers(self, data: Dataset) -> int:
         return 0 if isinstance(data, ImageTensors) else self.num_workers
 
-    def _eval_loader(self, data: Dataset, indices: Tensor) -> DataLoader:
+    def _eval_loader(self, data: Dataset, indices: Tensor, share: bool = True) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0
         if self.trainer is not None:
             data = self._placed(data)
-        sampler = ShareSampler(indices, self._world_size, rank)
+        sampler = ShareSampler(indices, self._world_size, rank) if share else ShareSampler(indices, 1, 0)
         return DataLoader(
             data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate,
             generator=torch.Generator(),  # of its own: measuring draws nothing from the training's random numbers

@@ -18,6 +18,7 @@ from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
+from lightning_sparse_cl.sparsity import Masks
 
 
 class ContinualModule(pl.LightningModule):
@@ -70,7 +71,8 @@ class ContinualModule(pl.LightningModule):
         self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
         channels_last_(self.backbone)
         self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
-        self.objective.build(input_shape, num_classes, seed, dtype)
+        self.objective.build(self.network, input_shape, seed, dtype)
+        self.update.build(self)
 
     @property
     def network(self) -> nn.Sequential:
@@ -114,20 +116,32 @@ class ContinualModule(pl.LightningModule):
         # a small network's time, until it has seen one large block go. Its pages are never touched.
         torch.empty(31 * 2**20, dtype=torch.uint8)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes) of all tasks."""
-        return self.head(self.backbone(x))
+    def forward(self, x: Tensor, features: bool = False) -> Any:
+        """Images (B, C, H, W) to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
+
+        With ``features``, a pair of logits and what they are made of, (B, D).
+        """
+        found = self.backbone(x)
+        logits = self.head(found) if self.training else self.objective.classify(self.head, found)
+        return (logits, found) if features else logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
         x, y = batch
         data, optimizers = self.trainer.datamodule, self.optimizers()
+        if self.objective.views > 1:
+            x = torch.stack([x, *(data.prepare(data.raw) for _ in range(self.objective.views - 1))], 1)
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
         whole: Outputs = {}  # the whole batch before the update: losses to rank, logits to remember
         moved = False
 
-        def loss(stage: Stage) -> Outputs:
+        def loss(stage: Stage, part: tuple[int, int] | None = None) -> Outputs:
             nonlocal moved
+            if part is not None:
+                rows = torch.arange(len(y), device=y.device).tensor_split(part[1])[part[0]]
+                with batch_norm_still(self):
+                    outputs = self.objective(self, x[rows], y[rows], None)
+                return outputs | {"loss": outputs["per_sample"].mean()}
             size = self.selection.size(stage, len(y), data.epoch_in_task) if self.selection else len(y)
             if size < len(y) and not whole:
                 with torch.no_grad(), batch_norm_still(self):
@@ -171,10 +185,19 @@ class ContinualModule(pl.LightningModule):
         if task > 0:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
-        self.objective.on_task_start(self, task, trainer.datamodule.live())
+        self.objective.on_task_start(self, task, trainer.datamodule)
+        self._settle()
 
     def on_task_end(self, trainer: pl.Trainer, task: int) -> None:
-        self.objective.on_task_end(self, task)
+        self.objective.on_task_end(self, task, trainer.datamodule)
+        self._settle()
+
+    def _settle(self) -> None:
+        """An objective may have fitted the head: masks hold there too, and all processes go on with the same."""
+        if self.trainer.world_size > 1:
+            for tensor in (*self.head.parameters(), *self.objective.buffers()):
+                torch.distributed.broadcast(tensor.data, 0)
+        Masks.of(self).apply_()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         x, y = batch
@@ -187,7 +210,7 @@ class ContinualModule(pl.LightningModule):
 
     def held_out_logits(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) by which a running task is validated."""
-        return self(x)
+        return self.network(x)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return {"logits": self(batch[0])}

@@ -1,7 +1,29 @@
 """Continual-learning objectives: a loss and the memory it needs. They know nothing of masks or optimisers."""
 
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
-from lightning_sparse_cl.objectives.memory import Exemplars, ReservoirMemory
-from lightning_sparse_cl.objectives.replay import ER, DERpp, DERppOneDraw
+from lightning_sparse_cl.objectives.co2l import CO2L
+from lightning_sparse_cl.objectives.ewc import EWC
+from lightning_sparse_cl.objectives.fdr import FDR
+from lightning_sparse_cl.objectives.icarl import ICaRL
+from lightning_sparse_cl.objectives.lwf import LwF
+from lightning_sparse_cl.objectives.memory import BalancedMemory, ExemplarMemory, Exemplars, ReservoirMemory
+from lightning_sparse_cl.objectives.replay import DER, ER, DERpp, DERppOneDraw, Replay
 
-__all__ = ["ER", "CrossEntropy", "DERpp", "DERppOneDraw", "Exemplars", "Objective", "ReservoirMemory"]
+__all__ = [
+    "CO2L",
+    "DER",
+    "ER",
+    "EWC",
+    "FDR",
+    "BalancedMemory",
+    "CrossEntropy",
+    "DERpp",
+    "DERppOneDraw",
+    "ExemplarMemory",
+    "Exemplars",
+    "ICaRL",
+    "LwF",
+    "Objective",
+    "Replay",
+    "ReservoirMemory",
+]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+
 Terms = dict[str, Any]
 """``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
 ``logits`` (B, C) of the current batch."""
@@ -21,8 +23,13 @@ class Objective(nn.Module):
     beforehand, by :meth:`draw`, so that both passes of SAM see the same.
     """
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
-        """Allocate what depends on the data: shape and type of a stored image, number of classes.
+    views = 1
+    """Augmented views of each image of the current batch; of several, ``x`` is (B, views, C, H, W)."""
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        """Allocate what depends on the network (its ``head`` is linear) and on shape and type of a stored image.
 
         Called once, before a checkpoint is restored.
         """
@@ -38,7 +45,8 @@ class Objective(nn.Module):
         """The loss terms of one pass.
 
         Args:
-            model: maps images (B, C, H, W) to logits (B, num_classes).
+            model: maps images (B, C, H, W) to logits (B, num_classes); with ``features=True`` to logits and features
+                (B, D). ``model.network`` is backbone and head.
             x: images of the current batch, or of the samples of it that the pass keeps.
             y: labels (B,).
             replay: what :meth:`draw` gave, or None to leave replay out.
@@ -48,11 +56,32 @@ class Objective(nn.Module):
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         """Called after the update with the whole batch as stored, and its logits from before the update."""
 
-    def on_task_start(self, model: nn.Module, task: int, live: Tensor) -> None:
-        """The first batch of ``task``, which has the classes ``live`` (num_classes,), comes next."""
+    def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
+        """Logits (B, num_classes) by which the network is tested, from features (B, D)."""
+        return head(features)
 
-    def on_task_end(self, model: nn.Module, task: int) -> None:
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        """The first batch of ``task`` comes next."""
+
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         """The last batch of ``task`` has been learnt, and the weights are pruned and frozen."""
+
+
+class LooksBack(Objective):
+    """Mixin of the objectives that compare with the last task's end: it knows whether there is one."""
+
+    tasks = 0
+    """Tasks learnt to their end."""
+
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        super().on_task_end(model, task, data)
+        self.tasks += 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"tasks": self.tasks}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.tasks = state["tasks"]
 
 
 class CrossEntropy(Objective):
@@ -68,13 +97,15 @@ class CrossEntropy(Objective):
         super().__init__()
         self.single_head = single_head
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
         if self.single_head:
-            self.register_buffer("live", torch.ones(num_classes, dtype=torch.bool))
+            self.register_buffer("live", torch.ones(network.head.out_features, dtype=torch.bool))
 
-    def on_task_start(self, model: nn.Module, task: int, live: Tensor) -> None:
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         if self.single_head:
-            self.live.copy_(live)
+            self.live.copy_(data.live())
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         logits = model(x)
@@ -91,4 +122,11 @@ def coefficient(owner: object, name: str, value: float) -> float:
     """A loss coefficient, checked. Raises ValueError if negative."""
     if not value >= 0:
         raise ValueError(f"{type(owner).__name__}({name}={value}): a loss coefficient is >= 0")
+    return value
+
+
+def positive(owner: object, name: str, value: float) -> Any:
+    """A temperature or size, checked. Raises ValueError if not positive."""
+    if not value > 0:
+        raise ValueError(f"{type(owner).__name__}({name}={value}): {name} is > 0")
     return value

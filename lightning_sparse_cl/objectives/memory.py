@@ -1,29 +1,27 @@
-"""Exemplar memory filled by reservoir sampling (Vitter, 1985), as in ER and DER++."""
+"""Memories of exemplars: a reservoir (Vitter, 1985), as in ER and DER++, and equal shares a class or task."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
 class Exemplars(NamedTuple):
-    """A draw from a memory: stored images, labels (m,), and logits (m, num_classes) if they are kept."""
+    """Stored images, labels (m,), tasks (m,), and logits (m, num_classes) if they are kept."""
 
     images: Tensor
     labels: Tensor
-    logits: Tensor | None
+    tasks: Tensor
+    logits: Tensor | None = None
 
 
-class ReservoirMemory(nn.Module):
-    """A uniform sample of all samples ever presented, in preallocated tensors on the training device.
+class ExemplarMemory(nn.Module):
+    """Exemplars in preallocated tensors on the training device: the same ones on every process.
 
-    Images are kept as stored in the data set: un-augmented, as a rule uint8, a quarter of float's size. Every
-    presentation counts, so that over several epochs the memory may hold an image more than once, as in the released
-    DER++ code. What is inserted depends on ``seed`` and on the number of samples seen only, not on a global generator:
-    the memory is the same on every process that sees the same samples, and on a resumed run.
+    Images are kept as stored in the data set: un-augmented, as a rule uint8, a quarter of float's size.
 
     Args:
         size: number of exemplars M.
@@ -40,10 +38,8 @@ class ReservoirMemory(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         if size < 1:
-            raise ValueError(f"ReservoirMemory(size={size}): a memory holds at least one exemplar")
+            raise ValueError(f"{type(self).__name__}(size={size}): a memory holds at least one exemplar")
         self.size = size
-        self.seen = 0
-        """Samples presented so far."""
         self.seed = 0
 
     def build(
@@ -55,6 +51,38 @@ class ReservoirMemory(nn.Module):
         self.register_buffer("labels", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("tasks", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("logits", None if num_classes is None else torch.zeros(self.size, num_classes))
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def draw(self, count: int, times: int = 1) -> Exemplars:
+        """``count`` exemplars without repetition, or all there are; ``times`` draws in a row."""
+        if count < len(self):
+            at = torch.cat([torch.randperm(len(self), device=self.labels.device)[:count] for _ in range(times)])
+        else:
+            at = torch.arange(len(self), device=self.labels.device).repeat(times)
+        logits = None if self.logits is None else self.logits[at]
+        return Exemplars(self.images.index_select(0, at), self.labels[at], self.tasks[at], logits)
+
+    def contents(self) -> Exemplars:
+        """All exemplars, in the order in which they lie; views of the memory."""
+        n = len(self)
+        logits = None if self.logits is None else self.logits[:n]
+        return Exemplars(self.images[:n], self.labels[:n], self.tasks[:n], logits)
+
+
+class ReservoirMemory(ExemplarMemory):
+    """A uniform sample of all samples ever presented.
+
+    Every presentation counts, so that over several epochs the memory may hold an image more than once, as in the
+    released DER++ code. What is inserted depends on ``seed`` and on the number of samples seen only, not on a global
+    generator: the memory is the same on every process that sees the same samples, and on a resumed run.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.seen = 0
+        """Samples presented so far."""
 
     def __len__(self) -> int:
         return min(self.seen, self.size)
@@ -90,17 +118,64 @@ class ReservoirMemory(nn.Module):
         if self.logits is not None and logits is not None:
             self.logits[slots] = logits[rows].to(self.logits.dtype)
 
-    def draw(self, count: int, times: int = 1) -> Exemplars:
-        """``count`` exemplars without repetition, or all there are; ``times`` draws in a row."""
-        if count < len(self):
-            at = torch.cat([torch.randperm(len(self), device=self.labels.device)[:count] for _ in range(times)])
-        else:
-            at = torch.arange(len(self), device=self.labels.device).repeat(times)
-        logits = None if self.logits is None else self.logits[at]
-        return Exemplars(self.images.index_select(0, at), self.labels[at], logits)
-
     def get_extra_state(self) -> dict[str, int]:
         return {"seen": self.seen, "seed": self.seed}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.seen, self.seed = state["seen"], state["seed"]
+
+
+class BalancedMemory(ExemplarMemory):
+    """Equal shares of all classes, or of all tasks, seen so far: of G groups M/G each, the rest one by one.
+
+    A group's exemplars lie in an order of preference, and as groups are added the last ones of each go. It is filled
+    at task ends.
+
+    Args:
+        size: number of exemplars M.
+        by: what the shares are of.
+    """
+
+    def __init__(self, size: int, by: Literal["label", "task"]) -> None:
+        super().__init__(size)
+        self.by = by
+        self.stored = 0
+        """Exemplars held."""
+
+    def __len__(self) -> int:
+        return self.stored
+
+    @torch.no_grad()
+    def fill(self, candidates: Exemplars) -> None:
+        """Replace what is held by the first candidates of each group, as many as it has room for.
+
+        Raises:
+            ValueError: if there are more groups than places.
+        """
+        groups, group = (candidates.labels if self.by == "label" else candidates.tasks).unique(return_inverse=True)
+        if len(groups) > self.size:
+            raise ValueError(
+                f"BalancedMemory(size={self.size}, by={self.by!r}): one exemplar a {self.by} at least, and there are "
+                f"{len(groups)}; use a larger memory"
+            )
+        counts, order = group.bincount(), group.argsort(stable=True)
+        place = torch.empty_like(group)  # within its group, by preference
+        place[order] = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group[order]]
+        share = self.size // len(groups) + (torch.arange(len(groups), device=group.device) < self.size % len(groups))
+        kept = (place < share[group]).nonzero().squeeze(1)
+        self.stored = len(kept)
+        for held, offered in zip(self.contents(), candidates, strict=True):
+            if held is not None:
+                held.copy_(offered[kept])
+
+    def admit(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
+        """:meth:`fill` with what is held and then these: images as stored (n, C, H, W), labels (n,), logits (n, C)."""
+        new = Exemplars(images, labels, torch.full_like(labels, task), logits)
+        both = [None if a is None else torch.cat([a, b.to(a)]) for a, b in zip(self.contents(), new, strict=True)]
+        self.fill(Exemplars(*both))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"stored": self.stored, "seed": self.seed}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.stored, self.seed = state["stored"], state["seed"]

@@ -1,4 +1,4 @@
-"""Experience replay: ER (Chaudhry et al., 2019) and DER++ (Buzzega et al., 2020)."""
+"""Experience replay: ER (Chaudhry et al., 2019), DER and DER++ (Buzzega et al., 2020)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.objectives.base import CrossEntropy, Terms, coefficient
-from lightning_sparse_cl.objectives.memory import Exemplars, ReservoirMemory
+from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
 
 
-class ER(CrossEntropy):
-    """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
+class Replay(CrossEntropy):
+    """Base of the objectives that add to the loss of the current batch one of exemplars, in the same forward pass.
 
     Args:
-        memory: number of exemplars.
+        memory: where exemplars come from.
         minibatch: exemplars replayed a step.
         single_head: see :class:`CrossEntropy`.
     """
@@ -25,16 +25,18 @@ class ER(CrossEntropy):
     """Independent draws from memory a step."""
     keeps_logits = False
 
-    def __init__(self, memory: int = 500, minibatch: int = 32, single_head: bool = False) -> None:
+    def __init__(self, memory: ExemplarMemory, minibatch: int = 32, single_head: bool = False) -> None:
         super().__init__(single_head)
         if minibatch < 1:
             raise ValueError(f"{type(self).__name__}(minibatch={minibatch}): at least one exemplar is replayed a step")
-        self.memory = ReservoirMemory(memory)
+        self.memory = memory
         self.minibatch = minibatch
 
-    def build(self, input_shape: Sequence[int], num_classes: int, seed: int, dtype: torch.dtype = torch.uint8) -> None:
-        super().build(input_shape, num_classes, seed, dtype)
-        self.memory.build(input_shape, num_classes if self.keeps_logits else None, seed, dtype)
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        super().build(network, input_shape, seed, dtype)
+        self.memory.build(input_shape, network.head.out_features if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:
@@ -61,17 +63,56 @@ class ER(CrossEntropy):
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
         """The loss on the exemplars; one entry of ``logits`` (m, num_classes) and of ``replay`` a draw."""
+        raise NotImplementedError
+
+
+class ER(Replay):
+    """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars replayed a step.
+        single_head: see :class:`CrossEntropy`.
+    """
+
+    def __init__(self, memory: int = 500, minibatch: int = 32, single_head: bool = False) -> None:
+        super().__init__(ReservoirMemory(memory), minibatch, single_head)
+
+    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
         return F.cross_entropy(logits[0], replay[0].labels)
 
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         self.memory.add(raw, y, task, logits)
 
 
-class DERpp(ER):
-    """DER++: L = CE(x, y) + alpha * MSE(logits(x'), z') + beta * CE(x'', y''), with two independent draws x', x''.
+class DER(ER):
+    """Dark experience replay: L = CE(x, y) + alpha * MSE(logits(x'), z'), with one draw x' from memory.
 
     z' are the logits of the augmented view that was trained on, from before that update; the image is stored without
     augmentation.
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars of each draw.
+        alpha: weight of the distance to the stored logits.
+        single_head: see :class:`CrossEntropy`.
+
+    Raises:
+        ValueError: if a coefficient is negative.
+    """
+
+    keeps_logits = True
+
+    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.3, single_head: bool = False) -> None:
+        super().__init__(memory, minibatch, single_head)
+        self.alpha = coefficient(self, "alpha", alpha)
+
+    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+        return self.alpha * F.mse_loss(logits[0].float(), replay[0].logits)
+
+
+class DERpp(DER):
+    """DER++: DER and beta * CE(x'', y''), with a second, independent draw x''.
 
     Args:
         memory: number of exemplars.
@@ -85,7 +126,6 @@ class DERpp(ER):
     """
 
     draws = 2
-    keeps_logits = True
 
     def __init__(
         self,
@@ -95,13 +135,11 @@ class DERpp(ER):
         beta: float = 0.5,
         single_head: bool = False,
     ) -> None:
-        super().__init__(memory, minibatch, single_head)
-        self.alpha = coefficient(self, "alpha", alpha)
+        super().__init__(memory, minibatch, alpha, single_head)
         self.beta = coefficient(self, "beta", beta)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        distance = F.mse_loss(logits[0].float(), replay[0].logits)
-        return self.alpha * distance + self.beta * F.cross_entropy(logits[-1], replay[-1].labels)
+        return super().replay_loss(logits, replay) + self.beta * F.cross_entropy(logits[-1], replay[-1].labels)
 
 
 class DERppOneDraw(DERpp):

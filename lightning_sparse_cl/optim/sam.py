@@ -19,18 +19,22 @@ class UpdateRule(ABC):
     """Runs the backward passes of one step and leaves the gradient of the descent in ``.grad``.
 
     ``loss(stage)`` computes the loss afresh, on the same batch and the same replay draw; an update rule may call it
-    several times. ``module`` offers ``manual_backward(loss)`` and ``optimizers()``, as a LightningModule does.
+    several times. ``loss(stage, part=(k, n))`` is that of the k-th of n parts of the batch, and of nothing else.
+    ``module`` offers ``manual_backward(loss)`` and ``optimizers()``, as a LightningModule does.
     """
 
+    def build(self, module: nn.Module) -> None:  # noqa: B027  # most have nothing to allocate
+        """Allocate what depends on the network. Called once, before a checkpoint is restored."""
+
     @abstractmethod
-    def __call__(self, module: Any, loss: Callable[[Stage], Outputs]) -> Outputs:
+    def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         """Returns the outputs of the descent pass."""
 
 
 class Plain(UpdateRule):
     """One backward pass."""
 
-    def __call__(self, module: Any, loss: Callable[[Stage], Outputs]) -> Outputs:
+    def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         outputs = loss("descent")
         module.manual_backward(outputs["loss"])
         return outputs
@@ -55,7 +59,7 @@ class SharpnessAware(UpdateRule):
             raise ValueError(f"SharpnessAware(rho={rho}): rho is the radius of the perturbation, >= 0")
         self.rho = rho
 
-    def __call__(self, module: Any, loss: Callable[[Stage], Outputs]) -> Outputs:
+    def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         optimizers = module.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers  # the first is that of the weights
         with optimizer.toggle_model(sync_grad=False):

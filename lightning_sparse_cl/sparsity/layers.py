@@ -26,7 +26,7 @@ def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> lis
     """Names of the convolution and linear weights to prune, in module order.
 
     Args:
-        module: any network.
+        module: any network; of a method its backbone and head, not what an objective adds.
         dense: shell patterns of parameter names that stay dense, for example ``["*stem*", "head.weight"]``; an empty
             list prunes every layer. None is the profile that SparCL's code uses for ResNet-18: the first layer, the
             last layer and 1x1 convolutions stay dense.
@@ -34,7 +34,7 @@ def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> lis
     Raises:
         ValueError: if a pattern matches no weight, or nothing is left to prune.
     """
-    layers = weight_layers(module)
+    layers = weight_layers(network_of(module))
     names = list(layers)
     if dense is None:
         pointwise = [n for n, m in layers.items() if not isinstance(m, nn.Linear) and m.weight[0, 0].numel() == 1]

@@ -1,5 +1,8 @@
 """ER and DER++ against their formulas, written out."""
 
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +14,8 @@ from lightning_sparse_cl.objectives import Exemplars
 
 def setup(objective, filled=True):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    objective.build((1, 2, 2), 3, seed=0)
+    model = nn.Sequential(OrderedDict(backbone=nn.Flatten(), head=nn.Linear(4, 3)))
+    objective.build(model, (1, 2, 2), seed=0)
     if filled:
         raw = torch.randint(256, (10, 1, 2, 2), dtype=torch.uint8)
         objective.observe(raw, torch.arange(10) % 3, torch.randn(10, 3), task=0)
@@ -69,13 +72,12 @@ def test_bad_arguments_are_named(bad):
 
 def test_a_single_head_leaves_other_classes_out_of_the_current_loss_only():
     objective = ER(20, 4, single_head=True)
-    objective.build((1,), 4, seed=0, dtype=torch.float32)
-    live = torch.tensor([False, True, True, False])
-    objective.on_task_start(nn.Identity(), 1, live)
+    objective.build(nn.Sequential(OrderedDict(head=nn.Linear(1, 4))), (1,), seed=0, dtype=torch.float32)
+    objective.on_task_start(nn.Identity(), 1, SimpleNamespace(live=lambda: torch.tensor([False, True, True, False])))
     logits, y = torch.randn(5, 4), torch.tensor([1, 2, 2, 1, 1])
     expected = F.cross_entropy(logits[:, 1:3], y - 1, reduction="none")
     assert torch.allclose(objective.current_loss(logits, y), expected)
-    replayed = [Exemplars(torch.randn(3, 1), torch.tensor([0, 3, 1]), None)]
+    replayed = [Exemplars(torch.randn(3, 1), torch.tensor([0, 3, 1]), torch.zeros(3))]
     terms = objective(lambda x: logits, logits, y, None)
     assert torch.allclose(terms["per_sample"], expected)
     assert torch.allclose(

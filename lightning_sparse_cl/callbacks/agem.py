@@ -1,0 +1,90 @@
+"""Averaged gradient episodic memory (A-GEM; Chaudhry et al., 2019), around any objective."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.fdr import exemplar_a_task
+from lightning_sparse_cl.objectives.memory import BalancedMemory
+from lightning_sparse_cl.optim.projection import agem_
+
+
+class AGEM(pl.Callback):
+    """No step may raise, to first order, the average loss on exemplars of earlier tasks::
+
+        g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0                                     (eq 11)
+
+    g is the gradient that is about to be stepped, of whatever objective and update rule; g_ref that of the
+    cross-entropy on exemplars drawn for the step, in a pass of its own. The memory is shared equally among the tasks
+    that are over, each part drawn at random at the task's end, and all of it is used. (The released mammoth code keeps
+    one batch a task whatever its buffer size.) Masks of pruned and frozen weights act on both gradients.
+
+    Works with any LightningModule whose ``forward`` maps images to logits, on a :class:`TaskDataModule`.
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars that a step's reference gradient is of.
+
+    Raises:
+        ValueError: if an argument is not positive, or there are more tasks than exemplars.
+        TypeError: if the data are no :class:`TaskDataModule`.
+    """
+
+    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
+        if minibatch < 1:
+            raise ValueError(f"AGEM(minibatch={minibatch}): a reference gradient is of one exemplar at least")
+        self.memory = BalancedMemory(memory, by="task")
+        self.minibatch = minibatch
+        self._loaded: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._loaded = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule
+        if not isinstance(data, TaskDataModule):
+            raise TypeError("AGEM: tasks are those of a TaskDataModule; this fit has none")
+        exemplar_a_task(self, self.memory, data.num_tasks)
+        self.memory = BalancedMemory(self.memory.size, by="task")
+        self.memory.build(data.input_shape, None, 0, data.stored_dtype)
+        if self._loaded is not None:
+            self.memory.load_state_dict(self._loaded)
+        self.memory.to(pl_module.device)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if len(self.memory) and params:
+            agem_([p.grad for p in params], self.reference(trainer, pl_module, params))
+
+    def reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, params: list[Tensor]) -> list[Tensor]:
+        """g_ref: mean over exemplars and processes, of each of ``params``."""
+        drawn = self.memory.draw(self.minibatch)
+        with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
+            loss = F.cross_entropy(pl_module(trainer.datamodule.prepare(drawn.images)).float(), drawn.labels)
+        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        if trainer.world_size > 1:
+            for grad in grads:
+                torch.distributed.all_reduce(grad)
+            torch._foreach_div_(list(grads), trainer.world_size)
+        return list(grads)
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        raw, labels = (torch.cat(part) for part in zip(*trainer.datamodule.stored(self.memory.size)))
+        self.memory.admit(raw, labels, task)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.memory.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state

@@ -1,0 +1,134 @@
+"""Co2L: contrastive continual learning (Cha et al., 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.base import LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.features import features_of, fit_head
+from lightning_sparse_cl.objectives.icarl import exemplar_a_class
+from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
+from lightning_sparse_cl.objectives.replay import Replay
+from lightning_sparse_cl.objectives.teacher import Teacher
+
+
+class CO2L(LooksBack, Replay):
+    """Contrastive features that keep their relations, and a linear classifier fitted at each task's end.
+
+    With z projected features of length one, of two views of each image of the batch and of exemplars::
+
+        L_asym = - 1/|S| sum_{i in S} 1/|P(i)| sum_{p in P(i)} log softmax_{k != i}(z_i z_k / tau)_p      (eq 3)
+        L_IRD  = - 1/N sum_i sum_{j != i} softmax_j(z*_i z*_j / kappa*) log softmax_j(z_i z_j / kappa)    (eqs 4-6)
+        L      = L_asym + strength * L_IRD
+
+    Anchors S are the views of the current batch only; P(i) are the other views with the label of i; z* are those of the
+    network at the last task's end. (The released code divides L_asym by the number of all views, exemplars included,
+    which scales it by the share of the current ones.)
+
+    The head does not shape the features: while the task runs it follows them by a cross-entropy through which no
+    gradient passes to the backbone, so that who ranks samples or weights by logits finds some. At the task's end it is
+    fitted anew to memory and last task, classes weighing the same.
+
+    Args:
+        memory: number of exemplars, at least as many as there are classes; equal shares a class, drawn at random.
+        minibatch: exemplars replayed a step, two views of each.
+        strength: lambda, weight of the relations.
+        temperature: tau.
+        teacher_temperature: kappa*, of the earlier network's relations.
+        student_temperature: kappa.
+        dim: size of the projections z.
+
+    Raises:
+        ValueError: if a coefficient is negative, a temperature not positive, or the memory smaller than the number of
+            classes.
+    """
+
+    views = 2
+
+    def __init__(
+        self,
+        memory: int = 500,
+        minibatch: int = 32,
+        strength: float = 1.0,
+        temperature: float = 0.5,
+        teacher_temperature: float = 0.01,
+        student_temperature: float = 0.2,
+        dim: int = 128,
+    ) -> None:
+        super().__init__(BalancedMemory(memory, by="label"), minibatch)
+        self.strength = coefficient(self, "strength", strength)
+        self.temperature = positive(self, "temperature", temperature)
+        self.teacher_temperature = positive(self, "teacher_temperature", teacher_temperature)
+        self.student_temperature = positive(self, "student_temperature", student_temperature)
+        self.dim = positive(self, "dim", dim)
+        self.teacher = Teacher()
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        classes, width = network.head.weight.shape
+        exemplar_a_class(self, self.memory, classes)
+        super().build(network, input_shape, seed, dtype)
+        own = network.head.weight.dtype
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)).to(own)
+        self.teacher.build(nn.Sequential(network.backbone, self.projection))
+        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+
+    def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
+        drawn = super().draw(lambda images: torch.stack([prepare(images), prepare(images)], 1))
+        self.replayed *= self.views
+        return drawn
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+        """``x`` is (B, 2, C, H, W)."""
+        (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
+        images = torch.cat([x, drawn.images]).transpose(0, 1).flatten(0, 1)  # (2N, C, H, W): first views, then second
+        labels = torch.cat([y, drawn.labels])
+        _, features = model(images, features=True)
+        z = F.normalize(self.projection(features).float())
+        contrast = supervised_contrast(z, labels.repeat(2), self.temperature).view(2, -1).mean(0)
+        logits = model.head(features.detach())
+        rest = F.cross_entropy(logits, labels.repeat(2))
+        if self.tasks and replay is not None:
+            before = F.normalize(self.teacher(images).float())
+            rest = rest + self.strength * relation_distance(
+                z, before, self.student_temperature, self.teacher_temperature
+            )
+        return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
+
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        self.seen |= data.live().to(self.seen.device)
+
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        self.teacher.take(nn.Sequential(model.backbone, self.projection))
+        raw, labels = (torch.cat(part) for part in zip(*data.stored()))
+        held = self.memory.contents()
+        features = features_of(model.backbone, torch.cat([held.images, raw]), data.prepare)
+        fit_head(model.head, features, torch.cat([held.labels, labels]), self.seen)
+        order = torch.randperm(len(raw), generator=torch.Generator().manual_seed(self.memory.seed + task))
+        self.memory.admit(raw[order.to(raw.device)], labels[order.to(raw.device)], task)
+        super().on_task_end(model, task, data)
+
+
+def supervised_contrast(z: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss (N,) of each anchor, from z (N, D) of length one and labels (N,); eq 3's inner sum.
+
+    An anchor without another sample of its label has loss zero.
+    """
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    positive = (labels == labels[:, None]) & ~itself
+    return -log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)
+
+
+def relation_distance(z: Tensor, before: Tensor, student: float, teacher: float) -> Tensor:
+    """Instance-wise relation distillation: cross-entropy of similarities among z (N, D) to those ``before`` (N, D)."""
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    p = (before @ before.T / teacher).masked_fill(itself, -torch.inf).softmax(1)
+    log_q = (z @ z.T / student).masked_fill(itself, -torch.inf).log_softmax(1)
+    return -(p * log_q.masked_fill(itself, 0)).sum(1).mean()

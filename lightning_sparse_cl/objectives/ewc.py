@@ -1,0 +1,105 @@
+"""Elastic weight consolidation, online (Kirkpatrick et al., 2017; Schwarz et al., 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient
+
+
+class EWC(LooksBack, CrossEntropy):
+    """Weights that mattered to earlier tasks are held near the values they had::
+
+        L = CE(x, y) + lambda * sum_i F_i (theta_i - theta*_i)^2
+        after a task:  F <- gamma F + F_t,  theta* <- theta
+
+    without the factor 1/2 of the first paper, as in the released code whose coefficients are in use. theta are the
+    weights of backbone and head. F_t is the empirical Fisher information: the mean over single samples of the squared
+    gradient of log p(y|x), y the sample's label, in eval mode. (Released code squares gradients in train mode, where a
+    batch of one normalises itself, and weights samples by p(y|x), which makes it neither the empirical nor the true
+    Fisher; samples that are learnt have gradients near zero either way.)
+
+    Args:
+        strength: lambda.
+        gamma: how much of earlier tasks' information stays, in [0, 1].
+        samples: of each task, drawn at random, for the Fisher information; None takes all.
+        single_head: see :class:`CrossEntropy`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, strength: float = 10.0, gamma: float = 1.0, samples: int | None = None, single_head: bool = False
+    ) -> None:
+        super().__init__(single_head)
+        self.strength = coefficient(self, "strength", strength)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"EWC(gamma={gamma}): the part of earlier tasks' Fisher information kept, in [0, 1]")
+        if samples is not None and samples < 1:
+            raise ValueError(f"EWC(samples={samples}): at least one sample a task, or None for all")
+        self.gamma, self.samples = gamma, samples
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        super().build(network, input_shape, seed, dtype)
+        self.register_buffer("F", torch.zeros_like(vector(network.parameters())))
+        self.register_buffer("anchor", vector(network.parameters()))
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+        terms = super().forward(model, x, y, replay)
+        if self.tasks:
+            moved = vector(model.network.parameters()) - self.anchor
+            terms["rest"] = self.strength * torch.dot(self.F * moved, moved)
+        return terms
+
+    @torch.no_grad()
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        self.F.mul_(self.gamma).add_(fisher(model.network, data.samples(self.samples)))
+        self.anchor.copy_(vector(model.network.parameters()))
+        super().on_task_end(model, task, data)
+
+
+def vector(tensors: Iterable[Tensor]) -> Tensor:
+    """All values in one row (P,), in logical order whatever the memory format."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Empirical Fisher information, diagonal, (P,): E[(d log p(y|x) / d theta)^2] over all samples and processes.
+
+    Args:
+        network: maps images to logits; in eval mode for it, and left as it was.
+        batches: (x, y), images (B, C, H, W) and labels (B,); each process its own.
+    """
+    modes = {m: m.training for m in network.modules()}
+    network.eval()
+    theta = {name: p.detach() for name, p in network.named_parameters()}
+    at_once = max(1, min(256, 2**27 // sum(p.numel() for p in theta.values())))  # half a gigabyte of gradients
+
+    def log_likelihood(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.log_softmax(functional_call(network, theta, (x[None],))[0].float(), 0).gather(0, y[None])[0]
+
+    squares = {name: torch.zeros_like(p) for name, p in theta.items()}
+    count = torch.zeros((), device=next(iter(theta.values())).device)
+    with torch.compiler.set_stance("force_eager"):
+        for xs, ys in batches:
+            for x, y in zip(xs.split(at_once), ys.split(at_once), strict=True):
+                for name, g in vmap(grad(log_likelihood), (None, 0, 0))(theta, x, y).items():
+                    squares[name] += g.square().sum(0)
+                count += len(y)
+    for module, training in modes.items():
+        module.training = training
+    total = vector(squares.values())
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(total)
+        distributed.all_reduce(count)
+    return total / count.clamp_min(1)

@@ -1,0 +1,62 @@
+"""Function distance regularisation (Benjamin et al., 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.base import coefficient
+from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
+from lightning_sparse_cl.objectives.replay import Replay
+
+
+class FDR(Replay):
+    """Hold the function where earlier tasks left it: L = CE(x, y) + alpha * E ||softmax(z) - softmax(z*)||_2.
+
+    z* are the logits of an exemplar at the end of its task, in eval mode, not augmented; every task has an equal share
+    of the memory, drawn at random. (The released code takes two optimiser steps a batch and does not use its alpha.)
+
+    Args:
+        memory: number of exemplars.
+        minibatch: exemplars replayed a step.
+        alpha: weight of the distance.
+        single_head: see :class:`CrossEntropy`.
+
+    Raises:
+        ValueError: if ``alpha`` is negative, or there are more tasks than exemplars.
+    """
+
+    keeps_logits = True
+
+    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.3, single_head: bool = False) -> None:
+        super().__init__(BalancedMemory(memory, by="task"), minibatch, single_head)
+        self.alpha = coefficient(self, "alpha", alpha)
+
+    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+        distance = logits[0].float().softmax(1) - replay[0].logits.softmax(1)
+        return self.alpha * torch.linalg.vector_norm(distance, dim=1).mean()
+
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        super().on_task_start(model, task, data)
+        exemplar_a_task(self, self.memory, data.num_tasks)
+
+    @torch.no_grad()
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        was_training = model.training
+        model.eval()
+        raw, labels = (torch.cat(part) for part in zip(*data.stored(self.memory.size)))
+        logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
+        model.train(was_training)
+        self.memory.admit(raw, labels, task, logits)
+
+
+def exemplar_a_task(owner: object, memory: BalancedMemory, tasks: int) -> None:
+    """Refuses a memory in which not every task has an exemplar."""
+    if memory.size < tasks:
+        raise ValueError(
+            f"{type(owner).__name__}(memory={memory.size}): one exemplar a task at least, and there are {tasks} tasks; "
+            "use a larger memory"
+        )

@@ -1,0 +1,58 @@
+"""What objectives do with the features of a network that stands still: collect them, and fit a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import LBFGS
+
+
+@torch.no_grad()
+def features_of(backbone: nn.Module, images: Tensor, prepare: Callable[..., Tensor]) -> Tensor:
+    """Features (n, D) of images (n, C, H, W) as stored, in eval mode; ``prepare`` makes them network input."""
+    was_training = backbone.training
+    backbone.eval()
+    features = torch.cat([backbone(prepare(x, augment=False)).float() for x in images.split(256)])
+    backbone.train(was_training)
+    return features
+
+
+def fit_head(
+    head: nn.Linear, features: Tensor, labels: Tensor, classes: Tensor, decay: float = 1e-3, steps: int = 100
+) -> None:
+    """Multinomial logistic regression, in place, by L-BFGS: the head's rows of ``classes``, all equally important.
+
+    Solved to the end where the papers take many epochs of SGD with samples drawn evenly from the classes: no learning
+    rate to choose, and nothing is drawn at random.
+
+    Args:
+        head: of all classes; rows of others stay as they are, and do not compete.
+        features: (n, D).
+        labels: (n,), each one of ``classes``.
+        classes: mask (C,).
+        decay: weight of half the squared norm of the weights.
+        steps: iterations at most.
+    """
+    rows = classes.nonzero().squeeze(1)
+    y = torch.searchsorted(rows, labels)
+    balance = 1 / y.bincount(minlength=len(rows)).clamp_min(1).to(features.dtype)
+    with torch.inference_mode(False), torch.enable_grad():
+        scale = features.square().mean().sqrt().clamp_min(1e-12)  # the solver likes features of size one
+        x = (features / scale).clone()
+        weight = torch.zeros(len(rows), x.shape[1], device=x.device, requires_grad=True)
+        bias = torch.zeros(len(rows), device=x.device, requires_grad=True)
+        solver = LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            value = F.cross_entropy(F.linear(x, weight, bias), y, weight=balance) + decay / 2 * weight.square().sum()
+            value.backward()
+            return value
+
+        solver.step(loss)
+    with torch.no_grad():
+        head.weight[rows] = (weight / scale).to(head.weight.dtype)
+        head.bias[rows] = bias.to(head.bias.dtype)

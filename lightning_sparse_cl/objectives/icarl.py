@@ -1,0 +1,125 @@
+"""iCaRL: incremental classifier and representation learning (Rebuffi et al., 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.base import LooksBack, Terms
+from lightning_sparse_cl.objectives.features import features_of
+from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
+from lightning_sparse_cl.objectives.replay import Replay
+from lightning_sparse_cl.objectives.teacher import Teacher
+
+
+class ICaRL(LooksBack, Replay):
+    """Exemplars by herding, distillation, and classification by the nearest mean of exemplars.
+
+    Every class has a sigmoid output; L is the binary cross-entropy, mean over the classes seen so far (Algorithm 3)::
+
+        sum over new classes: target 1 if it is the label, else 0;  over old classes: target sigmoid(teacher(x))
+
+    The teacher is the network at the last task's end. At a task's end each class keeps the exemplars whose running mean
+    stays closest to the class mean (Algorithm 4), of features of length one. An image belongs to the class whose
+    exemplars' mean mu, of length one too, is nearest (Algorithm 1), which is the largest product with mu: these
+    products are the logits in eval mode.
+
+    The paper and the released code mix exemplars into the training set; here each step draws ``minibatch`` of them as
+    in ER, a larger part, and both parts of the batch count the same.
+
+    Args:
+        memory: number of exemplars, at least as many as there are classes.
+        minibatch: exemplars replayed a step.
+
+    Raises:
+        ValueError: if ``memory`` is smaller than the number of classes.
+    """
+
+    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
+        super().__init__(BalancedMemory(memory, by="label"), minibatch)
+        self.teacher = Teacher()
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        classes, width = network.head.weight.shape
+        exemplar_a_class(self, self.memory, classes)
+        super().build(network, input_shape, seed, dtype)
+        self.teacher.build(network)
+        self.register_buffer("old", torch.zeros(classes, dtype=torch.bool))
+        self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
+        self.register_buffer("means", torch.zeros(classes, width))
+
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        self.seen |= data.live().to(self.seen.device)
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+        (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
+        images, labels = torch.cat([x, drawn.images]), torch.cat([y, drawn.labels])
+        logits = model(images)
+        target = F.one_hot(labels, logits.shape[1]).to(logits)
+        if self.tasks:
+            target = torch.where(self.old, self.teacher(images).to(logits).sigmoid(), target)
+        loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        current, replayed = ((loss * self.seen).sum(1) / self.seen.sum()).split([len(y), len(drawn.labels)])
+        rest = replayed.mean() if len(replayed) else logits.new_zeros(())
+        return {"per_sample": current, "rest": rest, "logits": logits[: len(y)]}
+
+    def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
+        if not self.tasks:
+            return super().classify(head, features)
+        nearness = F.normalize(features.float()) @ self.means.T
+        return nearness.masked_fill(~self.old, -torch.inf)
+
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        held = self.memory.contents()
+        raw, labels = (torch.cat(part) for part in zip(*data.stored()))
+        everything = Exemplars(
+            torch.cat([held.images, raw]), torch.cat([held.labels, labels]),
+            torch.cat([held.tasks, torch.full_like(labels, task)]),
+        )  # fmt: skip
+        features = F.normalize(features_of(model.backbone, everything.images, data.prepare))
+        new = data.live().to(labels.device)[everything.labels]
+        order, at = [(~new).nonzero().squeeze(1)], torch.arange(len(new), device=new.device)
+        for c in labels.unique():
+            of_class = at[everything.labels == c]
+            order.append(of_class[herding(features[of_class], min(len(of_class), self.memory.size))])
+        order = torch.cat(order)
+        self.memory.fill(Exemplars(*(part[order] for part in everything[:3])))
+        self._average(model, data)
+        self.teacher.take(model.network)
+        self.old.copy_(self.seen)
+        super().on_task_end(model, task, data)
+
+    def _average(self, model: nn.Module, data: TaskDataModule) -> None:
+        """The mean feature of each class's exemplars, of length one."""
+        held = self.memory.contents()
+        features = F.normalize(features_of(model.backbone, held.images, data.prepare))
+        self.means.zero_().index_add_(0, held.labels, features)
+        self.means.copy_(F.normalize(self.means))
+
+
+def herding(features: Tensor, count: int) -> Tensor:
+    """Indices (count,) of features (n, D), chosen one by one so that their mean is nearest to that of all (Alg. 4)."""
+    mean, total = features.mean(0), torch.zeros_like(features[0])
+    taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+    chosen = torch.empty(count, dtype=torch.long, device=features.device)
+    for k in range(count):
+        distance = (mean - (total + features) / (k + 1)).norm(dim=1)
+        chosen[k] = distance.masked_fill(taken, torch.inf).argmin()
+        taken[chosen[k]] = True
+        total = total + features[chosen[k]]
+    return chosen
+
+
+def exemplar_a_class(owner: object, memory: BalancedMemory, classes: int) -> None:
+    """Refuses a memory in which not every class has an exemplar."""
+    if memory.size < classes:
+        raise ValueError(
+            f"{type(owner).__name__}(memory={memory.size}): one exemplar a class at least, and there are {classes} "
+            "classes; use a larger memory"
+        )

@@ -1,0 +1,70 @@
+"""Learning without forgetting (Li & Hoiem, 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.features import features_of, fit_head
+from lightning_sparse_cl.objectives.teacher import Teacher
+
+
+class LwF(LooksBack, CrossEntropy):
+    """On new images, keep the answers that the network gave for old classes::
+
+        L = CE(x, y) + alpha * CE(softmax(teacher(x) / T), softmax(model(x) / T)),  both among the old classes
+
+    The teacher is the network at the last task's end. It sees the same augmented images as the network, at the cost of
+    a forward pass. (The released code records its logits once a task, on images that are not normalised, and compares
+    them with those of augmented ones.)
+
+    Args:
+        alpha: weight of the distillation.
+        temperature: T.
+        warmup: before a task, fit the head's new rows to the features as they are: the paper's first stage.
+        single_head: see :class:`CrossEntropy`.
+
+    Raises:
+        ValueError: if ``alpha`` is negative or ``temperature`` not positive.
+    """
+
+    def __init__(
+        self, alpha: float = 3.0, temperature: float = 2.0, warmup: bool = True, single_head: bool = False
+    ) -> None:
+        super().__init__(single_head)
+        self.alpha = coefficient(self, "alpha", alpha)
+        self.temperature = positive(self, "temperature", temperature)
+        self.warmup = warmup
+        self.teacher = Teacher()
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        super().build(network, input_shape, seed, dtype)
+        self.teacher.build(network)
+        self.register_buffer("old", torch.zeros(network.head.out_features, dtype=torch.bool))
+
+    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        super().on_task_start(model, task, data)
+        if self.warmup and self.tasks:
+            raw, labels = (torch.cat(part) for part in zip(*data.stored()))
+            features = features_of(model.backbone, raw, data.prepare)
+            fit_head(model.head, features, labels, data.live().to(labels.device))
+
+    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+        terms = super().forward(model, x, y, replay)
+        if self.tasks and self.alpha:
+            p = (self.teacher(x).float() / self.temperature).masked_fill(~self.old, -torch.inf).softmax(1)
+            q = (terms["logits"].float() / self.temperature).masked_fill(~self.old, -torch.inf).log_softmax(1)
+            terms["rest"] = -self.alpha * (p * q.masked_fill(~self.old, 0)).sum(1).mean()
+        return terms
+
+    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+        self.teacher.take(model.network)
+        self.old |= data.live().to(self.old.device)
+        super().on_task_end(model, task, data)
