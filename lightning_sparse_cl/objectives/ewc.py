@@ -51,8 +51,9 @@ class EWC(LooksBack, CrossEntropy):
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         super().build(network, input_shape, seed, dtype)
-        self.register_buffer("F", torch.zeros_like(vector(network.parameters())))
-        self.register_buffer("anchor", vector(network.parameters()))
+        theta = vector(network.parameters()).detach()
+        self.register_buffer("F", torch.zeros_like(theta))
+        self.register_buffer("anchor", theta)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
