@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
 
@@ -36,6 +37,17 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small preset, under three minutes on two cores")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     return parser.parse_args()
+
+
+def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """CIFAR-10: the first images of every class, to train and to test on, averaged over 2x2 pixels; and labels."""
+    source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
+    parts = []
+    for train in (True, False):
+        images, labels = source.read(train)
+        at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else to_test] for c in range(10)])
+        parts.append((F.avg_pool2d(images[at].float(), 2).round().byte(), labels[at]))
+    return parts
 
 
 def fit(
@@ -58,7 +70,7 @@ def run_all(run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> l
     """``run(*job)`` for every job, in parallel; results in the order of the jobs."""
     start = time.monotonic()
     results: list[Any] = [None] * len(jobs)
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=_quiet) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         futures = {pool.submit(run, *job): i for i, job in enumerate(jobs)}
         for future in track(as_completed(futures), "runs", total=len(jobs)):
             results[futures[future]] = future.result()
@@ -105,7 +117,8 @@ def _cell(value: Any, scale: float) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """One thread, and no messages: of a run among others."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

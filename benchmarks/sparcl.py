@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import harness
 import lightning.pytorch as pl
 import torch
-from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.metrics import DenseCost, sparcl_flops, sparcl_memory
@@ -55,17 +53,6 @@ ROWS = [
     ("DER++", 0.0), *(("SparCL-DER++", s) for s in Q), ("TDM only", 0.9), ("TDM + DDR", 0.9), ("TDM + DGM", 0.9),
     *((name, s) for name in ("SNIP-DER++", "RigL-DER++") for s in (0.9, 0.95)),
 ]  # fmt: skip
-
-
-def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first images of every class, to train and to test on, averaged over 2x2 pixels; and their labels."""
-    source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
-    parts = []
-    for train in (True, False):
-        images, labels = source.read(train)
-        at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else to_test] for c in range(10)])
-        parts.append((F.avg_pool2d(images[at].float(), 2).round().byte(), labels[at]))
-    return parts
 
 
 def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: int) -> dict[str, Any]:
@@ -123,7 +110,7 @@ def main() -> None:
     per_class, epochs, width, seeds = (48, 8, 16, [0]) if args.quick else (400, EPOCHS, 16, [0, 1, 2])
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
-        torch.save(halved(args.root, per_class, 100 if args.quick else 500), images)
+        torch.save(harness.halved(args.root, per_class, 100 if args.quick else 500), images)
         jobs = [(*row, seed, images, epochs, width) for row in ROWS for seed in seeds]
         results = iter(harness.run_all(run, jobs, args.processes))
     rows = []

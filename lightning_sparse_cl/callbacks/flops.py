@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics.accounting import DenseCost
+from lightning_sparse_cl.objectives.teacher import Teacher
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of
 
@@ -39,7 +40,8 @@ class FlopsCounter(pl.Callback):
     A module whose ``training_step`` does not go through its own ``forward``, or whose ``forward`` does not take a batch
     of images, has its samples counted only; work in functional calls is not counted. List it before callbacks that
     measure importance, or their first pass is missed. Which samples
-    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`).
+    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`). A :class:`Teacher`'s
+    passes count as forward passes at the masks of the moment.
     """
 
     def __init__(self) -> None:
@@ -47,7 +49,7 @@ class FlopsCounter(pl.Callback):
         """Samples that the loader served; those sent forward, replayed and repeated ones included; those of them
         through which a gradient is taken."""
         self.cost: DenseCost | None = None
-        self._hook: RemovableHandle | None = None
+        self._hooks: list[RemovableHandle] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -69,7 +71,9 @@ class FlopsCounter(pl.Callback):
         self._masks, self._processes = Masks.of(pl_module), trainer.world_size
         self._done = {name: value.to(pl_module.device) for name, value in self._done.items()}
         self._whole = self._without_removal(trainer)  # of an epoch that is resumed in its middle
-        self._hook = pl_module.register_forward_pre_hook(self._count)
+        teachers = [m for m in pl_module.modules() if isinstance(m, Teacher)]
+        self._hooks = [pl_module.register_forward_pre_hook(self._count)]
+        self._hooks += [teacher.register_forward_pre_hook(self._count_teacher) for teacher in teachers]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._whole = self._without_removal(trainer)
@@ -106,14 +110,20 @@ class FlopsCounter(pl.Callback):
         if self._masks.version != self._version:
             self._settle()
             self._look()
-        n, backward = len(inputs[0]) * self._processes, torch.is_grad_enabled()
+        self._add(len(inputs[0]) * self._processes, torch.is_grad_enabled(), getattr(module, "objective", None))
+
+    def _count_teacher(self, teacher: nn.Module, inputs: tuple[Tensor]) -> None:
+        if teacher.training and self.cost is not None and self._version is not None:
+            self._add(len(inputs[0]) * self._processes, False, None)
+
+    def _add(self, n: int, backward: bool, objective: nn.Module | None) -> None:
         self.counts["forward"] += n
         self.counts["backward"] += n * backward
         passed = self._passed["scoring" if self._masks.scores_taken else "training"]
         passed[0] += n
         passed[1] += n * backward
         if not self._masks.scores_taken:
-            replayed = getattr(getattr(module, "objective", None), "replayed", 0) * self._processes
+            replayed = getattr(objective, "replayed", 0) * self._processes
             self._passed["papers"][0] += 3 * (n - replayed) + replayed if backward else n
             self._dense += 2 * self.cost.total_macs() * n * (1 + 2 * backward) * self._whole
 
@@ -169,9 +179,9 @@ class FlopsCounter(pl.Callback):
         }
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
