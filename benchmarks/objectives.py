@@ -29,7 +29,6 @@ import lightning_sparse_cl as scl
 BATCH, MEMORY, EPOCHS = 32, 500, 10
 CHANGED = {
     "Co2L": "learning rate 0.1, for its 0.5 is for batches of 512",
-    "EWC": "strength 1000: of 10, with the Fisher information of the docstring, nothing is felt",
     "GPM": "batch 32",
     "La-MAML": "batch 32 in 2 parts, memory 500, as many epochs as the others",
 }
@@ -38,7 +37,7 @@ Make = Callable[..., dict[str, Any]]
 
 METHODS: dict[str, tuple[float, Make]] = {  # learning rate, and the parts
     "fine-tuning": (0.1, lambda **m: {}),
-    "EWC": (0.03, lambda **m: {"objective": scl.EWC(1000.0, samples=1000)}),
+    "EWC": (0.03, lambda **m: {"objective": scl.EWC(10.0, samples=1000)}),
     "LwF": (0.01, lambda **m: {"objective": scl.LwF(3.0)}),
     "A-GEM": (0.03, lambda **m: {"policies": [scl.AGEM(**m)]}),
     "GPM": (0.01, lambda **m: {"objective": scl.CrossEntropy(single_head=True), "policies": [scl.GPM()]}),

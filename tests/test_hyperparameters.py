@@ -56,7 +56,7 @@ BASE: dict[str, dict[str, Any]] = {
         "policies": [scl.TaskSubnetworks(share=False)]},
     "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
     **{name: {"memory": 30, "minibatch": 8} for name in ("ER", "DER", "DERpp", "DERppOneDraw", "FDR", "ICaRL", "AGEM")},
-    "CO2L": {"memory": 30, "minibatch": 8, "teacher_temperature": 0.1}, "EWC": {"samples": 8},
+    "CO2L": {"memory": 30, "minibatch": 8, "teacher_temperature": 0.1}, "EWC": {"samples": 8, "bound": 0.5},
     "GPM": {"threshold": 0.5, "increment": 0.2, "samples": 20}, "LaMAML": {"clip": 0.1},
     "SparCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8),
         "masking": scl.TaskAwareDynamicMasking(0.5, 1), "removal": scl.DynamicDataRemoval(0.3, 1, 1),

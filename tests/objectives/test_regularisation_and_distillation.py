@@ -111,7 +111,7 @@ def test_the_fisher_of_a_linear_softmax_model_is_its_closed_form():
 
 
 def test_ewc_pulls_back_by_the_fisher_and_forgets_by_gamma():
-    ewc = scl.EWC(strength=7.0, gamma=0.5)
+    ewc = scl.EWC(strength=7.0, gamma=0.5, bound=1e9)
     model = learnt(ewc, [0, 1, 0, 1], [2, 2, 1, 2])
     data = [Data(images(4, t), torch.tensor(y)) for t, y in enumerate(([0, 1, 0, 1], [2, 2, 1, 2]))]
     again = Net()
@@ -123,6 +123,10 @@ def test_ewc_pulls_back_by_the_fisher_and_forgets_by_gamma():
     torch.testing.assert_close(rest, 7 * (ewc.F * (theta - anchor) ** 2).sum())
     grads = torch.cat([g.reshape(-1) for g in torch.autograd.grad(rest, model.network.parameters())])
     torch.testing.assert_close(grads, 2 * 7 * ewc.F * (theta - anchor))
+    ewc.bound = 0.01  # of what is stiffer
+    rest = ewc(model, torch.randn(2, 1, 2, 2), torch.tensor([0, 1]), None)["rest"]
+    assert 0 < (7 * ewc.F > 0.01).sum() < len(theta)
+    torch.testing.assert_close(rest, ((7 * ewc.F).clamp(max=0.01) * (theta - anchor) ** 2).sum())
 
 
 def fitted(objective, **kwargs):
@@ -336,6 +340,7 @@ def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
         (lambda: scl.EWC(strength=-1.0), r"EWC\(strength=-1.0\): a loss coefficient is >= 0"),
         (lambda: scl.EWC(gamma=1.5), r"EWC\(gamma=1.5\).*in \[0, 1\]"),
         (lambda: scl.EWC(samples=0), r"EWC\(samples=0\)"),
+        (lambda: scl.EWC(bound=0.0), r"EWC\(bound=0.0\): bound is > 0"),
         (lambda: scl.LwF(temperature=0.0), r"LwF\(temperature=0.0\): temperature is > 0"),
         (lambda: scl.LwF(alpha=-3.0), r"LwF\(alpha=-3.0\)"),
         (lambda: scl.FDR(alpha=-0.1), r"FDR\(alpha=-0.1\)"),
