@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.fdr import exemplar_a_task
 from lightning_sparse_cl.objectives.memory import BalancedMemory
 from lightning_sparse_cl.optim.projection import agem_
 
@@ -53,7 +52,7 @@ class AGEM(pl.Callback):
         data = trainer.datamodule
         if not isinstance(data, TaskDataModule):
             raise TypeError("AGEM: tasks are those of a TaskDataModule; this fit has none")
-        exemplar_a_task(self, self.memory, data.num_tasks)
+        self.memory.room_for(data.num_tasks, self)
         self.memory = BalancedMemory(self.memory.size, by="task")
         self.memory.build(data.input_shape, None, 0, data.stored_dtype)
         if self._loaded is not None:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import LooksBack, Terms, coefficient, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
-from lightning_sparse_cl.objectives.icarl import exemplar_a_class
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 from lightning_sparse_cl.objectives.teacher import Teacher
@@ -60,7 +59,7 @@ class CO2L(LooksBack, Replay):
         student_temperature: float = 0.2,
         dim: int = 128,
     ) -> None:
-        super().__init__(BalancedMemory(memory, by="label"), minibatch)
+        super().__init__(BalancedMemory(memory, by="class"), minibatch)
         self.strength = coefficient(self, "strength", strength)
         self.temperature = positive(self, "temperature", temperature)
         self.teacher_temperature = positive(self, "teacher_temperature", teacher_temperature)
@@ -72,7 +71,7 @@ class CO2L(LooksBack, Replay):
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         classes, width = network.head.weight.shape
-        exemplar_a_class(self, self.memory, classes)
+        self.memory.room_for(classes, self)
         super().build(network, input_shape, seed, dtype)
         own = network.head.weight.dtype
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)).to(own)

@@ -41,7 +41,7 @@ class FDR(Replay):
 
     def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         super().on_task_start(model, task, data)
-        exemplar_a_task(self, self.memory, data.num_tasks)
+        self.memory.room_for(data.num_tasks, self)
 
     @torch.no_grad()
     def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
@@ -51,12 +51,3 @@ class FDR(Replay):
         logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
         model.train(was_training)
         self.memory.admit(raw, labels, task, logits)
-
-
-def exemplar_a_task(owner: object, memory: BalancedMemory, tasks: int) -> None:
-    """Refuses a memory in which not every task has an exemplar."""
-    if memory.size < tasks:
-        raise ValueError(
-            f"{type(owner).__name__}(memory={memory.size}): one exemplar a task at least, and there are {tasks} tasks; "
-            "use a larger memory"
-        )

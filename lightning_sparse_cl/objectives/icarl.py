@@ -40,14 +40,14 @@ class ICaRL(LooksBack, Replay):
     """
 
     def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
-        super().__init__(BalancedMemory(memory, by="label"), minibatch)
+        super().__init__(BalancedMemory(memory, by="class"), minibatch)
         self.teacher = Teacher()
 
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         classes, width = network.head.weight.shape
-        exemplar_a_class(self, self.memory, classes)
+        self.memory.room_for(classes, self)
         super().build(network, input_shape, seed, dtype)
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(classes, dtype=torch.bool))
@@ -114,12 +114,3 @@ def herding(features: Tensor, count: int) -> Tensor:
         taken[chosen[k]] = True
         total = total + features[chosen[k]]
     return chosen
-
-
-def exemplar_a_class(owner: object, memory: BalancedMemory, classes: int) -> None:
-    """Refuses a memory in which not every class has an exemplar."""
-    if memory.size < classes:
-        raise ValueError(
-            f"{type(owner).__name__}(memory={memory.size}): one exemplar a class at least, and there are {classes} "
-            "classes; use a larger memory"
-        )

@@ -136,7 +136,7 @@ class BalancedMemory(ExemplarMemory):
         by: what the shares are of.
     """
 
-    def __init__(self, size: int, by: Literal["label", "task"]) -> None:
+    def __init__(self, size: int, by: Literal["class", "task"]) -> None:
         super().__init__(size)
         self.by = by
         self.stored = 0
@@ -145,6 +145,14 @@ class BalancedMemory(ExemplarMemory):
     def __len__(self) -> int:
         return self.stored
 
+    def room_for(self, groups: int, owner: object) -> None:
+        """Raises ValueError, in the name of ``owner``, unless each of so many groups can have an exemplar."""
+        if self.size < groups:
+            raise ValueError(
+                f"{type(owner).__name__}(memory={self.size}): one exemplar a {self.by} at least, and there are "
+                f"{groups}; use a larger memory"
+            )
+
     @torch.no_grad()
     def fill(self, candidates: Exemplars) -> None:
         """Replace what is held by the first candidates of each group, as many as it has room for.
@@ -152,12 +160,8 @@ class BalancedMemory(ExemplarMemory):
         Raises:
             ValueError: if there are more groups than places.
         """
-        groups, group = (candidates.labels if self.by == "label" else candidates.tasks).unique(return_inverse=True)
-        if len(groups) > self.size:
-            raise ValueError(
-                f"BalancedMemory(size={self.size}, by={self.by!r}): one exemplar a {self.by} at least, and there are "
-                f"{len(groups)}; use a larger memory"
-            )
+        groups, group = (candidates.labels if self.by == "class" else candidates.tasks).unique(return_inverse=True)
+        self.room_for(len(groups), self)
         counts, order = group.bincount(), group.argsort(stable=True)
         place = torch.empty_like(group)  # within its group, by preference
         place[order] = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group[order]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_sparse_cl import ReservoirMemory
+from lightning_sparse_cl import BalancedMemory, ReservoirMemory
 
 
 def memory(size, seed=0, logits=None):
@@ -74,3 +74,31 @@ def test_draws_do_not_repeat_an_exemplar_and_carry_their_logits():
 def test_size_must_be_positive():
     with pytest.raises(ValueError, match=r"ReservoirMemory\(size=0\)"):
         ReservoirMemory(0)
+
+
+@pytest.mark.parametrize("by", ["class", "task"])
+def test_a_balanced_memory_holds_the_first_of_each_group(by):
+    """Against a slow count: M/G each, the rest one by one, and never more than there are; old ones lose their last."""
+    m = BalancedMemory(11, by)
+    m.build((1, 1, 1), None, 0, torch.long)
+    offered, preference = {}, 0
+    for task, labels in enumerate([[0] * 9 + [1] * 2, [2] * 8, [0] * 3 + [3] * 6]):
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(task))
+        labels = torch.tensor(labels)[order]
+        images = torch.arange(preference, preference + len(labels)).view(-1, 1, 1, 1)
+        preference += len(labels)
+        m.admit(images, labels, task)
+        for i, c in zip(images.flatten().tolist(), labels.tolist()):
+            offered.setdefault(c if by == "class" else task, []).append(i)
+        share = [11 // len(offered) + (k < 11 % len(offered)) for k in range(len(offered))]
+        offered = {g: offered[g][:n] for g, n in zip(sorted(offered), share)}
+        held = m.contents()
+        assert sorted(held.images.flatten().tolist()) == sorted(sum(offered.values(), []))
+        assert len(m) == len(held.labels) <= 11
+    assert held.tasks.unique().tolist() == [0, 1, 2]
+    other = BalancedMemory(11, by)
+    other.build((1, 1, 1), None, 0, torch.long)
+    other.load_state_dict(m.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.contents(), held) if a is not None)
+    with pytest.raises(ValueError, match=r"BalancedMemory\(memory=1\): one exemplar a .* there are"):
+        BalancedMemory(1, by).room_for(2, m)
