@@ -5,6 +5,7 @@ Five tasks of two classes, 400 images a class, halved to 16x16 pixels, ResNet-18
 (configs/split_cifar10), except where CHANGED says otherwise. Afterwards single steps are timed, all methods in turn.
 
 python benchmarks/objectives.py [--quick] [--root FOLDER] [--only NAME ...]
+python benchmarks/objectives.py --steps [--root FOLDER]    times the steps again, and puts them into the results
 
 FOLDER holds CIFAR-10 as torchvision downloads it, or as an image folder {train,test}/<class>/*.
 """
@@ -12,6 +13,7 @@ FOLDER holds CIFAR-10 as torchvision downloads it, or as an image folder {train,
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
@@ -115,30 +117,43 @@ def step_times(methods: list[str], images: str, width: int, rounds: int, batches
     return {method: statistics.median(ms) for method, ms in found.items()}
 
 
+def with_times(rows: list[dict[str, Any]], times: dict[str, float]) -> list[dict[str, Any]]:
+    """Each row with its step's milliseconds, and how many times fine-tuning's that is; joint training's is the same."""
+    base = times.get("fine-tuning")
+    costs = {
+        m: {"ms a step": round(t, 2), "of fine-tuning": round(t / base, 2) if base else None} for m, t in times.items()
+    }
+    return [row | costs.get(row["method"].replace("joint", "fine-tuning"), {}) for row in rows]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data")
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", action="store_true", help="time the steps again, and nothing else")
     args = harness.arguments(parser)
     per_class, epochs, width = (64, 2, 8) if args.quick else (400, EPOCHS, 16)
     seeds = [0] if args.quick else list(range(args.seeds))
+    rows, path = [], harness.RESULTS / "objectives.json"
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
         torch.save(harness.halved(args.root, per_class), images)
-        jobs = [(method, seed, images, epochs, width) for method in args.only for seed in seeds]
-        results = iter(harness.run_all(run, jobs, args.processes))
+        if not args.steps:
+            jobs = [(method, seed, images, epochs, width) for method in args.only for seed in seeds]
+            results = iter(harness.run_all(run, jobs, args.processes))
+            for method in args.only:
+                runs = [next(results) for _ in seeds]
+                rows.append({"method": method} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
         harness.quiet()
         times = step_times([m for m in args.only if m != "joint"], images, width, 1 if args.quick else 3, 12)
-    rows = []
-    for method in args.only:
-        runs = [next(results) for _ in seeds]
-        row = {"method": method} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
-        cost = {"ms a step": times.get(method, times.get("fine-tuning")), "of fine-tuning": None}
-        if "fine-tuning" in times:
-            cost["of fine-tuning"] = cost["ms a step"] / times["fine-tuning"]
-        rows.append(row | {k: v and round(v, 2) for k, v in cost.items()})
-    harness.show("Split CIFAR-10, 16x16: accuracies in percent", rows, list(rows[0]), ("TFLOPs", "seconds"))
+    if args.steps:
+        result = json.loads(path.read_text())
+        result["rows"] = with_times(result["rows"], times)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        return harness.show("Steps on one thread", result["rows"], ("method", "ms a step", "of fine-tuning"))
+    rows = with_times(rows, times)
+    harness.show("Split CIFAR-10, 16x16: accuracies in percent", rows, list(rows[-1]), ("TFLOPs", "seconds"))
     medians = {row["method"]: row["Class-IL"]["median"] for row in rows}
     order = {f"{a} < {b}": medians[a] < medians[b] for a, b in ORDER if {a, b} <= medians.keys()}
     for pair, holds in order.items():

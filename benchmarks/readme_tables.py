@@ -14,6 +14,15 @@ COLUMNS = {
         "variant": "", "class_il_before": "Class-IL before", "class_il": "Class-IL after", "cost": "cost of pruning",
         "task_il": "Task-IL after",
     },
+    "methods": {
+        "configuration": "", "method": "method", "paper": "paper", "file": "file", "scenario": "made for",
+        "kept": "kept, kB", "Class-IL": "Class-IL", "Task-IL": "Task-IL", "pruned": "under EsaCL",
+    },
+    "objectives": {
+        "method": "", "Class-IL": "Class-IL ACC", "forgetting": "forgetting", "Task-IL": "Task-IL ACC",
+        "Task-IL forgetting": "forgetting", "TFLOPs": "TFLOPs", "seconds": "seconds", "ms a step": "ms a step",
+        "of fine-tuning": "of fine-tuning's",
+    },
     "split_digits_methods": {
         "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
         "sparsity": "sparsity", "backward passes": "backward passes a sample",
@@ -54,7 +63,7 @@ COLUMNS = {
 }  # fmt: skip
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
 PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2, "saturated at task": 1, "tasks that grew": 0}
-PLAIN |= {"allocated": 2, "used in networks": 2}
+PLAIN |= {"TFLOPs": 2, "allocated": 2, "used in networks": 2}
 PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
 
 
@@ -80,7 +89,52 @@ def by_task(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-DERIVED = {"continual_dst_findings": ("continual_dst", findings), "cl_lsg_tasks": ("cl_lsg", by_task)}
+METHODS = {
+    "finetune": ("fine-tuning, the lower bound", "", "objectives/base.py", "both"),
+    "joint": ("all tasks at once, the upper bound", "", "data/datamodule.py", "both"),
+    "scratch": ("a network a task, from scratch", "", "callbacks/subnetworks.py", "Task-IL"),
+    "finetune_copies": ("a network a task, fine-tuned", "", "callbacks/subnetworks.py", "Task-IL"),
+    "esacl": ("EsaCL-DER++", "Ren & Honavar, 2024", "methods/esacl.py", "both"),
+    "sparcl": ("SparCL-DER++", "Wang et al., 2022", "methods/sparcl.py", "both"),
+    "continual_dst": ("Continual DST", "Yildirim et al., 2024", "methods/continual_dst.py", "Task-IL"),
+    "cl_lsg": ("CL-LSG", "Yang et al., 2022", "methods/cl_lsg.py", "Task-IL"),
+    "snip_derpp": ("SNIP-DER++", "Lee et al., 2019", "callbacks/snip.py", "both"),
+    "rigl_derpp": ("RigL-DER++ (SET, SNFS: overlays)", "Evci et al., 2020", "callbacks/drop_grow.py", "both"),
+    "er": ("experience replay", "Chaudhry et al., 2019", "objectives/replay.py", "both"),
+    "der": ("DER", "Buzzega et al., 2020", "objectives/replay.py", "both"),
+    "derpp": ("DER++", "Buzzega et al., 2020", "objectives/replay.py", "both"),
+    "fdr": ("FDR", "Benjamin et al., 2019", "objectives/fdr.py", "both"),
+    "icarl": ("iCaRL", "Rebuffi et al., 2017", "objectives/icarl.py", "Class-IL"),
+    "co2l": ("Co2L", "Cha et al., 2021", "objectives/co2l.py", "both"),
+    "ewc": ("online EWC", "Kirkpatrick et al., 2017", "objectives/ewc.py", "Task-IL"),
+    "lwf": ("LwF", "Li & Hoiem, 2016", "objectives/lwf.py", "Task-IL"),
+    "agem": ("A-GEM", "Chaudhry et al., 2019", "callbacks/agem.py", "Task-IL"),
+    "gpm": ("GPM", "Saha et al., 2021", "callbacks/gpm.py", "Task-IL"),
+    "lamaml": ("La-MAML", "Gupta et al., 2020", "optim/la_maml.py", "both"),
+}
+"""What a configuration of configs/split_digits is: its name, paper, file, and the scenario it was made for."""
+
+
+def methods(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each configuration that was run, in the order of METHODS."""
+    measured = {row["configuration"]: row for row in result["rows"]}
+    rows = []
+    for configuration, (method, paper, file, scenario) in METHODS.items():
+        row = measured[configuration]
+        figures = {k: f"{100 * row[k]['median']:.1f}" for k in ("Class-IL", "Task-IL")}
+        kept, pruned = row["kept, kB"]["median"], row["under EsaCL"]
+        figures |= {"kept": f"{kept:.0f}", "pruned": f"{100 * pruned:.1f}" if isinstance(pruned, float) else pruned}
+        link = f"[{file}](lightning_sparse_cl/{file})"
+        name = {"configuration": f"`{configuration}`", "method": method, "paper": paper, "file": link}
+        rows.append(name | {"scenario": scenario} | figures)
+    return rows
+
+
+DERIVED = {
+    "methods": ("split_digits_methods", methods),
+    "continual_dst_findings": ("continual_dst", findings),
+    "cl_lsg_tasks": ("cl_lsg", by_task),
+}
 """Tables that are made from a result file of another name, and how."""
 
 

@@ -27,15 +27,18 @@ class Compare(pl.Callback):
         state |= {f"frozen/{k}": v for k, v in scl.Masks.of(pl_module).frozen.items()}
         state |= {f"updated/{k}": v for k, v in scl.Masks.of(pl_module).updated.items()}
         state |= {f"samples/{i}": v for i, v in enumerate(trainer.datamodule.alive)}
-        assert "objective.memory.images" in state and any(k.startswith("alive") for k in state)
+        state |= {f"agem/{k}": v for k, v in AGEM.memory.state_dict().items() if isinstance(v, torch.Tensor)}
+        state |= {f"gpm/{k}": v for k, v in GPM.bases.items()}
+        assert ANOTHER or "objective.memory.images" in state and any(k.startswith("alive") for k in state)
         for name, value in state.items():
             first = trainer.strategy.broadcast(value)
             assert torch.equal(first, value), f"{name} differs after task {task}"
         starts = trainer.strategy.broadcast(trainer.datamodule.starts)
         assert starts == trainer.datamodule.starts  # each process has losses of its own, and they stop together
-        seen = trainer.strategy.broadcast(pl_module.objective.memory.seen)
-        assert seen == pl_module.objective.memory.seen == flops.counts["samples"]
-        assert REMOVED or seen == 5 * 16 * starts[task + 1]
+        if not ANOTHER:
+            seen = trainer.strategy.broadcast(pl_module.objective.memory.seen)
+            assert seen == pl_module.objective.memory.seen == flops.counts["samples"]
+            assert REMOVED or seen == 5 * 16 * starts[task + 1]
         assert flops.summary() == trainer.strategy.broadcast(flops.summary())
         rates = trainer.strategy.broadcast([g["lr"] for g in trainer.optimizers[0].param_groups])
         assert rates == [g["lr"] for g in trainer.optimizers[0].param_groups]
@@ -46,11 +49,20 @@ halved = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0
 aids = [scl.GradientClipping(1.0), scl.TaskLRSchedule(halved), scl.TaskEarlyStopping("train/loss", 1)]
 flops, REMOVED = scl.FlopsCounter(), METHOD == "SparCL"
 backbone, objective = scl.SmallCNN(4), scl.DERpp(30, 8)
+AGEM, GPM = scl.AGEM(30, 8), scl.GPM()
+ANOTHER = {
+    "EWC": (scl.EWC(), []), "LwF": (scl.LwF(), []), "ICaRL": (scl.ICaRL(30, 8), []), "FDR": (scl.FDR(30, 8), []),
+    "CO2L": (scl.CO2L(30, 8), []), "AGEM": (None, [AGEM]), "GPM": (scl.CrossEntropy(True), [GPM]),
+    "LaMAML": (scl.ER(30, 8), []),
+}.get(METHOD)
 if METHOD == "EsaCL":
     model = scl.EsaCL(backbone, objective, freeze="share", selection=scl.LossSelection(warmup=1), policies=aids)
 elif METHOD == "SparCL":
     model = scl.SparCL(backbone, objective, scl.TaskAwareDynamicMasking(0.7, 2), scl.DynamicDataRemoval(0.4, 2, 2, BY),
         scl.DynamicGradientMasking(0.1, 3, gradients=GRADIENTS))
+elif ANOTHER:
+    update = scl.LaMAML(parts=2) if METHOD == "LaMAML" else None
+    model = scl.ContinualModule(backbone, ANOTHER[0], update, policies=ANOTHER[1])
 else:
     policy = getattr(scl, METHOD)(0.7)
     policy.interval = 3
@@ -76,6 +88,11 @@ Path(f"ok{trainer.global_rank}").touch()
         ("SparCL", "measured", "forgetting"),
         pytest.param("SparCL", "training", "loss", marks=pytest.mark.slow),
         *(pytest.param(method, "", "", marks=pytest.mark.slow) for method in ("RigL", "SET", "SNFS", "SNIP")),
+        ("CO2L", "", ""),
+        *(
+            pytest.param(method, "", "", marks=pytest.mark.slow)
+            for method in ("EWC", "LwF", "ICaRL", "FDR", "AGEM", "GPM", "LaMAML")
+        ),
     ],
 )
 def test_two_processes_agree_bit_for_bit(tmp_path, method, gradients, by):

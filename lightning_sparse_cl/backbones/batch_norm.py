@@ -1,4 +1,4 @@
-"""Batch-norm in passes beside the training pass."""
+"""Batch-norm and modes in passes beside the training pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+
+@contextmanager
+def in_eval(module: nn.Module) -> Iterator[None]:
+    """In eval mode; afterwards each part is in the mode in which it was."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.memory import BalancedMemory
 from lightning_sparse_cl.optim.projection import agem_
+from lightning_sparse_cl.sparsity import Masks
 
 
 class AGEM(pl.Callback):
@@ -33,7 +34,8 @@ class AGEM(pl.Callback):
         minibatch: exemplars that a step's reference gradient is of.
 
     Raises:
-        ValueError: if an argument is not positive, or there are more tasks than exemplars.
+        ValueError: if an argument is not positive, there are more tasks than exemplars, or a checkpoint has a memory of
+            another size.
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
@@ -56,6 +58,10 @@ class AGEM(pl.Callback):
         self.memory = BalancedMemory(self.memory.size, by="task")
         self.memory.build(data.input_shape, None, 0, data.stored_dtype)
         if self._loaded is not None:
+            if (found := len(self._loaded["labels"])) != self.memory.size:
+                raise ValueError(
+                    f"AGEM(memory={self.memory.size}): the checkpoint is of a memory of {found}; go on with it"
+                )
             self.memory.load_state_dict(self._loaded)
         self.memory.to(pl_module.device)
 
@@ -71,7 +77,8 @@ class AGEM(pl.Callback):
         drawn = self.memory.draw(self.minibatch)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
             loss = F.cross_entropy(pl_module(trainer.datamodule.prepare(drawn.images)).float(), drawn.labels)
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+        with Masks.of(pl_module).unrecorded():
+            grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         if trainer.world_size > 1:
             for grad in grads:
                 torch.distributed.all_reduce(grad)
@@ -79,7 +86,7 @@ class AGEM(pl.Callback):
         return list(grads)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        raw, labels = (torch.cat(part) for part in zip(*trainer.datamodule.stored(self.memory.size)))
+        raw, labels = trainer.datamodule.stored(self.memory.size)
         self.memory.admit(raw, labels, task)
 
     def state_dict(self) -> dict[str, Any]:

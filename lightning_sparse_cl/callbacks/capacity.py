@@ -20,7 +20,8 @@ class ModelCapacity(pl.Callback):
     :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
     ``module.load_state_dict(state, strict=False)``. Where each task has a subnetwork, the file holds them all, see
     :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. List it after
-    callbacks that prune when the fit ends, and before :class:`RunReport`.
+    callbacks that prune when the fit ends, and before :class:`RunReport`. iCaRL's means of exemplars, by which it
+    classifies, are in the checkpoint alone.
     """
 
     def __init__(self) -> None:
@@ -31,7 +32,9 @@ class ModelCapacity(pl.Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        network = {n: t for n, t in pl_module.state_dict().items() if not n.startswith(("objective.", "gates."))}
+        network = {
+            n: t for n, t in pl_module.state_dict().items() if not n.startswith(("objective.", "update.", "gates."))
+        }
         if len(learnt := Subnetworks.of(pl_module)):
             network = learnt.stored()
         masks, parameters = Masks.of(pl_module), list(network_of(pl_module).parameters())

@@ -38,10 +38,10 @@ class FlopsCounter(pl.Callback):
     * ``per_layer``: ``training`` of each layer.
 
     A module whose ``training_step`` does not go through its own ``forward``, or whose ``forward`` does not take a batch
-    of images, has its samples counted only; work in functional calls is not counted. List it before callbacks that
-    measure importance, or their first pass is missed. Which samples
-    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`). A :class:`Teacher`'s
-    passes count as forward passes at the masks of the moment.
+    of images, has its samples counted only. Work in functional calls and in eval mode, as objectives do it at task ends
+    (Fisher information, features for herding and linear heads), is not counted. List it before callbacks that measure
+    importance, or their first pass is missed. Which samples of a pass are replayed is known where the module has an
+    ``objective`` (:class:`Objective`). A :class:`Teacher`'s passes count as forward passes at the masks of the moment.
     """
 
     def __init__(self) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.callbacks.agem import AGEM
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -31,8 +33,9 @@ class GPM(pl.Callback):
 
     Works with any LightningModule on a :class:`TaskDataModule`. It is refused together with what would leave the null
     space again: callbacks that mask weights or gradients while a task trains (the masked part of an orthogonal matrix
-    is not orthogonal), and optimisers other than SGD without weight decay. :class:`OneShotPruning` with
-    :class:`Reopen` is fine: masks hold between a task's end and the next one's start.
+    is not orthogonal), :class:`AGEM`, which adds a direction of its own, and optimisers other than SGD without weight
+    decay. :class:`OneShotPruning` with ``Reopen("zero")`` is fine: masks hold between a task's end and the next one's
+    start, and only pruning itself changes what earlier tasks have learnt.
 
     Args:
         threshold: epsilon, part of the inputs' energy that is protected, in (0, 1].
@@ -81,6 +84,12 @@ class GPM(pl.Callback):
     def _refuse_what_leaves_the_null_space(self, trainer: pl.Trainer) -> None:
         kinds = [type(c) for c in trainer.callbacks]
         movers = [k for k in kinds if issubclass(k, Sparsifier) and not issubclass(k, OneShotPruning | Reopen)]
+        if any(issubclass(k, AGEM) for k in kinds):
+            raise ValueError("GPM: A-GEM's projection adds a direction that GPM takes away; leave one of them out")
+        if any(isinstance(c, Reopen) and c.init != "zero" for c in trainer.callbacks):
+            raise ValueError(
+                'GPM: Reopen(init="random") moves weights in all directions at a task\'s start; use Reopen(init="zero")'
+            )
         if movers or (OneShotPruning in kinds and Reopen not in kinds):
             name = movers[0].__name__ if movers else "OneShotPruning without Reopen"
             raise ValueError(
@@ -119,12 +128,10 @@ class GPM(pl.Callback):
             grams[name] = grams[name] + found if name in grams else found
 
         hooks = [m.register_forward_pre_hook(partial(look, name=n)) for n, m in self.layers.items()]
-        was_training = pl_module.training
-        pl_module.eval()
-        for x, _ in trainer.datamodule.samples(self.samples, share=False):
-            for part in x.split(25):  # patches take memory
-                pl_module(part)
-        pl_module.train(was_training)
+        with in_eval(pl_module):
+            for x, _ in trainer.datamodule.samples(self.samples, share=False):
+                for part in x.split(25):  # patches take memory
+                    pl_module(part)
         for hook in hooks:
             hook.remove()
         threshold = min(1.0, self.threshold + self.increment * task)

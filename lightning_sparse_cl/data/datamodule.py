@@ -132,24 +132,28 @@ class TaskDataModule(pl.LightningDataModule):
         """Training samples of a task before any was removed: all that are not set aside for validation."""
         return len(self.train_sets[task]) - len(self._held_out[task])
 
-    def stored(self, count: int | None = None, share: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-        """The current task's samples that are alive, once, as they are stored.
+    def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """The current task's samples that are alive, once, in batches, not augmented.
 
         Args:
-            count: so many of them at most, drawn at random: the same on every process and after a resume.
+            count: so many of them at most, in random order: the same on every process and after a resume.
             share: of each process its share; else every process has them all.
         """
+        for x, y in self._batches(count, share):
+            yield self.prepare(x, augment=False), y
+
+    def stored(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """All :meth:`samples` at once as they are stored, images (n, C, H, W) and labels (n,), on every process."""
+        images, labels = zip(*self._batches(count, share=False))
+        return torch.cat(images), torch.cat(labels)
+
+    def _batches(self, count: int | None, share: bool) -> Iterator[tuple[Tensor, Tensor]]:
         device, alive = self.trainer.strategy.root_device, self.alive[self.task]
-        if count is not None and count < len(alive):
+        if count is not None:
             generator = torch.Generator().manual_seed(self.order_seed + self.task)
             alive = alive[torch.randperm(len(alive), generator=generator)[:count]]
         for x, y in self._eval_loader(self.train_sets[self.task], alive, share):
             yield x.to(device), y.to(device)
-
-    def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """:meth:`stored` as the network sees them, not augmented."""
-        for x, y in self.stored(count, share):
-            yield self.prepare(x, augment=False), y
 
     # -- Lightning ---------------------------------------------------------------------------------------------
 

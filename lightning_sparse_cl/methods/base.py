@@ -132,12 +132,15 @@ class ContinualModule(pl.LightningModule):
             x = torch.stack([x, *(data.prepare(data.raw) for _ in range(self.objective.views - 1))], 1)
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
+        replayed, self.objective.replayed = self.objective.replayed, 0
         whole: Outputs = {}  # the whole batch before the update: losses to rank, logits to remember
         moved = False
 
         def loss(stage: Stage, part: tuple[int, int] | None = None) -> Outputs:
             nonlocal moved
             if part is not None:
+                if part[1] > len(y):
+                    raise ValueError(f"{type(self.update).__name__}: a batch of {len(y)} has no {part[1]} parts")
                 rows = torch.arange(len(y), device=y.device).tensor_split(part[1])[part[0]]
                 with batch_norm_still(self):
                     outputs = self.objective(self, x[rows], y[rows], None)
@@ -148,7 +151,9 @@ class ContinualModule(pl.LightningModule):
                     whole.update(self.objective(self, x, y, None))
             kept = LossSelection.top(whole["per_sample"], size) if size < len(y) else slice(None)
             with batch_norm_still(self, moved):  # its statistics move in the first pass only
+                self.objective.replayed = replayed
                 outputs = self.objective(self, x[kept], y[kept], replay)
+                self.objective.replayed = 0
             moved = True
             if not whole:
                 whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
@@ -160,7 +165,8 @@ class ContinualModule(pl.LightningModule):
         optimizer.step()
         for other in others:
             other.optimizer.step()  # Lightning does not count it: a batch is one step
-        self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
+        if type(self.objective).observe is not Objective.observe:
+            self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
         loss = outputs["loss"].detach()
         if self._logs():
             self.log("train/loss", loss, prog_bar=True)

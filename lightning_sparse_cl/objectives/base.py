@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ class Objective(nn.Module):
     beforehand, by :meth:`draw`, so that both passes of SAM see the same.
     """
 
+    replayed = 0
+    """Exemplars of the last :meth:`draw`; 0 in passes that do not replay them. For who counts what a step costs."""
     views = 1
     """Augmented views of each image of the current batch; of several, ``x`` is (B, views, C, H, W)."""
 
@@ -33,9 +36,6 @@ class Objective(nn.Module):
 
         Called once, before a checkpoint is restored.
         """
-
-    replayed = 0
-    """Exemplars of the last :meth:`draw`, for who counts what a step costs."""
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
         """What the step replays, if anything; ``prepare`` augments and normalises stored images."""
@@ -68,7 +68,7 @@ class Objective(nn.Module):
 
 
 class LooksBack(Objective):
-    """Mixin of the objectives that compare with the last task's end: it knows whether there is one."""
+    """Base of the objectives that compare with the last task's end: it knows whether there is one."""
 
     tasks = 0
     """Tasks learnt to their end."""
@@ -119,14 +119,16 @@ class CrossEntropy(Objective):
 
 
 def coefficient(owner: object, name: str, value: float) -> float:
-    """A loss coefficient, checked. Raises ValueError if negative."""
-    if not value >= 0:
-        raise ValueError(f"{type(owner).__name__}({name}={value}): a loss coefficient is >= 0")
+    """``value``, a loss coefficient. Raises ValueError if negative or not finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(
+            f"{type(owner).__name__}({name}={value}): a loss coefficient is >= 0 and finite; 0 leaves it out"
+        )
     return value
 
 
 def positive(owner: object, name: str, value: float) -> Any:
-    """A temperature or size, checked. Raises ValueError if not positive."""
-    if not value > 0:
-        raise ValueError(f"{type(owner).__name__}({name}={value}): {name} is > 0")
+    """``value``, a temperature, bound or size. Raises ValueError if not positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{type(owner).__name__}({name}={value}): {name} is > 0 and finite")
     return value

@@ -105,7 +105,7 @@ class CO2L(LooksBack, Replay):
 
     def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         self.teacher.take(nn.Sequential(model.backbone, self.projection))
-        raw, labels = (torch.cat(part) for part in zip(*data.stored()))
+        raw, labels = data.stored()
         held = self.memory.contents()
         features = features_of(model.backbone, torch.cat([held.images, raw]), data.prepare)
         fit_head(model.head, features, torch.cat([held.labels, labels]), self.seen)
@@ -120,14 +120,20 @@ def supervised_contrast(z: Tensor, labels: Tensor, temperature: float) -> Tensor
     An anchor without another sample of its label has loss zero.
     """
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
-    positive = (labels == labels[:, None]) & ~itself
-    return -log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp_min(1)
+    log_p = (_products(z) / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    same = (labels == labels[:, None]) & ~itself
+    return -log_p.masked_fill(~same, 0).sum(1) / same.sum(1).clamp_min(1)
 
 
 def relation_distance(z: Tensor, before: Tensor, student: float, teacher: float) -> Tensor:
     """Instance-wise relation distillation: cross-entropy of similarities among z (N, D) to those ``before`` (N, D)."""
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    p = (before @ before.T / teacher).masked_fill(itself, -torch.inf).softmax(1)
-    log_q = (z @ z.T / student).masked_fill(itself, -torch.inf).log_softmax(1)
+    p = (_products(before) / teacher).masked_fill(itself, -torch.inf).softmax(1)
+    log_q = (_products(z) / student).masked_fill(itself, -torch.inf).log_softmax(1)
     return -(p * log_q.masked_fill(itself, 0)).sum(1).mean()
+
+
+def _products(z: Tensor) -> Tensor:
+    """Of all pairs, in full precision: divided by a temperature of 0.01 they are large."""
+    with torch.autocast(z.device.type, enabled=False):
+        return z.float() @ z.float().T

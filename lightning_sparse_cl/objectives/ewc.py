@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
 
+from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
 
@@ -74,7 +74,8 @@ class EWC(LooksBack, CrossEntropy):
 
     @torch.no_grad()
     def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        self.F.mul_(self.gamma).add_(fisher(model.network, data.samples(self.samples)))
+        among = self.live if self.single_head else None
+        self.F.mul_(self.gamma).add_(fisher(model.network, data.samples(self.samples), among))
         self.anchor.copy_(vector(model.network.parameters()))
         super().on_task_end(model, task, data)
 
@@ -84,31 +85,32 @@ def vector(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], among: Tensor | None = None) -> Tensor:
     """Empirical Fisher information, diagonal, (P,): E[(d log p(y|x) / d theta)^2] over all samples and processes.
 
     Args:
         network: maps images to logits; in eval mode for it, and left as it was.
         batches: (x, y), images (B, C, H, W) and labels (B,); each process its own.
+        among: classes (num_classes,) that compete in p(y|x); None is all.
     """
-    modes = {m: m.training for m in network.modules()}
-    network.eval()
     theta = {name: p.detach() for name, p in network.named_parameters()}
     at_once = max(1, min(256, 2**27 // sum(p.numel() for p in theta.values())))  # half a gigabyte of gradients
 
     def log_likelihood(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.log_softmax(functional_call(network, theta, (x[None],))[0].float(), 0).gather(0, y[None])[0]
+        logits = functional_call(network, theta, (x[None],))[0].float()
+        logits = logits if among is None else logits.masked_fill(~among, -torch.inf)
+        return logits.log_softmax(0).gather(0, y[None])[0]
 
-    squares = {name: torch.zeros_like(p) for name, p in theta.items()}
+    squares = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in theta.items()
+    }
     count = torch.zeros((), device=next(iter(theta.values())).device)
-    with torch.compiler.set_stance("force_eager"):
+    with in_eval(network), torch.compiler.set_stance("force_eager"):
         for xs, ys in batches:
             for x, y in zip(xs.split(at_once), ys.split(at_once), strict=True):
                 for name, g in vmap(grad(log_likelihood), (None, 0, 0))(theta, x, y).items():
                     squares[name] += g.square().sum(0)
                 count += len(y)
-    for module, training in modes.items():
-        module.training = training
     total = vector(squares.values())
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(total)

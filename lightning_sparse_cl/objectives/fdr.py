@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import coefficient
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
@@ -45,9 +46,7 @@ class FDR(Replay):
 
     @torch.no_grad()
     def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        was_training = model.training
-        model.eval()
-        raw, labels = (torch.cat(part) for part in zip(*data.stored(self.memory.size)))
-        logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
-        model.train(was_training)
+        raw, labels = data.stored(self.memory.size)
+        with in_eval(model):
+            logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
         self.memory.admit(raw, labels, task, logits)

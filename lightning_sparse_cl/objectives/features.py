@@ -9,15 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import LBFGS
 
+from lightning_sparse_cl.backbones.batch_norm import in_eval
+
 
 @torch.no_grad()
 def features_of(backbone: nn.Module, images: Tensor, prepare: Callable[..., Tensor]) -> Tensor:
     """Features (n, D) of images (n, C, H, W) as stored, in eval mode; ``prepare`` makes them network input."""
-    was_training = backbone.training
-    backbone.eval()
-    features = torch.cat([backbone(prepare(x, augment=False)).float() for x in images.split(256)])
-    backbone.train(was_training)
-    return features
+    with in_eval(backbone):
+        return torch.cat([backbone(prepare(x, augment=False)).float() for x in images.split(256)])
 
 
 def fit_head(

@@ -21,7 +21,7 @@ class ICaRL(LooksBack, Replay):
 
     Every class has a sigmoid output; L is the binary cross-entropy, mean over the classes seen so far (Algorithm 3)::
 
-        sum over new classes: target 1 if it is the label, else 0;  over old classes: target sigmoid(teacher(x))
+        over the task's classes: target 1 for the label, else 0;  over the other old ones: target sigmoid(teacher(x))
 
     The teacher is the network at the last task's end. At a task's end each class keeps the exemplars whose running mean
     stays closest to the class mean (Algorithm 4), of features of length one. An image belongs to the class whose
@@ -51,11 +51,14 @@ class ICaRL(LooksBack, Replay):
         super().build(network, input_shape, seed, dtype)
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(classes, dtype=torch.bool))
+        self.register_buffer("elsewhere", torch.zeros(classes, dtype=torch.bool))  # old, and not in the running task
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
         self.register_buffer("means", torch.zeros(classes, width))
 
     def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        self.seen |= data.live().to(self.seen.device)
+        live = data.live().to(self.seen.device)
+        self.seen |= live
+        self.elsewhere.copy_(self.old & ~live)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
@@ -63,7 +66,7 @@ class ICaRL(LooksBack, Replay):
         logits = model(images)
         target = F.one_hot(labels, logits.shape[1]).to(logits)
         if self.tasks:
-            target = torch.where(self.old, self.teacher(images).to(logits).sigmoid(), target)
+            target = torch.where(self.elsewhere, self.teacher(images).to(logits).sigmoid(), target)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         current, replayed = ((loss * self.seen).sum(1) / self.seen.sum()).split([len(y), len(drawn.labels)])
         rest = replayed.mean() if len(replayed) else logits.new_zeros(())
@@ -72,12 +75,13 @@ class ICaRL(LooksBack, Replay):
     def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
         if not self.tasks:
             return super().classify(head, features)
-        nearness = F.normalize(features.float()) @ self.means.T
+        with torch.autocast(features.device.type, enabled=False):  # rounded, unit vectors that are close are equal
+            nearness = F.normalize(features.float()) @ self.means.float().T
         return nearness.masked_fill(~self.old, -torch.inf)
 
     def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         held = self.memory.contents()
-        raw, labels = (torch.cat(part) for part in zip(*data.stored()))
+        raw, labels = data.stored()
         everything = Exemplars(
             torch.cat([held.images, raw]), torch.cat([held.labels, labels]),
             torch.cat([held.tasks, torch.full_like(labels, task)]),
@@ -85,9 +89,10 @@ class ICaRL(LooksBack, Replay):
         features = F.normalize(features_of(model.backbone, everything.images, data.prepare))
         new = data.live().to(labels.device)[everything.labels]
         order, at = [(~new).nonzero().squeeze(1)], torch.arange(len(new), device=new.device)
+        most = -(-self.memory.size // int(self.seen.sum()))
         for c in labels.unique():
             of_class = at[everything.labels == c]
-            order.append(of_class[herding(features[of_class], min(len(of_class), self.memory.size))])
+            order.append(of_class[herding(features[of_class], min(len(of_class), most))])
         order = torch.cat(order)
         self.memory.fill(Exemplars(*(part[order] for part in everything[:3])))
         self._average(model, data)
@@ -99,8 +104,8 @@ class ICaRL(LooksBack, Replay):
         """The mean feature of each class's exemplars, of length one."""
         held = self.memory.contents()
         features = F.normalize(features_of(model.backbone, held.images, data.prepare))
-        self.means.zero_().index_add_(0, held.labels, features)
-        self.means.copy_(F.normalize(self.means))
+        sums = features.new_zeros(self.means.shape).index_add_(0, held.labels, features)
+        self.means.copy_(F.normalize(sums))
 
 
 def herding(features: Tensor, count: int) -> Tensor:

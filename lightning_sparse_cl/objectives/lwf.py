@@ -51,10 +51,11 @@ class LwF(LooksBack, CrossEntropy):
 
     def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
         super().on_task_start(model, task, data)
-        if self.warmup and self.tasks:
-            raw, labels = (torch.cat(part) for part in zip(*data.stored()))
-            features = features_of(model.backbone, raw, data.prepare)
-            fit_head(model.head, features, labels, data.live().to(labels.device))
+        new = data.live().to(self.old.device) & ~self.old
+        if self.warmup and self.tasks and new.any():
+            raw, labels = data.stored()
+            of_new = new[labels]
+            fit_head(model.head, features_of(model.backbone, raw[of_new], data.prepare), labels[of_new], new)
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)

@@ -128,8 +128,8 @@ class ReservoirMemory(ExemplarMemory):
 class BalancedMemory(ExemplarMemory):
     """Equal shares of all classes, or of all tasks, seen so far: of G groups M/G each, the rest one by one.
 
-    A group's exemplars lie in an order of preference, and as groups are added the last ones of each go. It is filled
-    at task ends.
+    A group's exemplars lie in an order of preference, and as groups are added the last ones of each go. A group with
+    fewer samples than its share leaves places free. It is filled at task ends.
 
     Args:
         size: number of exemplars M.

@@ -23,19 +23,19 @@ class LaMAML(nn.Module, UpdateRule):
     max(0, alpha) * dL/dtheta, so that ``SGD(lr=1)`` takes the paper's step; the objective should replay (ER). Inner
     gradients are clipped by value, the gradients of L by norm. Masks act on the inner steps too.
 
-    The paper's memory takes samples in the first epoch only; ours is the objective's. FLOPs of the second derivatives
-    are not counted.
+    The paper's memory takes samples in the first epoch only; ours is the objective's, and logits that DER stores are
+    those at theta'_1. FLOPs of the second derivatives are not counted, and the whole gradients that RigL asks for are
+    summed over all passes.
 
     Args:
         alpha: initial learning rate of every weight.
         lr: eta, learning rate of the learning rates.
         parts: K, inner steps a batch; a batch has at least so many samples.
         clip: bound on inner gradients, and on the norm of the outer ones.
-        second_order: differentiate through the inner steps; False takes dL/dtheta'_K for dL/dtheta, and
-            alpha by first order.
+        second_order: differentiate through the inner steps; False takes inner gradients for constants.
 
     Raises:
-        ValueError: if an argument is not positive, or a rate negative.
+        ValueError: if an argument is not positive, a rate negative, or a batch smaller than ``parts``.
     """
 
     def __init__(
@@ -45,15 +45,17 @@ class LaMAML(nn.Module, UpdateRule):
         for name, value in (("alpha", alpha), ("lr", lr)):
             if not value >= 0:
                 raise ValueError(f"LaMAML({name}={value}): a learning rate is >= 0")
-        for name, value in (("parts", parts), ("clip", clip)):
-            if not value > 0:
-                raise ValueError(f"LaMAML({name}={value}): {name} is > 0")
+        if not (isinstance(parts, int) and parts >= 1):
+            raise ValueError(f"LaMAML(parts={parts}): a whole number of inner steps, at least 1")
+        if not clip > 0:
+            raise ValueError(f"LaMAML(clip={clip}): clip is > 0")
         self.initial, self.lr, self.parts, self.clip, self.second_order = alpha, lr, parts, clip, second_order
 
     def build(self, module: nn.Module) -> None:
         sizes = [p.numel() for p in module.parameters() if p.requires_grad]
         self.register_buffer("alpha", torch.full((sum(sizes),), self.initial))
 
+    @torch.compiler.set_stance("force_eager")  # compiled networks have no second derivatives
     def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         theta = {name: p for name, p in module.named_parameters() if p.requires_grad}
         weights = list(theta.values())

@@ -48,7 +48,7 @@ def projectable(layer: nn.Module) -> bool:
 
 
 def correlation(layer: nn.Module, x: Tensor) -> Tensor:
-    """R R^T (d, d) in double precision, for the inputs x that a layer's weight of d = C_in k k meets: rows or patches.
+    """R R^T (d, d) of the inputs that a layer's weight of d = C_in k k meets, rows or patches; double, to be summed.
 
     Args:
         layer: :func:`projectable`.

@@ -108,6 +108,15 @@ class Masks:
         finally:
             self.scores_taken = before
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """For passes that are not the step's own: masks act on their gradients, and whole ones are not kept."""
+        before, self.whole = self.whole, {}
+        try:
+            yield
+        finally:
+            self.whole = before
+
     def ask_whole(self, names: Iterable[str]) -> None:
         """Keep the unmasked gradients of the backward passes that follow, for who grows weights by gradient."""
         missing = [name for name in names if name not in self.whole]

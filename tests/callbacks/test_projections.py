@@ -70,6 +70,38 @@ def test_agem_uses_its_whole_memory_and_every_task_has_a_share():
     assert agem.memory.contents().tasks.bincount().tolist() == [11, 10, 10]
 
 
+def test_a_memory_larger_than_a_task_still_draws_at_random():
+    agem = scl.AGEM(memory=90, minibatch=8)
+    fitted(PlainClassifier(6), agem)
+    held = agem.memory.contents()
+    for task in range(3):
+        counts = held.labels[held.tasks == task].bincount(minlength=6)
+        assert counts.sum() == 30 and (counts > 5).sum() == 2
+
+
+def test_what_the_papers_would_charge_grows_with_the_reference_pass():
+    def papers(*policies):
+        flops = scl.FlopsCounter()
+        torch.manual_seed(0)
+        fitted(scl.ContinualModule(scl.SmallCNN(4), scl.ER(30, 16), policies=list(policies)), flops)
+        return flops.summary()["papers"]
+
+    assert papers(scl.AGEM(30, 16)) > 1.3 * papers()
+
+
+def test_whole_gradients_are_those_of_the_step_alone():
+    module = scl.ContinualModule(scl.SmallCNN(4), policies=[scl.RigL(0.5)])
+    _, data = fitted(module, scl.AGEM(30, 8))
+    masks, x = scl.Masks.of(module), torch.randn(4, *data.input_shape)
+    masks.ask_whole(list(masks.alive))
+    with masks.unrecorded():
+        module(x).sum().backward()
+    assert not masks.take_whole()
+    masks.ask_whole(list(masks.alive))
+    module(x).sum().backward()
+    assert set(masks.take_whole()) == set(masks.alive)
+
+
 def gpm_module(*policies, **kwargs):
     torch.manual_seed(0)
     gpm = scl.GPM(threshold=0.9, increment=0.01, samples=20)
@@ -80,7 +112,7 @@ def gpm_module(*policies, **kwargs):
 @pytest.mark.parametrize("update", [scl.Plain(), scl.SharpnessAware()], ids=lambda u: type(u).__name__)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_every_step_is_orthogonal_to_the_bases_of_its_task(update, pruned):
-    policies = [scl.OneShotPruning(0.5), scl.Reopen("random")] if pruned else []
+    policies = [scl.OneShotPruning(0.5), scl.Reopen("zero")] if pruned else []
     gpm, module = gpm_module(*policies, update=update)
 
     class Check(pl.Callback):
@@ -112,14 +144,24 @@ def test_every_step_is_orthogonal_to_the_bases_of_its_task(update, pruned):
         torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-5, rtol=0)
 
 
-def test_what_the_first_task_learnt_stays_where_the_threshold_is_one():
+@pytest.mark.parametrize("reopened", [False, True])
+def test_what_the_first_task_learnt_stays_where_the_threshold_is_one(reopened):
     gpm = scl.GPM(threshold=1.0, samples=1000)
     torch.manual_seed(0)
-    module = scl.ContinualModule(scl.SmallCNN(4), scl.CrossEntropy(single_head=True), policies=[gpm])
+    policies = [scl.OneShotPruning(0.5, of="free"), scl.Reopen("zero"), gpm][0 if reopened else 2 :]
+    module = scl.ContinualModule(scl.SmallCNN(4), scl.CrossEntropy(single_head=True), policies=policies)
     kept = {}
 
     class Watch(pl.Callback):
+        def on_before_task_end(self, trainer, pl_module, task):
+            if task:
+                self.look(trainer, pl_module, task)
+
         def on_after_task_end(self, trainer, pl_module, task):
+            if task == 0:
+                self.look(trainer, pl_module, task)
+
+        def look(self, trainer, pl_module, task):
             data = trainer.datamodule
             pl_module.eval()
             with torch.no_grad():
@@ -127,7 +169,7 @@ def test_what_the_first_task_learnt_stays_where_the_threshold_is_one():
 
     module.policies.append(Watch())
     fitted(module)
-    torch.testing.assert_close(kept[2], kept[0], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(kept[1], kept[0], atol=1e-3, rtol=1e-3)  # before the second task's own pruning
 
 
 @pytest.mark.parametrize(
@@ -136,12 +178,24 @@ def test_what_the_first_task_learnt_stays_where_the_threshold_is_one():
         ([scl.TaskAwareDynamicMasking(0.5, 1)], "TaskAwareDynamicMasking"),
         ([scl.SET(0.5)], "SET"),
         ([scl.DynamicGradientMasking(0.1)], "DynamicGradientMasking"),
-        ([scl.OneShotPruning(0.5), scl.FreezeMasks(), scl.Reopen()], "FreezeMasks"),
+        ([scl.OneShotPruning(0.5), scl.FreezeMasks(), scl.Reopen("zero")], "FreezeMasks"),
         ([scl.OneShotPruning(0.5)], "OneShotPruning without Reopen"),
     ],
 )
 def test_gpm_refuses_masks_that_act_while_a_task_trains(others, name):
     with pytest.raises(ValueError, match=f"GPM: {name} masks weights or gradients while tasks train"):
+        fitted(gpm_module(*copy.deepcopy(others))[1])
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([scl.OneShotPruning(0.5), scl.Reopen()], 'use Reopen\\(init="zero"\\)'),
+        ([scl.AGEM(30, 8)], "GPM: A-GEM's projection adds a direction"),
+    ],
+)
+def test_gpm_refuses_what_moves_weights_in_other_directions(others, message):
+    with pytest.raises(ValueError, match=message):
         fitted(gpm_module(*copy.deepcopy(others))[1])
 
 
@@ -156,7 +210,7 @@ def test_gpm_refuses_optimisers_that_leave_the_null_space(optimizer, name):
     with pytest.raises(ValueError, match=f"GPM: {name}.*use SGD without weight decay"):
         fitted(gpm_module(optimizer=optimizer)[1])
     with pytest.raises(ValueError, match="GPM: StochasticFrankWolfe"):
-        fitted(scl.EsaCL(scl.SmallCNN(4), policies=[scl.GPM()]))
+        fitted(gpm_module(optimizer=lambda p: scl.StochasticFrankWolfe(p, k=0.1))[1])
 
 
 class Grouped(PlainClassifier):

@@ -84,4 +84,4 @@ def test_masks_hold_under_every_objective(name, policy):
     for n in scl.Masks.of(module).alive:
         alive = int(scl.Masks.of(module).alive[n].sum())
         assert alive == pytest.approx(0.5 * module.get_parameter(n).numel(), abs=2), n
-    assert evaluation.matrices["task_il"].R[-1].mean() > 0.4
+    assert evaluation.matrices["task_il"].R[-1, -1] > 0.6

@@ -93,7 +93,7 @@ def test_a_balanced_memory_holds_the_first_of_each_group(by):
         share = [11 // len(offered) + (k < 11 % len(offered)) for k in range(len(offered))]
         offered = {g: offered[g][:n] for g, n in zip(sorted(offered), share)}
         held = m.contents()
-        assert sorted(held.images.flatten().tolist()) == sorted(sum(offered.values(), []))
+        assert sorted(held.images.flatten().tolist()) == sorted(i for kept in offered.values() for i in kept)
         assert len(m) == len(held.labels) <= 11
     assert held.tasks.unique().tolist() == [0, 1, 2]
     other = BalancedMemory(11, by)

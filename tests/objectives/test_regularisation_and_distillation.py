@@ -1,5 +1,6 @@
 """EWC, LwF, iCaRL, FDR and Co2L against slow computations from their formulas, and what each must not change."""
 
+import copy
 from collections import OrderedDict
 from itertools import pairwise, permutations
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ class Data(SimpleNamespace):
         return torch.zeros(self.classes, dtype=torch.bool).index_fill(0, self.labels.unique(), True)
 
     def stored(self, count=None):
-        yield self.images[:count], self.labels[:count]
+        return self.images[:count], self.labels[:count]
 
     def samples(self, count=None):
         yield self.prepare(self.images[:count]), self.labels[:count]
@@ -95,6 +96,9 @@ def test_the_fisher_is_the_mean_square_of_single_gradients():
     found = fisher(model.network, [(x[:3], y[:3]), (x[3:], y[3:])])
     torch.testing.assert_close(found, squares / 5)
     assert (found >= 0).all() and found.max() > 0
+    among = torch.tensor([True, True, False])  # a single head: the third class's row has no part in it
+    single = fisher(model.network, [(x[:2], y[:2])], among)
+    assert not single[-1:].any() and not single[-7:-3].any() and single[-3:-1].all()
     assert all(m.training for m in model.modules())
     assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
 
@@ -141,7 +145,7 @@ def test_a_zero_coefficient_or_fisher_is_fine_tuning_bit_for_bit(monkeypatch):
     assert torch.equal(fitted(scl.EWC(strength=0.0)), finetuned)
     assert torch.equal(fitted(scl.LwF(alpha=0.0, warmup=False)), finetuned)
     assert not torch.equal(fitted(scl.EWC(strength=1e4)), finetuned)
-    monkeypatch.setattr("lightning_sparse_cl.objectives.ewc.fisher", lambda network, batches: torch.zeros(()))
+    monkeypatch.setattr("lightning_sparse_cl.objectives.ewc.fisher", lambda *_: torch.zeros(()))
     assert torch.equal(fitted(scl.EWC(strength=1e4)), finetuned)
 
 
@@ -156,8 +160,7 @@ def test_lwf_keeps_the_softened_answers_for_old_classes():
     teacher, student = before(x), model(x)
     expected = 0.0
     for i in range(3):
-        p = [float(teacher[i, c] / 2).__pow__(1) for c in (0, 1)]
-        p = torch.tensor(p).exp() / torch.tensor(p).exp().sum()
+        p = ((teacher[i, :2] / 2).exp() / (teacher[i, :2] / 2).exp().sum()).detach()
         q = (student[i, :2] / 2).exp() / (student[i, :2] / 2).exp().sum()
         expected -= sum(p[c] * q[c].log() for c in (0, 1)) / 3
     torch.testing.assert_close(terms["rest"], 3 * expected)
@@ -187,6 +190,9 @@ def test_the_warm_up_fits_the_new_rows_of_the_head_and_no_others():
     data = Data(images(12, 5), torch.tensor([2] * 12))
     lwf.on_task_start(model, 1, data)
     assert torch.equal(model.head.weight[:2], before[:2]) and not torch.equal(model.head.weight[2], before[2])
+    again = model.head.weight.detach().clone()
+    lwf.on_task_start(model, 1, Data(images(12, 6), torch.tensor([0, 1] * 6)))  # no new class
+    assert torch.equal(model.head.weight, again)
 
 
 def test_fit_head_solves_the_balanced_regression():
@@ -259,6 +265,42 @@ def test_icarl_learns_new_classes_from_labels_and_old_ones_from_the_teacher():
         losses.append(-sum(t * p[c].log() + (1 - t) * (1 - p[c]).log() for c, t in enumerate(target)) / 3)
     torch.testing.assert_close(terms["per_sample"], torch.stack(losses[:3]))
     torch.testing.assert_close(terms["rest"], torch.stack(losses[3:]).mean())
+
+
+def test_icarl_learns_classes_that_come_back_from_their_labels():
+    icarl = scl.ICaRL(memory=6, minibatch=4)
+    model = learnt(icarl, [0] * 5 + [1] * 5)
+    icarl.on_task_start(model, 1, Data(images(4), torch.tensor([0, 1, 0, 1])))
+    x = torch.randn(2, 1, 2, 2)
+    one, other = (icarl(model, x, torch.tensor(y), None)["per_sample"] for y in ([0, 1], [1, 0]))
+    assert not torch.allclose(one, other)
+    expected = F.binary_cross_entropy_with_logits(model(x)[:, :2], torch.eye(2), reduction="none").mean(1)
+    torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize(
+    "objective", [scl.ICaRL(30, 8), scl.CO2L(30, 8, dim=8), scl.EWC(), scl.LwF(), scl.FDR(30, 8)],
+    ids=lambda o: type(o).__name__,
+)  # fmt: skip
+def test_any_precision(objective, precision):
+    torch.manual_seed(0)
+    evaluation = scl.ContinualEvaluation()
+    model = scl.ContinualModule(scl.SmallCNN(8), copy.deepcopy(objective))
+    trainer(evaluation, epochs=3, precision=precision).fit(model, toy_tasks())
+    assert evaluation.matrices["task_il"].R[-1, -1] > 0.7
+
+
+def test_close_means_are_told_apart_under_autocast():
+    icarl = scl.ICaRL(memory=100)
+    icarl.build(nn.Sequential(OrderedDict(head=nn.Linear(64, 100))), (1, 2, 2), seed=0)
+    torch.manual_seed(0)
+    features = torch.rand(100, 64) * 0.1 + 1
+    icarl.means.copy_(F.normalize(features))
+    icarl.old.fill_(True)
+    icarl.tasks = 1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(icarl.classify(None, features).argmax(1), torch.arange(100))
 
 
 # -- FDR -----------------------------------------------------------------------------------------------------------
@@ -338,6 +380,7 @@ def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
     ("make", "message"),
     [
         (lambda: scl.EWC(strength=-1.0), r"EWC\(strength=-1.0\): a loss coefficient is >= 0"),
+        (lambda: scl.EWC(strength=float("inf")), r"EWC\(strength=inf\): .* finite"),
         (lambda: scl.EWC(gamma=1.5), r"EWC\(gamma=1.5\).*in \[0, 1\]"),
         (lambda: scl.EWC(samples=0), r"EWC\(samples=0\)"),
         (lambda: scl.EWC(bound=0.0), r"EWC\(bound=0.0\): bound is > 0"),

@@ -72,13 +72,16 @@ def test_the_step_is_the_derivative_through_the_inner_steps(parts):
     torch.testing.assert_close(step[0], now.clamp_min(0) * torch.tensor(slopes[:2], dtype=torch.double))
 
 
-def test_first_order_takes_the_gradient_at_the_last_weights():
-    step, alpha, now = updated(LaMAML(alpha=0.2, lr=0.0, parts=1, clip=1e9, second_order=False))
+@pytest.mark.parametrize("parts", [1, 2])
+def test_first_order_takes_the_gradients_at_the_fast_weights(parts):
+    step, alpha, now = updated(LaMAML(alpha=0.2, lr=0.0, parts=parts, clip=1e9, second_order=False))
     assert torch.equal(now, alpha)
-    w = torch.tensor([[0.3, -0.4]], dtype=torch.double, requires_grad=True)
-    (inner,) = torch.autograd.grad(error(w, X, Y), w)
-    fast = (w - 0.2 * inner).detach().requires_grad_()
-    (outer,) = torch.autograd.grad(error(fast, X, Y) + error(fast, *OLD), fast)
+    fast, outer = torch.tensor([[0.3, -0.4]], dtype=torch.double, requires_grad=True), 0
+    for k in range(parts):
+        rows = torch.arange(4).tensor_split(parts)[k]
+        (inner,) = torch.autograd.grad(error(fast, X[rows], Y[rows]), fast)
+        fast = (fast - 0.2 * inner).detach().requires_grad_()
+        outer += torch.autograd.grad(error(fast, X, Y) + error(fast, *OLD), fast)[0] / parts
     torch.testing.assert_close(step, 0.2 * outer)
 
 
@@ -91,8 +94,18 @@ def test_without_learning_rates_nothing_moves_and_negative_ones_are_cut_off():
 
 def test_gradients_are_clipped():
     w = (0.3, -0.4)
-    inner = updated(LaMAML(alpha=0.2, lr=0.0, parts=1, clip=0.05), w)[0]
-    assert float(inner.norm()) == pytest.approx(0.2 * 0.05, rel=1e-5)
+    outer = updated(LaMAML(alpha=0.2, lr=0.0, parts=1, clip=0.05), w)[0]
+    assert float(outer.norm()) == pytest.approx(0.2 * 0.05, rel=1e-5)
+    seen, module, rule = [], Two(w), LaMAML(alpha=1.0, lr=0.0, parts=1, clip=0.05)
+    rule.build(module)
+    rule.double()
+
+    def loss(stage, part=None):
+        seen.append(module.w.detach().clone())
+        return module.loss(stage, part)
+
+    rule(module, loss)
+    assert float((seen[1] - seen[0]).abs().max()) == pytest.approx(0.05)  # of inner gradients by value
 
 
 def test_masks_hold_in_the_inner_steps_too():
@@ -122,8 +135,14 @@ def test_other_rules_have_nothing_to_allocate(rule):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [({"alpha": -1.0}, "alpha=-1.0"), ({"lr": -0.1}, "lr=-0.1"), ({"parts": 0}, "parts=0"), ({"clip": 0.0}, "clip=0")],
-)
+    [
+        ({"alpha": -1.0}, "alpha=-1.0"),
+        ({"lr": -0.1}, "lr=-0.1"),
+        ({"parts": 0}, "parts=0"),
+        ({"parts": 2.5}, "parts=2.5"),
+        ({"clip": 0.0}, "clip=0"),
+    ],
+)  # fmt: skip
 def test_bad_arguments_are_named(bad, message):
     with pytest.raises(ValueError, match=rf"LaMAML\({message}"):
         LaMAML(**bad)
