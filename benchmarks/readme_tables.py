@@ -20,7 +20,7 @@ COLUMNS = {
     },
     "objectives": {
         "method": "", "Class-IL": "Class-IL ACC", "forgetting": "forgetting", "Task-IL": "Task-IL ACC",
-        "Task-IL forgetting": "forgetting", "TFLOPs": "TFLOPs", "seconds": "seconds", "ms a step": "ms a step",
+        "Task-IL forgetting": "forgetting", "TFLOPs": "TFLOPs", "ms a step": "ms a step",
         "of fine-tuning": "of fine-tuning's",
     },
     "split_digits_methods": {
