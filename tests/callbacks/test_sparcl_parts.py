@@ -204,7 +204,7 @@ def test_gradient_masks_keep_the_largest_importance_of_equation_3(memory):
                 expected = [2.0 * g.abs() for g in torch.autograd.grad(loss, weights)]
                 if memory and len(pl_module.objective.memory):
                     torch.set_rng_state(state)
-                    x, y, _ = pl_module.objective.memory.draw(16)
+                    x, y, *_ = pl_module.objective.memory.draw(16)
                     loss = F.cross_entropy(pl_module(data.prepare(x, augment=False)), y)
                     expected = [e + 3.0 * g.abs() for e, g in zip(expected, torch.autograd.grad(loss, weights))]
             for name, value in zip(names, expected):
