@@ -88,10 +88,9 @@ Path(f"ok{trainer.global_rank}").touch()
         ("SparCL", "measured", "forgetting"),
         pytest.param("SparCL", "training", "loss", marks=pytest.mark.slow),
         *(pytest.param(method, "", "", marks=pytest.mark.slow) for method in ("RigL", "SET", "SNFS", "SNIP")),
-        ("CO2L", "", ""),
         *(
             pytest.param(method, "", "", marks=pytest.mark.slow)
-            for method in ("EWC", "LwF", "ICaRL", "FDR", "AGEM", "GPM", "LaMAML")
+            for method in ("CO2L", "EWC", "LwF", "ICaRL", "FDR", "AGEM", "GPM", "LaMAML")
         ),
     ],
 )

@@ -70,7 +70,7 @@ def grown(policies=(), **parts):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "La-MAML" else n for n in PARTS])
 @pytest.mark.parametrize(
     "policy",
-    [esacl, sparcl, one_shot, pytest.param(grown, marks=pytest.mark.slow)],
+    [esacl, sparcl, *(pytest.param(p, marks=pytest.mark.slow) for p in (one_shot, grown))],
     ids=["esacl", "sparcl", "one_shot", "grown"],
 )
 def test_masks_hold_under_every_objective(name, policy):
