@@ -26,6 +26,19 @@ SAME_METHODS = {"mean", "flatten", "relu", "contiguous"}
 ADDING = {operator.add, operator.iadd, torch.add}
 
 
+def graph_of(network: nn.Module) -> fx.Graph:
+    """What ``torch.fx`` traces of a network in its present mode.
+
+    Raises:
+        ValueError: if it cannot be traced.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
+            return fx.Tracer().trace(network)  # also where a part is compiled
+    except Exception as error:  # any module may come, and tracing runs its code
+        raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
+
+
 @dataclass
 class Channels:
     """The channels of a network: sets of them, each shared by the layers that write, normalise or read it.
@@ -51,11 +64,7 @@ class Channels:
         Raises:
             ValueError: if the network cannot be traced, or has an operation that may mix channels in another way.
         """
-        try:
-            with torch.compiler.set_stance("force_eager"), torch._dynamo.config.patch(error_on_nested_fx_trace=False):
-                graph = fx.Tracer().trace(network)  # also where a part is compiled
-        except Exception as error:  # any module may come, and tracing runs its code
-            raise ValueError(f"{type(network).__name__}: its graph cannot be traced: {error}") from error
+        graph = graph_of(network)
         found, modules = cls(), dict(network.named_modules())
         at: dict[fx.Node, int] = {}
         flat: dict[fx.Node, bool] = {}  # (B, D) and not (B, C, H, W)

@@ -1,0 +1,131 @@
+"""Compiles ``sparse.cpp`` for this machine when it is first needed, and keeps the result for later runs."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("sparse.cpp")
+INSTRUCTIONS = {  # what torch says this CPU has (or ATEN_CPU_CAPABILITY tells it to use), and what compilers call it
+    "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma"],
+}
+
+
+class KernelsUnavailable(RuntimeError):
+    """There are no sparse kernels on this machine; the message says why and what helps."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first. What it made is kept in
+    ``$LIGHTNING_SPARSE_CL_CACHE``, else in ``~/.cache/lightning_sparse_cl``, under a name that changes with the source,
+    the compiler, torch and the CPU.
+
+    Raises:
+        KernelsUnavailable: if there is no compiler, or it fails.
+    """
+    command = [*_compiler(), *_flags()]
+    text = " ".join(command) + SOURCE.read_text() + torch.__version__ + platform.machine()
+    name = f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    for folder in _folders():
+        path = folder / name
+        if not path.is_file():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _compile(command, path)
+            except OSError:  # a folder that cannot be written to
+                continue
+        return _load(path)
+    raise KernelsUnavailable("sparse kernels: no folder to compile into; set LIGHTNING_SPARSE_CL_CACHE to one")
+
+
+@cache
+def lanes() -> int:
+    """Images in a vector."""
+    return library().lanes()
+
+
+def call(name: str, *arguments: Tensor | int | float | list[int] | None) -> None:
+    """Call a kernel; tensors are passed as pointers, lists as arrays of int64. Nothing is checked."""
+    getattr(library(), name)(*(_as_c(a) for a in arguments))
+
+
+def _as_c(a: Tensor | int | float | list[int] | None) -> object:
+    if isinstance(a, Tensor):
+        return ctypes.c_void_p(a.data_ptr())
+    if isinstance(a, list):
+        return (ctypes.c_int64 * len(a))(*a)
+    if isinstance(a, float):
+        return ctypes.c_double(a)
+    return ctypes.c_void_p(None) if a is None else ctypes.c_int64(a)
+
+
+def _compiler() -> list[str]:
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name.split()
+    raise KernelsUnavailable(
+        "sparse kernels: no C++ compiler was found; install g++ or clang++, or name one in CXX. Until then masked "
+        "weights are multiplied dense"
+    )
+
+
+def _flags() -> list[str]:
+    torch_folder = Path(torch.__file__).parent
+    include, libraries = torch_folder / "include", torch_folder / "lib"
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [
+        *("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"),
+        *(INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []) if x86 else ["-mcpu=native"]),
+        *([] if platform.system() == "Darwin" else ["-fopenmp"]),
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
+        *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"),
+    ]
+
+
+def _folders() -> list[Path]:
+    own = os.environ.get("LIGHTNING_SPARSE_CL_CACHE")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_sparse_cl"
+    return [Path(own)] if own else [home, Path(tempfile.gettempdir()) / f"lightning_sparse_cl-{os.getuid()}"]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compile into a file of its own, then put it in place at once: another process may be doing the same."""
+    print(f"Compiling the sparse kernels for this CPU into {path} ...", flush=True)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder, path.name)
+        order = [command[0], str(SOURCE), *command[1:], "-o", str(made)]
+        done = subprocess.run(order, capture_output=True, text=True)
+        if done.returncode:
+            fault = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
+            raise KernelsUnavailable(
+                f"sparse kernels: {command[0]} failed ({fault.strip()}). Masked weights are multiplied dense"
+            )
+        os.replace(made, path)
+    print(f"Compiled in {time.perf_counter() - start:.0f} s.", flush=True)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        found = ctypes.CDLL(str(path))
+        found.lanes.restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # damaged: compiled anew next time
+        raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error
+    return found

@@ -1,0 +1,158 @@
+"""Where the non-zeros of a masked weight are, in the order in which the kernels run through them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.kernels.build import call
+from lightning_sparse_cl.kernels.layout import Grid
+
+FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile sees beyond itself: none, 1, 2; 2 at stride 2
+
+
+class Geometry(NamedTuple):
+    """One convolution: what its masks cannot tell."""
+
+    stride: int = 1
+    padding: int = 0
+
+    def size(self, pixels: int, kernel: int) -> int:
+        """Pixels that come out of so many, along one axis."""
+        return (pixels + 2 * self.padding - kernel) // self.stride + 1
+
+
+class Pattern:
+    """The lists of one masked weight: forward and, transposed, for the gradient of the input.
+
+    Input channels come in blocks whose windows fill the first cache; in each block, the non-zeros of every output
+    channel. The values of the non-zeros are a vector (n,) in this order, see :meth:`gather`.
+
+    Args:
+        mask: (out, in, k, k) or (out, in), True where a weight is alive. k is 1 or 3.
+        like: the weight, whose memory format :meth:`gather` reads.
+        geometry: stride 1 or 2, and padding 0 to k - 1.
+
+    Raises:
+        ValueError: if mask and weight differ in shape, or there are no kernels for it.
+    """
+
+    def __init__(self, mask: Tensor, like: Tensor, geometry: Geometry = Geometry()) -> None:
+        k = mask.shape[2] if mask.ndim == 4 else 1
+        if mask.shape != like.shape:
+            raise ValueError(f"Pattern: the mask has shape {tuple(mask.shape)}, the weight {tuple(like.shape)}")
+        if k not in (1, 3) or mask.shape[2:] not in ((), (k, k)) or geometry.stride not in (1, 2):
+            raise ValueError(f"Pattern: no kernel for weights {tuple(mask.shape)} at stride {geometry.stride}")
+        if not 0 <= geometry.padding < k:
+            raise ValueError(f"Pattern(padding={geometry.padding}): padding is 0 to {k - 1}")
+        self.shape, self.kernel, self.geometry = like.shape, k, geometry
+        self.strides = like.stride()
+        self.out, self.inputs = mask.shape[:2]
+        stride, padding = geometry
+        mask = mask.contiguous().view(torch.uint8)
+        self.entries = int(mask.count_nonzero())
+        wide = 16 if self.entries > 0.07 * mask.numel() else 24
+        if k == 1:
+            self.mode, block, self.back_mode, back_block, self.origin = FLAT, 32, FLAT, 32, 0
+        elif stride == 1:
+            self.mode, block, self.back_mode, back_block, self.origin = AROUND, wide, AROUND, wide, padding - 2
+        else:
+            self.mode, block, self.back_mode, back_block = STRIDED, 8, NEXT, wide
+            self.origin = -1 if padding == 0 else 0
+        self.block, self.back_block = min(block, self.inputs), min(back_block, self.out)
+        blocks, back_blocks = -(-self.inputs // self.block), -(-self.out // self.back_block)
+        self.pointers = torch.empty(blocks * self.out + 1, dtype=torch.int32)
+        self.back_pointers = torch.empty(back_blocks * stride**2 * self.inputs + 1, dtype=torch.int32)
+        self._code, self._back_code = (torch.empty(self.entries, dtype=torch.uint16) for _ in range(2))
+        self.index, self.back_from = (torch.empty(self.entries, dtype=torch.int32) for _ in range(2))
+        lists = (self.pointers, self._code, self.index, self.back_pointers, self._back_code, self.back_from)
+        sizes = (self.out, self.inputs, k, stride, padding, self.block, self.back_block)
+        call("build_lists", mask, [*self.strides, 0, 0][:4], *sizes, *lists)
+        self._places: dict[tuple[int, bool], Tensor] = {}
+
+    def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """The values (n,) of the non-zeros of a tensor like the weight."""
+        out = torch.empty(self.entries) if out is None else out
+        call("gather", weight, self.index, self.entries, out)
+        return out
+
+    def scatter(self, values: Tensor, weight: Tensor) -> None:
+        """Put values (n,) into a tensor like the weight; nothing else in it changes."""
+        call("scatter", values, self.index, self.entries, weight)
+
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        grid: Grid,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """Convolution of blocked x with the values, plus ``bias`` (out,), plus a blocked ``add``, rectified."""
+        h, w = self.out_size(x, grid)
+        y = x.new_empty(x.shape[0], self.out, h, w, x.shape[4])
+        stride, padding = self.geometry
+        numbers = self._numbers(x, grid, self.out, (h, w), (h, w), self.out, -padding, self.kernel == 1, 1, self.block)
+        offsets = self._offsets(max(h, w), False)
+        call("sparse_convolve", self.mode, numbers, x, self.pointers, offsets, values, bias, add, int(relu), y)
+        return y
+
+    def input_gradient(self, dy: Tensor, values: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
+        """The gradient of the blocked input, of ``size`` (h, w), from that of the output."""
+        stride = self.geometry.stride
+        back = torch.empty(self.entries)
+        call("gather", values, self.back_from, self.entries, back)
+        tiles = tuple(-(-n // stride) for n in size)
+        dx = dy.new_empty(dy.shape[0], self.inputs, *size, dy.shape[4])
+        rows = stride**2 * self.inputs
+        numbers = self._numbers(dy, grid, rows, tiles, size, self.inputs, self.origin, False, stride, self.back_block)
+        offsets = self._offsets(max(tiles), True)
+        call("sparse_convolve", self.back_mode, numbers, dy, self.back_pointers, offsets, back, None, None, 0, dx)
+        return dx
+
+    def weight_gradient(self, x: Tensor, dy: Tensor, grid: Grid) -> Tensor:
+        """The gradient (n,) of the values."""
+        size = tuple(dy.shape[2:4])
+        dvalues = torch.empty(self.entries)
+        padding = self.geometry.padding
+        numbers = self._numbers(x, grid, self.out, size, size, self.out, -padding, self.kernel == 1, 1, self.block)
+        call("sparse_correlate", self.mode, numbers, x, dy, self.pointers, self._offsets(max(size), False), dvalues)
+        return dvalues
+
+    def out_size(self, x: Tensor, grid: Grid) -> tuple[int, int]:
+        """Pixels (h, w) of a part of the output, for blocked x."""
+        stride, padding = self.geometry
+        parts = zip(x.shape[2:4], grid[1:])
+        return tuple(((n * p + 2 * padding - self.kernel) // stride + 1) // p for n, p in parts)
+
+    def _numbers(
+        self,
+        x: Tensor,
+        grid: Grid,
+        rows: int,
+        tiles: tuple[int, int],
+        size: tuple[int, int],
+        out: int,
+        origin: int,
+        skips: bool,
+        phases: int,
+        block: int,
+    ) -> list[int]:
+        step = self.geometry.stride if skips else 1
+        where = (*x.shape[:2], rows, *x.shape[2:4], *tiles, *size, out, origin, origin, step, phases, block)
+        return [*where, *grid]
+
+    def _offsets(self, side: int, back: bool) -> Tensor:
+        """Places in the packed window, whose size depends on that of the output."""
+        side = min(side, 3)
+        if (side, back) not in self._places:
+            code, mode = (self._back_code, self.back_mode) if back else (self._code, self.mode)
+            block = self.back_block if back else self.block
+            found = torch.empty_like(code)
+            about = (int(back), *self.geometry, self.origin, block)
+            call("place", code, self.entries, self.kernel, mode, side, *about, found)
+            self._places[side, back] = found
+        return self._places[side, back]

@@ -1,0 +1,531 @@
+// Unstructured-sparse convolutions and batch-norm for CPUs, in a layout in which no pattern of zeros breaks vectors.
+//
+// Layout: x[group][channel][row][column][lane]. The lanes of one vector are the same pixel of LANES images, or, where
+// there are fewer images, of `grid_rows` x `grid_columns` equal parts of each image; a shift by a pixel is then another
+// vector and never an unaligned one. A convolution goes through tiles of TH x TW output pixels, kept in registers: the
+// window of the input that a tile sees is packed for a block of input channels (a block fills the L1 cache), and for
+// every output channel the non-zero weights are run through, one multiply-add with a memory operand a pixel.
+//
+// A list of non-zeros ("rows" are what is written, an output channel or, for strided input gradients, a phase of an
+// input channel): for block b and row r the entries ptr[b * rows + r] ... ptr[b * rows + r + 1] hold `offset`, the
+// place in the packed window in vectors, and a value. The values are the caller's, in the list's order.
+
+#include <ATen/Parallel.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#define ROWS 4
+#elif defined(__AVX2__) || defined(__AVX__)
+#define LANES 8
+#define ROWS 2  // 16 registers
+#else
+#define LANES 4
+#define ROWS 4
+#endif
+#define COLUMNS 4
+#define INLINE inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t)), may_alias));
+
+// Lanes of two vectors by their number
+static INLINE vec pick(vec a, vec b, ivec from) {
+#ifdef __clang__
+  vec out;
+  for (int l = 0; l < LANES; l++) out[l] = from[l] < LANES ? a[from[l]] : b[from[l] - LANES];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+struct Grid {  // how images lie in lanes
+  int64_t images, rows, columns;
+  ivec shift[3][3];  // the lane of the neighbouring part, or LANES outside the image
+
+  Grid(int64_t images, int64_t rows, int64_t columns) : images(images), rows(rows), columns(columns) {
+    for (int a = -1; a <= 1; a++)
+      for (int b = -1; b <= 1; b++)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+          int64_t part = lane % (rows * columns), i = part / columns + a, j = part % columns + b;
+          bool inside = i >= 0 && i < rows && j >= 0 && j < columns;
+          shift[a + 1][b + 1][lane] = inside ? lane - part + i * columns + j : LANES;
+        }
+  }
+  INLINE vec neighbour(const float* v, int a, int b) const { return pick(*(const vec*)v, (vec){}, shift[a + 1][b + 1]); }
+  // Lanes of images that are there, in the last group
+  ivec valid() const {
+    ivec mask;
+    int64_t each = LANES / (rows * columns), last = (images + each - 1) / each - 1;
+    for (int64_t l = 0; l < LANES; l++) mask[l] = last * each + l / (rows * columns) < images ? -1 : 0;
+    return mask;
+  }
+};
+
+static INLINE vec keep(ivec mask, vec v) { return (vec)(mask & (ivec)v); }
+static INLINE vec rectified(vec v) { return (vec)(~(v < (vec){}) & (ivec)v); }  // NaN stays
+
+static INLINE float sum(const float* v) {
+  float s[LANES];
+  std::memcpy(s, v, sizeof s);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int l = 0; l < half; l++) s[l] += s[l + half];
+  return s[0];
+}
+
+static float* scratch(size_t floats, int which) {  // kept by each thread
+  static thread_local std::vector<float> kept[2];
+  auto& own = kept[which];
+  if (own.size() < floats + 16) own.resize(floats + 16);
+  return (float*)(((uintptr_t)own.data() + 63) / 64 * 64);
+}
+
+struct Convolution {
+  int64_t groups, in, rows, h, w;    // input: groups, channels, size; rows of the list
+  int64_t tiles_h, tiles_w;          // output pixels, of each phase
+  int64_t out_h, out_w, out;         // as written: size and channels
+  int64_t origin_h, origin_w, step;  // window of output pixel (0, 0); distance of the pixels packed
+  int64_t phases;                    // 1, or the 2 of each direction in which a strided gradient is written
+  int64_t block;                     // input channels packed at once
+  Grid grid;
+};
+
+// Pack a window of PH x PW pixels, `step` apart, of `channels` channels
+template <int PH, int PW>
+static void pack(const Convolution& g, const float* x, int64_t channels, int64_t top, int64_t left, float* out) {
+  int64_t size = g.h * g.w * LANES;
+  if (top >= 0 && left >= 0 && top + (PH - 1) * g.step < g.h && left + (PW - 1) * g.step < g.w) {
+    x += (top * g.w + left) * LANES;
+    for (int64_t c = 0; c < channels; c++, x += size)
+      for (int i = 0; i < PH; i++) {
+        const float* from = x + i * g.step * g.w * LANES;
+        for (int j = 0; j < PW; j++, out += LANES) *(vec*)out = *(const vec*)(from + j * g.step * LANES);
+      }
+    return;
+  }
+  struct Line { int64_t at; int part; } lines[PH], places[PW];
+  auto find = [&](int64_t at, int64_t length) -> Line {
+    int part = at < 0 ? -1 : at >= length ? 1 : 0;
+    at -= part * length;
+    bool nowhere = at < 0 || at >= length || (part && g.grid.rows * g.grid.columns == 1);
+    return {nowhere ? -1 : at, part};
+  };
+  for (int i = 0; i < PH; i++) lines[i] = find(top + i * g.step, g.h);
+  for (int j = 0; j < PW; j++) places[j] = find(left + j * g.step, g.w);
+  for (int64_t c = 0; c < channels; c++, x += size)
+    for (int i = 0; i < PH; i++)
+      for (int j = 0; j < PW; j++, out += LANES) {
+        if (lines[i].at < 0 || places[j].at < 0) {
+          *(vec*)out = (vec){};
+          continue;
+        }
+        const float* from = x + (lines[i].at * g.w + places[j].at) * LANES;
+        *(vec*)out = lines[i].part || places[j].part ? g.grid.neighbour(from, lines[i].part, places[j].part)
+                                                     : *(const vec*)from;
+      }
+}
+
+template <int TH, int TW, int STRIDE, int PW>
+static INLINE void run(const float* window, const uint16_t* offset, const float* value, int64_t n, vec (&a)[TH * TW]) {
+  for (int64_t e = 0; e < n; e++) {
+    const float* p = window + (int64_t)offset[e] * LANES;
+    float v = value[e];
+#pragma GCC unroll 16
+    for (int i = 0; i < TH * TW; i++) a[i] += v * *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
+  }
+}
+
+// Sums over the lanes of LANES vectors, in one
+static INLINE vec sums(const float* ring) {
+  ivec even, odd;
+  for (int l = 0; l < LANES; l++) even[l] = 2 * l, odd[l] = 2 * l + 1;
+  vec t[LANES];
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++) t[i] = *(const vec*)(ring + i * LANES);
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) t[i] = pick(t[2 * i], t[2 * i + 1], even) + pick(t[2 * i], t[2 * i + 1], odd);
+  return t[0];
+}
+
+// Products of a tile of dy with what entries see, summed over the tile; lane sums are added up for LANES entries at once
+struct Ring {
+  alignas(64) float kept[LANES * LANES];
+  int64_t filled = 0;
+  float* to;
+
+  explicit Ring(float* to) : to(to) {}
+
+  template <int TH, int TW, int STRIDE, int PW>
+  INLINE void add(const float* window, const uint16_t* offset, int64_t n, const vec (&d)[TH * TW]) {
+    int64_t at = filled;
+    for (int64_t e = 0; e < n; e++) {
+      const float* p = window + (int64_t)offset[e] * LANES;
+      vec s[4] = {};
+#pragma GCC unroll 16
+      for (int i = 0; i < TH * TW; i++) {
+        vec seen = *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
+        s[i % 4] = i < 4 ? d[i] * seen : s[i % 4] + d[i] * seen;
+      }
+      *(vec*)(kept + at * LANES) = (s[0] + s[1]) + (s[2] + s[3]);
+      if (++at == LANES) {
+        store(sums(kept), LANES);
+        at = 0;
+      }
+    }
+    filled = at;
+  }
+  void finish() {
+    if (filled) store(sums(kept), filled);
+    filled = 0;
+  }
+  INLINE void store(vec v, int64_t n) {
+    for (int64_t i = 0; i < n; i++) to[i] += v[i];
+    to += n;
+  }
+};
+
+// y = convolution of x with the listed weights, plus bias, plus `add`, rectified
+template <int TH, int TW, int STRIDE, int MORE>
+static void convolve(const Convolution& g, const float* x, const int32_t* ptr, const uint16_t* offset,
+                     const float* value, const float* bias, const float* add, bool relu, float* y) {
+  constexpr int PH = (TH - 1) * STRIDE + 1 + MORE, PW = (TW - 1) * STRIDE + 1 + MORE, TILE = TH * TW;
+  int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
+  int64_t tiles = g.groups * th * tw, threads = at::get_num_threads();
+  int64_t splits = threads == 1 ? 1 : std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, (g.rows + 15) / 16);
+  at::parallel_for(0, tiles * splits, 1, [&](int64_t begin, int64_t end) {
+    float* window = scratch(g.block * PH * PW * LANES, 0);
+    float* partial = blocks > 1 ? scratch(g.rows * TILE * LANES, 1) : nullptr;
+    for (int64_t item = begin; item < end; item++) {
+      int64_t split = item % splits, tile = item / splits, j0 = tile % tw * TW, i0 = tile / tw % th * TH;
+      int64_t group = tile / tw / th, first = g.rows * split / splits, last = g.rows * (split + 1) / splits;
+      bool whole = i0 + TH <= g.tiles_h && j0 + TW <= g.tiles_w && g.phases == 1;
+      for (int64_t b = 0; b < blocks; b++) {
+        int64_t c0 = b * g.block;
+        pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
+                     i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
+        for (int64_t r = first; r < last; r++) {
+          int64_t e = ptr[b * g.rows + r], n = ptr[b * g.rows + r + 1] - e;
+          if (n == 0 && b > 0 && b < blocks - 1) continue;
+          vec a[TILE];
+          if (b == 0) {
+            vec start = (bias ? bias[r] : 0.f) - (vec){};
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) a[i] = start;
+          } else {
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) a[i] = *(const vec*)(partial + (r * TILE + i) * LANES);
+          }
+          run<TH, TW, STRIDE, PW>(window, offset + e, value + e, n, a);
+          if (b < blocks - 1) {
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) *(vec*)(partial + (r * TILE + i) * LANES) = a[i];
+            continue;
+          }
+          int64_t phase = r / g.out, ph = phase / g.phases, pw = phase % g.phases;
+          int64_t plane = (group * g.out + r % g.out) * g.out_h * g.out_w;
+          if (whole) {
+            int64_t at = (plane + i0 * g.out_w + j0) * LANES;
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) {
+              int64_t to = at + (i / TW * g.out_w + i % TW) * LANES;
+              vec out = add ? a[i] + *(const vec*)(add + to) : a[i];
+              *(vec*)(y + to) = relu ? rectified(out) : out;
+            }
+            continue;
+          }
+#pragma GCC unroll 16
+          for (int i = 0; i < TILE; i++) {
+            int64_t row = (i0 + i / TW) * g.phases + ph, column = (j0 + i % TW) * g.phases + pw;
+            if (row >= g.out_h || column >= g.out_w) continue;
+            int64_t to = (plane + row * g.out_w + column) * LANES;
+            vec out = add ? a[i] + *(const vec*)(add + to) : a[i];
+            *(vec*)(y + to) = relu ? rectified(out) : out;
+          }
+        }
+      }
+    }
+  });
+}
+
+// dvalue[e] = sum over tiles and lanes of dy times what entry e has seen. The work is divided in the same way for any
+// number of threads, and so are the sums.
+template <int TH, int TW, int STRIDE, int MORE>
+static void correlate(const Convolution& g, const float* x, const float* dy, const int32_t* ptr, const uint16_t* offset,
+                      float* dvalue) {
+  constexpr int PH = (TH - 1) * STRIDE + 1 + MORE, PW = (TW - 1) * STRIDE + 1 + MORE, TILE = TH * TW;
+  int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
+  int64_t tiles = g.groups * th * tw, entries = ptr[blocks * g.rows];
+  int64_t chunks = std::clamp<int64_t>(tiles / 16, 1, 8), parts = std::min<int64_t>(16 / chunks, blocks);
+  std::vector<float> sums(chunks * entries);
+  at::parallel_for(0, chunks * parts, 1, [&](int64_t begin, int64_t end) {
+    float* window = scratch(g.block * PH * PW * LANES, 0);
+    for (int64_t item = begin; item < end; item++) {
+      int64_t chunk = item / parts, part = item % parts;
+      for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; tile++)
+        for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
+          int64_t j0 = tile % tw * TW, i0 = tile / tw % th * TH, group = tile / tw / th, c0 = b * g.block;
+          bool whole = i0 + TH <= g.tiles_h && j0 + TW <= g.tiles_w;
+          pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
+                       i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
+          const int32_t* rows = ptr + b * g.rows;
+          Ring ring(sums.data() + chunk * entries + rows[0]);
+          for (int64_t r = 0; r < g.rows; r++) {
+            if (rows[r] == rows[r + 1]) continue;
+            vec d[TILE];
+            const float* at = dy + (((group * g.rows + r) * g.tiles_h + i0) * g.tiles_w + j0) * LANES;
+            if (whole) {
+#pragma GCC unroll 16
+              for (int i = 0; i < TILE; i++) d[i] = *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES);
+            } else {
+#pragma GCC unroll 16
+              for (int i = 0; i < TILE; i++) {
+                bool inside = i0 + i / TW < g.tiles_h && j0 + i % TW < g.tiles_w;
+                d[i] = inside ? *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES) : (vec){};
+              }
+            }
+            ring.template add<TH, TW, STRIDE, PW>(window, offset + rows[r], rows[r + 1] - rows[r], d);
+          }
+          ring.finish();
+        }
+    }
+  });
+  at::parallel_for(0, entries, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; e++) {
+      float total = 0;
+      for (int64_t c = 0; c < chunks; c++) total += sums[c * entries + e];
+      dvalue[e] = total;
+    }
+  });
+}
+
+enum Mode { FLAT, NEXT, AROUND, STRIDED };  // pixels beyond the tile: none, 1, 2; 2 at stride 2
+
+template <template <int, int, int, int> class Kernel, class... Arguments>
+static void dispatch(int64_t mode, const Convolution& g, Arguments... arguments) {
+#define TILES(TH, TW)                                                              \
+  switch (mode) {                                                                  \
+    case FLAT: return Kernel<TH, TW, 1, 0>::call(g, arguments...);                 \
+    case NEXT: return Kernel<TH, TW, 1, 1>::call(g, arguments...);                 \
+    case AROUND: return Kernel<TH, TW, 1, 2>::call(g, arguments...);               \
+    default: return Kernel<TH, TW, 2, 2>::call(g, arguments...);                   \
+  }
+  int64_t side = std::max(g.tiles_h, g.tiles_w);
+  if (side == 1) { TILES(1, 1) }
+  if (side == 2) { TILES(2, 2) }
+  TILES(ROWS, COLUMNS)
+}
+template <int... T>
+struct Convolve {
+  template <class... A>
+  static void call(A... a) { convolve<T...>(a...); }
+};
+template <int... T>
+struct Correlate {
+  template <class... A>
+  static void call(A... a) { correlate<T...>(a...); }
+};
+
+extern "C" {
+
+int64_t lanes() { return LANES; }
+
+// geometry: groups, in, rows, h, w, tiles_h, tiles_w, out_h, out_w, out, origin_h, origin_w, step, phases, block,
+// images, grid rows, grid columns
+static Convolution convolution(const int64_t* n) {
+  return {n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14],
+          Grid(n[15], n[16], n[17])};
+}
+
+void sparse_convolve(int64_t mode, const int64_t* geometry, const float* x, const int32_t* ptr, const uint16_t* offset,
+                     const float* value, const float* bias, const float* add, int64_t relu, float* y) {
+  dispatch<Convolve>(mode, convolution(geometry), x, ptr, offset, value, bias, add, relu != 0, y);
+}
+
+void sparse_correlate(int64_t mode, const int64_t* geometry, const float* x, const float* dy, const int32_t* ptr,
+                      const uint16_t* offset, float* dvalue) {
+  dispatch<Correlate>(mode, convolution(geometry), x, dy, ptr, offset, dvalue);
+}
+
+// out[i] = from[index[i]]
+void gather(const float* from, const int32_t* index, int64_t n, float* out) {
+  at::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) out[i] = from[index[i]];
+  });
+}
+
+// out[index[i]] = from[i]
+void scatter(const float* from, const int32_t* index, int64_t n, float* out) {
+  at::parallel_for(0, n, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) out[index[i]] = from[i];
+  });
+}
+
+// The lists of a masked weight (out, in, k, k). Sizes: ptr blocks * out + 1, back_ptr back_blocks * stride^2 * in + 1.
+// code: input channel in its block and tap; index: each entry's place in the weight's memory; back_code: output channel
+// in its block and tap; back_from: each back entry's entry in the first list.
+void build_lists(const uint8_t* mask, const int64_t* strides, int64_t out, int64_t in, int64_t k, int64_t stride,
+                 int64_t padding, int64_t block, int64_t back_block, int32_t* ptr, uint16_t* code, int32_t* index,
+                 int32_t* back_ptr, uint16_t* back_code, int32_t* back_from) {
+  int64_t taps = k * k, blocks = (in + block - 1) / block, back_blocks = (out + back_block - 1) / back_block;
+  int64_t rows = stride * stride * in;
+  std::vector<int64_t> phase(taps);  // of the input pixels that a tap reads
+  for (int64_t t = 0; t < taps; t++) {
+    auto p = [&](int64_t tap) { return (tap + stride * padding - padding) % stride; };
+    phase[t] = p(t / k) * stride + p(t % k);
+  }
+  std::fill(ptr, ptr + blocks * out + 1, 0);
+  std::fill(back_ptr, back_ptr + back_blocks * rows + 1, 0);
+  for (int64_t o = 0; o < out; o++)
+    for (int64_t c = 0; c < in; c++) {
+      const uint8_t* m = mask + (o * in + c) * taps;
+      for (int64_t t = 0; t < taps; t++)
+        if (m[t]) {
+          ptr[c / block * out + o + 1]++;
+          back_ptr[o / back_block * rows + phase[t] * in + c + 1]++;
+        }
+    }
+  for (int64_t i = 0; i < blocks * out; i++) ptr[i + 1] += ptr[i];
+  for (int64_t i = 0; i < back_blocks * rows; i++) back_ptr[i + 1] += back_ptr[i];
+  std::vector<int32_t> at(ptr, ptr + blocks * out), back(back_ptr, back_ptr + back_blocks * rows);
+  for (int64_t o = 0; o < out; o++)
+    for (int64_t c = 0; c < in; c++) {
+      const uint8_t* m = mask + (o * in + c) * taps;
+      for (int64_t t = 0; t < taps; t++)
+        if (m[t]) {
+          int32_t e = at[c / block * out + o]++, f = back[o / back_block * rows + phase[t] * in + c]++;
+          code[e] = c % block * taps + t;
+          index[e] = o * strides[0] + c * strides[1] + t / k * strides[2] + t % k * strides[3];
+          back_code[f] = o % back_block * taps + t;
+          back_from[f] = e;
+        }
+    }
+}
+
+// The place of each entry in the packed window of an output of so many pixels. back: of a gradient, whose window begins
+// at `origin`.
+void place(const uint16_t* code, int64_t n, int64_t k, int64_t mode, int64_t side, int64_t back, int64_t stride,
+           int64_t padding, int64_t origin, int64_t block, uint16_t* offset) {
+  int64_t more = mode == NEXT ? 1 : mode == FLAT ? 0 : 2, apart = mode == STRIDED ? 2 : 1, taps = k * k;
+  int64_t th = side > 2 ? ROWS : side, tw = side > 2 ? COLUMNS : side;
+  int64_t ph = (th - 1) * apart + 1 + more, pw = (tw - 1) * apart + 1 + more;
+  std::vector<uint16_t> places(block * taps);
+  auto seen = [&](int64_t tap) {  // by the output pixel: input pixel s * t + phase gets from output t + this
+    int64_t phase = (tap + stride * padding - padding) % stride;
+    return back ? (phase + padding - tap) / stride - origin : tap;
+  };
+  for (int64_t c = 0; c < block; c++)
+    for (int64_t t = 0; t < taps; t++) places[c * taps + t] = (c * ph + seen(t / k)) * pw + seen(t % k);
+  for (int64_t e = 0; e < n; e++) offset[e] = places[code[e]];
+}
+
+// y = (x - mean) * inverse * gamma + beta (+ add) (rectified); mean and inverse deviation are of the batch, and move the
+// running ones where these are given
+void norm_forward(const int64_t* shape, const float* x, const float* gamma, const float* beta, const float* add,
+                  int64_t relu, double eps, double momentum, float* running_mean, float* running_var, float* mean,
+                  float* inverse, float* y) {
+  int64_t groups = shape[0], channels = shape[1], size = shape[2] * LANES;
+  Grid grid(shape[3], shape[4], shape[5]);
+  ivec valid = grid.valid();
+  double count = (double)grid.images * grid.rows * grid.columns * shape[2];
+  at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) {
+      auto total = [&](vec m, bool squared) {
+        double all = 0;
+        for (int64_t g = 0; g < groups; g++) {
+          vec s[4] = {};
+          const float* p = x + (g * channels + c) * size;
+          int64_t i = 0;
+          for (; i + 4 * LANES <= size; i += 4 * LANES) {
+#pragma GCC unroll 4
+            for (int u = 0; u < 4; u++) {
+              vec v = *(const vec*)(p + i + u * LANES) - m;
+              s[u] += squared ? v * v : v;
+            }
+          }
+          for (; i < size; i += LANES) {
+            vec v = *(const vec*)(p + i) - m;
+            s[0] += squared ? v * v : v;
+          }
+          vec t = (s[0] + s[1]) + (s[2] + s[3]);
+          if (g == groups - 1) t = keep(valid, t);
+          all += sum((const float*)&t);
+        }
+        return all;
+      };
+      vec none = {};
+      float m = total(none, false) / count;
+      double variance = total(m + none, true) / count;
+      float inv = 1 / std::sqrt(variance + eps);
+      mean[c] = m;
+      inverse[c] = inv;
+      if (running_mean) {
+        running_mean[c] += momentum * (m - running_mean[c]);
+        running_var[c] += momentum * (variance * count / std::max(count - 1, 1.) - running_var[c]);
+      }
+      float scale = (gamma ? gamma[c] : 1.f) * inv, shift = (beta ? beta[c] : 0.f) - scale * m;
+      for (int64_t g = 0; g < groups; g++) {
+        int64_t at = (g * channels + c) * size;
+        for (int64_t i = at; i < at + size; i += LANES) {
+          vec v = *(const vec*)(x + i) * scale + shift;
+          if (add) v += *(const vec*)(add + i);
+          *(vec*)(y + i) = relu ? rectified(v) : v;
+        }
+      }
+    }
+  });
+}
+
+// dx, dadd, dgamma, dbeta of the above, from dy and, where it was rectified, y.
+void norm_backward(const int64_t* shape, const float* dy, const float* y, const float* x, const float* gamma,
+                   const float* mean, const float* inverse, int64_t relu, float* dx, float* dadd,
+                   float* dgamma, float* dbeta) {
+  int64_t groups = shape[0], channels = shape[1], size = shape[2] * LANES;
+  Grid grid(shape[3], shape[4], shape[5]);
+  ivec valid = grid.valid();
+  double count = (double)grid.images * grid.rows * grid.columns * shape[2];
+  at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c++) {
+      vec m = mean[c] - (vec){}, zero = {};
+      double total = 0, total_x = 0;
+      for (int64_t g = 0; g < groups; g++) {
+        int64_t at = (g * channels + c) * size;
+        vec t = {}, u = {}, t2 = {}, u2 = {};
+        auto take = [&](int64_t i, vec& t, vec& u) {
+          vec d = *(const vec*)(dy + i);
+          if (relu) d = keep(*(const vec*)(y + i) > zero, d);
+          t += d;
+          u += d * (*(const vec*)(x + i) - m);
+        };
+        int64_t i = at;
+        for (; i + 2 * LANES <= at + size; i += 2 * LANES) take(i, t, u), take(i + LANES, t2, u2);
+        if (i < at + size) take(i, t, u);
+        t += t2, u += u2;  // lanes that hold no image have dy = 0
+        total += sum((const float*)&t);
+        total_x += sum((const float*)&u);
+      }
+      total_x *= inverse[c];
+      dgamma[c] = total_x;
+      dbeta[c] = total;
+      float scale = (gamma ? gamma[c] : 1.f) * inverse[c];
+      float shift = -scale * total / count, slope = -scale * inverse[c] * total_x / count;
+      for (int64_t g = 0; g < groups; g++) {
+        int64_t at = (g * channels + c) * size;
+        ivec mask = g == groups - 1 ? valid : ~(ivec){};
+        for (int64_t i = at; i < at + size; i += LANES) {
+          vec d = *(const vec*)(dy + i);
+          if (relu) d = keep(*(const vec*)(y + i) > zero, d);
+          if (dadd) *(vec*)(dadd + i) = d;
+          *(vec*)(dx + i) = keep(mask, d * scale + shift + (*(const vec*)(x + i) - m) * slope);
+        }
+      }
+    }
+  });
+}
+}
