@@ -26,6 +26,7 @@ from lightning_sparse_cl.callbacks import (
     RigL,
     RunReport,
     SequenceCheckpoint,
+    SparseAcceleration,
     SparseGrowth,
     Sparsifier,
     TaskAwareDynamicMasking,
@@ -37,6 +38,7 @@ from lightning_sparse_cl.callbacks import (
     UnfiredGrowth,
 )
 from lightning_sparse_cl.data import *  # noqa: F403
+from lightning_sparse_cl.kernels import accelerate, densify
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (

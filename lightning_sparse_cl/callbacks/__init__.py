@@ -1,5 +1,6 @@
 """Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
 
+from lightning_sparse_cl.callbacks.acceleration import SparseAcceleration
 from lightning_sparse_cl.callbacks.agem import AGEM
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
@@ -52,6 +53,7 @@ __all__ = [
     "RigL",
     "RunReport",
     "SequenceCheckpoint",
+    "SparseAcceleration",
     "SparseGrowth",
     "Sparsifier",
     "TaskAwareDynamicMasking",

@@ -133,12 +133,12 @@ class TaskAwareDynamicMasking(Sparsifier):
             grads = {name: pl_module.get_parameter(name).grad for name in names}
             return {n: w if grads[n] is None else w + self.alpha * grads[n].abs() for n, w in cwi.items()}
         live = live_classes(trainer, pl_module)
-        terms = [(self.alpha, mean_gradients(trainer, pl_module, names, task_batches(trainer, pl_module), live))]
+        terms = [(self.alpha, mean_gradients(trainer, pl_module, names, task_batches(trainer, pl_module), live, True))]
         memory = memory_of(pl_module)
         if memory is not None:
             n = len(memory)
             held = memory_batches(trainer, Exemplars(memory.images[:n], memory.labels[:n], None))
-            terms.append((self.beta, mean_gradients(trainer, pl_module, names, held)))
+            terms.append((self.beta, mean_gradients(trainer, pl_module, names, held, alive_only=True)))
         for weight, grads in terms:
             cwi = {name: value + weight * grads[name].abs() for name, value in cwi.items()}
         return cwi

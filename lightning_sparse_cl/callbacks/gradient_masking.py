@@ -98,10 +98,12 @@ class DynamicGradientMasking(Sparsifier):
         """CGI (eq 3) of every weight."""
         names, memory = self.names(pl_module), memory_of(pl_module)
         live = live_classes(trainer, pl_module)
-        cgi = {n: self.alpha * g.abs() for n, g in mean_gradients(trainer, pl_module, names, [batch], live).items()}
+        cgi = {
+            n: self.alpha * g.abs() for n, g in mean_gradients(trainer, pl_module, names, [batch], live, True).items()
+        }
         if memory is not None:
             drawn = list(memory_batches(trainer, memory.draw(len(batch[1]))))
-            grads = mean_gradients(trainer, pl_module, names, drawn)
+            grads = mean_gradients(trainer, pl_module, names, drawn, alive_only=True)
             cgi = {name: value + self.beta * grads[name].abs() for name, value in cgi.items()}
         return cgi
 

@@ -23,6 +23,7 @@ def mean_gradients(
     names: Sequence[str],
     batches: Batches,
     live: Tensor | None = None,
+    alive_only: bool = False,
 ) -> dict[str, Tensor]:
     """Gradient of the mean cross-entropy over all ``batches`` (x, y) and processes, by weight.
 
@@ -34,6 +35,7 @@ def mean_gradients(
         names: of the weights.
         batches: what to take the mean over; each process may have other ones.
         live: classes (C,) that compete in the loss; None is all. The current task's make it *single-head*.
+        alive_only: gradients of pruned weights are not looked at, and may be anything.
 
     Raises:
         ValueError: if a batch is not (x, y), or the module does not map images to logits.
@@ -48,7 +50,11 @@ def mean_gradients(
                 f"{type(batch).__name__}; use the gradients of the training step where there is a choice"
             )
         x, y = batch
-        with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
+        with (
+            Masks.of(pl_module).scoring(alive_only),
+            batch_norm_still(pl_module),
+            trainer.precision_plugin.forward_context(),
+        ):
             logits = pl_module(x)
             if not torch.is_tensor(logits) or logits.ndim != 2:
                 raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,19 @@ class Layer:
     def geometry(self) -> Geometry:
         m = self.module
         return Geometry(m.stride[0], m.padding[0]) if isinstance(m, nn.Conv2d) else Geometry()
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether it pads so that parts of an image stay parts of it."""
+        return 2 * self.geometry.padding + 1 == (self.weight.shape[2] if self.weight.ndim == 4 else 1)
+
+    def grid(self, x: Tensor) -> Grid:
+        """In which to lay images (B, C, H, W) for it, and for what may follow until images are 4x4."""
+        h, w = x.shape[2:]
+        stride = self.geometry.stride
+        if not self.keeps_size or h % stride or w % stride:
+            return Grid(len(x))
+        return Grid.of(len(x), h, w, max(stride, min(h, w) // 4))
 
     @property
     def pattern(self) -> Pattern:
@@ -126,6 +140,74 @@ class Blocked:
         return self.grid.unblock(self.data)
 
 
+class Choices:
+    """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, bool] = {}
+        """Whether the kernels are used, by what was measured."""
+        self._dense: set[str] = set()
+
+    def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
+        """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
+        images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
+        grads = torch.is_grad_enabled()
+        about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
+        key = f"{about} {torch.get_num_threads()}"
+        if key not in self.taken:
+            sparse, dense = _measure(layer, x, grads)
+            self.taken[key] = sparse <= dense
+        if grads and not self.taken[key]:
+            self._dense.add(layer.name)
+        return self.taken[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": dict(self.taken), "dense": sorted(self._dense)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Decide as before, so that what is computed is the same."""
+        self.taken |= state.get("taken", {})
+        self._dense |= set(state.get("dense", ()))
+
+    def dense(self, layer: Layer) -> bool:
+        """Whether torch was the faster in training."""
+        return layer.name in self._dense
+
+
+def _pixels(x: Blocked) -> tuple[int, int]:
+    return x.data.shape[2] * x.grid.rows, x.data.shape[3] * x.grid.columns
+
+
+@torch.enable_grad()
+def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
+    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
+    linear = isinstance(layer.module, nn.Linear)
+    grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
+    values, weight = (t.detach().requires_grad_(grads) for t in (layer.pattern.gather(layer.weight), layer.weight))
+    there = (x.data if isinstance(x, Blocked) else x).detach().clone().requires_grad_(grads)
+
+    def sparse() -> Tensor:
+        given = (
+            grid.block(there[:, :, None, None]) if linear else there if isinstance(x, Blocked) else grid.block(there)
+        )
+        y = Convolution.apply(given, values, None, layer.pattern, grid)
+        return grid.unblock(y).flatten(1) if linear else y
+
+    def dense() -> Tensor:
+        given = grid.unblock(there) if isinstance(x, Blocked) else there
+        return F.linear(given, weight) if linear else grid.block(F.conv2d(given, weight, None, *layer.geometry))
+
+    times: dict[Callable, list[float]] = {sparse: [], dense: []}
+    for _ in range(4):
+        for run, taken in times.items():
+            start = time.perf_counter()
+            y = run()
+            if grads:
+                y.backward(y.detach())
+            taken.append(time.perf_counter() - start)
+    return min(times[sparse]), min(times[dense])
+
+
 @dataclass
 class Step:
     """One operation: a node of the graph, or several that are done together and end at ``node``."""
@@ -150,11 +232,14 @@ class Program:
         module: the network.
         graph: of it, see :func:`~lightning_sparse_cl.sparsity.channels.graph_of`.
         layers: those with kernels, by name.
-        prefix: what to put before the module's own names of layers.
+        choices: which of them use the kernels; None is all.
     """
 
-    def __init__(self, module: nn.Module, graph: fx.Graph, layers: Mapping[str, Layer]) -> None:
+    def __init__(
+        self, module: nn.Module, graph: fx.Graph, layers: Mapping[str, Layer], choices: Choices | None = None
+    ) -> None:
         self.module = module
+        self.choices = choices
         self.modules = dict(module.named_modules())
         self.layers = {n.target: layers[n.target] for n in graph.nodes if n.op == "call_module" and n.target in layers}
         self.steps = self._fuse(graph)
@@ -163,8 +248,6 @@ class Program:
         for i, step in enumerate(self.steps):
             last |= {node: i for part in step.whole for node in part.all_input_nodes}
         self.dead = [[node for node, at in last.items() if at == i] for i in range(len(self.steps))]
-        self.sparse: dict[str, bool] = {name: True for name in self.layers}
-        """Which layers use the kernels."""
 
     def _fuse(self, graph: fx.Graph) -> list[Step]:
         """Layer, batch-norm, sum and ReLU that follow each other are one step."""
@@ -227,7 +310,7 @@ class Program:
     def _layer(self, step: Step, values: dict[fx.Node, Any]) -> Any:
         x, layer = values[step.source], step.layer
         add = None if step.add is None else values[step.add]
-        if layer is not None and not self.sparse[layer.name]:
+        if layer is not None and self.choices is not None and not self.choices.sparse(layer, x):
             return self._as_it_is(step, values)
         if isinstance(x, Tensor):
             if not (x.ndim == 4 or (layer is not None and isinstance(layer.module, nn.Linear) and x.ndim == 2)):
@@ -272,16 +355,13 @@ class Program:
 
     def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
         """In a grid whose parts the layer keeps whole."""
-        stride, padding = layer.geometry
-        same = padding == layer.pattern.kernel // 2
         if isinstance(x, Blocked):
-            h, w = x.data.shape[2:4]
-            if x.grid[1:] == (1, 1) or (same and h % stride == 0 and w % stride == 0):
+            parts = [n % layer.geometry.stride == 0 for n in x.data.shape[2:4]]
+            if x.grid[1:] == (1, 1) or (layer.keeps_size and all(parts)):
                 return x
             x = x.plain()
         x = x[:, :, None, None] if x.ndim == 2 else x
-        h, w = x.shape[2:]
-        grid = Grid.of(len(x), h, w, max(1, min(h, w) // 4)) if same else Grid(len(x))  # whole parts down to 4x4
+        grid = layer.grid(x)
         return Blocked(grid.block(x), grid)
 
     def _as_it_is(self, step: Step, values: dict[fx.Node, Any]) -> Any:
@@ -321,7 +401,7 @@ class Program:
         """As torch does it."""
         args, kwargs = (fx.node.map_arg(a, lambda n: plain(values[n])) for a in (node.args, node.kwargs))
         if node.op == "call_module":
-            return self.modules[node.target](*args, **kwargs)
+            return self.modules[node.target]._call_impl(*args, **kwargs)  # not what may stand in for it
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         if node.op == "call_function":
@@ -370,7 +450,11 @@ def _halves(node: fx.Node, module: nn.Module | None) -> tuple[Callable, int] | N
             return (F.max_pool2d if isinstance(module, nn.MaxPool2d) else F.avg_pool2d), k
     elif node.target in (F.max_pool2d, F.avg_pool2d, torch.max_pool2d) and len(node.args) == 2:
         k = node.args[1]
-        if isinstance(k, int) and set(node.kwargs.values()) <= {None, False, 0, k, 1} and node.kwargs.get("padding", 0) == 0:
+        if (
+            isinstance(k, int)
+            and set(node.kwargs.values()) <= {None, False, k, 1}
+            and node.kwargs.get("padding", 0) == 0
+        ):
             stride = node.kwargs.get("stride")
             if stride in (None, k) and node.kwargs.get("dilation", 1) == 1:
                 return node.target, k

@@ -15,6 +15,7 @@ from torch.optim import SGD, Optimizer
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
+from lightning_sparse_cl.kernels.memory import keep_freed_memory
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -112,9 +113,7 @@ class ContinualModule(pl.LightningModule):
         return self.optimizer(self.parameters())
 
     def on_fit_start(self) -> None:
-        # glibc gives freed memory back to the system and faults it in again at the next step, a tenth to a quarter of
-        # a small network's time, until it has seen one large block go. Its pages are never touched.
-        torch.empty(31 * 2**20, dtype=torch.uint8)
+        keep_freed_memory()
 
     def forward(self, x: Tensor, features: bool = False) -> Any:
         """Images (B, C, H, W) to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.

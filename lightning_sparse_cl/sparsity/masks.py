@@ -37,8 +37,12 @@ class Masks:
         """Grows with every change of a mask."""
         self.scores_taken = False
         """True inside :meth:`scoring`."""
+        self.scores_whole = False
+        """True inside :meth:`scoring` of all weights."""
         self.whole: dict[str, Tensor | None] = {}
         """Gradients that no mask acts on, of the names asked for by :meth:`ask_whole`."""
+        self.elsewhere: frozenset[str] = frozenset()
+        """Weights that are trained in another form for now, where their masks hold already."""
         self.stored = False
         """True where each task's own mask remembers its frozen weights, so that the present mask may drop them."""
         self._values: dict[str, Tensor] = {}  # the weights when they were last held, kept to put back
@@ -100,13 +104,17 @@ class Masks:
         weight.copy_(whole.masked_fill(~self.alive[name], 0) if name in self.alive else whole)
 
     @contextmanager
-    def scoring(self) -> Iterator[None]:
-        """For passes that measure the importance of weights: gradients arrive whole, and FLOPs are counted apart."""
-        before, self.scores_taken = self.scores_taken, True
+    def scoring(self, alive_only: bool = False) -> Iterator[None]:
+        """For passes that measure the importance of weights: gradients arrive whole, and FLOPs are counted apart.
+
+        With ``alive_only`` gradients of pruned weights are not looked at, and may be anything.
+        """
+        before = self.scores_taken, self.scores_whole
+        self.scores_taken, self.scores_whole = True, not alive_only
         try:
             yield
         finally:
-            self.scores_taken = before
+            self.scores_taken, self.scores_whole = before
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
@@ -179,11 +187,11 @@ class Masks:
     @torch.no_grad()
     def apply_(self) -> None:
         """Put the held weights back and zero the pruned ones."""
-        for name, value in self._values.items():
+        for name in self._values.keys() - self.elsewhere:
             weight = self.module.get_parameter(name)
-            weight.copy_(torch.where(self._free(name), weight, value))
-        for name, mask in self.alive.items():
-            self.module.get_parameter(name).mul_(mask)
+            weight.copy_(torch.where(self._free(name), weight, self._values[name]))
+        for name in self.alive.keys() - self.elsewhere:
+            self.module.get_parameter(name).mul_(self.alive[name])
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         kinds = {"alive": dict(self.alive), "frozen": dict(self.frozen), "updated": dict(self.updated)}

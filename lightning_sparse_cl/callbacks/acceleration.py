@@ -1,0 +1,92 @@
+"""Sparse kernels in a Lightning run: sparsity that saves time, not only FLOPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_sparse_cl.kernels import Acceleration, KernelsUnavailable, accelerate
+from lightning_sparse_cl.kernels.memory import keep_freed_memory
+from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
+
+
+class SparseAcceleration(pl.Callback):
+    """Runs the masked network by sparse kernels, on CPUs in 32-bit precision; add it to any run and take it away again.
+
+    Nothing else changes: masks are followed as they move, optimisers train the alive values only, other callbacks find
+    the weights as they are when they read them, and steps that need gradients of pruned weights (RigL's exchanges,
+    ranking by SNIP) are computed dense. Checkpoints are those of a run without it, plus which layers were measured to
+    be faster in which way, so that a resumed run computes the same.
+
+    In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
+    no kernels (another device or precision, no compiler) the run goes on dense, and says so. With several processes,
+    and optimisers that look at more than one element at a time, weights stay whole: slower, and the same otherwise.
+    """
+
+    def __init__(self) -> None:
+        self.acceleration: Acceleration | None = None
+        self._choices: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        alone = trainer.world_size == 1
+        self._begin(trainer, pl_module, Masks.of(pl_module), trainer.optimizers if alone else [])
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.acceleration is not None:
+            self.acceleration.train_compact()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._end()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.acceleration is None:  # not in the middle of training
+            self._begin(trainer, pl_module)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._end()
+
+    def _begin(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: Masks | None = None, optimizers: Any = ()
+    ) -> None:
+        self._end()
+        if pl_module.device.type != "cpu" or trainer.precision != "32-true":
+            rank_zero_warn(
+                f"SparseAcceleration: its kernels are for CPUs in 32-true precision, this run is on {pl_module.device} "
+                f"in {trainer.precision}; it goes on dense"
+            )
+            return
+        try:
+            self.acceleration = accelerate(pl_module, masks, optimizers, _parts(pl_module))
+        except KernelsUnavailable as error:
+            rank_zero_warn(f"SparseAcceleration: {error}")
+            return
+        keep_freed_memory()
+        self.acceleration.choices.load_state_dict(self._choices)
+        left = [f"{name} ({why})" for name, why in self.acceleration.left.items()]
+        if left:
+            rank_zero_info(f"SparseAcceleration: no kernels for {', '.join(left)}; these layers are run as they are")
+
+    def _end(self) -> None:
+        if self.acceleration is not None:
+            self._choices = self.acceleration.choices.state_dict()
+            self.acceleration.remove()
+            self.acceleration = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._choices if self.acceleration is None else self.acceleration.choices.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._choices = state
+
+
+def _parts(pl_module: pl.LightningModule) -> list[str]:
+    """What is called as a whole: the children of the network, unless it has layers of its own beside them."""
+    layers = weight_layers(network_of(pl_module))
+    names = dict.fromkeys(name.removesuffix(".weight").split(".")[0] for name in layers)
+    own = [name for name in layers if name.count(".") == 1]
+    return [""] if len(own) > 1 and network_of(pl_module) is pl_module else list(names)

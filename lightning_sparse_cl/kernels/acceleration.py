@@ -1,0 +1,294 @@
+"""Makes a masked network fast, and plain again: ``accelerate`` and ``densify``."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_sparse_cl.kernels.build import library
+from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
+from lightning_sparse_cl.kernels.program import Choices, Layer, Program, unsupported
+from lightning_sparse_cl.sparsity.channels import graph_of
+from lightning_sparse_cl.sparsity.layers import weight_layers
+from lightning_sparse_cl.sparsity.masks import Masks
+
+_of: WeakKeyDictionary[nn.Module, Acceleration] = WeakKeyDictionary()
+
+
+def accelerate(
+    model: nn.Module,
+    masks: Masks | Mapping[str, Tensor] | None = None,
+    optimizers: Iterable[Optimizer] = (),
+    parts: Sequence[str] = ("",),
+) -> Acceleration:
+    """Run a masked network by sparse kernels from now on, in training and evaluation, on CPUs in float32.
+
+    The module, its parameters and its ``state_dict`` stay what they are: only calls of it are computed in another way.
+    Convolutions (1x1 and 3x3, stride 1 and 2, one group) and linear layers whose weights are masked use the kernels
+    where these were measured to be faster for the shapes that come; batch-norm, ReLU, sums and pooling between them
+    stay in the kernels' layout; everything else is called as it is. Gradients are those of the alive weights, and zero
+    elsewhere.
+
+    With ``optimizers`` the masked weights are trained as vectors of their alive values: the parameters of the modules
+    are brought up to date when somebody reads them. Optimisers that do not treat every element alone, such as
+    Frank-Wolfe, and multi-process training keep the whole weights.
+
+    Args:
+        model: any network, or one whose parts can be traced by ``torch.fx``: the largest such parts are run as a whole.
+        masks: of its weights by name, True where alive. :class:`Masks` are followed: their changes, gradients asked for
+            whole, held weights. None is: where the weights are not zero now.
+        optimizers: of the weights, for training.
+        parts: names of the submodules that are called as a whole; the model itself is ``""``.
+
+    Returns:
+        What :func:`densify` takes, if not the model; it tells what is run how.
+
+    Raises:
+        KernelsUnavailable: if the kernels cannot be compiled here.
+        ValueError: if a mask does not fit its weight, or the model is already accelerated or compiled.
+    """
+    library()
+    return Acceleration(model, masks, optimizers, parts)
+
+
+def densify(model: nn.Module | Acceleration) -> nn.Module:
+    """Undo :func:`accelerate`; what was trained stays.
+
+    Raises:
+        ValueError: if the model is not accelerated.
+    """
+    found = model if isinstance(model, Acceleration) else _of.get(model)
+    if found is None:
+        raise ValueError(f"densify({type(model).__name__}): it is not accelerated")
+    found.remove()
+    return found.model
+
+
+class Acceleration:
+    """An accelerated model. See :func:`accelerate`, which makes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks | Mapping[str, Tensor] | None,
+        optimizers: Iterable[Optimizer],
+        parts: Sequence[str],
+    ) -> None:
+        if any(m._compiled_call_impl for m in model.modules()):
+            raise ValueError(f"accelerate({type(model).__name__}): it is already accelerated or compiled")
+        self.model = model
+        self.masks = masks
+        self._hooks: list[RemovableHandle] = []
+        self.choices = Choices()
+        self.layers: dict[str, Layer] = {}
+        self.left: dict[str, str] = {}
+        """Layers without kernels, and why."""
+        for weight, module in weight_layers(model).items():
+            name = weight.removesuffix("weight").removesuffix(".")
+            if not any(name == part or name.startswith(f"{part}." if part else "") for part in parts):
+                continue
+            reason = unsupported(module)
+            if reason is None:
+                self.layers[name] = Layer(name, module, None)
+            else:
+                self.left[name] = reason
+        self._version: int | None = None
+        self._prefix = ""
+        if isinstance(masks, Masks) and masks.module is not model:
+            inside = [name for name, m in masks.module.named_modules() if m is model]
+            if not inside:
+                raise ValueError(f"accelerate({type(model).__name__}): the masks are of another module")
+            self._prefix = f"{inside[0]}."
+        self._fixed = self._given(masks)
+        self.follow()
+        self.optimizers = list(optimizers)
+        self.compact: CompactWeights | None = None
+        self._hooks += [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
+        whole = [found for n in parts for found in _traceable(model.get_submodule(n), self.layers, n)]
+        self._runners = [_Runner(self, part, name) for name, part in whole]
+        for layer in self.layers.values():
+            layer.module._parameters = Watched(layer.module._parameters, partial(self._wake, layer))
+        for runner in self._runners:
+            runner.part._compiled_call_impl = runner
+        _of[model] = self
+
+    def _given(self, masks: Masks | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """Masks that do not change, by layer."""
+        if isinstance(masks, Masks):
+            return {}
+        if masks is None:
+            masked = {n: layer.weight.detach() != 0 for n, layer in self.layers.items()}
+            return {n: m for n, m in masked.items() if m.count_nonzero() < 0.9 * m.numel()}
+        parameters = dict(self.model.named_parameters())
+        for name, mask in masks.items():
+            if name not in parameters:
+                raise ValueError(f"accelerate: there is no weight {name!r} in {type(self.model).__name__}")
+            if mask.shape != parameters[name].shape:
+                raise ValueError(
+                    f"accelerate: the mask of {name!r} has shape {tuple(mask.shape)}, the weight "
+                    f"{tuple(parameters[name].shape)}"
+                )
+        return {n: masks[f"{n}.weight"].bool() for n in self.layers if f"{n}.weight" in masks}
+
+    def follow(self) -> None:
+        """Take the masks as they are now."""
+        if isinstance(self.masks, Masks):
+            if self._version == self.masks.version:
+                return
+            self._version = self.masks.version
+            now = {n: self.masks.alive.get(f"{self._prefix}{n}.weight") for n in self.layers}
+        elif self._version is None:
+            self._version, now = 0, {n: self._fixed.get(n) for n in self.layers}
+        else:
+            return
+        for name, mask in now.items():
+            layer = self.layers[name]
+            if mask is not layer.mask:
+                layer.remask(mask)
+                if not isinstance(self.masks, Masks):  # which enforce themselves
+                    with torch.no_grad():
+                        layer.weight.mul_(mask)
+                    if layer.weight.requires_grad:
+                        self._hooks.append(layer.weight.register_hook(lambda grad, mask=mask: grad * mask))
+
+    @property
+    def masked(self) -> bool:
+        """Whether any weight has a mask."""
+        return any(layer.mask is not None for layer in self.layers.values())
+
+    def train_compact(self) -> None:
+        """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`."""
+        self.follow()
+        if self.compact is None:
+            masked = [x for x in self.layers.values() if x.mask is not None and not self.choices.dense(x)]
+            self.compact = CompactWeights(masked, self.optimizers, self._movable)
+            if isinstance(self.masks, Masks):
+                self.masks.elsewhere = frozenset(f"{self._prefix}{x.name}.weight" for x in self.compact.layers)
+
+    def train_whole(self) -> None:
+        """Give the optimisers the whole weights back."""
+        if self.compact is not None:
+            compact, self.compact = self.compact, None
+            compact.stop()
+            if isinstance(self.masks, Masks):
+                self.masks.elsewhere = frozenset()
+
+    def _stepped(self, *_: Any) -> None:
+        if self.compact is not None:
+            self.compact.hold()
+
+    def _wake(self, layer: Layer) -> None:
+        """Somebody reads a parameter of ``layer``."""
+        if layer.compact is not None:
+            self.train_whole()
+
+    def _movable(self, layer: Layer) -> Tensor | None:
+        name = f"{self._prefix}{layer.name}.weight"
+        held = isinstance(self.masks, Masks) and (name in self.masks.frozen or name in self.masks.updated)
+        return self.masks.movable(name) if held else None
+
+    def remove(self) -> None:
+        """See :func:`densify`."""
+        self.train_whole()
+        for layer in self.layers.values():
+            layer.module._parameters = layer.module._parameters.copy()
+        for runner in self._runners:
+            runner.part._compiled_call_impl = None
+        for hook in self._hooks:
+            hook.remove()
+        _of.pop(self.model, None)
+
+    @property
+    def steps_aside(self) -> bool:
+        """Whether gradients are wanted that the kernels do not take."""
+        return isinstance(self.masks, Masks) and bool(self.masks.whole or self.masks.scores_whole)
+
+
+class _Runner:
+    """Stands in for the call of a part of the model."""
+
+    def __init__(self, owner: Acceleration, part: nn.Module, name: str) -> None:
+        self.owner, self.part = owner, part
+        prefix = f"{name}." if name else ""
+        self._layers = {n.removeprefix(prefix): m for n, m in owner.layers.items() if n.startswith(prefix)}
+        self._network = part
+        if name in owner.layers:  # a layer by itself
+            self._network, self._layers = nn.Sequential(part), {"0": owner.layers[name]}
+        self._modules = list(part.modules())
+        self._programs: dict[tuple[bool, ...], Program] = {}
+        self._said: Counter[str] = Counter()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.owner
+        owner.follow()
+        if not owner.masked or owner.steps_aside:
+            return self.part._call_impl(*args, **kwargs)
+        reason = self._unfit(args, kwargs)
+        if reason is not None:
+            self._said[reason] += 1
+            if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
+                warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
+            return self.part._call_impl(*args, **kwargs)
+        replaced = any(layer.replaced for layer in self._layers.values())
+        if replaced or args[0].numel() == 0 or _is_transformed(args[0]):
+            return self.part._call_impl(*args, **kwargs)
+        program = self._program()
+        own = [hooks for hooks in (self.part._forward_hooks, self.part._forward_pre_hooks) if hooks]
+        if not own:
+            return program(*args)
+        self.part.forward = program  # between the hooks of the part itself
+        try:
+            return self.part._call_impl(*args)
+        finally:
+            del self.part.forward
+
+    def _unfit(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why this call cannot be taken, or None."""
+        if kwargs or not args or any(type(a) not in (Tensor, nn.Parameter) for a in args):
+            return "called with other things than tensors"
+        if any(a.device.type != "cpu" or a.dtype != torch.float32 for a in args):
+            return f"given {', '.join(f'{a.dtype} on {a.device}' for a in args)} and not torch.float32 on cpu"
+        if torch.is_autocast_enabled("cpu"):
+            return "under autocast"
+        hooked = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._modules[1:])
+        if any(hooked) or self.part._backward_hooks:
+            return "while modules in it have hooks"
+        return None
+
+    def _program(self) -> Program:
+        modes = tuple(m.training for m in self._modules)
+        if modes not in self._programs:
+            graph = graph_of(self._network)
+            self._programs[modes] = Program(self._network, graph, self._layers, self.owner.choices)
+        return self._programs[modes]
+
+
+def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list[tuple[str, nn.Module]]:
+    """The largest parts that can be traced and have layers with kernels."""
+    inside = [n for n in layers if n == name or n.startswith(f"{name}." if name else "")]
+    if not inside:
+        return []
+    if name not in layers and type(model).forward is not nn.modules.module._forward_unimplemented:
+        try:
+            graph_of(model)
+            return [(name, model)]
+        except ValueError:
+            pass
+    if name in layers:
+        return [(name, model)]
+    parts = ((f"{name}.{n}" if name else n, child) for n, child in model.named_children())
+    return [found for n, child in parts for found in _traceable(child, layers, n)]
+
+
+def _is_transformed(x: Tensor) -> bool:
+    """Whether torch.func or a dispatch mode looks at what is computed."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0

@@ -1,0 +1,157 @@
+"""Masked weights trained as the vector of their alive values, so that an optimiser touches nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim import Optimizer
+
+from lightning_sparse_cl.kernels.program import Layer
+
+ELEMENTWISE = (
+    torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
+    torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop,
+)  # fmt: skip
+"""Optimisers that treat every element alike, so that they may be given those that are alive and no others."""
+
+
+class CompactWeights:
+    """Takes the weights of sparse layers out of optimisers and puts their alive values in, with the state they have.
+
+    The weights in the modules are out of date until :meth:`stop`; where their parameters are
+    :class:`Watched`, nobody sees it. Optimiser state of pruned weights is zero afterwards.
+
+    Args:
+        layers: with patterns.
+        optimizers: those of :data:`ELEMENTWISE` are served, the others keep the whole weights.
+        movable: of a layer, where its weights may move, of the weight's shape, or None for everywhere; the others keep
+            their values bit for bit.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        optimizers: Iterable[Optimizer],
+        movable: Callable[[Layer], Tensor | None] = lambda layer: None,
+    ) -> None:
+        self._optimizers = [o for o in optimizers if type(o) in ELEMENTWISE]
+        self.layers = [layer for layer in layers if self._place(layer.weight) is not None]
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            weight, pattern = layer.weight, layer.pattern
+            values = nn.Parameter(pattern.gather(weight.detach()))
+            if weight.grad is not None:
+                values.grad, weight.grad = pattern.gather(weight.grad), None
+            optimizer, group, i = self._place(weight)
+            group["params"][i] = values
+            state = optimizer.state.pop(weight, {})
+            optimizer.state[values] = {
+                k: pattern.gather(v) if _like(v, weight) else v for k, v in state.items()
+            }  # in the optimiser's own names
+            if not optimizer.state[values]:
+                del optimizer.state[values]
+            where = movable(layer)
+            if where is not None:
+                moves = pattern.gather(torch.empty_like(weight).copy_(where))
+                self._held[layer.name] = moves.bool(), values.detach().clone()
+                values.register_hook(lambda grad, moves=moves: grad * moves)
+            values.register_post_accumulate_grad_hook(lambda values, layer=layer: self._late(layer, values))
+            layer.compact = values
+
+    @torch.no_grad()
+    def stop(self) -> None:
+        """The weights, their gradients and their optimiser state are whole again."""
+        for layer in self.layers:
+            weight, pattern, values = layer.weight, layer.pattern, layer.compact
+            layer.compact = None
+            pattern.scatter(values.detach(), weight.detach())
+            increment_version(weight)
+            if values.grad is not None:
+                weight.grad, values.grad = _whole(pattern, values.grad, weight), None
+            optimizer, group, i = self._place(values)
+            group["params"][i] = weight
+            state = optimizer.state.pop(values, {})
+            if state:
+                optimizer.state[weight] = {
+                    k: _whole(pattern, v, weight) if _like(v, values) else v for k, v in state.items()
+                }
+        self._held.clear()
+
+    def _late(self, layer: Layer, values: Tensor) -> None:
+        """A gradient of a pass that began before :meth:`stop` and ended after it goes to the weight."""
+        if layer.compact is not values:
+            grad = _whole(layer.pattern, values.grad, layer.weight)
+            layer.weight.grad = grad if layer.weight.grad is None else layer.weight.grad + grad
+            values.grad = None
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """To be called after every step of an optimiser."""
+        for layer in self.layers:
+            if layer.name in self._held:
+                moves, kept = self._held[layer.name]
+                layer.compact.copy_(torch.where(moves, layer.compact, kept))
+
+    def _place(self, parameter: Tensor) -> tuple[Optimizer, dict[str, Any], int] | None:
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for i, p in enumerate(group["params"]):
+                    if p is parameter:
+                        return optimizer, group, i
+        return None
+
+
+class Watched(dict):
+    """The parameters of a layer; whoever reads one calls ``wake`` first. A copy is a plain ``dict``."""
+
+    def __init__(self, parameters: Mapping[str, Tensor | None], wake: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self._wake = wake
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        self._wake()
+        return super().__getitem__(name)
+
+    def __setitem__(self, name: str, value: Tensor | None) -> None:
+        self._wake()
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self._wake()
+        super().__delitem__(name)
+
+    def get(self, *args: Any) -> Any:
+        self._wake()
+        return super().get(*args)
+
+    def pop(self, *args: Any) -> Any:
+        self._wake()
+        return super().pop(*args)
+
+    def items(self) -> Any:
+        self._wake()
+        return super().items()
+
+    def values(self) -> Any:
+        self._wake()
+        return super().values()
+
+    def copy(self) -> dict[str, Tensor | None]:
+        return dict(self.items())
+
+    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+        return dict, (self.copy(),)
+
+
+def _like(value: Any, parameter: Tensor) -> bool:
+    return torch.is_tensor(value) and value.shape == parameter.shape and value.dtype == parameter.dtype
+
+
+def _whole(pattern: Any, values: Tensor, weight: Tensor) -> Tensor:
+    whole = torch.zeros_like(weight)
+    pattern.scatter(values, whole)
+    return whole
