@@ -23,6 +23,20 @@ INSTRUCTIONS = {  # what torch says this CPU has (or ATEN_CPU_CAPABILITY tells i
 }
 
 
+KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
+SIGNATURES = {  # pointers, numbers, doubles
+    "sparse_convolve": "npppppppnp",
+    "sparse_correlate": "nppppp" + "p",
+    "gather": "ppnp",
+    "scatter": "ppnp",
+    "build_lists": "pp" + "n" * 7 + "p" * 6,
+    "place": "p" + "n" * 9 + "p",
+    "norm_forward": "pppppnddppppp",
+    "norm_backward": "pppppppn" + "p" * 4,
+    "multiply_adds": "n",
+}
+
+
 class KernelsUnavailable(RuntimeError):
     """There are no sparse kernels on this machine; the message says why and what helps."""
 
@@ -59,19 +73,15 @@ def lanes() -> int:
     return library().lanes()
 
 
-def call(name: str, *arguments: Tensor | int | float | list[int] | None) -> None:
-    """Call a kernel; tensors are passed as pointers, lists as arrays of int64. Nothing is checked."""
-    getattr(library(), name)(*(_as_c(a) for a in arguments))
+def call(name: str, *arguments: Tensor | ctypes.Array | int | float | None) -> None:
+    """Call a kernel; tensors are passed as pointers. Nothing is checked."""
+    getattr(library(), name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
-def _as_c(a: Tensor | int | float | list[int] | None) -> object:
-    if isinstance(a, Tensor):
-        return ctypes.c_void_p(a.data_ptr())
-    if isinstance(a, list):
-        return (ctypes.c_int64 * len(a))(*a)
-    if isinstance(a, float):
-        return ctypes.c_double(a)
-    return ctypes.c_void_p(None) if a is None else ctypes.c_int64(a)
+@cache
+def numbers(*values: int) -> ctypes.Array:
+    """An array of int64 for a kernel."""
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _compiler() -> list[str]:
@@ -125,6 +135,9 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(path))
         found.lanes.restype = ctypes.c_int64
+        for name, types in SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = [KINDS[t] for t in types], None
     except (OSError, AttributeError) as error:
         path.unlink(missing_ok=True)  # damaged: compiled anew next time
         raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_sparse_cl.kernels.build import call
+from lightning_sparse_cl.kernels.build import call, numbers
 from lightning_sparse_cl.kernels.layout import Grid
 from lightning_sparse_cl.kernels.pattern import Pattern
 
@@ -72,7 +72,7 @@ class Norm(Function):
     ) -> Tensor:
         x, add = x.contiguous(), None if add is None else add.contiguous()
         y, mean, inverse = torch.empty_like(x), x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
-        ctx.shape = [*x.shape[:2], x.shape[2] * x.shape[3], *grid]
+        ctx.shape = numbers(*x.shape[:2], x.shape[2] * x.shape[3], *grid)
         call(
             *("norm_forward", ctx.shape, x, gamma, beta, add, int(relu), float(eps), float(momentum)),
             *(*running, mean, inverse, y),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.kernels.build import call
+from lightning_sparse_cl.kernels.build import call, numbers
 from lightning_sparse_cl.kernels.layout import Grid
 
 FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile sees beyond itself: none, 1, 2; 2 at stride 2
@@ -39,7 +40,7 @@ class Pattern:
         ValueError: if mask and weight differ in shape, or there are no kernels for it.
     """
 
-    def __init__(self, mask: Tensor, like: Tensor, geometry: Geometry = Geometry()) -> None:
+    def __init__(self, mask: Tensor, like: Tensor, geometry: Geometry) -> None:
         k = mask.shape[2] if mask.ndim == 4 else 1
         if mask.shape != like.shape:
             raise ValueError(f"Pattern: the mask has shape {tuple(mask.shape)}, the weight {tuple(like.shape)}")
@@ -69,7 +70,7 @@ class Pattern:
         self.index, self.back_from = (torch.empty(self.entries, dtype=torch.int32) for _ in range(2))
         lists = (self.pointers, self._code, self.index, self.back_pointers, self._back_code, self.back_from)
         sizes = (self.out, self.inputs, k, stride, padding, self.block, self.back_block)
-        call("build_lists", mask, [*self.strides, 0, 0][:4], *sizes, *lists)
+        call("build_lists", mask, numbers(*[*self.strides, 0, 0][:4]), *sizes, *lists)
         self._places: dict[tuple[int, bool], Tensor] = {}
 
     def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -94,10 +95,10 @@ class Pattern:
         """Convolution of blocked x with the values, plus ``bias`` (out,), plus a blocked ``add``, rectified."""
         h, w = self.out_size(x, grid)
         y = x.new_empty(x.shape[0], self.out, h, w, x.shape[4])
-        stride, padding = self.geometry
-        numbers = self._numbers(x, grid, self.out, (h, w), (h, w), self.out, -padding, self.kernel == 1, 1, self.block)
+        padding = self.geometry.padding
+        about = self._numbers(x, grid, self.out, (h, w), (h, w), self.out, -padding, self.kernel == 1, 1, self.block)
         offsets = self._offsets(max(h, w), False)
-        call("sparse_convolve", self.mode, numbers, x, self.pointers, offsets, values, bias, add, int(relu), y)
+        call("sparse_convolve", self.mode, about, x, self.pointers, offsets, values, bias, add, int(relu), y)
         return y
 
     def input_gradient(self, dy: Tensor, values: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
@@ -108,9 +109,9 @@ class Pattern:
         tiles = tuple(-(-n // stride) for n in size)
         dx = dy.new_empty(dy.shape[0], self.inputs, *size, dy.shape[4])
         rows = stride**2 * self.inputs
-        numbers = self._numbers(dy, grid, rows, tiles, size, self.inputs, self.origin, False, stride, self.back_block)
+        about = self._numbers(dy, grid, rows, tiles, size, self.inputs, self.origin, False, stride, self.back_block)
         offsets = self._offsets(max(tiles), True)
-        call("sparse_convolve", self.back_mode, numbers, dy, self.back_pointers, offsets, back, None, None, 0, dx)
+        call("sparse_convolve", self.back_mode, about, dy, self.back_pointers, offsets, back, None, None, 0, dx)
         return dx
 
     def weight_gradient(self, x: Tensor, dy: Tensor, grid: Grid) -> Tensor:
@@ -118,8 +119,8 @@ class Pattern:
         size = tuple(dy.shape[2:4])
         dvalues = torch.empty(self.entries)
         padding = self.geometry.padding
-        numbers = self._numbers(x, grid, self.out, size, size, self.out, -padding, self.kernel == 1, 1, self.block)
-        call("sparse_correlate", self.mode, numbers, x, dy, self.pointers, self._offsets(max(size), False), dvalues)
+        about = self._numbers(x, grid, self.out, size, size, self.out, -padding, self.kernel == 1, 1, self.block)
+        call("sparse_correlate", self.mode, about, x, dy, self.pointers, self._offsets(max(size), False), dvalues)
         return dvalues
 
     def out_size(self, x: Tensor, grid: Grid) -> tuple[int, int]:
@@ -140,10 +141,10 @@ class Pattern:
         skips: bool,
         phases: int,
         block: int,
-    ) -> list[int]:
+    ) -> ctypes.Array:
         step = self.geometry.stride if skips else 1
         where = (*x.shape[:2], rows, *x.shape[2:4], *tiles, *size, out, origin, origin, step, phases, block)
-        return [*where, *grid]
+        return numbers(*where, *grid)
 
     def _offsets(self, side: int, back: bool) -> Tensor:
         """Places in the packed window, whose size depends on that of the output."""

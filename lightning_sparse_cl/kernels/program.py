@@ -32,6 +32,8 @@ class Layer:
     def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:
         self.name, self.module = name, module
         self.weight = module.weight
+        conv = isinstance(module, nn.Conv2d)
+        self.geometry = Geometry(module.stride[0], module.padding[0]) if conv else Geometry()
         self.compact: nn.Parameter | None = None
         """The values that are trained in place of the weight, if they are."""
         self.remask(mask)
@@ -43,6 +45,8 @@ class Layer:
         self._pattern: Pattern | None = None
         self._still: tuple[object, Tensor] | None = None
         self._folded: tuple[object, Tensor, Tensor] | None = None
+        self.chosen: dict[tuple[object, ...], bool] = {}
+        """What :class:`Choices` has found for it."""
 
     @property
     def bias(self) -> Tensor | None:
@@ -52,11 +56,6 @@ class Layer:
     def replaced(self) -> bool:
         """Whether the module has another weight for now, as in ``torch.func.functional_call``."""
         return dict.get(self.module._parameters, "weight") is not self.weight
-
-    @property
-    def geometry(self) -> Geometry:
-        m = self.module
-        return Geometry(m.stride[0], m.padding[0]) if isinstance(m, nn.Conv2d) else Geometry()
 
     @property
     def keeps_size(self) -> bool:
@@ -95,8 +94,8 @@ class Layer:
         values = self.values().detach()
         if norm is None:
             return values, self.bias
-        parts = [t for t in (values, self.bias, *norm.parameters(), *norm.buffers()) if t is not None]
-        at = tuple((t._version, t.data_ptr()) for t in parts)
+        parts = (values, self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        at = [None if t is None else (t._version, t.data_ptr()) for t in parts]
         if self._folded is None or self._folded[0] != at:
             scale = torch.rsqrt(norm.running_var + norm.eps)
             scale = scale if norm.weight is None else scale * norm.weight.detach()
@@ -150,13 +149,17 @@ class Choices:
 
     def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
         """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
+        grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
+        shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
+        if (shape, grads, threads) in layer.chosen:
+            return layer.chosen[shape, grads, threads]
         images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
-        grads = torch.is_grad_enabled()
         about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
-        key = f"{about} {torch.get_num_threads()}"
+        key = f"{about} {threads}"
         if key not in self.taken:
             sparse, dense = _measure(layer, x, grads)
             self.taken[key] = sparse <= dense
+        layer.chosen[shape, grads, threads] = self.taken[key]
         if grads and not self.taken[key]:
             self._dense.add(layer.name)
         return self.taken[key]

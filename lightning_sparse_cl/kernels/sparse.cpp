@@ -130,9 +130,46 @@ static void pack(const Convolution& g, const float* x, int64_t channels, int64_t
       }
 }
 
+// Fetches the window that is packed next, a line of it at a time, while the present one is worked on: lines of a window
+// are short and far apart, so that the CPU would not see them coming
+template <int PH, int PW>
+struct Ahead {
+  static constexpr int64_t NEAR = 1 << 18;  // floats that the second cache has anyway
+  const float* x;
+  int64_t line, lines, apart, size, step;
+
+  // the window of the block after `b`, which may be the first of the next tile of `th` x `tw` ones
+  Ahead(const Convolution& g, const float* from, int64_t tile, int64_t b, int64_t blocks, int64_t th, int64_t tw,
+        int64_t high, int64_t wide, int64_t begin) {
+    if (++b == blocks) b = begin, tile++;
+    int64_t j = tile % tw * wide * g.step + g.origin_w, i = tile / tw % th * high * g.step + g.origin_h;
+    int64_t group = tile / tw / th, c0 = b * g.block;
+    i = std::clamp<int64_t>(i, 0, std::max<int64_t>(0, g.h - PH)), j = std::clamp<int64_t>(j, 0, std::max<int64_t>(0, g.w - PW));
+    x = from + (((group * g.in + c0) * g.h + i) * g.w + j) * LANES;
+    bool far = g.groups * g.in * g.h * g.w * LANES > NEAR && group < g.groups;
+    lines = far ? std::min(g.block, g.in - c0) * PH : 0;
+    line = 0, apart = g.w * LANES * g.step, size = g.h * g.w * LANES, step = g.step * LANES;
+  }
+  INLINE void fetch(int64_t until) {
+    for (until = std::min(until, lines); line < until; line++) {
+      const float* at = x + line / PH * size + line % PH * apart;
+#pragma GCC unroll 16
+      for (int j = 0; j < PW; j++) __builtin_prefetch(at + j * step);
+    }
+  }
+};
+
 template <int TH, int TW, int STRIDE, int PW>
 static INLINE void run(const float* window, const uint16_t* offset, const float* value, int64_t n, vec (&a)[TH * TW]) {
-  for (int64_t e = 0; e < n; e++) {
+  int64_t e = 0;
+  if constexpr (TH * TW == 1) {  // one sum would wait for itself
+    vec s[4] = {};
+    for (; e + 4 <= n; e += 4)
+#pragma GCC unroll 4
+      for (int u = 0; u < 4; u++) s[u] += value[e + u] * *(const vec*)(window + (int64_t)offset[e + u] * LANES);
+    a[0] += (s[0] + s[1]) + (s[2] + s[3]);
+  }
+  for (; e < n; e++) {
     const float* p = window + (int64_t)offset[e] * LANES;
     float v = value[e];
 #pragma GCC unroll 16
@@ -198,7 +235,7 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
   constexpr int PH = (TH - 1) * STRIDE + 1 + MORE, PW = (TW - 1) * STRIDE + 1 + MORE, TILE = TH * TW;
   int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
   int64_t tiles = g.groups * th * tw, threads = at::get_num_threads();
-  int64_t splits = threads == 1 ? 1 : std::clamp<int64_t>((4 * threads + tiles - 1) / tiles, 1, (g.rows + 15) / 16);
+  int64_t splits = threads == 1 ? 1 : std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, (g.rows + 15) / 16);
   at::parallel_for(0, tiles * splits, 1, [&](int64_t begin, int64_t end) {
     float* window = scratch(g.block * PH * PW * LANES, 0);
     float* partial = blocks > 1 ? scratch(g.rows * TILE * LANES, 1) : nullptr;
@@ -210,7 +247,9 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
         int64_t c0 = b * g.block;
         pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
                      i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
+        Ahead<PH, PW> ahead(g, x, tile, b, blocks, th, tw, TH * STRIDE, TW * STRIDE, 0);
         for (int64_t r = first; r < last; r++) {
+          ahead.fetch((r - first + 1) * ahead.lines / (last - first));
           int64_t e = ptr[b * g.rows + r], n = ptr[b * g.rows + r + 1] - e;
           if (n == 0 && b > 0 && b < blocks - 1) continue;
           vec a[TILE];
@@ -275,9 +314,12 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
           pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
                        i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
           const int32_t* rows = ptr + b * g.rows;
+          int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
+          Ahead<PH, PW> ahead(g, x, tile, b, last, th, tw, TH * STRIDE, TW * STRIDE, first);
           Ring ring(sums.data() + chunk * entries + rows[0]);
           for (int64_t r = 0; r < g.rows; r++) {
             if (rows[r] == rows[r + 1]) continue;
+            ahead.fetch((r + 1) * ahead.lines / g.rows);
             vec d[TILE];
             const float* at = dy + (((group * g.rows + r) * g.tiles_h + i0) * g.tiles_w + j0) * LANES;
             if (whole) {
@@ -335,6 +377,19 @@ struct Correlate {
 extern "C" {
 
 int64_t lanes() { return LANES; }
+
+// n times 16 multiply-adds of vectors in registers: what this CPU can do at best, to compare with
+float multiply_adds(int64_t n) {
+  vec a[16], x = 1e-30f - (vec){}, y = 0.5f - (vec){};
+  for (int j = 0; j < 16; j++) a[j] = (float)j - (vec){};
+  for (int64_t i = 0; i < n; i++) {
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) a[j] = a[j] * y + x;
+  }
+  vec all = {};
+  for (int j = 0; j < 16; j++) all += a[j];
+  return sum((const float*)&all);
+}
 
 // geometry: groups, in, rows, h, w, tiles_h, tiles_w, out_h, out_w, out, origin_h, origin_w, step, phases, block,
 // images, grid rows, grid columns
