@@ -26,13 +26,13 @@ INSTRUCTIONS = {  # what torch says this CPU has (or ATEN_CPU_CAPABILITY tells i
 KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
 SIGNATURES = {  # pointers, numbers, doubles
     "sparse_convolve": "npppppppnp",
-    "sparse_correlate": "nppppp" + "p",
+    "sparse_correlate": "npppppp",
     "gather": "ppnp",
     "scatter": "ppnp",
     "build_lists": "pp" + "n" * 7 + "p" * 6,
     "place": "p" + "n" * 9 + "p",
     "norm_forward": "pppppnddppppp",
-    "norm_backward": "pppppppn" + "p" * 4,
+    "norm_backward": "p" * 8 + "n" + "p" * 4,
     "multiply_adds": "n",
 }
 

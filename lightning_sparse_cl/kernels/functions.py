@@ -77,17 +77,18 @@ class Norm(Function):
             *("norm_forward", ctx.shape, x, gamma, beta, add, int(relu), float(eps), float(momentum)),
             *(*running, mean, inverse, y),
         )
-        ctx.save_for_backward(x, y if relu else None, gamma, mean, inverse)
+        ctx.save_for_backward(x, y if relu and add is not None else None, gamma, beta, mean, inverse)
         ctx.relu, ctx.adds = relu, add is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, gamma, mean, inverse = ctx.saved_tensors
+        x, y, gamma, beta, mean, inverse = ctx.saved_tensors
         dx, dadd = torch.empty_like(x), torch.empty_like(x) if ctx.adds else None
         dgamma, dbeta = torch.empty_like(mean), torch.empty_like(mean)
         where = (dx, dadd, dgamma, dbeta)
-        call("norm_backward", ctx.shape, dy.contiguous(), y, x, gamma, mean, inverse, int(ctx.relu), *where)
+        given = (dy.contiguous(), y, x, gamma, beta, mean, inverse)
+        call("norm_backward", ctx.shape, *given, int(ctx.relu), *where)
         affine = (dgamma, dbeta) if gamma is not None else (None, None)
         return dx, *affine, dadd, None, None, None, None, None

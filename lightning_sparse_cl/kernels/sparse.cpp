@@ -85,6 +85,8 @@ static float* scratch(size_t floats, int which) {  // kept by each thread
   return (float*)(((uintptr_t)own.data() + 63) / 64 * 64);
 }
 
+constexpr int64_t NEAR = 1 << 18;  // floats that stay in the second cache
+
 struct Convolution {
   int64_t groups, in, rows, h, w;    // input: groups, channels, size; rows of the list
   int64_t tiles_h, tiles_w;          // output pixels, of each phase
@@ -134,7 +136,6 @@ static void pack(const Convolution& g, const float* x, int64_t channels, int64_t
 // are short and far apart, so that the CPU would not see them coming
 template <int PH, int PW>
 struct Ahead {
-  static constexpr int64_t NEAR = 1 << 18;  // floats that the second cache has anyway
   const float* x;
   int64_t line, lines, apart, size, step;
 
@@ -323,6 +324,11 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
             vec d[TILE];
             const float* at = dy + (((group * g.rows + r) * g.tiles_h + i0) * g.tiles_w + j0) * LANES;
             if (whole) {
+              if (ahead.lines && r + 2 < g.rows) {
+                const float* soon = at + 2 * g.tiles_h * g.tiles_w * LANES;
+#pragma GCC unroll 16
+                for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + (i / TW * g.tiles_w + i % TW) * LANES);
+              }
 #pragma GCC unroll 16
               for (int i = 0; i < TILE; i++) d[i] = *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES);
             } else {
@@ -537,9 +543,9 @@ void norm_forward(const int64_t* shape, const float* x, const float* gamma, cons
   });
 }
 
-// dx, dadd, dgamma, dbeta of the above, from dy and, where it was rectified, y.
+// dx, dadd, dgamma, dbeta of the above, from dy and, where it was rectified after a sum, y.
 void norm_backward(const int64_t* shape, const float* dy, const float* y, const float* x, const float* gamma,
-                   const float* mean, const float* inverse, int64_t relu, float* dx, float* dadd,
+                   const float* beta, const float* mean, const float* inverse, int64_t relu, float* dx, float* dadd,
                    float* dgamma, float* dbeta) {
   int64_t groups = shape[0], channels = shape[1], size = shape[2] * LANES;
   Grid grid(shape[3], shape[4], shape[5]);
@@ -548,15 +554,20 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
   at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
       vec m = mean[c] - (vec){}, zero = {};
+      float scale = (gamma ? gamma[c] : 1.f) * inverse[c], up = (beta ? beta[c] : 0.f) - scale * mean[c];
+      auto passed = [&](int64_t i, vec seen) {  // the gradient that the ReLU lets through
+        vec d = *(const vec*)(dy + i);
+        if (!relu) return d;
+        return keep((y ? *(const vec*)(y + i) : seen * scale + up) > zero, d);
+      };
       double total = 0, total_x = 0;
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = (g * channels + c) * size;
         vec t = {}, u = {}, t2 = {}, u2 = {};
         auto take = [&](int64_t i, vec& t, vec& u) {
-          vec d = *(const vec*)(dy + i);
-          if (relu) d = keep(*(const vec*)(y + i) > zero, d);
+          vec seen = *(const vec*)(x + i), d = passed(i, seen);
           t += d;
-          u += d * (*(const vec*)(x + i) - m);
+          u += d * (seen - m);
         };
         int64_t i = at;
         for (; i + 2 * LANES <= at + size; i += 2 * LANES) take(i, t, u), take(i + LANES, t2, u2);
@@ -568,16 +579,14 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
       total_x *= inverse[c];
       dgamma[c] = total_x;
       dbeta[c] = total;
-      float scale = (gamma ? gamma[c] : 1.f) * inverse[c];
       float shift = -scale * total / count, slope = -scale * inverse[c] * total_x / count;
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = (g * channels + c) * size;
         ivec mask = g == groups - 1 ? valid : ~(ivec){};
         for (int64_t i = at; i < at + size; i += LANES) {
-          vec d = *(const vec*)(dy + i);
-          if (relu) d = keep(*(const vec*)(y + i) > zero, d);
+          vec seen = *(const vec*)(x + i), d = passed(i, seen);
           if (dadd) *(vec*)(dadd + i) = d;
-          *(vec*)(dx + i) = keep(mask, d * scale + shift + (*(const vec*)(x + i) - m) * slope);
+          *(vec*)(dx + i) = keep(mask, d * scale + shift + (seen - m) * slope);
         }
       }
     }
