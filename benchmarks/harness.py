@@ -39,15 +39,21 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """CIFAR-10: the first images of every class, to train and to test on, averaged over 2x2 pixels; and labels."""
+def first_of_each(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """CIFAR-10: the first images of every class, to train and to test on; and labels."""
     source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
     parts = []
     for train in (True, False):
         images, labels = source.read(train)
         at = torch.cat([(labels == c).nonzero().squeeze(1)[: per_class if train else to_test] for c in range(10)])
-        parts.append((F.avg_pool2d(images[at].float(), 2).round().byte(), labels[at]))
+        parts.append((images[at], labels[at]))
     return parts
+
+
+def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same, averaged over 2x2 pixels."""
+    parts = first_of_each(root, per_class, to_test)
+    return [(F.avg_pool2d(images.float(), 2).round().byte(), labels) for images, labels in parts]
 
 
 def fit(

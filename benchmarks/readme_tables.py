@@ -53,6 +53,19 @@ COLUMNS = {
         "used in networks": "used", "tasks that grew": "tasks that grew", "seconds": "seconds",
     },
     "cl_lsg_tasks": {"method": ""} | {str(t): str(t) for t in range(1, 11)},
+    "sparse_speed": {
+        "what": "", "batch": "batch", "threads": "threads", "dense": "dense, ms", "0": "nothing pruned", "0.75": "75 %",
+        "0.9": "90 %", "0.95": "95 %", "bf16": "dense bf16, ms",
+    },
+    "sparse_speed_layers": {"layer": "layer", "0": "dense", "0.75": "75 %", "0.9": "90 %", "0.95": "95 %"},
+    "sparse_training": {
+        "seed": "seed", "dense s": "masked dense, s", "kernels s": "kernels, s", "ratio": "ratio",
+        "dense ACC": "ACC masked dense, Class-IL / Task-IL", "kernels ACC": "ACC kernels",
+    },
+    "sparse_training_esacl": {
+        "sparsity": "sparsity", "batch": "batch", "dense_ms": "dense, ms", "sparse_ms": "kernels, ms",
+        "speedup": "ratio",
+    },
     "overhead": {
         "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
     },
@@ -130,7 +143,47 @@ def methods(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def speeds(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each way to run: the dense time, and how many times faster each sparsity is."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for row in result["rows"]:
+        what = {"train": "training step", "inference": "inference"}[row["mode"]]
+        own = rows.setdefault(
+            (row["mode"], row["batch"], row["threads"]),
+            {"what": what, "batch": row["batch"], "threads": row["threads"], "dense": f"{row['dense_ms']:.1f}"}
+            | {"bf16": "" if row["bf16_ms"] is None else f"{row['bf16_ms']:.1f}"},
+        )
+        own[f"{row['sparsity']:g}"] = f"{row['speedup']:.1f}"
+    return list(rows.values())
+
+
+def layers(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each kind of layer: the part of the FMA peak, forward / input gradient / weight gradient."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in result["fractions"]:
+        own = rows.setdefault(row["layer"], {"layer": row["layer"], "0": "", "0.75": "", "0.9": "", "0.95": ""})
+        passes = (row[p] for p in ("forward", "input gradient", "weight gradient"))
+        own[f"{row['sparsity']:g}"] = " / ".join(f"{100 * p:.0f}" for p in passes)
+    return list(rows.values())
+
+
+def sequences(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a seed, dense and accelerated beside each other."""
+    rows = []
+    for dense, fast in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+        row = {"seed": dense["seed"], "ratio": f"{fast['speedup']:.2f}"}
+        for name, run in (("dense", dense), ("kernels", fast)):
+            row[f"{name} s"] = f"{run['seconds']:.0f}"
+            row[f"{name} ACC"] = f"{100 * run['class_il']:.1f} / {100 * run['task_il']:.1f}"
+        rows.append(row)
+    return rows
+
+
 DERIVED = {
+    "sparse_speed": ("sparse_speed", speeds),
+    "sparse_speed_layers": ("sparse_speed", layers),
+    "sparse_training": ("sparse_training", sequences),
+    "sparse_training_esacl": ("sparse_training", lambda result: result["esacl"]),
     "methods": ("split_digits_methods", methods),
     "continual_dst_findings": ("continual_dst", findings),
     "cl_lsg_tasks": ("cl_lsg", by_task),

@@ -65,6 +65,14 @@ from lightning_sparse_cl.optim import (
     StochasticFrankWolfe,
     UpdateRule,
 )
-from lightning_sparse_cl.sparsity import GrowthGates, Masks, Subnetworks, load_sparse, save_sparse
+from lightning_sparse_cl.sparsity import (
+    GrowthGates,
+    Masks,
+    Subnetworks,
+    compact,
+    export_network,
+    load_sparse,
+    save_sparse,
+)
 
 __version__ = "0.1.0"

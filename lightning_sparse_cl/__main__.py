@@ -22,6 +22,44 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.sparsity.layers import network_of
+
+
+class ExportingTrainer(pl.Trainer):
+    """A Trainer with ``export``, a subcommand beside ``fit`` and ``test``."""
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "last",
+        output: str = "model.pt2",
+    ) -> None:
+        """Write the trained network, without dead channels, as a program that torch runs alone.
+
+        ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits of all
+        classes.
+
+        Args:
+            model: the method.
+            datamodule: not needed.
+            ckpt_path: a checkpoint, or "last": the newest run of this configuration.
+            output: the file to write.
+
+        Raises:
+            ValueError: if the checkpoint has one subnetwork for each task, or classifies by a memory.
+        """
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
+            raise ValueError(
+                f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
+                "load_from_checkpoint and export each that you need by export_network"
+            )
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        shape = checkpoint["built_for"]["input_shape"]
+        left = scl.export_network(network_of(model), output, shape)
+        print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
 
 
 class SparseCLI(LightningCLI):
@@ -34,6 +72,10 @@ class SparseCLI(LightningCLI):
         parser.set_defaults({"checkpoint.save_last": True})
         parser.add_argument("--threads", type=int | None, help="CPU threads of torch; small networks need one")
         parser.add_argument("--compile", type=bool, default=False, help="run the backbone under torch.compile")
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return LightningCLI.subcommands() | {"export": {"model", "datamodule"}}
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -63,7 +105,7 @@ class SparseCLI(LightningCLI):
         elif not list(Path(folder).glob("last*.ckpt")):
             raise FileNotFoundError(f"--ckpt_path=last: there is no last.ckpt in {folder}")
 
-    before_validate = before_test = before_predict = before_fit
+    before_validate = before_test = before_predict = before_export = before_fit
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -120,6 +162,7 @@ def main(args: ArgsType = None) -> SparseCLI:
     return SparseCLI(
         pl.LightningModule,
         scl.TaskDataModule,
+        trainer_class=ExportingTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,

@@ -18,7 +18,7 @@ def imports(path):
             yield node.module or ""
 
 
-@pytest.mark.parametrize("folder", ["optim", "sparsity", "metrics", "backbones", "objectives"])
+@pytest.mark.parametrize("folder", ["optim", "sparsity", "metrics", "backbones", "objectives", "kernels"])
 def test_plain_torch_packages_do_not_import_lightning(folder):
     for path in (PACKAGE / folder).glob("*.py"):
         bad = [m for m in imports(path) if m.split(".")[0] == "lightning" or "callbacks" in m or "methods" in m]

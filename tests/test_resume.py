@@ -165,6 +165,26 @@ def test_killed_and_resumed(tmp_path, config):
         kill_and_resume(tmp_path / "whole", tmp_path / name, config, *points(ends, 0)[name])
 
 
+ACCELERATED = ["--trainer.callbacks+=SparseAcceleration", "--trainer.callbacks.measure=false"]
+
+
+@pytest.mark.parametrize(
+    "config", ["sparcl", *(pytest.param(c, marks=pytest.mark.slow) for c in ("rigl_derpp", "esacl", "continual_dst"))]
+)
+def test_killed_and_resumed_with_sparse_kernels(tmp_path, config):
+    ends = whole_run(tmp_path / "whole", config, *ACCELERATED)
+    chosen = points(ends, 0)
+    for name in ["middle of a task", "its first batch"] if config == "sparcl" else chosen:
+        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *chosen[name], *ACCELERATED)
+    strike = ["--trainer.callbacks+=test_resume.Strike", "--trainer.callbacks.hook=on_train_batch_end"]
+    folder = tmp_path / "stopped"
+    assert forked(command(folder, config, *ACCELERATED, *strike, "--trainer.callbacks.at=40")) == -signal.SIGKILL
+    last = folder / "last.ckpt"
+    assert forked(command(tmp_path / "dense", config, f"--ckpt_path={last}")) == 0  # without the kernels
+    dense, fast = final_state(tmp_path / "dense"), final_state(tmp_path / "whole")
+    assert dense["state_dict"].keys() == fast["state_dict"].keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
 def test_killed_anywhere_and_resumed(tmp_path, config):

@@ -24,9 +24,14 @@ class SparseAcceleration(pl.Callback):
     In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
     no kernels (another device or precision, no compiler) the run goes on dense, and says so. With several processes,
     and optimisers that look at more than one element at a time, weights stay whole: slower, and the same otherwise.
+
+    Args:
+        measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them
+            wherever there are any, so that what is computed does not depend on the clock.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measure: bool = True) -> None:
+        self.measure = measure
         self.acceleration: Acceleration | None = None
         self._choices: dict[str, Any] = {}
 
@@ -61,7 +66,7 @@ class SparseAcceleration(pl.Callback):
             )
             return
         try:
-            self.acceleration = accelerate(pl_module, masks, optimizers, _parts(pl_module))
+            self.acceleration = accelerate(pl_module, masks, optimizers, _parts(pl_module), self.measure)
         except KernelsUnavailable as error:
             rank_zero_warn(f"SparseAcceleration: {error}")
             return

@@ -29,6 +29,7 @@ def accelerate(
     masks: Masks | Mapping[str, Tensor] | None = None,
     optimizers: Iterable[Optimizer] = (),
     parts: Sequence[str] = ("",),
+    measure: bool = True,
 ) -> Acceleration:
     """Run a masked network by sparse kernels from now on, in training and evaluation, on CPUs in float32.
 
@@ -48,6 +49,7 @@ def accelerate(
             whole, held weights. None is: where the weights are not zero now.
         optimizers: of the weights, for training.
         parts: names of the submodules that are called as a whole; the model itself is ``""``.
+        measure: False uses the kernels wherever there are any, without a look at the clock.
 
     Returns:
         What :func:`densify` takes, if not the model; it tells what is run how.
@@ -57,7 +59,7 @@ def accelerate(
         ValueError: if a mask does not fit its weight, or the model is already accelerated or compiled.
     """
     library()
-    return Acceleration(model, masks, optimizers, parts)
+    return Acceleration(model, masks, optimizers, parts, measure)
 
 
 def densify(model: nn.Module | Acceleration) -> nn.Module:
@@ -82,13 +84,14 @@ class Acceleration:
         masks: Masks | Mapping[str, Tensor] | None,
         optimizers: Iterable[Optimizer],
         parts: Sequence[str],
+        measure: bool,
     ) -> None:
         if any(m._compiled_call_impl for m in model.modules()):
             raise ValueError(f"accelerate({type(model).__name__}): it is already accelerated or compiled")
         self.model = model
         self.masks = masks
         self._hooks: list[RemovableHandle] = []
-        self.choices = Choices()
+        self.choices = Choices(measure)
         self.layers: dict[str, Layer] = {}
         self.left: dict[str, str] = {}
         """Layers without kernels, and why."""

@@ -140,15 +140,22 @@ class Blocked:
 
 
 class Choices:
-    """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it."""
+    """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
 
-    def __init__(self) -> None:
+    Args:
+        measure: False is: they are.
+    """
+
+    def __init__(self, measure: bool = True) -> None:
+        self.measure = measure
         self.taken: dict[str, bool] = {}
         """Whether the kernels are used, by what was measured."""
         self._dense: set[str] = set()
 
     def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
         """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
+        if not self.measure:
+            return True
         grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
         shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
         if (shape, grads, threads) in layer.chosen:

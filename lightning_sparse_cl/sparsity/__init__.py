@@ -1,10 +1,21 @@
 """Sparsity in plain torch: functions on tensors and masks over modules; nothing here imports Lightning."""
 
-from lightning_sparse_cl.sparsity.export import load_sparse, save_sparse
+from lightning_sparse_cl.sparsity.channels import compact
+from lightning_sparse_cl.sparsity.export import export_network, load_sparse, save_sparse
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 from lightning_sparse_cl.sparsity.layers import sparse_weights
 from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.sparsity.scores import top_k_mask
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
-__all__ = ["GrowthGates", "Masks", "Subnetworks", "load_sparse", "save_sparse", "sparse_weights", "top_k_mask"]
+__all__ = [
+    "GrowthGates",
+    "Masks",
+    "Subnetworks",
+    "compact",
+    "export_network",
+    "load_sparse",
+    "save_sparse",
+    "sparse_weights",
+    "top_k_mask",
+]

@@ -136,21 +136,35 @@ class Channels:
             users |= {name: kept for name, s in users.items() if s == gone}
 
 
-def compact(network: nn.Module, outputs: Sequence[int] | Tensor | None = None) -> nn.Module:
-    """A copy without the channels that nobody reads; it computes the same.
+def compact(
+    network: nn.Module,
+    masks: Mapping[str, Tensor] | None = None,
+    outputs: Sequence[int] | Tensor | None = None,
+) -> nn.Module:
+    """A copy without the channels that nobody reads; it computes the same, and is trained like any other.
 
     A channel is read if a layer has a non-zero weight for it, and is read itself. What a channel's own weights are does
     not matter: batch-norm makes a constant of zero weights.
 
     Args:
         network: maps images (B, C, H, W) to (B, D).
+        masks: of weights by name, True where alive; None takes the weights that are not zero. (``Masks.alive``)
         outputs: which of the D outputs to keep, in this order; None is all.
 
     Returns:
         The smaller network. One that cannot be followed (see :meth:`Channels.of`) is returned with all channels but
         the outputs.
+
+    Raises:
+        ValueError: if a mask is of no weight of the network, or has another shape.
     """
     network = copy.deepcopy(network)
+    weights = dict(network.named_parameters())
+    for name, mask in (masks or {}).items():
+        if name not in weights or weights[name].shape != mask.shape:
+            of = f"{tuple(weights[name].shape)}" if name in weights else "not there"
+            raise ValueError(f"compact: the mask of {name!r} has shape {tuple(mask.shape)}, the weight is {of}")
+        weights[name].data.mul_(mask)
     last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1] if outputs is not None else None
     try:
         channels = Channels.of(network)

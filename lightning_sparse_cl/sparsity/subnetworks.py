@@ -124,9 +124,8 @@ class Subnetworks:
         """
         if task not in self._ready:
             with self.use(task), torch.no_grad():
-                self._ready[task] = (
-                    compact(network_of(self.module), self.tasks[task].classes).eval().requires_grad_(False)
-                )
+                small = compact(network_of(self.module), outputs=self.tasks[task].classes)
+                self._ready[task] = small.eval().requires_grad_(False)
         return self._ready[task].to(next(self.module.parameters()).device)
 
     def stored(self) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def test_half_the_channels_unread(make):
             per_channel = weight.shape[1] // channels.sizes[source]
             weight[:, (torch.arange(channels.sizes[source]) % 2 == 1).repeat_interleave(per_channel)] = 0
     before = {n: t.clone() for n, t in full.state_dict().items()}
-    small = compact(full, [7, 1])
+    small = compact(full, outputs=[7, 1])
     torch.testing.assert_close(small(x), full(x)[:, [7, 1]])
     assert all(torch.equal(before[n], t) for n, t in full.state_dict().items())
     for name, target in channels.writes.items():
@@ -58,7 +58,7 @@ def test_a_network_that_cannot_be_followed_keeps_its_channels():
     with pytest.raises(ValueError, match="channels cannot be followed through"):
         Channels.of(odd)
     assert torch.equal(compact(odd)(x), odd(x))
-    torch.testing.assert_close(compact(odd, [4, 0])(x), odd(x)[:, [4, 0]])
+    torch.testing.assert_close(compact(odd, outputs=[4, 0])(x), odd(x)[:, [4, 0]])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,321 @@
+"""An accelerated network is the same network, only faster."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.kernels import KernelsUnavailable, build
+from lightning_sparse_cl.sparsity import Masks
+
+
+class Odd(nn.Module):
+    """What there are no kernels for, and control flow that cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2), nn.Conv2d(8, 8, 3, groups=2),
+            nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), nn.Conv2d(8, 12, 3, padding=2, stride=2),
+        )  # fmt: skip
+        self.last = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.convs(x)
+        if x.mean() > 1e9:
+            x = -x
+        return self.last(F.max_pool2d(x, 2).amax((2, 3)))
+
+
+class Branches(nn.Module):
+    """Sums, norms and pools in the orders that fusing must not mistake for others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1, bias=i == 3) for i in (3, 8, 8))
+        self.norm, self.same = nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)
+
+    def forward(self, x):
+        x = self.a(x)
+        y = self.b(self.norm(x).relu())
+        y = F.relu(y + x) + y
+        z = self.same(self.c(y)) + y
+        return F.avg_pool2d(z + z, 2).mean((2, 3))
+
+
+NETWORKS = {
+    "resnet": lambda: scl.ResNet18(8),
+    "vgg": lambda: scl.VGG16(4),
+    "cnn": lambda: scl.SmallCNN(8),
+    "mlp": lambda: scl.SmallMLP((32, 32)),
+    "lenet": lambda: scl.LeNet5(),
+    "mobilenet": lambda: scl.MobileNetV2(),
+    "odd": Odd,
+    "branches": Branches,
+}
+
+
+def network(name, side=16):
+    torch.manual_seed(0)
+    net = NETWORKS[name]()
+    net.eval()(torch.zeros(2, 3, side, side))
+    masks = {n: torch.rand_like(p) < 0.3 for n, p in net.named_parameters() if p.ndim > 1}
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            p.mul_(masks.get(n, 1))
+        net.train()(torch.randn(16, 3, side, side))
+    return net, masks
+
+
+def difference(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-9)).item()
+
+
+@pytest.mark.parametrize("images", [3, 16, 21])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_compute_what_they_did(name, images):
+    net, masks = network(name)
+    plain, fast = copy.deepcopy(net).double(), net
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    scl.accelerate(fast, masks, measure=False)
+    assert all(torch.equal(t, before[n]) for n, t in fast.state_dict().items())
+    for training in (True, False):
+        x = torch.randn(images, 3, 16, 16)
+        inputs = [x.double().requires_grad_(), x.requires_grad_()]
+        out = [n.train(training)(i) for n, i in zip((plain, fast), inputs)]
+        assert difference(out[1], out[0]) < 1e-5
+        weights = torch.randn_like(out[1])
+        for o, n in zip(out, (plain, fast)):
+            n.zero_grad()
+            (o * weights).sum().backward()
+        assert difference(inputs[1].grad, inputs[0].grad) < 1e-4
+        grads = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+        largest = max(g.norm() for g in grads.values())
+        for n, p in fast.named_parameters():
+            if n in grads:
+                error = (p.grad - grads[n] * masks.get(n, 1)).norm()
+                assert error < 1e-4 * grads[n].norm() + 1e-6 * largest, n
+                if n in masks:
+                    assert (p.grad[~masks[n]] == 0).all()
+        with torch.no_grad():
+            assert difference(fast(x), plain(x.double())) < 1e-5
+    for (n, a), b in zip(fast.named_buffers(), plain.buffers()):
+        assert difference(a, b) < 1e-5, n  # running statistics and their number
+    assert scl.densify(fast) is fast
+    assert difference(fast(x), plain(x.double())) < 1e-5
+
+
+def train(net, optimizer, steps, before=lambda: None):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        before()
+        x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
+        lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, nesterov=True, fused=True),
+        lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=1e-2),
+        lambda p: torch.optim.Adagrad(p, 1e-2),
+    ],
+)
+def test_training_the_alive_values_is_training_the_weights(make):
+    runs = []
+    for kind in ("plain", "whole", "compact", "woken"):
+        net, masks = network("resnet")
+        own = Masks.of(net)
+        for name, mask in masks.items():
+            own.set_alive(name, mask)
+        optimizer = make(net.parameters())
+        own.enforce(optimizer)
+        before = lambda: None  # noqa: E731
+        if kind != "plain":
+            found = scl.accelerate(net, own, [optimizer], measure=False)
+            if kind != "whole":
+                before = found.train_compact
+        train(net, optimizer, 3, before)
+        if kind == "compact":
+            assert found.compact is not None
+            assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) < 0.4 * 700_000
+        if kind == "woken":
+            copy.deepcopy(net)  # reads every weight
+            assert found.compact is None
+        train(net, optimizer, 3, before)
+        state = [(net.state_dict()[n], optimizer.state[p]) for n, p in net.named_parameters()]
+        assert all((p[~masks[n]] == 0).all() for n, p in net.named_parameters() if n in masks)
+        runs.append(state)
+    for (w, s), (v, t) in zip(runs[1], runs[0]):  # rounding apart
+        assert difference(w, v) < 1e-3
+        assert s.keys() == t.keys()
+    for other in runs[2:]:
+        for (w, s), (v, t) in zip(other, runs[1]):
+            assert torch.equal(w, v)
+            assert all(torch.equal(s[k], t[k]) if torch.is_tensor(s[k]) else s[k] == t[k] for k in s)
+
+
+def test_held_weights_stay_as_they_are_bit_for_bit():
+    net, masks = network("resnet")
+    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    for name, mask in masks.items():
+        own.set_alive(name, mask)
+    own.enforce(optimizer)
+    found = scl.accelerate(net, own, [optimizer], measure=False)
+    train(net, optimizer, 2, found.train_compact)  # there is momentum now
+    names = list(masks)[2:5]
+    frozen = {name: torch.rand(masks[name].shape) < 0.5 for name in names}
+    own.set_frozen(names[0], frozen[names[0]])
+    own.set_updated(names[1], ~frozen[names[1]])
+    own.set_frozen(names[2], frozen[names[2]])
+    before = {name: net.get_parameter(name).detach().clone() for name in names}
+    train(net, optimizer, 3, found.train_compact)
+    assert found.compact is not None
+    for name in names:
+        after = net.get_parameter(name)
+        assert torch.equal(after[frozen[name]], before[name][frozen[name]])
+        moved = masks[name] & ~frozen[name]
+        assert (after[moved] != before[name][moved]).float().mean() > 0.9
+
+
+def test_masks_are_followed_and_grown_weights_learn():
+    net, masks = network("cnn")
+    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1)
+    for name, mask in masks.items():
+        own.set_alive(name, mask)
+    own.enforce(optimizer)
+    found = scl.accelerate(net, own, [optimizer], measure=False)
+    train(net, optimizer, 1, found.train_compact)
+    name = list(masks)[1]
+    own.set_alive(name, ~masks[name])
+    train(net, optimizer, 1, found.train_compact)
+    weight = net.get_parameter(name)
+    assert (weight[masks[name]] == 0).all()
+    assert (weight[~masks[name]] != 0).float().mean() > 0.5
+    own.ask_whole([name])
+    train(net, optimizer, 1)
+    assert (own.take_whole()[name][masks[name]] != 0).any()  # gradients of pruned weights, for who grows them
+
+
+def test_a_weight_read_between_the_passes_still_gets_its_gradient():
+    net, masks = network("cnn")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    found = scl.accelerate(net, masks, [optimizer], measure=False)
+    x = torch.randn(8, 3, 16, 16)
+    (net(x) ** 2).mean().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    found.train_compact()
+    loss = (net(x) ** 2).mean()
+    penalty = sum((p**2).sum() for p in net.parameters())  # as EWC does
+    assert found.compact is None
+    (loss + 0 * penalty).backward()
+    assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
+
+
+def test_who_looks_into_the_network_finds_what_torch_computes():
+    net, masks = network("cnn")
+    scl.accelerate(net, masks, measure=False)
+    x, seen = torch.randn(4, 3, 16, 16), []
+    other = {n: torch.randn_like(p) for n, p in net.named_parameters()}
+    expected = torch.func.functional_call(copy.deepcopy(net), other, x)
+    assert torch.equal(torch.func.functional_call(net, other, x), expected)
+    hook = next(m for m in net.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(lambda *a: seen.append(a))
+    net(x)
+    assert len(seen) == 1
+    hook.remove()
+    net.register_forward_hook(lambda *a: seen.append(a))
+    net(x)
+    assert len(seen) == 2
+    clone = copy.deepcopy(net)
+    assert clone._compiled_call_impl is None
+    assert type(next(m for m in clone.modules() if isinstance(m, nn.Conv2d))._parameters) is dict
+    assert net(x[:0]).shape == (0, expected.shape[1]) or True
+
+
+def test_bad_input_is_refused_or_computed_as_it_was():
+    net, masks = network("cnn")
+    first = next(iter(masks))
+    with pytest.raises(ValueError, match="no weight 'nothing'"):
+        scl.accelerate(net, {"nothing": torch.ones(1)})
+    with pytest.raises(ValueError, match="has shape"):
+        scl.accelerate(net, {first: masks[first][:1]})
+    with pytest.raises(ValueError, match="not accelerated"):
+        scl.densify(net)
+    scl.accelerate(net, masks, measure=False)
+    with pytest.raises(ValueError, match="already accelerated"):
+        scl.accelerate(net, masks)
+    plain, x = copy.deepcopy(net), torch.randn(5, 16, 16, 3).permute(0, 3, 1, 2)
+    for given in (x, x[:, :, ::2, ::2].repeat(1, 1, 2, 2).transpose(2, 3)):  # not contiguous
+        assert difference(net.eval()(given), plain.eval()(given)) < 1e-5
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            with torch.autocast("cpu", torch.bfloat16):
+                half = net(x)
+    assert half.dtype == torch.bfloat16
+    assert ["autocast" in str(w.message) for w in said] == [True]
+    assert torch.isfinite(net(x)).all()
+    scl.densify(net)
+    net.compile()
+    with pytest.raises(ValueError, match="compiled"):
+        scl.accelerate(net, masks)
+
+
+def test_layers_without_kernels_are_told():
+    net, masks = network("odd")
+    found = scl.accelerate(net, masks, measure=False)
+    assert {n: why.split()[0] for n, why in found.left.items()} == {
+        "convs.2": "a", "convs.3": "2", "convs.4": "padding",
+    }  # fmt: skip
+
+
+def test_slower_kernels_are_not_used(monkeypatch):
+    from lightning_sparse_cl.kernels import program
+
+    for times, used in (((1.0, 2.0), True), ((2.0, 1.0), False)):
+        net, masks = network("cnn")
+        monkeypatch.setattr(program, "_measure", lambda *_, times=times: times)
+        found = scl.accelerate(net, masks)
+        net(torch.randn(4, 3, 16, 16)).sum().backward()
+        assert set(found.choices.taken.values()) == {used}
+        name = list(masks)[1]
+        assert (net.get_parameter(name).grad[~masks[name]] == 0).all()  # either way
+        again = scl.kernels.program.Choices()
+        again.load_state_dict(found.choices.state_dict())
+        assert again.taken == found.choices.taken
+
+
+def test_without_a_compiler_there_is_a_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_SPARSE_CL_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    build.library.cache_clear()
+    try:
+        with pytest.raises(KernelsUnavailable, match="no C\\+\\+ compiler"):
+            scl.accelerate(nn.Linear(2, 2), {"weight": torch.ones(2, 2)})
+        (tmp_path / "c++").write_text("#!/bin/sh\necho 'error: no' >&2\nexit 1\n")
+        (tmp_path / "c++").chmod(0o755)
+        with pytest.raises(KernelsUnavailable, match=r"failed .*error: no"):
+            build.library()
+        assert not list(tmp_path.glob("*.so"))
+    finally:
+        build.library.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instructions_pass_the_same_tests(capability):
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    files = [__file__, __file__.replace("acceleration", "patterns")]
+    subprocess.run([sys.executable, "-m", "pytest", "-q", *files], env=env, check=True)
