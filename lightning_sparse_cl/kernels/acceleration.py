@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse_cl.kernels.build import library
 from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
-from lightning_sparse_cl.kernels.program import Choices, Layer, Program, unsupported
+from lightning_sparse_cl.kernels.program import Choices, Layer, Program, rewrites, unsupported
 from lightning_sparse_cl.sparsity.channels import graph_of
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -111,7 +111,8 @@ class Acceleration:
             if not inside:
                 raise ValueError(f"accelerate({type(model).__name__}): the masks are of another module")
             self._prefix = f"{inside[0]}."
-        self._fixed = self._given(masks)
+        for name, mask in self._given(masks).items():
+            self.layers[name].remask(mask)
         self.follow()
         self.optimizers = list(optimizers)
         self.compact: CompactWeights | None = None
@@ -140,28 +141,27 @@ class Acceleration:
                     f"accelerate: the mask of {name!r} has shape {tuple(mask.shape)}, the weight "
                     f"{tuple(parameters[name].shape)}"
                 )
-        return {n: masks[f"{n}.weight"].bool() for n in self.layers if f"{n}.weight" in masks}
+        for name, mask in masks.items():  # also of layers without kernels
+            weight = parameters[name]
+            with torch.no_grad():
+                weight.mul_(mask)
+            if weight.requires_grad:
+                self._hooks.append(weight.register_hook(lambda grad, mask=mask: grad * mask))
+        names = {n: f"{n}.weight" if n else "weight" for n in self.layers}
+        return {n: masks[name].bool() for n, name in names.items() if name in masks}
 
     def follow(self) -> None:
         """Take the masks as they are now."""
-        if isinstance(self.masks, Masks):
-            if self._version == self.masks.version:
-                return
+        if isinstance(self.masks, Masks) and self._version != self.masks.version:
             self._version = self.masks.version
-            now = {n: self.masks.alive.get(f"{self._prefix}{n}.weight") for n in self.layers}
-        elif self._version is None:
-            self._version, now = 0, {n: self._fixed.get(n) for n in self.layers}
-        else:
-            return
-        for name, mask in now.items():
-            layer = self.layers[name]
-            if mask is not layer.mask:
-                layer.remask(mask)
-                if not isinstance(self.masks, Masks):  # which enforce themselves
-                    with torch.no_grad():
-                        layer.weight.mul_(mask)
-                    if layer.weight.requires_grad:
-                        self._hooks.append(layer.weight.register_hook(lambda grad, mask=mask: grad * mask))
+            for name, layer in self.layers.items():
+                mask = self.masks.alive.get(self._full(name))
+                if mask is not layer.mask:
+                    layer.remask(mask)
+
+    def _full(self, name: str) -> str:
+        """The name of a layer's weight in the module whose masks are followed."""
+        return f"{self._prefix}{name}.weight" if name else f"{self._prefix}weight"
 
     @property
     def masked(self) -> bool:
@@ -171,11 +171,13 @@ class Acceleration:
     def train_compact(self) -> None:
         """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`."""
         self.follow()
-        if self.compact is None:
-            masked = [x for x in self.layers.values() if x.mask is not None and not self.choices.dense(x)]
+        masked = [x for x in self.layers.values() if x.mask is not None and not self.choices.dense(x)]
+        if self.compact is not None and self.compact.given != masked:  # others have been masked since
+            self.train_whole()
+        if self.compact is None and masked:
             self.compact = CompactWeights(masked, self.optimizers, self._movable)
             if isinstance(self.masks, Masks):
-                self.masks.elsewhere = frozenset(f"{self._prefix}{x.name}.weight" for x in self.compact.layers)
+                self.masks.elsewhere = frozenset(self._full(x.name) for x in self.compact.layers)
 
     def train_whole(self) -> None:
         """Give the optimisers the whole weights back."""
@@ -195,7 +197,7 @@ class Acceleration:
             self.train_whole()
 
     def _movable(self, layer: Layer) -> Tensor | None:
-        name = f"{self._prefix}{layer.name}.weight"
+        name = self._full(layer.name)
         held = isinstance(self.masks, Masks) and (name in self.masks.frozen or name in self.masks.updated)
         return self.masks.movable(name) if held else None
 
@@ -241,12 +243,11 @@ class _Runner:
             if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
                 warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
             return self.part._call_impl(*args, **kwargs)
-        replaced = any(layer.replaced for layer in self._layers.values())
-        if replaced or args[0].numel() == 0 or _is_transformed(args[0]):
+        changed = any(layer.changed for layer in self._layers.values())
+        if changed or args[0].numel() == 0 or _is_transformed(args[0]):
             return self.part._call_impl(*args, **kwargs)
         program = self._program()
-        own = [hooks for hooks in (self.part._forward_hooks, self.part._forward_pre_hooks) if hooks]
-        if not own:
+        if not (self.part._forward_hooks or self.part._forward_pre_hooks):
             return program(*args)
         self.part.forward = program  # between the hooks of the part itself
         try:
@@ -282,8 +283,8 @@ def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list
         return []
     if name not in layers and type(model).forward is not nn.modules.module._forward_unimplemented:
         try:
-            graph_of(model)
-            return [(name, model)]
+            if not rewrites(graph_of(model), model):
+                return [(name, model)]
         except ValueError:
             pass
     if name in layers:

@@ -39,7 +39,8 @@ class CompactWeights:
         movable: Callable[[Layer], Tensor | None] = lambda layer: None,
     ) -> None:
         self._optimizers = [o for o in optimizers if type(o) in ELEMENTWISE]
-        self.layers = [layer for layer in layers if self._place(layer.weight) is not None]
+        self.given = list(layers)
+        self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         for layer in self.layers:
             weight, pattern = layer.weight, layer.pattern

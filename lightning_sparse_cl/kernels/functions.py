@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from lightning_sparse_cl.kernels.build import call, numbers
 from lightning_sparse_cl.kernels.layout import Grid
@@ -77,6 +78,8 @@ class Norm(Function):
             *("norm_forward", ctx.shape, x, gamma, beta, add, int(relu), float(eps), float(momentum)),
             *(*running, mean, inverse, y),
         )
+        if running[0] is not None:
+            increment_version(running)
         ctx.save_for_backward(x, y if relu and add is not None else None, gamma, beta, mean, inverse)
         ctx.relu, ctx.adds = relu, add is not None
         return y

@@ -94,7 +94,7 @@ class Pattern:
     ) -> Tensor:
         """Convolution of blocked x with the values, plus ``bias`` (out,), plus a blocked ``add``, rectified."""
         h, w = self.out_size(x, grid)
-        y = x.new_empty(x.shape[0], self.out, h, w, x.shape[4])
+        y = x.new_empty(self.out_shape(x, grid))
         padding = self.geometry.padding
         about = self._numbers(x, grid, self.out, (h, w), (h, w), self.out, -padding, self.kernel == 1, 1, self.block)
         offsets = self._offsets(max(h, w), False)
@@ -122,6 +122,10 @@ class Pattern:
         about = self._numbers(x, grid, self.out, size, size, self.out, -padding, self.kernel == 1, 1, self.block)
         call("sparse_correlate", self.mode, about, x, dy, self.pointers, self._offsets(max(size), False), dvalues)
         return dvalues
+
+    def out_shape(self, x: Tensor, grid: Grid) -> tuple[int, ...]:
+        """Of the blocked output, for blocked x."""
+        return (x.shape[0], self.out, *self.out_size(x, grid), x.shape[4])
 
     def out_size(self, x: Tensor, grid: Grid) -> tuple[int, int]:
         """Pixels (h, w) of a part of the output, for blocked x."""

@@ -18,6 +18,7 @@ from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
 ADDS = {operator.add, operator.iadd, torch.add}
 RELUS = {F.relu, torch.relu}
+IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 
 
 class Layer:
@@ -53,9 +54,10 @@ class Layer:
         return dict.get(self.module._parameters, "bias")  # to ask for it would end compact training
 
     @property
-    def replaced(self) -> bool:
-        """Whether the module has another weight for now, as in ``torch.func.functional_call``."""
-        return dict.get(self.module._parameters, "weight") is not self.weight
+    def changed(self) -> bool:
+        """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
+        weight = dict.get(self.module._parameters, "weight")
+        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu"
 
     @property
     def keeps_size(self) -> bool:
@@ -72,7 +74,7 @@ class Layer:
 
     @property
     def pattern(self) -> Pattern:
-        if self._pattern is None:
+        if self._pattern is None or self._pattern.strides != self.weight.stride():
             weight = self.weight.detach()
             mask = torch.ones_like(weight, dtype=torch.bool) if self.mask is None else self.mask
             self._pattern = Pattern(mask, weight, self.geometry)
@@ -84,18 +86,24 @@ class Layer:
             return self.compact
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return Gather.apply(self.weight, self.pattern)
-        at = (self.weight._version, self.weight.data_ptr())
-        if self._still is None or self._still[0] != at:
-            self._still = at, self.pattern.gather(self.weight.detach())
+        if self._still is None or self._still[0] != self._at:
+            with torch.inference_mode(False):  # it is kept for who takes gradients
+                self._still = self._at, self.pattern.gather(self.weight.detach())
         return self._still[1]
+
+    @property
+    def _at(self) -> tuple[int, int]:
+        """Another one whenever the values are others."""
+        weight = self.weight if self.compact is None else self.compact
+        return weight._version, weight.data_ptr()
 
     def folded(self, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
         """Values and bias with which the layer does its batch-norm, too, in eval mode."""
         values = self.values().detach()
         if norm is None:
             return values, self.bias
-        parts = (values, self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        at = [None if t is None else (t._version, t.data_ptr()) for t in parts]
+        parts = (self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        at = [self._at, *(None if t is None else (t._version, t.data_ptr()) for t in parts)]
         if self._folded is None or self._folded[0] != at:
             scale = torch.rsqrt(norm.running_var + norm.eps)
             scale = scale if norm.weight is None else scale * norm.weight.detach()
@@ -127,6 +135,23 @@ def unsupported(module: nn.Module) -> str | None:
     if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
         return f"weights in {module.weight.dtype} on {module.weight.device}"
     return None
+
+
+def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
+    """Whether an operation in place changes a value that is used again, as if it had not been computed anew."""
+    modules = dict(module.named_modules())
+    for node in graph.nodes:
+        if node.op == "call_module":
+            in_place = getattr(modules[node.target], "inplace", False)
+        elif node.op == "call_method":
+            in_place = node.target.endswith("_") and not node.target.endswith("__")
+        else:
+            named = getattr(node.target, "__name__", "")
+            in_place = node.op == "call_function" and (named.endswith("_") or named in IN_PLACE)
+            in_place = in_place or bool(node.kwargs.get("inplace", False))
+        if in_place and any(len(n.users) > 1 or n.op == "placeholder" for n in node.all_input_nodes[:1]):
+            return True
+    return False
 
 
 class Blocked:
@@ -318,37 +343,31 @@ class Program:
         raise AssertionError("a graph has an output")
 
     def _layer(self, step: Step, values: dict[fx.Node, Any]) -> Any:
-        x, layer = values[step.source], step.layer
-        add = None if step.add is None else values[step.add]
-        if layer is not None and self.choices is not None and not self.choices.sparse(layer, x):
+        """A layer or batch-norm and what follows it, by kernels if there are any for what has come."""
+        layer, norm, given = step.layer, step.norm, values[step.source]
+        if layer is None:
+            x = given if isinstance(given, Blocked) else None  # a batch-norm alone is not worth the conversion
+        else:
+            x = self._blocked(given, layer) if self.choices is None or self.choices.sparse(layer, given) else None
+        if x is None:
             return self._as_it_is(step, values)
-        if isinstance(x, Tensor):
-            if not (x.ndim == 4 or (layer is not None and isinstance(layer.module, nn.Linear) and x.ndim == 2)):
+        data, grid, add = x.data, x.grid, None
+        if step.add is not None:
+            shape = data.shape if layer is None else layer.pattern.out_shape(data, grid)
+            add = _like(values[step.add], shape, grid)
+            if add is None:  # something that is broadcast
                 return self._as_it_is(step, values)
-            if layer is None:  # a batch-norm alone is not worth the conversion
-                return self._as_it_is(step, values)
-        elif layer is not None and isinstance(layer.module, nn.Linear):
-            x = x.plain()
-        if layer is not None:
-            x = self._blocked(x, layer)
-        grid, fused = x.grid, not torch.is_grad_enabled()
-        norm = step.norm
         batch = norm is not None and norm.training
-        if add is not None:
-            add = add if isinstance(add, Blocked) and add.grid == grid else Blocked(grid.block(plain(add)), grid)
-            add = add.data
-        if layer is not None and fused and not batch:
+        if layer is not None and not batch and not torch.is_grad_enabled():
             weights, bias = layer.folded(norm)
-            after = layer.pattern.forward(x.data.contiguous(), weights, grid, bias, add, step.relu)
-            return self._shaped(step, after, grid)
-        data = x.data
+            data = layer.pattern.forward(data.contiguous(), weights, grid, bias, add, step.relu)
+            return self._shaped(step, data, grid)
         if layer is not None:
             data = Convolution.apply(data, layer.values(), layer.bias, layer.pattern, grid)
-        if norm is not None and batch:
-            running = (None, None)
+        if batch:
+            running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
             if norm.track_running_stats:
                 norm.num_batches_tracked.add_(1)
-                running = (norm.running_mean, norm.running_var)
             how = (add, step.relu, grid, norm.eps, norm.momentum, running)
             return Blocked(Norm.apply(data, norm.weight, norm.bias, *how), grid)
         if norm is not None:
@@ -363,14 +382,17 @@ class Program:
         linear = step.layer is not None and isinstance(step.layer.module, nn.Linear)
         return grid.unblock(data).flatten(1) if linear else Blocked(data, grid)
 
-    def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
-        """In a grid whose parts the layer keeps whole."""
-        if isinstance(x, Blocked):
+    def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked | None:
+        """In a grid whose parts the layer keeps whole; None if it is of a kind that the layer does not take blocked."""
+        linear = isinstance(layer.module, nn.Linear)
+        if isinstance(x, Blocked) and not linear:
             parts = [n % layer.geometry.stride == 0 for n in x.data.shape[2:4]]
             if x.grid[1:] == (1, 1) or (layer.keeps_size and all(parts)):
                 return x
-            x = x.plain()
-        x = x[:, :, None, None] if x.ndim == 2 else x
+        x = plain(x)
+        if x.ndim != (2 if linear else 4):
+            return None
+        x = x[:, :, None, None] if linear else x
         grid = layer.grid(x)
         return Blocked(grid.block(x), grid)
 
@@ -411,7 +433,8 @@ class Program:
         """As torch does it."""
         args, kwargs = (fx.node.map_arg(a, lambda n: plain(values[n])) for a in (node.args, node.kwargs))
         if node.op == "call_module":
-            return self.modules[node.target]._call_impl(*args, **kwargs)  # not what may stand in for it
+            module = self.modules[node.target]
+            return type(module).forward(module, *args, **kwargs)  # it has no hooks, and this may stand in for its call
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)
         if node.op == "call_function":
@@ -425,6 +448,16 @@ class Program:
 def plain(value: Any) -> Any:
     """A tensor as torch has it."""
     return value.plain() if isinstance(value, Blocked) else value
+
+
+def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | None:
+    """Blocked in the same way, if it has the shape."""
+    if not isinstance(value, Blocked) or value.grid != grid:
+        value = plain(value)
+        if value.ndim != 4 or len(value) != grid.images or any(n % p for n, p in zip(value.shape[2:], grid[1:])):
+            return None
+        value = Blocked(grid.block(value), grid)
+    return value.data if value.data.shape == shape else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

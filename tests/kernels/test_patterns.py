@@ -90,7 +90,7 @@ def test_any_number_of_threads_computes_the_same_bits():
 
 @pytest.mark.parametrize(
     ("images", "height", "width", "down", "parts"),
-    [(32, 32, 32, 8, 1), (1, 32, 32, 8, 16), (3, 32, 32, 8, 4), (1, 28, 28, 1, 16), (1, 7, 7, 1, 1), (1, 4, 8, 4, 2)],
+    [(32, 32, 32, 8, 1), (1, 32, 32, 8, 16), (3, 32, 32, 8, 8), (1, 28, 28, 1, 16), (1, 7, 7, 1, 1), (1, 4, 8, 4, 2)],
 )
 def test_small_batches_fill_the_lanes_with_parts_of_each_image(images, height, width, down, parts):
     grid = Grid.of(images, height, width, down)
