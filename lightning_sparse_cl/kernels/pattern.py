@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,15 +15,15 @@ from lightning_sparse_cl.kernels.layout import Grid
 FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile sees beyond itself: none, 1, 2; 2 at stride 2
 
 
+Call = tuple[ctypes.Array, Tensor, tuple[int, ...]]
+"""Numbers and offsets for a kernel, and the shape of what it writes."""
+
+
 class Geometry(NamedTuple):
     """One convolution: what its masks cannot tell."""
 
     stride: int = 1
     padding: int = 0
-
-    def size(self, pixels: int, kernel: int) -> int:
-        """Pixels that come out of so many, along one axis."""
-        return (pixels + 2 * self.padding - kernel) // self.stride + 1
 
 
 class Pattern:
@@ -72,6 +73,7 @@ class Pattern:
         sizes = (self.out, self.inputs, k, stride, padding, self.block, self.back_block)
         call("build_lists", mask, numbers(*[*self.strides, 0, 0][:4]), *sizes, *lists)
         self._places: dict[tuple[int, bool], Tensor] = {}
+        self._calls: dict[tuple, Call] = {}
 
     def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The values (n,) of the non-zeros of a tensor like the weight."""
@@ -93,62 +95,58 @@ class Pattern:
         relu: bool = False,
     ) -> Tensor:
         """Convolution of blocked x with the values, plus ``bias`` (out,), plus a blocked ``add``, rectified."""
-        h, w = self.out_size(x, grid)
-        y = x.new_empty(self.out_shape(x, grid))
-        padding = self.geometry.padding
-        about = self._numbers(x, grid, self.out, (h, w), (h, w), self.out, -padding, self.kernel == 1, 1, self.block)
-        offsets = self._offsets(max(h, w), False)
+        about, offsets, shape = self._known(("forward", x.shape, grid), self._forward)
+        y = x.new_empty(shape)
         call("sparse_convolve", self.mode, about, x, self.pointers, offsets, values, bias, add, int(relu), y)
         return y
 
     def input_gradient(self, dy: Tensor, values: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
         """The gradient of the blocked input, of ``size`` (h, w), from that of the output."""
-        stride = self.geometry.stride
-        back = torch.empty(self.entries)
-        call("gather", values, self.back_from, self.entries, back)
-        tiles = tuple(-(-n // stride) for n in size)
-        dx = dy.new_empty(dy.shape[0], self.inputs, *size, dy.shape[4])
-        rows = stride**2 * self.inputs
-        about = self._numbers(dy, grid, rows, tiles, size, self.inputs, self.origin, False, stride, self.back_block)
-        offsets = self._offsets(max(tiles), True)
+        about, offsets, shape = self._known(("back", dy.shape, grid, tuple(size)), self._back)
+        back = self.back_values(values)
+        dx = dy.new_empty(shape)
         call("sparse_convolve", self.back_mode, about, dy, self.back_pointers, offsets, back, None, None, 0, dx)
         return dx
 
     def weight_gradient(self, x: Tensor, dy: Tensor, grid: Grid) -> Tensor:
         """The gradient (n,) of the values."""
-        size = tuple(dy.shape[2:4])
+        about, offsets, _ = self._known(("forward", x.shape, grid), self._forward)
         dvalues = torch.empty(self.entries)
-        padding = self.geometry.padding
-        about = self._numbers(x, grid, self.out, size, size, self.out, -padding, self.kernel == 1, 1, self.block)
-        call("sparse_correlate", self.mode, about, x, dy, self.pointers, self._offsets(max(size), False), dvalues)
+        call("sparse_correlate", self.mode, about, x, dy, self.pointers, offsets, dvalues)
         return dvalues
+
+    def back_values(self, values: Tensor) -> Tensor:
+        """The values in the order of the transposed lists."""
+        back = torch.empty(self.entries)
+        call("gather", values, self.back_from, self.entries, back)
+        return back
 
     def out_shape(self, x: Tensor, grid: Grid) -> tuple[int, ...]:
         """Of the blocked output, for blocked x."""
-        return (x.shape[0], self.out, *self.out_size(x, grid), x.shape[4])
+        return self._known(("forward", x.shape, grid), self._forward)[2]
 
-    def out_size(self, x: Tensor, grid: Grid) -> tuple[int, int]:
-        """Pixels (h, w) of a part of the output, for blocked x."""
+    def _known(self, key: tuple, find: Callable[..., Call]) -> Call:
+        """What a kernel needs to know of one shape, found once."""
+        if key not in self._calls:
+            self._calls[key] = find(*key[1:])
+        return self._calls[key]
+
+    def _forward(self, x: torch.Size, grid: Grid) -> Call:
         stride, padding = self.geometry
-        parts = zip(x.shape[2:4], grid[1:])
-        return tuple(((n * p + 2 * padding - self.kernel) // stride + 1) // p for n, p in parts)
+        groups, inputs, *here, lanes = x
+        size = [((n * p + 2 * padding - self.kernel) // stride + 1) // p for n, p in zip(here, grid[1:])]
+        step = stride if self.kernel == 1 else 1
+        where = (*size, *size, self.out, -padding, -padding, step, 1, self.block, *grid)
+        about = numbers(groups, inputs, self.out, *here, *where)
+        return about, self._offsets(max(size), False), (groups, self.out, *size, lanes)
 
-    def _numbers(
-        self,
-        x: Tensor,
-        grid: Grid,
-        rows: int,
-        tiles: tuple[int, int],
-        size: tuple[int, int],
-        out: int,
-        origin: int,
-        skips: bool,
-        phases: int,
-        block: int,
-    ) -> ctypes.Array:
-        step = self.geometry.stride if skips else 1
-        where = (*x.shape[:2], rows, *x.shape[2:4], *tiles, *size, out, origin, origin, step, phases, block)
-        return numbers(*where, *grid)
+    def _back(self, dy: torch.Size, grid: Grid, size: tuple[int, int]) -> Call:
+        stride = self.geometry.stride
+        groups, _, *here, lanes = dy
+        tiles = [-(-n // stride) for n in size]
+        where = (*tiles, *size, self.inputs, self.origin, self.origin, 1, stride, self.back_block, *grid)
+        about = numbers(groups, self.out, stride**2 * self.inputs, *here, *where)
+        return about, self._offsets(max(tiles), True), (groups, self.inputs, *size, lanes)
 
     def _offsets(self, side: int, back: bool) -> Tensor:
         """Places in the packed window, whose size depends on that of the output."""

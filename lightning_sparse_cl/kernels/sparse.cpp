@@ -163,12 +163,20 @@ struct Ahead {
 template <int TH, int TW, int STRIDE, int PW>
 static INLINE void run(const float* window, const uint16_t* offset, const float* value, int64_t n, vec (&a)[TH * TW]) {
   int64_t e = 0;
-  if constexpr (TH * TW == 1) {  // one sum would wait for itself
+  if constexpr (TH * TW == 1) {  // one sum would wait for itself, and a loop over the rest would be mispredicted
+    if (n == 0) return;
     vec s[4] = {};
     for (; e + 4 <= n; e += 4)
 #pragma GCC unroll 4
       for (int u = 0; u < 4; u++) s[u] += value[e + u] * *(const vec*)(window + (int64_t)offset[e + u] * LANES);
+#pragma GCC unroll 4
+    for (int u = 0; u < 3; u++) {
+      int32_t left = e + u < n;
+      int64_t at = (e + u) * left;
+      s[u] += keep((ivec){} - left, value[at] * *(const vec*)(window + (int64_t)offset[at] * LANES));
+    }
     a[0] += (s[0] + s[1]) + (s[2] + s[3]);
+    return;
   }
   for (; e < n; e++) {
     const float* p = window + (int64_t)offset[e] * LANES;
