@@ -32,10 +32,10 @@ from lightning_sparse_cl.sparsity.layers import network_of
 Images = list[tuple[Tensor, Tensor]]
 
 
-def tasks(images: Images, seed: int, num_tasks: int = 5) -> scl.TaskDataModule:
+def tasks(images: Images, num_tasks: int = 5) -> scl.TaskDataModule:
     """Split CIFAR-10 with the usual augmentation."""
     transform = scl.ImageTransform((0.491, 0.482, 0.447), (0.247, 0.243, 0.262), crop=4, flip=True)
-    return scl.SplitTensors(*images, num_tasks=num_tasks, batch_size=32, transform=transform, seed=seed)
+    return scl.SplitTensors(*images, num_tasks=num_tasks, batch_size=32, transform=transform)
 
 
 def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool
         scl.DynamicDataRemoval(0.3, cutoff=1, every=1), scl.DynamicGradientMasking(0.05, interval=30),
         optimizer=partial(SGD, lr=0.03), policies=[scl.SparseAcceleration()] if accelerated else [],
     )  # fmt: skip
-    found = harness.fit(module, tasks(images, seed), epochs)
+    found = harness.fit(module, tasks(images), epochs)
     return {"class_il": found["class_il"]["acc"], "task_il": found["task_il"]["acc"], "seconds": found["seconds"]}
 
 
@@ -54,7 +54,7 @@ def esacl(images: Images, width: int, sparsity: float, rounds: int) -> list[dict
     """Milliseconds of inference after pruning."""
     torch.manual_seed(0)
     module = scl.EsaCL(scl.ResNet18(width), scl.CrossEntropy(), sparsity)
-    harness.fit(module, tasks([(x[:320], y[:320]) for x, y in images], 0, num_tasks=1), 1)
+    harness.fit(module, tasks([(x[:320], y[:320]) for x, y in images], num_tasks=1), 1)
     dense = nn.Sequential(*network_of(module)).eval()
     sparse, rows = copy.deepcopy(dense), []
     scl.accelerate(sparse)

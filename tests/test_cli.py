@@ -1,6 +1,8 @@
 """Every shipped YAML runs, in process, on small data in the real on-disk format."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import fake_data
@@ -123,6 +125,7 @@ def test_every_overlay_fits_over_its_base(overlay):
             for c in ("CO2L", "DER", "EWC", "FDR", "ICaRL", "LwF")
         },
         "agem": lambda m: type(m.policies[-1]).__name__ == "AGEM",
+        "accelerate": lambda m: any(type(c).__name__ == "SparseAcceleration" for c in m.trainer.callbacks),
         "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
         "tdm": lambda m: parts == [0.9, 0.0, 0.0],
         "tdm_ddr": lambda m: parts == [0.9, 0.3, 0.0],
@@ -140,6 +143,30 @@ def test_every_overlay_fits_over_its_base(overlay):
     assert changed[name](cli.model)
     last = Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")
     main(["test", "-c", str(base), "-c", str(overlay), *small(base), "--ckpt_path", str(last)])
+
+
+def test_export_writes_what_torch_runs_alone(tmp_path):
+    base, file = CONFIGS / "split_digits" / "derpp.yaml", tmp_path / "model.pt2"
+    prune = ["--model.init_args.policies+=OneShotPruning", "--model.init_args.policies.sparsity=0.9"]
+    options = ["-c", str(base), *small(base), *prune]
+    cli = main(["fit", *options, "--trainer.limit_train_batches=4"])
+    main(["export", *options, "--ckpt_path=last", f"--output={file}"])
+    script = f"""
+import sys, torch
+x = torch.load({str(tmp_path / "x.pt")!r})
+torch.save(torch.export.load({str(file)!r}).module()(x), {str(tmp_path / "y.pt")!r})
+assert not [m for m in sys.modules if "lightning" in m]
+"""
+    x = torch.randn(3, *cli.datamodule.input_shape)
+    torch.save(x, tmp_path / "x.pt")
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), cli.model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(FileNotFoundError, match="no run under"):
+        main(["export", *options, "--seed_everything=5", "--ckpt_path=last"])
+    dst = CONFIGS / "split_digits" / "scratch.yaml"
+    main(["fit", "-c", str(dst), *small(dst), "--trainer.limit_train_batches=2"])
+    with pytest.raises(ValueError, match="no single network"):
+        main(["export", "-c", str(dst), *small(dst), "--ckpt_path=last"])
 
 
 def test_validate_predict_and_print_config_work(capsys, tmp_path):

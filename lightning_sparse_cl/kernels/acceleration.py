@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse_cl.kernels.build import library
+from lightning_sparse_cl.kernels.choices import Choices
 from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
-from lightning_sparse_cl.kernels.program import Choices, Layer, Program, rewrites, unsupported
+from lightning_sparse_cl.kernels.layer import Layer, unsupported
+from lightning_sparse_cl.kernels.program import Program, rewrites
 from lightning_sparse_cl.sparsity.channels import graph_of
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -95,11 +97,12 @@ class Acceleration:
         self.layers: dict[str, Layer] = {}
         self.left: dict[str, str] = {}
         """Layers without kernels, and why."""
+        uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         for weight, module in weight_layers(model).items():
             name = weight.removesuffix("weight").removesuffix(".")
             if not any(name == part or name.startswith(f"{part}." if part else "") for part in parts):
                 continue
-            reason = unsupported(module)
+            reason = unsupported(module) or ("a shared weight" if uses[id(module.weight)] > 1 else None)
             if reason is None:
                 self.layers[name] = Layer(name, module, None)
             else:

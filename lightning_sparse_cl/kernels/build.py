@@ -45,7 +45,8 @@ class KernelsUnavailable(RuntimeError):
 def library() -> ctypes.CDLL:
     """The compiled kernels.
 
-    The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first. What it made is kept in
+    The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first; ``$CXXFLAGS`` are added to
+    its options. What it made is kept in
     ``$LIGHTNING_SPARSE_CL_CACHE``, else in ``~/.cache/lightning_sparse_cl``, under a name that changes with the source,
     the compiler, torch and the CPU.
 
@@ -105,6 +106,7 @@ def _flags() -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
         *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"),
+        *os.environ.get("CXXFLAGS", "").split(),
     ]
 
 

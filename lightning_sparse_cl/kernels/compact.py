@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
-from lightning_sparse_cl.kernels.program import Layer
+from lightning_sparse_cl.kernels.layer import Layer
+from lightning_sparse_cl.kernels.pattern import Pattern
 
 ELEMENTWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
@@ -42,32 +44,30 @@ class CompactWeights:
         self.given = list(layers)
         self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
-            weight, pattern = layer.weight, layer.pattern
+        self._patterns = [layer.pattern for layer in self.layers]
+        for layer, pattern in zip(self.layers, self._patterns):
+            weight = layer.weight
             values = nn.Parameter(pattern.gather(weight.detach()))
             if weight.grad is not None:
                 values.grad, weight.grad = pattern.gather(weight.grad), None
             optimizer, group, i = self._place(weight)
             group["params"][i] = values
             state = optimizer.state.pop(weight, {})
-            optimizer.state[values] = {
-                k: pattern.gather(v) if _like(v, weight) else v for k, v in state.items()
-            }  # in the optimiser's own names
-            if not optimizer.state[values]:
-                del optimizer.state[values]
+            if state:
+                optimizer.state[values] = {k: pattern.gather(v) if _like(v, weight) else v for k, v in state.items()}
             where = movable(layer)
             if where is not None:
                 moves = pattern.gather(torch.empty_like(weight).copy_(where))
                 self._held[layer.name] = moves.bool(), values.detach().clone()
                 values.register_hook(lambda grad, moves=moves: grad * moves)
-            values.register_post_accumulate_grad_hook(lambda values, layer=layer: self._late(layer, values))
+            values.register_post_accumulate_grad_hook(partial(self._late, layer, pattern))
             layer.compact = values
 
     @torch.no_grad()
     def stop(self) -> None:
         """The weights, their gradients and their optimiser state are whole again."""
-        for layer in self.layers:
-            weight, pattern, values = layer.weight, layer.pattern, layer.compact
+        for layer, pattern in zip(self.layers, self._patterns):
+            weight, values = layer.weight, layer.compact
             layer.compact = None
             pattern.scatter(values.detach(), weight.detach())
             increment_version(weight)
@@ -82,10 +82,10 @@ class CompactWeights:
                 }
         self._held.clear()
 
-    def _late(self, layer: Layer, values: Tensor) -> None:
+    def _late(self, layer: Layer, pattern: Pattern, values: Tensor) -> None:
         """A gradient of a pass that began before :meth:`stop` and ended after it goes to the weight."""
         if layer.compact is not values:
-            grad = _whole(layer.pattern, values.grad, layer.weight)
+            grad = _whole(pattern, values.grad, layer.weight)
             layer.weight.grad = grad if layer.weight.grad is None else layer.weight.grad + grad
             values.grad = None
 
@@ -152,7 +152,7 @@ def _like(value: Any, parameter: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == parameter.shape and value.dtype == parameter.dtype
 
 
-def _whole(pattern: Any, values: Tensor, weight: Tensor) -> Tensor:
+def _whole(pattern: Pattern, values: Tensor, weight: Tensor) -> Tensor:
     whole = torch.zeros_like(weight)
     pattern.scatter(values, whole)
     return whole

@@ -65,3 +65,13 @@ class Grid(NamedTuple):
         parts = x.view(g, c, h, w, self.each, self.rows, self.columns).permute(0, 4, 5, 2, 6, 3, 1)
         whole = parts.reshape(g * self.each, h * self.rows, w * self.columns, c)
         return whole[: self.images].permute(0, 3, 1, 2)
+
+
+class Blocked:
+    """A tensor in blocks, and the grid in which images lie there."""
+
+    def __init__(self, data: Tensor, grid: Grid) -> None:
+        self.data, self.grid = data, grid
+
+    def plain(self) -> Tensor:
+        return self.grid.unblock(self.data)

@@ -77,6 +77,8 @@ class Pattern:
 
     def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The values (n,) of the non-zeros of a tensor like the weight."""
+        if weight.stride() != self.strides:
+            weight = torch.empty_strided(self.shape, self.strides).copy_(weight)
         out = torch.empty(self.entries) if out is None else out
         call("gather", weight, self.index, self.entries, out)
         return out

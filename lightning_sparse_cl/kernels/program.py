@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,129 +11,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.kernels.functions import Convolution, Gather, Norm
-from lightning_sparse_cl.kernels.layout import Grid
-from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
+from lightning_sparse_cl.kernels.choices import Choices
+from lightning_sparse_cl.kernels.functions import Convolution, Norm
+from lightning_sparse_cl.kernels.layer import Layer
+from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
 ADDS = {operator.add, operator.iadd, torch.add}
 RELUS = {F.relu, torch.relu}
 IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
-
-
-class Layer:
-    """A convolution or linear layer, its pattern, and where its values come from.
-
-    Args:
-        name: of the layer in the network.
-        module: the layer.
-        mask: of the weight's shape, True where alive; None if it is not masked.
-    """
-
-    def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:
-        self.name, self.module = name, module
-        self.weight = module.weight
-        conv = isinstance(module, nn.Conv2d)
-        self.geometry = Geometry(module.stride[0], module.padding[0]) if conv else Geometry()
-        self.compact: nn.Parameter | None = None
-        """The values that are trained in place of the weight, if they are."""
-        self.remask(mask)
-
-    def remask(self, mask: Tensor | None) -> None:
-        """Follow a change of the mask; its lists are made when they are needed."""
-        self.mask = mask
-        self.density = 1.0 if mask is None else mask.count_nonzero().item() / mask.numel()
-        self._pattern: Pattern | None = None
-        self._still: tuple[object, Tensor] | None = None
-        self._folded: tuple[object, Tensor, Tensor] | None = None
-        self.chosen: dict[tuple[object, ...], bool] = {}
-        """What :class:`Choices` has found for it."""
-
-    @property
-    def bias(self) -> Tensor | None:
-        return dict.get(self.module._parameters, "bias")  # to ask for it would end compact training
-
-    @property
-    def changed(self) -> bool:
-        """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
-        weight = dict.get(self.module._parameters, "weight")
-        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu"
-
-    @property
-    def keeps_size(self) -> bool:
-        """Whether it pads so that parts of an image stay parts of it."""
-        return 2 * self.geometry.padding + 1 == (self.weight.shape[2] if self.weight.ndim == 4 else 1)
-
-    def grid(self, x: Tensor) -> Grid:
-        """In which to lay images (B, C, H, W) for it, and for what may follow until images are 4x4."""
-        h, w = x.shape[2:]
-        stride = self.geometry.stride
-        if not self.keeps_size or h % stride or w % stride:
-            return Grid(len(x))
-        return Grid.of(len(x), h, w, max(stride, min(h, w) // 4))
-
-    @property
-    def pattern(self) -> Pattern:
-        if self._pattern is None or self._pattern.strides != self.weight.stride():
-            weight = self.weight.detach()
-            mask = torch.ones_like(weight, dtype=torch.bool) if self.mask is None else self.mask
-            self._pattern = Pattern(mask, weight, self.geometry)
-        return self._pattern
-
-    def values(self) -> Tensor:
-        """The values (n,), with a gradient if one is wanted."""
-        if self.compact is not None:
-            return self.compact
-        if torch.is_grad_enabled() and self.weight.requires_grad:
-            return Gather.apply(self.weight, self.pattern)
-        if self._still is None or self._still[0] != self._at:
-            with torch.inference_mode(False):  # it is kept for who takes gradients
-                self._still = self._at, self.pattern.gather(self.weight.detach())
-        return self._still[1]
-
-    @property
-    def _at(self) -> tuple[int, int]:
-        """Another one whenever the values are others."""
-        weight = self.weight if self.compact is None else self.compact
-        return weight._version, weight.data_ptr()
-
-    def folded(self, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
-        """Values and bias with which the layer does its batch-norm, too, in eval mode."""
-        values = self.values().detach()
-        if norm is None:
-            return values, self.bias
-        parts = (self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        at = [self._at, *(None if t is None else (t._version, t.data_ptr()) for t in parts)]
-        if self._folded is None or self._folded[0] != at:
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            scale = scale if norm.weight is None else scale * norm.weight.detach()
-            shift = -norm.running_mean if self.bias is None else self.bias.detach() - norm.running_mean
-            shift = shift * scale if norm.bias is None else shift * scale + norm.bias.detach()
-            whole = scale.view(-1, *(1,) * (self.weight.ndim - 1)).expand_as(self.weight)
-            whole = torch.empty_like(self.weight).copy_(whole)
-            self._folded = at, values * self.pattern.gather(whole), shift
-        return self._folded[1:]
-
-
-def unsupported(module: nn.Module) -> str | None:
-    """Why there is no kernel for a layer, or None."""
-    if type(module) is nn.Linear:
-        return None
-    if type(module) is not nn.Conv2d:
-        return f"a {type(module).__name__}"
-    k, s, p = module.kernel_size, module.stride, module.padding
-    if module.groups != 1:
-        return f"{module.groups} groups"
-    if k not in ((1, 1), (3, 3)):
-        return f"a kernel of {k[0]}x{k[1]} pixels"
-    if s not in ((1, 1), (2, 2)):
-        return f"stride {s}"
-    if module.dilation != (1, 1):
-        return f"dilation {module.dilation}"
-    if isinstance(p, str) or p[0] != p[1] or not p[0] < k[0] or module.padding_mode != "zeros":
-        return f"padding {p!r}, {module.padding_mode}"
-    if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
-        return f"weights in {module.weight.dtype} on {module.weight.device}"
-    return None
 
 
 def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
@@ -152,95 +36,6 @@ def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
         if in_place and any(len(n.users) > 1 or n.op == "placeholder" for n in node.all_input_nodes[:1]):
             return True
     return False
-
-
-class Blocked:
-    """A tensor in blocks, and the grid in which images lie there."""
-
-    def __init__(self, data: Tensor, grid: Grid) -> None:
-        self.data, self.grid = data, grid
-
-    def plain(self) -> Tensor:
-        return self.grid.unblock(self.data)
-
-
-class Choices:
-    """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
-
-    Args:
-        measure: False is: they are.
-    """
-
-    def __init__(self, measure: bool = True) -> None:
-        self.measure = measure
-        self.taken: dict[str, bool] = {}
-        """Whether the kernels are used, by what was measured."""
-        self._dense: set[str] = set()
-
-    def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
-        """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
-        if not self.measure:
-            return True
-        grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
-        shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
-        if (shape, grads, threads) in layer.chosen:
-            return layer.chosen[shape, grads, threads]
-        images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
-        about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
-        key = f"{about} {threads}"
-        if key not in self.taken:
-            sparse, dense = _measure(layer, x, grads)
-            self.taken[key] = sparse <= dense
-        layer.chosen[shape, grads, threads] = self.taken[key]
-        if grads and not self.taken[key]:
-            self._dense.add(layer.name)
-        return self.taken[key]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": dict(self.taken), "dense": sorted(self._dense)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Decide as before, so that what is computed is the same."""
-        self.taken |= state.get("taken", {})
-        self._dense |= set(state.get("dense", ()))
-
-    def dense(self, layer: Layer) -> bool:
-        """Whether torch was the faster in training."""
-        return layer.name in self._dense
-
-
-def _pixels(x: Blocked) -> tuple[int, int]:
-    return x.data.shape[2] * x.grid.rows, x.data.shape[3] * x.grid.columns
-
-
-@torch.enable_grad()
-def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
-    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
-    linear = isinstance(layer.module, nn.Linear)
-    grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
-    values, weight = (t.detach().requires_grad_(grads) for t in (layer.pattern.gather(layer.weight), layer.weight))
-    there = (x.data if isinstance(x, Blocked) else x).detach().clone().requires_grad_(grads)
-
-    def sparse() -> Tensor:
-        given = (
-            grid.block(there[:, :, None, None]) if linear else there if isinstance(x, Blocked) else grid.block(there)
-        )
-        y = Convolution.apply(given, values, None, layer.pattern, grid)
-        return grid.unblock(y).flatten(1) if linear else y
-
-    def dense() -> Tensor:
-        given = grid.unblock(there) if isinstance(x, Blocked) else there
-        return F.linear(given, weight) if linear else grid.block(F.conv2d(given, weight, None, *layer.geometry))
-
-    times: dict[Callable, list[float]] = {sparse: [], dense: []}
-    for _ in range(4):
-        for run, taken in times.items():
-            start = time.perf_counter()
-            y = run()
-            if grads:
-                y.backward(y.detach())
-            taken.append(time.perf_counter() - start)
-    return min(times[sparse]), min(times[dense])
 
 
 @dataclass
@@ -345,10 +140,15 @@ class Program:
     def _layer(self, step: Step, values: dict[fx.Node, Any]) -> Any:
         """A layer or batch-norm and what follows it, by kernels if there are any for what has come."""
         layer, norm, given = step.layer, step.norm, values[step.source]
-        if layer is None:
-            x = given if isinstance(given, Blocked) else None  # a batch-norm alone is not worth the conversion
+        if layer is not None and isinstance(layer.module, nn.Linear):
+            given = plain(given)
+        if layer is None:  # a batch-norm alone is not worth a conversion
+            x = given if isinstance(given, Blocked) else None
+        elif isinstance(given, Blocked) or given.ndim == (2 if isinstance(layer.module, nn.Linear) else 4):
+            used = self.choices is None or self.choices.sparse(layer, given)
+            x = self._blocked(given, layer) if used else None
         else:
-            x = self._blocked(given, layer) if self.choices is None or self.choices.sparse(layer, given) else None
+            x = None
         if x is None:
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
@@ -382,17 +182,14 @@ class Program:
         linear = step.layer is not None and isinstance(step.layer.module, nn.Linear)
         return grid.unblock(data).flatten(1) if linear else Blocked(data, grid)
 
-    def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked | None:
-        """In a grid whose parts the layer keeps whole; None if it is of a kind that the layer does not take blocked."""
-        linear = isinstance(layer.module, nn.Linear)
-        if isinstance(x, Blocked) and not linear:
+    def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
+        """In a grid whose parts the layer keeps whole."""
+        if isinstance(x, Blocked):
             parts = [n % layer.geometry.stride == 0 for n in x.data.shape[2:4]]
             if x.grid[1:] == (1, 1) or (layer.keeps_size and all(parts)):
                 return x
         x = plain(x)
-        if x.ndim != (2 if linear else 4):
-            return None
-        x = x[:, :, None, None] if linear else x
+        x = x[:, :, None, None] if x.ndim == 2 else x
         grid = layer.grid(x)
         return Blocked(grid.block(x), grid)
 

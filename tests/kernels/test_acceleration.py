@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.kernels import KernelsUnavailable, build
+from lightning_sparse_cl.kernels import KernelsUnavailable, build, choices
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -64,7 +64,22 @@ class InPlace(nn.Module):
         return (y + x).mean((2, 3))
 
 
+class Shared(nn.Module):
+    """One layer called twice, and one weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8, 8))
+        self.linear, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.linear.weight
+
+    def forward(self, x):
+        x = self.c(self.b(self.b(self.a(x)).relu()))
+        return self.tied(self.linear(x.mean((2, 3))))
+
+
 NETWORKS = {
+    "shared": Shared,
     "in place": InPlace,
     "resnet": lambda: scl.ResNet18(8),
     "vgg": lambda: scl.VGG16(4),
@@ -304,17 +319,15 @@ def test_layers_without_kernels_are_told():
 
 
 def test_slower_kernels_are_not_used(monkeypatch):
-    from lightning_sparse_cl.kernels import program
-
     for times, used in (((1.0, 2.0), True), ((2.0, 1.0), False)):
         net, masks = network("cnn")
-        monkeypatch.setattr(program, "_measure", lambda *_, times=times: times)
+        monkeypatch.setattr(choices, "_measure", lambda *_, times=times: times)
         found = scl.accelerate(net, masks)
         net(torch.randn(4, 3, 16, 16)).sum().backward()
         assert set(found.choices.taken.values()) == {used}
         name = list(masks)[1]
         assert (net.get_parameter(name).grad[~masks[name]] == 0).all()  # either way
-        again = scl.kernels.program.Choices()
+        again = choices.Choices()
         again.load_state_dict(found.choices.state_dict())
         assert again.taken == found.choices.taken
 

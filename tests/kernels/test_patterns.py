@@ -1,4 +1,10 @@
-"""The kernels against slow float64 convolutions, for whatever shapes may come."""
+"""The kernels against slow float64 convolutions, for whatever shapes may come.
+
+Under the address and undefined-behaviour sanitisers of GCC, which tell of every read or write out of bounds:
+
+    CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g" ASAN_OPTIONS=detect_leaks=0 \
+        LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" pytest tests/kernels
+"""
 
 import random
 from itertools import pairwise

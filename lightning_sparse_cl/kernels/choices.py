@@ -1,0 +1,97 @@
+"""Kernels or torch: measured for each layer and shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_sparse_cl.kernels.functions import Convolution
+from lightning_sparse_cl.kernels.layer import Layer
+from lightning_sparse_cl.kernels.layout import Blocked, Grid
+
+
+class Choices:
+    """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
+
+    Args:
+        measure: False is: they are.
+    """
+
+    def __init__(self, measure: bool = True) -> None:
+        self.measure = measure
+        self.taken: dict[str, bool] = {}
+        """Whether the kernels are used, by what was measured."""
+        self._dense: set[str] = set()  # layers and densities
+
+    def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
+        """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
+        if not self.measure:
+            return True
+        grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
+        shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
+        if (shape, grads, threads) in layer.chosen:
+            return layer.chosen[shape, grads, threads]
+        images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
+        images = 1 << (images - 1).bit_length()  # an epoch's last batch may have any size
+        about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
+        key = f"{about} {threads}"
+        if key not in self.taken:
+            sparse, dense = _measure(layer, x, grads)
+            self.taken[key] = sparse <= dense
+        layer.chosen[shape, grads, threads] = self.taken[key]
+        if grads and not self.taken[key]:
+            self._dense.add(f"{layer.name} {layer.density:.2f}")
+        return self.taken[key]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": dict(self.taken), "dense": sorted(self._dense)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Decide as before, so that what is computed is the same."""
+        self.taken |= state.get("taken", {})
+        self._dense |= set(state.get("dense", ()))
+
+    def dense(self, layer: Layer) -> bool:
+        """Whether torch was the faster in training."""
+        return f"{layer.name} {layer.density:.2f}" in self._dense
+
+
+def _pixels(x: Blocked) -> tuple[int, int]:
+    return x.data.shape[2] * x.grid.rows, x.data.shape[3] * x.grid.columns
+
+
+@torch.enable_grad()
+def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
+    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
+    linear = isinstance(layer.module, nn.Linear)
+    grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
+    values, weight = (t.detach().requires_grad_(grads) for t in (layer.pattern.gather(layer.weight), layer.weight))
+    there = (x.data if isinstance(x, Blocked) else x).detach().clone().requires_grad_(grads)
+
+    def sparse() -> Tensor:
+        given = there[:, :, None, None] if linear else there
+        given = given if isinstance(x, Blocked) else grid.block(given)
+        y = Convolution.apply(given, values, None, layer.pattern, grid)
+        return grid.unblock(y).flatten(1) if linear else y
+
+    def dense() -> Tensor:
+        given = grid.unblock(there) if isinstance(x, Blocked) else there
+        return F.linear(given, weight) if linear else grid.block(F.conv2d(given, weight, None, *layer.geometry))
+
+    times: dict[Callable, list[float]] = {sparse: [], dense: []}
+    for _ in range(4):
+        for run, taken in times.items():
+            start = time.perf_counter()
+            y = run()
+            if grads:
+                y.backward(y.detach())
+            taken.append(time.perf_counter() - start)
+        fast, slow = sorted((min(times[sparse]), min(times[dense])))
+        if len(taken) > 1 and slow > 1.5 * fast:  # clear enough
+            break
+    return min(times[sparse]), min(times[dense])

@@ -1,0 +1,126 @@
+"""A layer of a masked network as the kernels see it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sparse_cl.kernels.functions import Gather
+from lightning_sparse_cl.kernels.layout import Grid
+from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
+
+
+class Layer:
+    """A convolution or linear layer, its pattern, and where its values come from.
+
+    Args:
+        name: of the layer in the network.
+        module: the layer.
+        mask: of the weight's shape, True where alive; None if it is not masked.
+    """
+
+    def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:
+        self.name, self.module = name, module
+        self.weight = module.weight
+        conv = isinstance(module, nn.Conv2d)
+        self.geometry = Geometry(module.stride[0], module.padding[0]) if conv else Geometry()
+        self.compact: nn.Parameter | None = None
+        """The values that are trained in place of the weight, if they are."""
+        self.remask(mask)
+
+    def remask(self, mask: Tensor | None) -> None:
+        """Follow a change of the mask; its lists are made when they are needed."""
+        self.mask = mask
+        self.density = 1.0 if mask is None else mask.count_nonzero().item() / mask.numel()
+        self._pattern: Pattern | None = None
+        self._still: tuple[object, Tensor] | None = None
+        self._folded: tuple[object, Tensor, Tensor] | None = None
+        self.chosen: dict[tuple[object, ...], bool] = {}
+        """What :class:`Choices` has found for it."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        return dict.get(self.module._parameters, "bias")  # to ask for it would end compact training
+
+    @property
+    def changed(self) -> bool:
+        """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
+        weight = dict.get(self.module._parameters, "weight")
+        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu"
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether it pads so that parts of an image stay parts of it."""
+        return 2 * self.geometry.padding + 1 == (self.weight.shape[2] if self.weight.ndim == 4 else 1)
+
+    def grid(self, x: Tensor) -> Grid:
+        """In which to lay images (B, C, H, W) for it, and for what may follow until images are 4x4."""
+        h, w = x.shape[2:]
+        stride = self.geometry.stride
+        if not self.keeps_size or h % stride or w % stride:
+            return Grid(len(x))
+        return Grid.of(len(x), h, w, max(stride, min(h, w) // 4))
+
+    @property
+    def pattern(self) -> Pattern:
+        if self._pattern is None or self._pattern.strides != self.weight.stride():
+            weight = self.weight.detach()
+            mask = torch.ones_like(weight, dtype=torch.bool) if self.mask is None else self.mask
+            self._pattern = Pattern(mask, weight, self.geometry)
+        return self._pattern
+
+    def values(self) -> Tensor:
+        """The values (n,), with a gradient if one is wanted."""
+        if self.compact is not None:
+            return self.compact
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return Gather.apply(self.weight, self.pattern)
+        if self._still is None or self._still[0] != self._at:
+            with torch.inference_mode(False):  # it is kept for who takes gradients
+                self._still = self._at, self.pattern.gather(self.weight.detach())
+        return self._still[1]
+
+    @property
+    def _at(self) -> tuple[int, int]:
+        """Another one whenever the values are others."""
+        weight = self.weight if self.compact is None else self.compact
+        return weight._version, weight.data_ptr()
+
+    def folded(self, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+        """Values and bias with which the layer does its batch-norm, too, in eval mode."""
+        values = self.values().detach()
+        if norm is None:
+            return values, self.bias
+        parts = (self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        at = [self._at, *(None if t is None else (t._version, t.data_ptr()) for t in parts)]
+        if self._folded is None or self._folded[0] != at:
+            scale = torch.rsqrt(norm.running_var + norm.eps)
+            scale = scale if norm.weight is None else scale * norm.weight.detach()
+            shift = -norm.running_mean if self.bias is None else self.bias.detach() - norm.running_mean
+            shift = shift * scale if norm.bias is None else shift * scale + norm.bias.detach()
+            whole = scale.view(-1, *(1,) * (self.weight.ndim - 1)).expand_as(self.weight)
+            whole = torch.empty_like(self.weight).copy_(whole)
+            self._folded = at, values * self.pattern.gather(whole), shift
+        return self._folded[1:]
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Why there is no kernel for a layer, or None."""
+    if type(module) is nn.Linear:
+        return None
+    if type(module) is not nn.Conv2d:
+        return f"a {type(module).__name__}"
+    k, s, p = module.kernel_size, module.stride, module.padding
+    if module.groups != 1:
+        return f"{module.groups} groups"
+    if k not in ((1, 1), (3, 3)):
+        return f"a kernel of {k[0]}x{k[1]} pixels"
+    if s not in ((1, 1), (2, 2)):
+        return f"stride {s}"
+    if module.dilation != (1, 1):
+        return f"dilation {module.dilation}"
+    if isinstance(p, str) or p[0] != p[1] or not p[0] < k[0] or module.padding_mode != "zeros":
+        return f"padding {p!r}, {module.padding_mode}"
+    if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
+        return f"weights in {module.weight.dtype} on {module.weight.device}"
+    return None
