@@ -52,6 +52,9 @@ class SparseAcceleration(pl.Callback):
 
     on_test_start = on_predict_start = on_validation_start
 
+    def on_exception(self, *_: Any) -> None:
+        self._end()
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._end()
 

@@ -70,13 +70,15 @@ def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, flo
     """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
     linear = isinstance(layer.module, nn.Linear)
     grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
-    values, weight = (t.detach().requires_grad_(grads) for t in (layer.pattern.gather(layer.weight), layer.weight))
+    first = x if isinstance(x, Blocked) else Blocked(grid.block(x[:, :, None, None] if linear else x), grid)
+    pattern = layer.pattern_for(first)
+    values, weight = (t.detach().requires_grad_(grads) for t in (pattern.gather(layer.weight), layer.weight))
     there = (x.data if isinstance(x, Blocked) else x).detach().clone().requires_grad_(grads)
 
     def sparse() -> Tensor:
         given = there[:, :, None, None] if linear else there
         given = given if isinstance(x, Blocked) else grid.block(given)
-        y = Convolution.apply(given, values, None, layer.pattern, grid)
+        y = Convolution.apply(given, values, None, pattern, grid)
         return grid.unblock(y).flatten(1) if linear else y
 
     def dense() -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.kernels.functions import Gather
-from lightning_sparse_cl.kernels.layout import Grid
+from lightning_sparse_cl.kernels.layout import Blocked, Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
 
@@ -32,9 +32,9 @@ class Layer:
         """Follow a change of the mask; its lists are made when they are needed."""
         self.mask = mask
         self.density = 1.0 if mask is None else mask.count_nonzero().item() / mask.numel()
-        self._pattern: Pattern | None = None
-        self._still: tuple[object, Tensor] | None = None
-        self._folded: tuple[object, Tensor, Tensor] | None = None
+        self._patterns: dict[int, Pattern] = {}
+        self._still: dict[Pattern, tuple[object, Tensor]] = {}
+        self._folded: dict[Pattern, tuple[object, Tensor, Tensor]] = {}
         self.chosen: dict[tuple[object, ...], bool] = {}
         """What :class:`Choices` has found for it."""
 
@@ -63,22 +63,35 @@ class Layer:
 
     @property
     def pattern(self) -> Pattern:
-        if self._pattern is None or self._pattern.strides != self.weight.stride():
+        """The lists in whose order values are trained."""
+        return self._pattern(3)
+
+    def pattern_for(self, x: Blocked) -> Pattern:
+        """The lists for the size of parts of the output."""
+        stride, padding = self.geometry
+        k = self.weight.shape[2] if self.weight.ndim == 4 else 1
+        here = zip(x.data.shape[2:4], x.grid[1:])
+        return self._pattern(min(3, max(((n * p + 2 * padding - k) // stride + 1) // p for n, p in here)))
+
+    def _pattern(self, side: int) -> Pattern:
+        found = self._patterns.get(side)
+        if found is None or found.strides != self.weight.stride():
             weight = self.weight.detach()
             mask = torch.ones_like(weight, dtype=torch.bool) if self.mask is None else self.mask
-            self._pattern = Pattern(mask, weight, self.geometry)
-        return self._pattern
+            found = self._patterns[side] = Pattern(mask, weight, self.geometry, side)
+        return found
 
-    def values(self) -> Tensor:
-        """The values (n,), with a gradient if one is wanted."""
+    def values(self, pattern: Pattern) -> Tensor:
+        """The values (n,) in the order of a pattern, with a gradient if one is wanted."""
         if self.compact is not None:
-            return self.compact
+            return self.compact if pattern is self.pattern else self.pattern.reordered(self.compact, pattern)
         if torch.is_grad_enabled() and self.weight.requires_grad:
-            return Gather.apply(self.weight, self.pattern)
-        if self._still is None or self._still[0] != self._at:
-            with torch.inference_mode(False):  # it is kept for who takes gradients
-                self._still = self._at, self.pattern.gather(self.weight.detach())
-        return self._still[1]
+            return Gather.apply(self.weight, pattern)
+        kept = self._still.get(pattern)
+        if kept is None or kept[0] != self._at:
+            with torch.inference_mode(False):  # they are kept for who takes gradients
+                kept = self._still[pattern] = self._at, pattern.gather(self.weight.detach())
+        return kept[1]
 
     @property
     def _at(self) -> tuple[int, int]:
@@ -86,22 +99,26 @@ class Layer:
         weight = self.weight if self.compact is None else self.compact
         return weight._version, weight.data_ptr()
 
-    def folded(self, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    def folded(self, pattern: Pattern, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
         """Values and bias with which the layer does its batch-norm, too, in eval mode."""
-        values = self.values().detach()
         if norm is None:
-            return values, self.bias
-        parts = (self.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        at = [self._at, *(None if t is None else (t._version, t.data_ptr()) for t in parts)]
-        if self._folded is None or self._folded[0] != at:
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            scale = scale if norm.weight is None else scale * norm.weight.detach()
-            shift = -norm.running_mean if self.bias is None else self.bias.detach() - norm.running_mean
-            shift = shift * scale if norm.bias is None else shift * scale + norm.bias.detach()
+            return self.values(pattern).detach(), self.bias
+        gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
+        mean, variance = norm._buffers["running_mean"], norm._buffers["running_var"]
+        bias, kept = self.bias, self._folded.get(pattern)
+        at = [
+            self._at,
+            *(None if t is None else (t._version, t.data_ptr()) for t in (bias, gamma, beta, mean, variance)),
+        ]
+        if kept is None or kept[0] != at:
+            scale = torch.rsqrt(variance + norm.eps)
+            scale = scale if gamma is None else scale * gamma.detach()
+            shift = -mean if bias is None else bias.detach() - mean
+            shift = shift * scale if beta is None else shift * scale + beta.detach()
             whole = scale.view(-1, *(1,) * (self.weight.ndim - 1)).expand_as(self.weight)
             whole = torch.empty_like(self.weight).copy_(whole)
-            self._folded = at, values * self.pattern.gather(whole), shift
-        return self._folded[1:]
+            kept = self._folded[pattern] = at, self.values(pattern).detach() * pattern.gather(whole), shift
+        return kept[1:]
 
 
 def unsupported(module: nn.Module) -> str | None:

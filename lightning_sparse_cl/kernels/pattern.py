@@ -15,6 +15,10 @@ from lightning_sparse_cl.kernels.layout import Grid
 FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile sees beyond itself: none, 1, 2; 2 at stride 2
 
 
+BLOCKS = {  # channels whose windows fill the first cache, by the output's side; else 16, or 24 of very sparse ones
+    FLAT: {1: 64, 2: 32, 3: 32}, NEXT: {1: 64, 2: 40}, AROUND: {1: 48, 2: 28}, STRIDED: {1: 48, 2: 18, 3: 8},
+}  # fmt: skip
+
 Call = tuple[ctypes.Array, Tensor, tuple[int, ...]]
 """Numbers and offsets for a kernel, and the shape of what it writes."""
 
@@ -36,12 +40,13 @@ class Pattern:
         mask: (out, in, k, k) or (out, in), True where a weight is alive. k is 1 or 3.
         like: the weight, whose memory format :meth:`gather` reads.
         geometry: stride 1 or 2, and padding 0 to k - 1.
+        side: 1 or 2 if parts of the output are no larger, whose windows are small; else 3.
 
     Raises:
         ValueError: if mask and weight differ in shape, or there are no kernels for it.
     """
 
-    def __init__(self, mask: Tensor, like: Tensor, geometry: Geometry) -> None:
+    def __init__(self, mask: Tensor, like: Tensor, geometry: Geometry, side: int = 3) -> None:
         k = mask.shape[2] if mask.ndim == 4 else 1
         if mask.shape != like.shape:
             raise ValueError(f"Pattern: the mask has shape {tuple(mask.shape)}, the weight {tuple(like.shape)}")
@@ -55,14 +60,14 @@ class Pattern:
         stride, padding = geometry
         mask = mask.contiguous().view(torch.uint8)
         self.entries = int(mask.count_nonzero())
-        wide = 16 if self.entries > 0.07 * mask.numel() else 24
         if k == 1:
-            self.mode, block, self.back_mode, back_block, self.origin = FLAT, 32, FLAT, 32, 0
+            self.mode, self.back_mode, self.origin = FLAT, FLAT, 0
         elif stride == 1:
-            self.mode, block, self.back_mode, back_block, self.origin = AROUND, wide, AROUND, wide, padding - 2
+            self.mode, self.back_mode, self.origin = AROUND, AROUND, padding - 2
         else:
-            self.mode, block, self.back_mode, back_block = STRIDED, 8, NEXT, wide
-            self.origin = -1 if padding == 0 else 0
+            self.mode, self.back_mode, self.origin = STRIDED, NEXT, -1 if padding == 0 else 0
+        dense = self.entries > 0.07 * mask.numel()
+        block, back_block = (BLOCKS[m].get(side, 16 if dense else 24) for m in (self.mode, self.back_mode))
         self.block, self.back_block = min(block, self.inputs), min(back_block, self.out)
         blocks, back_blocks = -(-self.inputs // self.block), -(-self.out // self.back_block)
         self.pointers = torch.empty(blocks * self.out + 1, dtype=torch.int32)
@@ -74,6 +79,7 @@ class Pattern:
         call("build_lists", mask, numbers(*[*self.strides, 0, 0][:4]), *sizes, *lists)
         self._places: dict[tuple[int, bool], Tensor] = {}
         self._calls: dict[tuple, Call] = {}
+        self._orders: dict[int, tuple[Pattern, Tensor]] = {}
 
     def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """The values (n,) of the non-zeros of a tensor like the weight."""
@@ -82,6 +88,14 @@ class Pattern:
         out = torch.empty(self.entries) if out is None else out
         call("gather", weight, self.index, self.entries, out)
         return out
+
+    def reordered(self, values: Tensor, other: Pattern) -> Tensor:
+        """Values (n,) in the order of another pattern of the same mask."""
+        if id(other) not in self._orders:
+            here = torch.empty(int(self.index.max()) + 1 if self.entries else 0, dtype=torch.long)
+            here[self.index.long()] = torch.arange(self.entries)
+            self._orders[id(other)] = other, here[other.index.long()]
+        return values[self._orders[id(other)][1]]
 
     def scatter(self, values: Tensor, weight: Tensor) -> None:
         """Put values (n,) into a tensor like the weight; nothing else in it changes."""

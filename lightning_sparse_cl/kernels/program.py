@@ -87,7 +87,8 @@ class Program:
             if node.op == "placeholder" or node in done:
                 continue
             step = Step(node, whole=[node])
-            if node.op == "call_module" and (node.target in self.layers or self._is_norm(node)):
+            known = node.op == "call_module" and (node.target in self.layers or self._is_norm(node))
+            if known and len(node.args) == 1 and not node.kwargs:
                 step.source = node.args[0]
                 if node.target in self.layers:
                     step.layer = self.layers[node.target]
@@ -125,7 +126,8 @@ class Program:
     # -- running -----------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor) -> Any:
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, inputs, strict=True))
+        defaults = (node.args[0] for node in self.inputs[len(inputs) :])
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, (*inputs, *defaults), strict=True))
         for step, dead in zip(self.steps, self.dead, strict=True):
             if step.node.op == "output":
                 return fx.node.map_arg(step.node.args[0], lambda n: plain(values[n]))
@@ -152,18 +154,19 @@ class Program:
         if x is None:
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
+        pattern = None if layer is None else layer.pattern_for(x)
         if step.add is not None:
-            shape = data.shape if layer is None else layer.pattern.out_shape(data, grid)
+            shape = data.shape if layer is None else pattern.out_shape(data, grid)
             add = _like(values[step.add], shape, grid)
             if add is None:  # something that is broadcast
                 return self._as_it_is(step, values)
         batch = norm is not None and norm.training
         if layer is not None and not batch and not torch.is_grad_enabled():
-            weights, bias = layer.folded(norm)
-            data = layer.pattern.forward(data.contiguous(), weights, grid, bias, add, step.relu)
+            weights, bias = layer.folded(pattern, norm)
+            data = pattern.forward(data.contiguous(), weights, grid, bias, add, step.relu)
             return self._shaped(step, data, grid)
         if layer is not None:
-            data = Convolution.apply(data, layer.values(), layer.bias, layer.pattern, grid)
+            data = Convolution.apply(data, layer.values(pattern), layer.bias, pattern, grid)
         if batch:
             running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
             if norm.track_running_stats:

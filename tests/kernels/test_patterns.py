@@ -59,7 +59,9 @@ def test_passes_are_those_of_a_convolution_in_float64(seed):
         dy = torch.randn_like(y)
         dx, dweight = torch.autograd.grad(y, [x, weight], dy)
 
-        pattern = Pattern(mask, weight.detach(), Geometry(stride, padding))
+        pattern = Pattern(
+            mask, weight.detach(), Geometry(stride, padding), side=random.Random(images).choice([1, 2, 3])
+        )
         parted = padding == k // 2 and not any(side % 2 for side in sides)
         grid = Grid.of(images, *sides, stride) if parted else Grid(images)
         values = pattern.gather(weight.detach().float())
