@@ -55,6 +55,8 @@ class ExportingTrainer(pl.Trainer):
                 f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
                 "load_from_checkpoint and export each that you need by export_network"
             )
+        if "built_for" not in checkpoint:
+            raise ValueError(f"export: {ckpt_path} is of a {type(model).__name__}; use export_network(network, path)")
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
         shape = checkpoint["built_for"]["input_shape"]

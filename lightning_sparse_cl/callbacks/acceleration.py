@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sparse_cl.kernels import Acceleration, KernelsUnavailable, accelerate
@@ -36,7 +37,7 @@ class SparseAcceleration(pl.Callback):
         self._choices: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        alone = trainer.world_size == 1
+        alone = isinstance(trainer.strategy, SingleDeviceStrategy)  # others watch the parameters themselves
         self._begin(trainer, pl_module, Masks.of(pl_module), trainer.optimizers if alone else [])
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -47,7 +48,7 @@ class SparseAcceleration(pl.Callback):
         self._end()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.acceleration is None:  # not in the middle of training
+        if self.acceleration is None and trainer.state.fn != "fit":
             self._begin(trainer, pl_module)
 
     on_test_start = on_predict_start = on_validation_start
@@ -70,8 +71,8 @@ class SparseAcceleration(pl.Callback):
             return
         try:
             self.acceleration = accelerate(pl_module, masks, optimizers, _parts(pl_module), self.measure)
-        except KernelsUnavailable as error:
-            rank_zero_warn(f"SparseAcceleration: {error}")
+        except (KernelsUnavailable, ValueError) as error:  # a compiled backbone, for one
+            rank_zero_warn(f"SparseAcceleration: {error}; the run goes on dense")
             return
         keep_freed_memory()
         self.acceleration.choices.load_state_dict(self._choices)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -22,8 +24,6 @@ from lightning_sparse_cl.kernels.program import Program, rewrites
 from lightning_sparse_cl.sparsity.channels import graph_of
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
-
-_of: WeakKeyDictionary[nn.Module, Acceleration] = WeakKeyDictionary()
 
 
 def accelerate(
@@ -70,7 +70,7 @@ def densify(model: nn.Module | Acceleration) -> nn.Module:
     Raises:
         ValueError: if the model is not accelerated.
     """
-    found = model if isinstance(model, Acceleration) else _of.get(model)
+    found = model if isinstance(model, Acceleration) else _of(model)
     if found is None:
         raise ValueError(f"densify({type(model).__name__}): it is not accelerated")
     found.remove()
@@ -88,11 +88,12 @@ class Acceleration:
         parts: Sequence[str],
         measure: bool,
     ) -> None:
-        if any(m._compiled_call_impl for m in model.modules()):
+        if any(m._compiled_call_impl or isinstance(m._parameters, Watched) for m in model.modules()):
             raise ValueError(f"accelerate({type(model).__name__}): it is already accelerated or compiled")
         self.model = model
         self.masks = masks
         self._hooks: list[RemovableHandle] = []
+        self._enforced: list[tuple[Tensor, Tensor]] = []  # weights with masks that nobody else enforces
         self.choices = Choices(measure)
         self.layers: dict[str, Layer] = {}
         self.left: dict[str, str] = {}
@@ -119,22 +120,29 @@ class Acceleration:
         self.follow()
         self.optimizers = list(optimizers)
         self.compact: CompactWeights | None = None
-        self._hooks += [optimizer.register_step_post_hook(self._stepped) for optimizer in self.optimizers]
+        for optimizer in self.optimizers:
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._restored), optimizer.register_step_post_hook(self._stepped),
+                optimizer.register_state_dict_pre_hook(self._looked_at),
+                optimizer.register_load_state_dict_pre_hook(self._looked_at),
+            ]  # fmt: skip
+        self._orphans: list[tuple[CompactWeights, list[int]]] = []
         whole = [found for n in parts for found in _traceable(model.get_submodule(n), self.layers, n)]
         self._runners = [_Runner(self, part, name) for name, part in whole]
         for layer in self.layers.values():
             layer.module._parameters = Watched(layer.module._parameters, partial(self._wake, layer))
         for runner in self._runners:
             runner.part._compiled_call_impl = runner
-        _of[model] = self
 
     def _given(self, masks: Masks | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Masks that do not change, by layer."""
         if isinstance(masks, Masks):
             return {}
         if masks is None:
-            masked = {n: layer.weight.detach() != 0 for n, layer in self.layers.items()}
-            return {n: m for n, m in masked.items() if m.count_nonzero() < 0.9 * m.numel()}
+            found = {n: layer.weight.detach() != 0 for n, layer in self.layers.items()}
+            masks = {
+                f"{n}.weight" if n else "weight": m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()
+            }
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
             if name not in parameters:
@@ -146,6 +154,7 @@ class Acceleration:
                 )
         for name, mask in masks.items():  # also of layers without kernels
             weight = parameters[name]
+            self._enforced.append((weight, mask))
             with torch.no_grad():
                 weight.mul_(mask)
             if weight.requires_grad:
@@ -174,7 +183,8 @@ class Acceleration:
     def train_compact(self) -> None:
         """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`."""
         self.follow()
-        masked = [x for x in self.layers.values() if x.mask is not None and not self.choices.dense(x)]
+        layers = (x for x in self.layers.values() if x.mask is not None and x.weight.requires_grad)
+        masked = [x for x in layers if not self.choices.dense(x)]
         if self.compact is not None and self.compact.given != masked:  # others have been masked since
             self.train_whole()
         if self.compact is None and masked:
@@ -186,16 +196,31 @@ class Acceleration:
         """Give the optimisers the whole weights back."""
         if self.compact is not None:
             compact, self.compact = self.compact, None
-            compact.stop()
+            self._orphans.append((compact, compact.stop()))
             if isinstance(self.masks, Masks):
                 self.masks.elsewhere = frozenset()
 
+    def _restored(self, *_: Any) -> None:
+        """A step comes. SAM may have put values back that have been given up in between."""
+        for compact, versions in self._orphans:
+            compact.take_over(versions)
+        self._orphans.clear()
+
+    @torch.no_grad()
     def _stepped(self, *_: Any) -> None:
         if self.compact is not None:
             self.compact.hold()
+        compact = {id(x.weight) for x in self.layers.values() if x.compact is not None}
+        for weight, mask in self._enforced:
+            if id(weight) not in compact:
+                weight.mul_(mask)
+
+    def _looked_at(self, *_: Any) -> None:
+        self.train_whole()
 
     def _wake(self, layer: Layer) -> None:
-        """Somebody reads a parameter of ``layer``."""
+        """Somebody reads a parameter of ``layer``, perhaps to write to it."""
+        layer.forget()
         if layer.compact is not None:
             self.train_whole()
 
@@ -213,12 +238,16 @@ class Acceleration:
             runner.part._compiled_call_impl = None
         for hook in self._hooks:
             hook.remove()
-        _of.pop(self.model, None)
 
     @property
     def steps_aside(self) -> bool:
         """Whether gradients are wanted that the kernels do not take."""
         return isinstance(self.masks, Masks) and bool(self.masks.whole or self.masks.scores_whole)
+
+
+def _of(model: nn.Module) -> Acceleration | None:
+    owners = (getattr(m._compiled_call_impl, "owner", None) for m in model.modules())
+    return next((owner for owner in owners if owner is not None and owner.model is model), None)
 
 
 class _Runner:
@@ -232,7 +261,9 @@ class _Runner:
         if name in owner.layers:  # a layer by itself
             self._network, self._layers = nn.Sequential(part), {"0": owner.layers[name]}
         self._modules = list(part.modules())
-        self._programs: dict[tuple[bool, ...], Program] = {}
+        leaf = fx.Tracer().is_leaf_module
+        self._traced = [m for m in self._network.modules() if not leaf(m, "") or m is self._network]
+        self._programs: dict[tuple, Program | None] = {}
         self._said: Counter[str] = Counter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,10 +277,12 @@ class _Runner:
             if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
                 warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
             return self.part._call_impl(*args, **kwargs)
-        changed = any(layer.changed for layer in self._layers.values())
+        changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__
         if changed or args[0].numel() == 0 or _is_transformed(args[0]):
             return self.part._call_impl(*args, **kwargs)
         program = self._program()
+        if program is None or len(args) != len(program.inputs):
+            return self.part._call_impl(*args, **kwargs)
         if not (self.part._forward_hooks or self.part._forward_pre_hooks):
             return program(*args)
         self.part.forward = program  # between the hooks of the part itself
@@ -266,17 +299,20 @@ class _Runner:
             return f"given {', '.join(f'{a.dtype} on {a.device}' for a in args)} and not torch.float32 on cpu"
         if torch.is_autocast_enabled("cpu"):
             return "under autocast"
-        hooked = (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._modules[1:])
-        if any(hooked) or self.part._backward_hooks:
+        hooked = (m._forward_hooks or m._forward_pre_hooks for m in self._modules[1:])
+        followed = (m._backward_hooks or m._backward_pre_hooks for m in self._modules)
+        if any(hooked) or any(followed) or nn.modules.module._has_any_global_hook():
             return "while modules in it have hooks"
         return None
 
-    def _program(self) -> Program:
-        modes = tuple(m.training for m in self._modules)
-        if modes not in self._programs:
-            graph = graph_of(self._network)
-            self._programs[modes] = Program(self._network, graph, self._layers, self.owner.choices)
-        return self._programs[modes]
+    def _program(self) -> Program | None:
+        """For the network as it is now; None if it cannot be traced so."""
+        state = tuple(_plain_state(m) for m in self._traced)
+        if state not in self._programs:
+            graph = trace(self._network)
+            made = None if graph is None else Program(self._network, graph, self._layers, self.owner.choices)
+            self._programs[state] = made
+        return self._programs[state]
 
 
 def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list[tuple[str, nn.Module]]:
@@ -284,18 +320,76 @@ def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list
     inside = [n for n in layers if n == name or n.startswith(f"{name}." if name else "")]
     if not inside:
         return []
-    if name not in layers and type(model).forward is not nn.modules.module._forward_unimplemented:
-        try:
-            if not rewrites(graph_of(model), model):
-                return [(name, model)]
-        except ValueError:
-            pass
+    callable_ = type(model).forward is not nn.modules.module._forward_unimplemented
+    if name not in layers and callable_ and trace(model) is not None:
+        return [(name, model)]
     if name in layers:
         return [(name, model)]
     parts = ((f"{name}.{n}" if name else n, child) for n, child in model.named_children())
     return [found for n, child in parts for found in _traceable(child, layers, n)]
 
 
+def trace(network: nn.Module) -> fx.Graph | None:
+    """The graph of a network, or None if running it would not be the same as calling the network.
+
+    Control flow, arguments with defaults, random draws, other modes of autograd inside, values that are written over,
+    and modules that count or keep something as they are called do not survive tracing.
+    """
+    signature = inspect.signature(type(network).forward).parameters.values()
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
+        return None
+    before, draws = [dict(m.__dict__) for m in network.modules()], (random.getstate(), torch.get_rng_state())
+    with switched() as modes:
+        try:
+            graph = graph_of(network)
+        except ValueError:
+            graph = None
+    same = random.getstate() == draws[0] and torch.equal(torch.get_rng_state(), draws[1]) and not modes
+    random.setstate(draws[0])
+    torch.set_rng_state(draws[1])
+    for module, attributes in zip(network.modules(), before):
+        if module.__dict__.keys() != attributes.keys() or any(
+            v is not attributes[k] for k, v in module.__dict__.items()
+        ):
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            same = False
+    if graph is None or not same or rewrites(graph, network):
+        return None
+    out = next(n for n in graph.nodes if n.op == "output").args[0]
+    return graph if isinstance(out, fx.Node) or (isinstance(out, tuple) and all(map(_is_node, out))) else None
+
+
+@contextmanager
+def switched() -> Iterator[list[bool]]:
+    """Notes whether anybody switches gradients on or off inside."""
+    seen: list[bool] = []
+    real = torch._C._set_grad_enabled
+
+    def noted(mode: bool) -> None:
+        seen.append(mode)
+        real(mode)
+
+    torch._C._set_grad_enabled = noted
+    try:
+        yield seen
+    finally:
+        torch._C._set_grad_enabled = real
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _plain_state(module: nn.Module) -> tuple:
+    """What a forward method may ask: flags, numbers and which modules there are."""
+    own = module.__dict__
+    flags = tuple(v for v in own.values() if type(v) in (bool, int, float, str))
+    return flags, tuple(map(id, own["_modules"].values()))
+
+
 def _is_transformed(x: Tensor) -> bool:
-    """Whether torch.func or a dispatch mode looks at what is computed."""
+    """Whether torch.func, a tracer or a dispatch mode looks at what is computed."""
+    if torch._C._get_tracing_state() is not None:
+        return True
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0

@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -60,7 +61,9 @@ def library() -> ctypes.CDLL:
         path = folder / name
         if not path.is_file():
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if folder.stat().st_uid != os.getuid():  # somebody else's
+                    continue
                 _compile(command, path)
             except OSError:  # a folder that cannot be written to
                 continue
@@ -86,9 +89,12 @@ def numbers(*values: int) -> ctypes.Array:
 
 
 def _compiler() -> list[str]:
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        if name and shutil.which(name.split()[0]):
-            return name.split()
+    own = shlex.split(os.environ.get("CXX", ""))
+    if own and not shutil.which(own[0]):
+        raise KernelsUnavailable(f"sparse kernels: CXX={os.environ['CXX']!r}: there is no such compiler")
+    for command in (own, ["c++"], ["g++"], ["clang++"]):
+        if command and shutil.which(command[0]):
+            return command
     raise KernelsUnavailable(
         "sparse kernels: no C++ compiler was found; install g++ or clang++, or name one in CXX. Until then masked "
         "weights are multiplied dense"
@@ -106,13 +112,13 @@ def _flags() -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
         *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"),
-        *os.environ.get("CXXFLAGS", "").split(),
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
 
 def _folders() -> list[Path]:
     own = os.environ.get("LIGHTNING_SPARSE_CL_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_sparse_cl"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lightning_sparse_cl"
     return [Path(own)] if own else [home, Path(tempfile.gettempdir()) / f"lightning_sparse_cl-{os.getuid()}"]
 
 

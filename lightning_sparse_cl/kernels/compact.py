@@ -44,6 +44,7 @@ class CompactWeights:
         self.given = list(layers)
         self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self._given_up: list[Tensor] = []
         self._patterns = [layer.pattern for layer in self.layers]
         for layer, pattern in zip(self.layers, self._patterns):
             weight = layer.weight
@@ -64,8 +65,9 @@ class CompactWeights:
             layer.compact = values
 
     @torch.no_grad()
-    def stop(self) -> None:
-        """The weights, their gradients and their optimiser state are whole again."""
+    def stop(self) -> list[int]:
+        """The weights, their gradients and their optimiser state are whole again; for :meth:`take_over`."""
+        versions = []
         for layer, pattern in zip(self.layers, self._patterns):
             weight, values = layer.weight, layer.compact
             layer.compact = None
@@ -80,7 +82,18 @@ class CompactWeights:
                 optimizer.state[weight] = {
                     k: _whole(pattern, v, weight) if _like(v, values) else v for k, v in state.items()
                 }
+            self._given_up.append(values)
+            versions.append(values._version)
         self._held.clear()
+        return versions
+
+    @torch.no_grad()
+    def take_over(self, versions: list[int]) -> None:
+        """What somebody has written to the values since they were given up."""
+        for layer, pattern, values, version in zip(self.layers, self._patterns, self._given_up, versions):
+            if values._version != version:
+                pattern.scatter(values.detach(), layer.weight.detach())
+                increment_version(layer.weight)
 
     def _late(self, layer: Layer, pattern: Pattern, values: Tensor) -> None:
         """A gradient of a pass that began before :meth:`stop` and ended after it goes to the weight."""

@@ -38,6 +38,11 @@ class Layer:
         self.chosen: dict[tuple[object, ...], bool] = {}
         """What :class:`Choices` has found for it."""
 
+    def forget(self) -> None:
+        """Somebody may have written to the weight."""
+        self._still.clear()
+        self._folded.clear()
+
     @property
     def bias(self) -> Tensor | None:
         return dict.get(self.module._parameters, "bias")  # to ask for it would end compact training
@@ -47,6 +52,19 @@ class Layer:
         """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
         weight = dict.get(self.module._parameters, "weight")
         return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu"
+
+    def takes(self, x: Blocked | Tensor) -> bool:
+        """Whether this is an input that the kernels compute: others are left to torch, and to its errors."""
+        data = x.data if isinstance(x, Blocked) else x
+        linear = isinstance(self.module, nn.Linear)
+        if not isinstance(x, Blocked) and (data.dtype != torch.float32 or data.ndim != (2 if linear else 4)):
+            return False
+        if data.shape[1] != self.weight.shape[1] or data.numel() == 0:
+            return False
+        if linear:
+            return not isinstance(x, Blocked)
+        h, w = (n * p for n, p in zip(data.shape[2:4], x.grid[1:])) if isinstance(x, Blocked) else data.shape[2:]
+        return min(h, w) + 2 * self.geometry.padding >= self.weight.shape[2]
 
     @property
     def keeps_size(self) -> bool:
@@ -59,7 +77,7 @@ class Layer:
         stride = self.geometry.stride
         if not self.keeps_size or h % stride or w % stride:
             return Grid(len(x))
-        return Grid.of(len(x), h, w, max(stride, min(h, w) // 4))
+        return Grid.of(len(x), h, w, stride * max(1, min(h, w) // 4 // stride))  # parts that the stride divides
 
     @property
     def pattern(self) -> Pattern:
@@ -86,6 +104,7 @@ class Layer:
         if self.compact is not None:
             return self.compact if pattern is self.pattern else self.pattern.reordered(self.compact, pattern)
         if torch.is_grad_enabled() and self.weight.requires_grad:
+            self.forget()  # an optimiser that writes to ``weight.data`` leaves no trace
             return Gather.apply(self.weight, pattern)
         kept = self._still.get(pattern)
         if kept is None or kept[0] != self._at:
@@ -124,7 +143,8 @@ class Layer:
 def unsupported(module: nn.Module) -> str | None:
     """Why there is no kernel for a layer, or None."""
     if type(module) is nn.Linear:
-        return None
+        plain = module.weight.is_contiguous() and module.weight.dtype == torch.float32
+        return None if plain and module.weight.device.type == "cpu" else "no plain float32 weights on the CPU"
     if type(module) is not nn.Conv2d:
         return f"a {type(module).__name__}"
     k, s, p = module.kernel_size, module.stride, module.padding
@@ -138,6 +158,8 @@ def unsupported(module: nn.Module) -> str | None:
         return f"dilation {module.dilation}"
     if isinstance(p, str) or p[0] != p[1] or not p[0] < k[0] or module.padding_mode != "zeros":
         return f"padding {p!r}, {module.padding_mode}"
+    if not (module.weight.is_contiguous() or module.weight.is_contiguous(memory_format=torch.channels_last)):
+        return "weights that are a part of another tensor"
     if module.weight.dtype != torch.float32 or module.weight.device.type != "cpu":
         return f"weights in {module.weight.dtype} on {module.weight.device}"
     return None

@@ -16,5 +16,6 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(MMAP_THRESHOLD, 2**30)
+        if not libc.mallopt(MMAP_THRESHOLD, 2**30):  # older ones allow no more than this
+            libc.mallopt(MMAP_THRESHOLD, 2**25)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)

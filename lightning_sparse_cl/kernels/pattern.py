@@ -152,6 +152,8 @@ class Pattern:
         groups, inputs, *here, lanes = x
         size = [((n * p + 2 * padding - self.kernel) // stride + 1) // p for n, p in zip(here, grid[1:])]
         step = stride if self.kernel == 1 else 1
+        if min(size) < 1 or (grid[1:] != (1, 1) and any(n % stride for n in here)):
+            raise ValueError(f"Pattern: {tuple(x)} in {grid} has no whole output at stride {stride}")
         where = (*size, *size, self.out, -padding, -padding, step, 1, self.block, *grid)
         about = numbers(groups, inputs, self.out, *here, *where)
         return about, self._offsets(max(size), False), (groups, self.out, *size, lanes)

@@ -33,9 +33,17 @@ def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
             named = getattr(node.target, "__name__", "")
             in_place = node.op == "call_function" and (named.endswith("_") or named in IN_PLACE)
             in_place = in_place or bool(node.kwargs.get("inplace", False))
-        if in_place and any(len(n.users) > 1 or n.op == "placeholder" for n in node.all_input_nodes[:1]):
+        first = node.all_input_nodes[:1]
+        if in_place and any(len(n.users) > 1 or not _is_fresh(n, modules) for n in first):
             return True
-    return False
+    norms = [n.target for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], nn.BatchNorm2d)]
+    return len(norms) > len(set(norms))  # whose statistics move twice, in an order that must be kept
+
+
+def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a value is a tensor of its own, and not another one under a new name."""
+    made = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
+    return node.target in ADDS or (node.op == "call_module" and isinstance(modules[node.target], made))
 
 
 @dataclass
@@ -145,13 +153,13 @@ class Program:
         if layer is not None and isinstance(layer.module, nn.Linear):
             given = plain(given)
         if layer is None:  # a batch-norm alone is not worth a conversion
-            x = given if isinstance(given, Blocked) else None
-        elif isinstance(given, Blocked) or given.ndim == (2 if isinstance(layer.module, nn.Linear) else 4):
+            x = given if isinstance(given, Blocked) and given.data.shape[1] == norm.num_features else None
+        elif layer.takes(given):
             used = self.choices is None or self.choices.sparse(layer, given)
             x = self._blocked(given, layer) if used else None
         else:
             x = None
-        if x is None:
+        if x is None or (layer and norm and norm.num_features != layer.weight.shape[0]):
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
         pattern = None if layer is None else layer.pattern_for(x)
@@ -254,10 +262,12 @@ def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor
     """Blocked in the same way, if it has the shape."""
     if not isinstance(value, Blocked) or value.grid != grid:
         value = plain(value)
-        if value.ndim != 4 or len(value) != grid.images or any(n % p for n, p in zip(value.shape[2:], grid[1:])):
+        if not isinstance(value, Tensor) or value.ndim != 4 or len(value) != grid.images:
+            return None
+        if any(n % p for n, p in zip(value.shape[2:], grid[1:])):
             return None
         value = Blocked(grid.block(value), grid)
-    return value.data if value.data.shape == shape else None
+    return value.data if value.data.shape == shape and value.data.dtype == torch.float32 else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -291,16 +301,10 @@ def _halves(node: fx.Node, module: nn.Module | None) -> tuple[Callable, int] | N
         usual = usual and getattr(module, "divisor_override", None) is None
         if k == s > 0 and p == 0 and usual:
             return (F.max_pool2d if isinstance(module, nn.MaxPool2d) else F.avg_pool2d), k
-    elif node.target in (F.max_pool2d, F.avg_pool2d, torch.max_pool2d) and len(node.args) == 2:
+    elif node.target in (F.max_pool2d, F.avg_pool2d) and len(node.args) == 2 and isinstance(node.args[1], int):
         k = node.args[1]
-        if (
-            isinstance(k, int)
-            and set(node.kwargs.values()) <= {None, False, k, 1}
-            and node.kwargs.get("padding", 0) == 0
-        ):
-            stride = node.kwargs.get("stride")
-            if stride in (None, k) and node.kwargs.get("dilation", 1) == 1:
-                return node.target, k
+        if node.kwargs in ({}, {"stride": k}, {"stride": None}):
+            return node.target, k
     return None
 
 

@@ -30,7 +30,7 @@
 #define COLUMNS 4
 #define INLINE inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias));
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias, aligned(4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t)), may_alias));
 
 // Lanes of two vectors by their number

@@ -28,9 +28,6 @@ class Watcher(pl.Callback):
 
         monkeypatch.setattr(functions.Convolution, "backward", staticmethod(counted))
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        pass
-
     def on_train_batch_end(self, trainer, *_):
         self.sizes.append(sum(p.numel() for o in trainer.optimizers for g in o.param_groups for p in g["params"]))
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lightning_sparse_cl.kernels.build import lanes
 from lightning_sparse_cl.kernels.layout import Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
@@ -81,7 +82,7 @@ def test_any_number_of_threads_computes_the_same_bits():
     torch.manual_seed(0)
     before, found = torch.get_num_threads(), []
     mask = torch.rand(48, 40, 3, 3) < 0.1
-    x, dy, values = torch.randn(2, 40, 9, 9, 16), torch.randn(2, 48, 9, 9, 16), None
+    x, dy, values = torch.randn(2, 40, 9, 9, lanes()), torch.randn(2, 48, 9, 9, lanes()), None
     pattern = Pattern(mask, torch.empty(48, 40, 3, 3), Geometry(1, 1))
     grid = Grid(2 * x.shape[4])
     values = torch.randn(pattern.entries)
