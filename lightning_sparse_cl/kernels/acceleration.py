@@ -49,7 +49,8 @@ def accelerate(
         model: any network, or one whose parts can be traced by ``torch.fx``: the largest such parts are run as a whole.
         masks: of its weights by name, True where alive. :class:`Masks` are followed: their changes, gradients asked for
             whole, held weights. None is: where the weights are not zero now.
-        optimizers: of the weights, for training.
+        optimizers: of the weights, for training. One that is made later, from the same weights, must be given, too:
+            accelerate the network anew.
         parts: names of the submodules that are called as a whole; the model itself is ``""``.
         measure: False uses the kernels wherever there are any, without a look at the clock.
 

@@ -56,15 +56,15 @@ def library() -> ctypes.CDLL:
     """
     command = [*_compiler(), *_flags()]
     text = " ".join(command) + SOURCE.read_text() + torch.__version__ + platform.machine()
-    name = f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    name = f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     for folder in _folders():
-        path = folder / name
-        if not path.is_file():
+        path = next(filter(_whole, folder.glob(f"{name}-*.so")), None)
+        if path is None:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder.stat().st_uid != os.getuid():  # somebody else's
                     continue
-                _compile(command, path)
+                path = _compile(command, folder, name)
             except OSError:  # a folder that cannot be written to
                 continue
         return _load(path)
@@ -122,12 +122,21 @@ def _folders() -> list[Path]:
     return [Path(own)] if own else [home, Path(tempfile.gettempdir()) / f"lightning_sparse_cl-{os.getuid()}"]
 
 
-def _compile(command: list[str], path: Path) -> None:
+def _whole(path: Path) -> bool:
+    """Whether a library is as it was compiled: its name ends with its checksum, as a damaged one ends the process."""
+    return path.stem.endswith(_digest(path))
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _compile(command: list[str], folder: Path, name: str) -> Path:
     """Compile into a file of its own, then put it in place at once: another process may be doing the same."""
-    print(f"Compiling the sparse kernels for this CPU into {path} ...", flush=True)
+    print(f"Compiling the sparse kernels for this CPU into {folder} ...", flush=True)
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder, path.name)
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        made = Path(work, "sparse.so")
         order = [command[0], str(SOURCE), *command[1:], "-o", str(made)]
         done = subprocess.run(order, capture_output=True, text=True)
         if done.returncode:
@@ -135,8 +144,10 @@ def _compile(command: list[str], path: Path) -> None:
             raise KernelsUnavailable(
                 f"sparse kernels: {command[0]} failed ({fault.strip()}). Masked weights are multiplied dense"
             )
+        path = folder / f"{name}-{_digest(made)}.so"
         os.replace(made, path)
     print(f"Compiled in {time.perf_counter() - start:.0f} s.", flush=True)
+    return path
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -147,6 +158,6 @@ def _load(path: Path) -> ctypes.CDLL:
             function = getattr(found, name)
             function.argtypes, function.restype = [KINDS[t] for t in types], None
     except (OSError, AttributeError) as error:
-        path.unlink(missing_ok=True)  # damaged: compiled anew next time
+        path.unlink(missing_ok=True)  # compiled anew next time
         raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error
     return found

@@ -429,6 +429,24 @@ def test_without_a_compiler_there_is_a_clear_error(monkeypatch, tmp_path):
         build.library.cache_clear()
 
 
+def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTNING_SPARSE_CL_CACHE", str(tmp_path))
+    flags = [*build._flags(), "-O0"]
+    monkeypatch.setattr(build, "_flags", lambda: flags)
+    build.library.cache_clear()
+    try:
+        build.library()
+        (made,) = tmp_path.glob("*.so")
+        whole = made.read_bytes()
+        made.unlink()  # the loaded one lives on
+        made.write_bytes(whole[: len(whole) // 2])
+        build.library.cache_clear()
+        assert build.library().lanes() in (4, 8, 16)
+        assert whole in [path.read_bytes() for path in tmp_path.glob("*.so")]
+    finally:
+        build.library.cache_clear()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instructions_pass_the_same_tests(capability):
