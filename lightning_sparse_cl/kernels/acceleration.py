@@ -310,6 +310,8 @@ class _Runner:
         """For the network as it is now; None if it cannot be traced so."""
         state = tuple(_plain_state(m) for m in self._traced)
         if state not in self._programs:
+            if len(self._programs) == 16:  # something that changes all the time
+                return None
             graph = trace(self._network)
             made = None if graph is None else Program(self._network, graph, self._layers, self.owner.choices)
             self._programs[state] = made
