@@ -39,6 +39,7 @@ NO_RESULT = {
         "BalancedMemory", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
+    "how fast it is computed": {"SparseAcceleration"},
     "where it runs, not what comes out": {"num_workers"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
