@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +17,8 @@ from lightning_sparse_cl.kernels.build import library
 from lightning_sparse_cl.kernels.choices import Choices
 from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
 from lightning_sparse_cl.kernels.layer import Layer, unsupported
-from lightning_sparse_cl.kernels.program import Program, rewrites
-from lightning_sparse_cl.sparsity.channels import graph_of
+from lightning_sparse_cl.kernels.program import Program
+from lightning_sparse_cl.kernels.tracing import is_transformed, plain_state, trace
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
@@ -279,7 +276,7 @@ class _Runner:
                 warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
             return self.part._call_impl(*args, **kwargs)
         changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__
-        if changed or args[0].numel() == 0 or _is_transformed(args[0]):
+        if changed or args[0].numel() == 0 or is_transformed(args[0]):
             return self.part._call_impl(*args, **kwargs)
         program = self._program()
         if program is None or len(args) != len(program.inputs):
@@ -308,7 +305,7 @@ class _Runner:
 
     def _program(self) -> Program | None:
         """For the network as it is now; None if it cannot be traced so."""
-        state = tuple(_plain_state(m) for m in self._traced)
+        state = tuple(plain_state(m) for m in self._traced)
         if state not in self._programs:
             if len(self._programs) == 16:  # something that changes all the time
                 return None
@@ -330,69 +327,3 @@ def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list
         return [(name, model)]
     parts = ((f"{name}.{n}" if name else n, child) for n, child in model.named_children())
     return [found for n, child in parts for found in _traceable(child, layers, n)]
-
-
-def trace(network: nn.Module) -> fx.Graph | None:
-    """The graph of a network, or None if running it would not be the same as calling the network.
-
-    Control flow, arguments with defaults, random draws, other modes of autograd inside, values that are written over,
-    and modules that count or keep something as they are called do not survive tracing.
-    """
-    signature = inspect.signature(type(network).forward).parameters.values()
-    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
-        return None
-    before, draws = [dict(m.__dict__) for m in network.modules()], (random.getstate(), torch.get_rng_state())
-    with switched() as modes:
-        try:
-            graph = graph_of(network)
-        except ValueError:
-            graph = None
-    same = random.getstate() == draws[0] and torch.equal(torch.get_rng_state(), draws[1]) and not modes
-    random.setstate(draws[0])
-    torch.set_rng_state(draws[1])
-    for module, attributes in zip(network.modules(), before):
-        if module.__dict__.keys() != attributes.keys() or any(
-            v is not attributes[k] for k, v in module.__dict__.items()
-        ):
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            same = False
-    if graph is None or not same or rewrites(graph, network):
-        return None
-    out = next(n for n in graph.nodes if n.op == "output").args[0]
-    return graph if isinstance(out, fx.Node) or (isinstance(out, tuple) and all(map(_is_node, out))) else None
-
-
-@contextmanager
-def switched() -> Iterator[list[bool]]:
-    """Notes whether anybody switches gradients on or off inside."""
-    seen: list[bool] = []
-    real = torch._C._set_grad_enabled
-
-    def noted(mode: bool) -> None:
-        seen.append(mode)
-        real(mode)
-
-    torch._C._set_grad_enabled = noted
-    try:
-        yield seen
-    finally:
-        torch._C._set_grad_enabled = real
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
-
-
-def _plain_state(module: nn.Module) -> tuple:
-    """What a forward method may ask: flags, numbers and which modules there are."""
-    own = module.__dict__
-    flags = tuple(v for v in own.values() if type(v) in (bool, int, float, str))
-    return flags, tuple(map(id, own["_modules"].values()))
-
-
-def _is_transformed(x: Tensor) -> bool:
-    """Whether torch.func, a tracer or a dispatch mode looks at what is computed."""
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0

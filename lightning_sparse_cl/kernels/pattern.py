@@ -81,11 +81,11 @@ class Pattern:
         self._calls: dict[tuple, Call] = {}
         self._orders: dict[int, tuple[Pattern, Tensor]] = {}
 
-    def gather(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def gather(self, weight: Tensor) -> Tensor:
         """The values (n,) of the non-zeros of a tensor like the weight."""
         if weight.stride() != self.strides:
             weight = torch.empty_strided(self.shape, self.strides).copy_(weight)
-        out = torch.empty(self.entries) if out is None else out
+        out = torch.empty(self.entries)
         call("gather", weight, self.index, self.entries, out)
         return out
 

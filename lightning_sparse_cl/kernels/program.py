@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,35 +14,9 @@ from lightning_sparse_cl.kernels.choices import Choices
 from lightning_sparse_cl.kernels.functions import Convolution, Norm
 from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
+from lightning_sparse_cl.kernels.tracing import ADDS
 
-ADDS = {operator.add, operator.iadd, torch.add}
 RELUS = {F.relu, torch.relu}
-IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
-
-
-def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
-    """Whether an operation in place changes a value that is used again, as if it had not been computed anew."""
-    modules = dict(module.named_modules())
-    for node in graph.nodes:
-        if node.op == "call_module":
-            in_place = getattr(modules[node.target], "inplace", False)
-        elif node.op == "call_method":
-            in_place = node.target.endswith("_") and not node.target.endswith("__")
-        else:
-            named = getattr(node.target, "__name__", "")
-            in_place = node.op == "call_function" and (named.endswith("_") or named in IN_PLACE)
-            in_place = in_place or bool(node.kwargs.get("inplace", False))
-        first = node.all_input_nodes[:1]
-        if in_place and any(len(n.users) > 1 or not _is_fresh(n, modules) for n in first):
-            return True
-    norms = [n.target for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], nn.BatchNorm2d)]
-    return len(norms) > len(set(norms))  # whose statistics move twice, in an order that must be kept
-
-
-def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a value is a tensor of its own, and not another one under a new name."""
-    made = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return node.target in ADDS or (node.op == "call_module" and isinstance(modules[node.target], made))
 
 
 @dataclass
@@ -68,7 +41,7 @@ class Program:
 
     Args:
         module: the network.
-        graph: of it, see :func:`~lightning_sparse_cl.sparsity.channels.graph_of`.
+        graph: of it, see :func:`~lightning_sparse_cl.kernels.tracing.trace`.
         layers: those with kernels, by name.
         choices: which of them use the kernels; None is all.
     """
