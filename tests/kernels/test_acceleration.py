@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.kernels import choices
+from lightning_sparse_cl.optim.sam import perturbed
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -256,6 +257,21 @@ def test_a_weight_read_between_the_passes_still_gets_its_gradient():
     assert found.compact is None
     (loss + 0 * penalty).backward()
     assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
+
+
+def test_weights_given_up_inside_sam_are_put_back():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    found.train_compact()
+    x = torch.randn(8, 3, 16, 16)
+    net(x).square().mean().backward()
+    with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
+        assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
+        assert found.compact is None
+    sgd.step()
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
 def test_who_looks_into_the_network_finds_what_torch_computes():
