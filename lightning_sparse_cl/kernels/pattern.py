@@ -70,8 +70,9 @@ class Pattern:
         block, back_block = (BLOCKS[m].get(side, 16 if dense else 24) for m in (self.mode, self.back_mode))
         self.block, self.back_block = min(block, self.inputs), min(back_block, self.out)
         blocks, back_blocks = -(-self.inputs // self.block), -(-self.out // self.back_block)
-        self.pointers = torch.empty(blocks * self.out + 1, dtype=torch.int32)
-        self.back_pointers = torch.empty(back_blocks * stride**2 * self.inputs + 1, dtype=torch.int32)
+        parts = 9 if self.mode == AROUND else 1  # of a list, see sparse.cpp
+        self.pointers = torch.empty(blocks * self.out * parts + 1, dtype=torch.int32)
+        self.back_pointers = torch.empty(back_blocks * stride**2 * self.inputs * parts + 1, dtype=torch.int32)
         self._code, self._back_code = (torch.empty(self.entries, dtype=torch.uint16) for _ in range(2))
         self.index, self.back_from = (torch.empty(self.entries, dtype=torch.int32) for _ in range(2))
         lists = (self.pointers, self._code, self.index, self.back_pointers, self._back_code, self.back_from)

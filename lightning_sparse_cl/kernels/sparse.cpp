@@ -7,14 +7,17 @@
 // every output channel the non-zero weights are run through, one multiply-add with a memory operand a pixel.
 //
 // A list of non-zeros ("rows" are what is written, an output channel or, for strided input gradients, a phase of an
-// input channel): for block b and row r the entries ptr[b * rows + r] ... ptr[b * rows + r + 1] hold `offset`, the
-// place in the packed window in vectors, and a value. The values are the caller's, in the list's order.
+// input channel): for block b and row r the entries ptr[(b * rows + r) * parts] ... ptr[(b * rows + r + 1) * parts] hold
+// `offset`, the place in the packed window in vectors, and a value. The values are the caller's, in the list's order.
+// Where a tile sees one pixel around itself there are 9 parts, by where in that window an entry begins: a tile that is
+// a whole plane leaves out the products with padding, a third of them.
 
 #include <ATen/Parallel.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -85,6 +88,10 @@ static float* scratch(size_t floats, int which) {  // kept by each thread
   return (float*)(((uintptr_t)own.data() + 63) / 64 * 64);
 }
 
+enum Mode { FLAT, NEXT, AROUND, STRIDED };  // pixels beyond the tile: none, 1, 2; 2 at stride 2
+
+constexpr int parts_of(int mode) { return mode == AROUND ? 9 : 1; }
+
 constexpr int64_t NEAR = 1 << 18;  // floats that stay in the second cache
 
 struct Convolution {
@@ -95,6 +102,11 @@ struct Convolution {
   int64_t phases;                    // 1, or the 2 of each direction in which a strided gradient is written
   int64_t block;                     // input channels packed at once
   Grid grid;
+
+  // Whether a tile of th x tw pixels is all of the output, and padded all around
+  bool alone(int64_t th, int64_t tw) const {
+    return grid.rows * grid.columns == 1 && tiles_h <= th && tiles_w <= tw && origin_h < 0 && origin_w < 0;
+  }
 };
 
 // Pack a window of PH x PW pixels, `step` apart, of `channels` channels
@@ -160,7 +172,24 @@ struct Ahead {
   }
 };
 
-template <int TH, int TW, int STRIDE, int PW>
+// Whether a pixel of a tile is summed in one of so many pieces of a list: one for all entries, one for each line of the
+// window in which they begin, or one for each place; where there are several, what lies around the tile is padding
+template <int TH, int TW, int PIECES>
+static constexpr bool counts(int piece, int pixel) {
+  int line = PIECES == 9 ? piece / 3 : piece, place = PIECES == 9 ? piece % 3 : 1, i = pixel / TW, j = pixel % TW;
+  if (PIECES == 1) return true;
+  return !(line == 0 && i == 0) && !(line == 2 && i == TH - 1) && !(place == 0 && j == 0) && !(place == 2 && j == TW - 1);
+}
+
+// Calls f<piece>(first entry, number of entries) for the pieces of a list
+template <int PARTS, int PIECES, class F>
+static INLINE void each_piece(const int32_t* list, F f) {
+  [&]<int... P>(std::integer_sequence<int, P...>) __attribute__((always_inline)) {
+    (f.template operator()<P>(list[P * PARTS / PIECES], list[(P + 1) * PARTS / PIECES] - list[P * PARTS / PIECES]), ...);
+  }(std::make_integer_sequence<int, PIECES>());
+}
+
+template <int TH, int TW, int STRIDE, int PW, int PIECES, int PIECE>
 static INLINE void run(const float* window, const uint16_t* offset, const float* value, int64_t n, vec (&a)[TH * TW]) {
   int64_t e = 0;
   if constexpr (TH * TW == 1) {  // one sum would wait for itself, and a loop over the rest would be mispredicted
@@ -182,7 +211,9 @@ static INLINE void run(const float* window, const uint16_t* offset, const float*
     const float* p = window + (int64_t)offset[e] * LANES;
     float v = value[e];
 #pragma GCC unroll 16
-    for (int i = 0; i < TH * TW; i++) a[i] += v * *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
+    for (int i = 0; i < TH * TW; i++)
+      if (counts<TH, TW, PIECES>(PIECE, i))
+        a[i] += v * *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
   }
 }
 
@@ -208,16 +239,19 @@ struct Ring {
 
   explicit Ring(float* to) : to(to) {}
 
-  template <int TH, int TW, int STRIDE, int PW>
+  template <int TH, int TW, int STRIDE, int PW, int PIECES, int PIECE>
   INLINE void add(const float* window, const uint16_t* offset, int64_t n, const vec (&d)[TH * TW]) {
     int64_t at = filled;
     for (int64_t e = 0; e < n; e++) {
       const float* p = window + (int64_t)offset[e] * LANES;
       vec s[4] = {};
+      int terms = 0;
 #pragma GCC unroll 16
       for (int i = 0; i < TH * TW; i++) {
+        if (!counts<TH, TW, PIECES>(PIECE, i)) continue;
         vec seen = *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
-        s[i % 4] = i < 4 ? d[i] * seen : s[i % 4] + d[i] * seen;
+        s[terms % 4] = terms < 4 ? d[i] * seen : s[terms % 4] + d[i] * seen;
+        terms++;
       }
       *(vec*)(kept + at * LANES) = (s[0] + s[1]) + (s[2] + s[3]);
       if (++at == LANES) {
@@ -238,12 +272,14 @@ struct Ring {
 };
 
 // y = convolution of x with the listed weights, plus bias, plus `add`, rectified
-template <int TH, int TW, int STRIDE, int MORE>
+template <int TH, int TW, int STRIDE, int MORE, int PIECES>
 static void convolve(const Convolution& g, const float* x, const int32_t* ptr, const uint16_t* offset,
                      const float* value, const float* bias, const float* add, bool relu, float* y) {
   constexpr int PH = (TH - 1) * STRIDE + 1 + MORE, PW = (TW - 1) * STRIDE + 1 + MORE, TILE = TH * TW;
+  constexpr int PARTS = parts_of(STRIDE == 2 ? STRIDED : MORE);
   int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
   int64_t tiles = g.groups * th * tw, threads = at::get_num_threads();
+  bool far = g.groups * g.out * g.out_h * g.out_w * LANES > 4 * NEAR;
   int64_t splits = threads == 1 ? 1 : std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, (g.rows + 15) / 16);
   at::parallel_for(0, tiles * splits, 1, [&](int64_t begin, int64_t end) {
     float* window = scratch(g.block * PH * PW * LANES, 0);
@@ -259,8 +295,8 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
         Ahead<PH, PW> ahead(g, x, tile, b, blocks, th, tw, TH * STRIDE, TW * STRIDE, 0);
         for (int64_t r = first; r < last; r++) {
           ahead.fetch((r - first + 1) * ahead.lines / (last - first));
-          int64_t e = ptr[b * g.rows + r], n = ptr[b * g.rows + r + 1] - e;
-          if (n == 0 && b > 0 && b < blocks - 1) continue;
+          const int32_t* list = ptr + (b * g.rows + r) * PARTS;
+          if (list[0] == list[PARTS] && b > 0 && b < blocks - 1) continue;
           vec a[TILE];
           if (b == 0) {
             vec start = (bias ? bias[r] : 0.f) - (vec){};
@@ -270,7 +306,14 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
 #pragma GCC unroll 16
             for (int i = 0; i < TILE; i++) a[i] = *(const vec*)(partial + (r * TILE + i) * LANES);
           }
-          run<TH, TW, STRIDE, PW>(window, offset + e, value + e, n, a);
+          if (whole && far && b == blocks - 1 && r + 2 < last) {
+            const float* soon = y + (((group * g.out + r + 2) * g.out_h + i0) * g.out_w + j0) * LANES;
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + (i / TW * g.out_w + i % TW) * LANES, 1);
+          }
+          each_piece<PARTS, PIECES>(list, [&]<int P>(int64_t e, int64_t n) __attribute__((always_inline)) {
+            run<TH, TW, STRIDE, PW, PIECES, P>(window, offset + e, value + e, n, a);
+          });
           if (b < blocks - 1) {
 #pragma GCC unroll 16
             for (int i = 0; i < TILE; i++) *(vec*)(partial + (r * TILE + i) * LANES) = a[i];
@@ -304,12 +347,13 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
 
 // dvalue[e] = sum over tiles and lanes of dy times what entry e has seen. The work is divided in the same way for any
 // number of threads, and so are the sums.
-template <int TH, int TW, int STRIDE, int MORE>
+template <int TH, int TW, int STRIDE, int MORE, int PIECES>
 static void correlate(const Convolution& g, const float* x, const float* dy, const int32_t* ptr, const uint16_t* offset,
                       float* dvalue) {
   constexpr int PH = (TH - 1) * STRIDE + 1 + MORE, PW = (TW - 1) * STRIDE + 1 + MORE, TILE = TH * TW;
+  constexpr int PARTS = parts_of(STRIDE == 2 ? STRIDED : MORE);
   int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
-  int64_t tiles = g.groups * th * tw, entries = ptr[blocks * g.rows];
+  int64_t tiles = g.groups * th * tw, entries = ptr[blocks * g.rows * PARTS];
   int64_t chunks = std::clamp<int64_t>(tiles / 16, 1, 8), parts = std::min<int64_t>(16 / chunks, blocks);
   std::vector<float> sums(chunks * entries);
   at::parallel_for(0, chunks * parts, 1, [&](int64_t begin, int64_t end) {
@@ -322,12 +366,12 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
           bool whole = i0 + TH <= g.tiles_h && j0 + TW <= g.tiles_w;
           pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
                        i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
-          const int32_t* rows = ptr + b * g.rows;
+          const int32_t* list = ptr + b * g.rows * PARTS;
           int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
           Ahead<PH, PW> ahead(g, x, tile, b, last, th, tw, TH * STRIDE, TW * STRIDE, first);
-          Ring ring(sums.data() + chunk * entries + rows[0]);
-          for (int64_t r = 0; r < g.rows; r++) {
-            if (rows[r] == rows[r + 1]) continue;
+          Ring ring(sums.data() + chunk * entries + list[0]);
+          for (int64_t r = 0; r < g.rows; r++, list += PARTS) {
+            if (list[0] == list[PARTS]) continue;
             ahead.fetch((r + 1) * ahead.lines / g.rows);
             vec d[TILE];
             const float* at = dy + (((group * g.rows + r) * g.tiles_h + i0) * g.tiles_w + j0) * LANES;
@@ -346,7 +390,9 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
                 d[i] = inside ? *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES) : (vec){};
               }
             }
-            ring.template add<TH, TW, STRIDE, PW>(window, offset + rows[r], rows[r + 1] - rows[r], d);
+            each_piece<PARTS, PIECES>(list, [&]<int P>(int64_t e, int64_t n) __attribute__((always_inline)) {
+              ring.template add<TH, TW, STRIDE, PW, PIECES, P>(window, offset + e, n, d);
+            });
           }
           ring.finish();
         }
@@ -361,32 +407,25 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
   });
 }
 
-enum Mode { FLAT, NEXT, AROUND, STRIDED };  // pixels beyond the tile: none, 1, 2; 2 at stride 2
-
-template <template <int, int, int, int> class Kernel, class... Arguments>
-static void dispatch(int64_t mode, const Convolution& g, Arguments... arguments) {
-#define TILES(TH, TW)                                                              \
-  switch (mode) {                                                                  \
-    case FLAT: return Kernel<TH, TW, 1, 0>::call(g, arguments...);                 \
-    case NEXT: return Kernel<TH, TW, 1, 1>::call(g, arguments...);                 \
-    case AROUND: return Kernel<TH, TW, 1, 2>::call(g, arguments...);               \
-    default: return Kernel<TH, TW, 2, 2>::call(g, arguments...);                   \
+// Calls the kernel for a mode and the size of the output; `entries` tells whether lists are worth to be cut in 9
+template <class Kernel>
+static void dispatch(int64_t mode, const Convolution& g, int64_t entries, Kernel kernel) {
+#define TILES(TH, TW)                                                    \
+  switch (mode) {                                                        \
+    case FLAT: return kernel.template operator()<TH, TW, 1, 0, 1>();     \
+    case NEXT: return kernel.template operator()<TH, TW, 1, 1, 1>();     \
+    case AROUND: return kernel.template operator()<TH, TW, 1, 2, 1>();   \
+    default: return kernel.template operator()<TH, TW, 2, 2, 1>();       \
   }
-  int64_t side = std::max(g.tiles_h, g.tiles_w);
+  int64_t side = std::max(g.tiles_h, g.tiles_w), lists = (g.in + g.block - 1) / g.block * g.rows;
   if (side == 1) { TILES(1, 1) }
   if (side == 2) { TILES(2, 2) }
+  if (mode == AROUND && g.alone(ROWS, COLUMNS)) {
+    if (entries > 24 * lists) return kernel.template operator()<ROWS, COLUMNS, 1, 2, 9>();
+    return kernel.template operator()<ROWS, COLUMNS, 1, 2, 3>();
+  }
   TILES(ROWS, COLUMNS)
 }
-template <int... T>
-struct Convolve {
-  template <class... A>
-  static void call(A... a) { convolve<T...>(a...); }
-};
-template <int... T>
-struct Correlate {
-  template <class... A>
-  static void call(A... a) { correlate<T...>(a...); }
-};
 
 extern "C" {
 
@@ -414,12 +453,19 @@ static Convolution convolution(const int64_t* n) {
 
 void sparse_convolve(int64_t mode, const int64_t* geometry, const float* x, const int32_t* ptr, const uint16_t* offset,
                      const float* value, const float* bias, const float* add, int64_t relu, float* y) {
-  dispatch<Convolve>(mode, convolution(geometry), x, ptr, offset, value, bias, add, relu != 0, y);
+  Convolution g = convolution(geometry);
+  int64_t entries = ptr[(g.in + g.block - 1) / g.block * g.rows * parts_of(mode)];
+  dispatch(mode, g, entries, [&]<int TH, int TW, int STRIDE, int MORE, int PIECES>() {
+    convolve<TH, TW, STRIDE, MORE, PIECES>(g, x, ptr, offset, value, bias, add, relu != 0, y);
+  });
 }
 
 void sparse_correlate(int64_t mode, const int64_t* geometry, const float* x, const float* dy, const int32_t* ptr,
                       const uint16_t* offset, float* dvalue) {
-  dispatch<Correlate>(mode, convolution(geometry), x, dy, ptr, offset, dvalue);
+  Convolution g = convolution(geometry);
+  dispatch(mode, g, 0, [&]<int TH, int TW, int STRIDE, int MORE, int PIECES>() {
+    correlate<TH, TW, STRIDE, MORE, PIECES == 1 ? 1 : 3>(g, x, dy, ptr, offset, dvalue);
+  });
 }
 
 // out[i] = from[index[i]]
@@ -436,9 +482,9 @@ void scatter(const float* from, const int32_t* index, int64_t n, float* out) {
   });
 }
 
-// The lists of a masked weight (out, in, k, k). Sizes: ptr blocks * out + 1, back_ptr back_blocks * stride^2 * in + 1.
-// code: input channel in its block and tap; index: each entry's place in the weight's memory; back_code: output channel
-// in its block and tap; back_from: each back entry's entry in the first list.
+// The lists of a masked weight (out, in, k, k). Sizes: ptr blocks * out * parts + 1, back_ptr back_blocks * stride^2 *
+// in * parts + 1. code: input channel in its block and tap; index: each entry's place in the weight's memory;
+// back_code: output channel in its block and tap; back_from: each back entry's entry in the first list.
 void build_lists(const uint8_t* mask, const int64_t* strides, int64_t out, int64_t in, int64_t k, int64_t stride,
                  int64_t padding, int64_t block, int64_t back_block, int32_t* ptr, uint16_t* code, int32_t* index,
                  int32_t* back_ptr, uint16_t* back_code, int32_t* back_from) {
@@ -449,32 +495,31 @@ void build_lists(const uint8_t* mask, const int64_t* strides, int64_t out, int64
     auto p = [&](int64_t tap) { return (tap + stride * padding - padding) % stride; };
     phase[t] = p(t / k) * stride + p(t % k);
   }
-  std::fill(ptr, ptr + blocks * out + 1, 0);
-  std::fill(back_ptr, back_ptr + back_blocks * rows + 1, 0);
-  for (int64_t o = 0; o < out; o++)
-    for (int64_t c = 0; c < in; c++) {
-      const uint8_t* m = mask + (o * in + c) * taps;
-      for (int64_t t = 0; t < taps; t++)
-        if (m[t]) {
-          ptr[c / block * out + o + 1]++;
-          back_ptr[o / back_block * rows + phase[t] * in + c + 1]++;
-        }
-    }
-  for (int64_t i = 0; i < blocks * out; i++) ptr[i + 1] += ptr[i];
-  for (int64_t i = 0; i < back_blocks * rows; i++) back_ptr[i + 1] += back_ptr[i];
-  std::vector<int32_t> at(ptr, ptr + blocks * out), back(back_ptr, back_ptr + back_blocks * rows);
-  for (int64_t o = 0; o < out; o++)
-    for (int64_t c = 0; c < in; c++) {
-      const uint8_t* m = mask + (o * in + c) * taps;
-      for (int64_t t = 0; t < taps; t++)
-        if (m[t]) {
-          int32_t e = at[c / block * out + o]++, f = back[o / back_block * rows + phase[t] * in + c]++;
-          code[e] = c % block * taps + t;
-          index[e] = o * strides[0] + c * strides[1] + t / k * strides[2] + t % k * strides[3];
-          back_code[f] = o % back_block * taps + t;
-          back_from[f] = e;
-        }
-    }
+  int64_t parts = parts_of(stride == 1 && k == 3 ? AROUND : FLAT), lists = blocks * out * parts;
+  int64_t back_lists = back_blocks * rows * parts;
+  auto list = [&](int64_t o, int64_t c, int64_t t) { return (c / block * out + o) * parts + t % parts; };
+  auto back_list = [&](int64_t o, int64_t c, int64_t t) {  // a gradient sees its window the other way round
+    return (o / back_block * rows + phase[t] * in + c) * parts + (taps - 1 - t) % parts;
+  };
+  auto each = [&](auto f) {
+    for (int64_t o = 0; o < out; o++)
+      for (int64_t c = 0; c < in; c++)
+        for (int64_t t = 0; t < taps; t++)
+          if (mask[(o * in + c) * taps + t]) f(o, c, t);
+  };
+  std::fill(ptr, ptr + lists + 1, 0);
+  std::fill(back_ptr, back_ptr + back_lists + 1, 0);
+  each([&](int64_t o, int64_t c, int64_t t) { ptr[list(o, c, t) + 1]++, back_ptr[back_list(o, c, t) + 1]++; });
+  for (int64_t i = 0; i < lists; i++) ptr[i + 1] += ptr[i];
+  for (int64_t i = 0; i < back_lists; i++) back_ptr[i + 1] += back_ptr[i];
+  std::vector<int32_t> at(ptr, ptr + lists), back(back_ptr, back_ptr + back_lists);
+  each([&](int64_t o, int64_t c, int64_t t) {
+    int32_t e = at[list(o, c, t)]++, f = back[back_list(o, c, t)]++;
+    code[e] = c % block * taps + t;
+    index[e] = o * strides[0] + c * strides[1] + t / k * strides[2] + t % k * strides[3];
+    back_code[f] = o % back_block * taps + t;
+    back_from[f] = e;
+  });
 }
 
 // The place of each entry in the packed window of an output of so many pixels. back: of a gradient, whose window begins

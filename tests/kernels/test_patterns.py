@@ -22,10 +22,10 @@ def cases(seed, count):
     """Random convolutions: k, stride, padding, channels, images, sides, density."""
     draw = random.Random(seed)
     for _ in range(count):
-        k, stride = draw.choice([1, 3]), draw.choice([1, 2])
-        padding = draw.randrange(k)
-        least = max(1, k - 2 * padding)
-        images, sides = draw.randint(1, 67), [draw.randint(least, 14), draw.randint(least, 14)]
+        k, stride = draw.choice([1, 3, 3]), draw.choice([1, 1, 2])
+        padding = draw.choice([k // 2, draw.randrange(k)])
+        least, most = max(1, k - 2 * padding), draw.choice([4, 14])  # within a tile, or not
+        images, sides = draw.randint(1, 67), [draw.randint(least, most), draw.randint(least, most)]
         if draw.random() < 0.4:  # small batches, in parts
             side = draw.choice([2, 4, 8, 16, 32])
             padding, images, sides = k // 2, draw.randint(1, 9), [side, side]
@@ -37,7 +37,7 @@ def cases(seed, count):
             draw.randint(1, 40),
             images,
             sides,
-            draw.choice([0, 0.02, 0.1, 1]),
+            draw.choice([0, 0.02, 0.1, 0.4, 1]),
         )
 
 
