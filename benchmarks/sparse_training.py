@@ -76,8 +76,8 @@ def main() -> None:
     harness.quiet()
     torch.set_num_threads(2)
     keep_freed_memory()
-    width, per_class, epochs, seeds = (32, 64, 2, [0]) if args.quick else (64, 128, 2, [0, 1, 2])
-    images = harness.first_of_each(args.root, per_class, 20 if args.quick else 50)
+    width, per_class, epochs, seeds = (32, 64, 2, [0]) if args.quick else (64, 512, 2, [0, 1, 2])
+    images = harness.first_of_each(args.root, per_class, 20 if args.quick else 100)
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
         bar = progress.add_task("runs", total=2 * len(seeds) + 2)

@@ -15,6 +15,9 @@ from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
 
+MOST = 32  # images that are measured with: with more, both take longer in the same way
+
+
 class Choices:
     """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
 
@@ -37,7 +40,7 @@ class Choices:
         if (shape, grads, threads) in layer.chosen:
             return layer.chosen[shape, grads, threads]
         images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
-        images = 1 << (images - 1).bit_length()  # an epoch's last batch may have any size
+        images = min(MOST, 1 << (images - 1).bit_length())  # an epoch's last batch may have any size
         about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
         key = f"{about} {threads}"
         if key not in self.taken:
@@ -68,6 +71,11 @@ def _pixels(x: Blocked) -> tuple[int, int]:
 @torch.enable_grad()
 def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
     """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
+    if isinstance(x, Blocked):
+        grid = x.grid._replace(images=min(MOST, x.grid.images))
+        x = Blocked(x.data[: grid.groups], grid)
+    else:
+        x = x[:MOST]
     linear = isinstance(layer.module, nn.Linear)
     grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
     first = x if isinstance(x, Blocked) else Blocked(grid.block(x[:, :, None, None] if linear else x), grid)
