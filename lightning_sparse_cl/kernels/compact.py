@@ -138,6 +138,9 @@ class Watched(dict):
         self._wake()
         super().__delitem__(name)
 
+    def __iter__(self) -> Any:  # without it, {**parameters} would go past __getitem__
+        return super().__iter__()
+
     def get(self, *args: Any) -> Any:
         self._wake()
         return super().get(*args)

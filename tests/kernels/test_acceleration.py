@@ -274,6 +274,19 @@ def test_weights_given_up_inside_sam_are_put_back():
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
+def test_parameters_that_are_unpacked_are_up_to_date():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    found.train_compact()
+    net(torch.randn(8, 3, 16, 16)).square().mean().backward()
+    sgd.step()
+    layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    before = dict.get(layer._parameters, "weight").detach().clone()
+    assert not torch.equal({**layer._parameters}["weight"], before)
+    assert found.compact is None
+
+
 def test_who_looks_into_the_network_finds_what_torch_computes():
     net, masks = network("cnn")
     scl.accelerate(net, masks, measure=False)

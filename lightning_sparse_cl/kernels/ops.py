@@ -1,0 +1,120 @@
+"""A sparse convolution as a torch operator: by itself, or in graphs that ``torch.compile`` makes.
+
+:func:`~lightning_sparse_cl.kernels.acceleration.accelerate` does more: activations stay in the kernels' layout from layer
+to layer, and only alive values are trained.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lightning_sparse_cl.kernels.layout import Grid
+from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
+
+_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as somebody has it
+
+
+@custom_op("lightning_sparse_cl::conv2d", mutates_args=(), device_types="cpu")
+def sparse_conv2d(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> Tensor:
+    """``F.conv2d(x, weight * mask, bias, stride, padding)`` that multiplies by the alive weights only.
+
+    Differentiable; the gradient of the weight is zero outside the mask. What is known of a mask is kept with it, so the
+    same tensor should be given every time.
+
+    Args:
+        x: (B, in, H, W), float32 on the CPU.
+        weight: (out, in, k, k), float32; k is 1 or 3.
+        mask: bool, of the weight's shape, True where a weight is alive.
+        bias: (out,) or None.
+        stride: 1 or 2.
+        padding: 0 to k - 1, of zeros.
+
+    Returns:
+        (B, out, H', W'), channels_last.
+
+    Raises:
+        ValueError: if there are no kernels for these arguments.
+        KernelsUnavailable: if the kernels cannot be compiled here.
+    """
+    pattern, grid = _find(x, weight, mask, stride, padding)
+    bias = None if bias is None else bias.contiguous()
+    y = pattern.forward(grid.block(x), pattern.gather(weight), grid, bias)
+    return grid.unblock(y).contiguous(memory_format=torch.channels_last)
+
+
+@custom_op("lightning_sparse_cl::conv2d_input_gradient", mutates_args=(), device_types="cpu")
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
+    pattern, grid = _find(x, weight, mask, stride, padding)
+    size = (x.shape[2] // grid.rows, x.shape[3] // grid.columns)
+    dx = pattern.input_gradient(grid.block(dy), pattern.gather(weight), grid, size)
+    return grid.unblock(dx).contiguous(memory_format=torch.channels_last)
+
+
+@custom_op("lightning_sparse_cl::conv2d_weight_gradient", mutates_args=(), device_types="cpu")
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
+    pattern, grid = _find(x, weight, mask, stride, padding)
+    whole = torch.zeros_like(weight)
+    pattern.scatter(pattern.weight_gradient(grid.block(x), grid.block(dy), grid), whole)
+    return whole
+
+
+@sparse_conv2d.register_fake
+def _(
+    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
+) -> Tensor:
+    size = [(n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:]]
+    shape = (x.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@_input_gradient.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_weight_gradient.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
+    return torch.empty_like(weight)
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, weight, mask, _, ctx.stride, ctx.padding = inputs
+    ctx.save_for_backward(x, weight, mask)
+
+
+def _gradients(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    given = (dy, *ctx.saved_tensors, ctx.stride, ctx.padding)
+    wanted = ctx.needs_input_grad
+    dx = _input_gradient(*given) if wanted[0] else None
+    dweight = _weight_gradient(*given) if wanted[1] else None
+    return dx, dweight, None, dy.sum((0, 2, 3)) if wanted[3] else None, None, None
+
+
+sparse_conv2d.register_autograd(_gradients, setup_context=_save)
+
+
+def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> tuple[Pattern, Grid]:
+    """The lists of a mask, and how to lay the images."""
+    for name, value, dtype in (("x", x, torch.float32), ("weight", weight, torch.float32), ("mask", mask, torch.bool)):
+        if value.ndim != 4 or value.dtype != dtype or value.device.type != "cpu":
+            raise ValueError(
+                f"sparse_conv2d: {name} is {value.dtype} of shape {tuple(value.shape)} on {value.device}; it must be "
+                f"{dtype} of four dimensions on cpu"
+            )
+    k, (h, w) = weight.shape[2], x.shape[2:]
+    if x.shape[1] != weight.shape[1] or len(x) == 0 or min(h, w) + 2 * padding < k:
+        raise ValueError(f"sparse_conv2d: x is {tuple(x.shape)}, which a weight {tuple(weight.shape)} cannot take")
+    version = 0 if mask.is_inference() else mask._version
+    known = _patterns.setdefault(mask, {})
+    key = (version, weight.stride(), stride, padding)
+    if key not in known:
+        for old in [old for old in known if old[0] != version]:
+            del known[old]
+        known[key] = Pattern(mask, weight.detach(), Geometry(stride, padding))
+    parts = 2 * padding + 1 == k and not (h % stride or w % stride)  # of images stay parts of them
+    return known[key], Grid.of(len(x), h, w, stride) if parts else Grid(len(x))
