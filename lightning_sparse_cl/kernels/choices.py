@@ -14,7 +14,6 @@ from lightning_sparse_cl.kernels.functions import Convolution
 from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
-
 MOST = 32  # images that are measured with: with more, both take longer in the same way
 
 

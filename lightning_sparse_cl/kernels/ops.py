@@ -1,7 +1,7 @@
 """A sparse convolution as a torch operator: by itself, or in graphs that ``torch.compile`` makes.
 
-:func:`~lightning_sparse_cl.kernels.acceleration.accelerate` does more: activations stay in the kernels' layout from layer
-to layer, and only alive values are trained.
+:func:`~lightning_sparse_cl.kernels.acceleration.accelerate` does more: activations stay in the kernels' layout from
+layer to layer, and only alive values are trained.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride
 
 
 @sparse_conv2d.register_fake
-def _(
-    x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None = None, stride: int = 1, padding: int = 0) -> Tensor:
     size = [(n + 2 * padding - weight.shape[2]) // stride + 1 for n in x.shape[2:]]
     shape = (x.shape[0], weight.shape[0], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
