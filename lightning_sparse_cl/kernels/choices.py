@@ -67,7 +67,6 @@ def _pixels(x: Blocked) -> tuple[int, int]:
     return x.data.shape[2] * x.grid.rows, x.data.shape[3] * x.grid.columns
 
 
-@torch.enable_grad()
 def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
     """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
     if isinstance(x, Blocked):
