@@ -85,7 +85,7 @@ class Layer:
         return self._pattern(3)
 
     def pattern_for(self, x: Blocked) -> Pattern:
-        """The lists for an input: with gradients those of training, else such as suit the size of parts of the output."""
+        """The lists for an input: with gradients those of training, else such as suit the size of its parts."""
         if torch.is_grad_enabled():
             return self.pattern
         stride, padding = self.geometry
