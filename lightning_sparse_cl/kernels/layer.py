@@ -50,8 +50,9 @@ class Layer:
     @property
     def changed(self) -> bool:
         """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
-        weight = dict.get(self.module._parameters, "weight")
-        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu"
+        weight, bias = dict.get(self.module._parameters, "weight"), self.bias
+        whole = bias is None or (bias.dtype == torch.float32 and bias.device.type == "cpu")
+        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu" or not whole
 
     def takes(self, x: Blocked | Tensor) -> bool:
         """Whether this is an input that the kernels compute: others are left to torch, and to its errors."""

@@ -24,7 +24,7 @@ def sparse_conv2d(
     """``F.conv2d(x, weight * mask, bias, stride, padding)`` that multiplies by the alive weights only.
 
     Differentiable; the gradient of the weight is zero outside the mask. What is known of a mask is kept with it, so the
-    same tensor should be given every time.
+    same tensor should be given every time; writing to it is noticed, but not through ``mask.data``.
 
     Args:
         x: (B, in, H, W), float32 on the CPU.
@@ -41,6 +41,11 @@ def sparse_conv2d(
         ValueError: if there are no kernels for these arguments.
         KernelsUnavailable: if the kernels cannot be compiled here.
     """
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != torch.float32):
+        raise ValueError(
+            f"sparse_conv2d: bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be torch.float32 of shape "
+            f"{tuple(weight.shape[:1])}"
+        )
     pattern, grid = _find(x, weight, mask, stride, padding)
     bias = None if bias is None else bias.contiguous()
     y = pattern.forward(grid.block(x), pattern.gather(weight), grid, bias)
@@ -58,7 +63,7 @@ def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride:
 @custom_op("lightning_sparse_cl::conv2d_weight_gradient", mutates_args=(), device_types="cpu")
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
     pattern, grid = _find(x, weight, mask, stride, padding)
-    whole = torch.zeros_like(weight)
+    whole = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     pattern.scatter(pattern.weight_gradient(grid.block(x), grid.block(dy), grid), whole)
     return whole
 
@@ -77,7 +82,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding:
 
 @_weight_gradient.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> Tensor:
-    return torch.empty_like(weight)
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -90,7 +95,8 @@ def _gradients(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Te
     wanted = ctx.needs_input_grad
     dx = _input_gradient(*given) if wanted[0] else None
     dweight = _weight_gradient(*given) if wanted[1] else None
-    return dx, dweight, None, dy.sum((0, 2, 3)) if wanted[3] else None, None, None
+    db = dy.sum((0, 2, 3)) if len(wanted) > 3 and wanted[3] else None  # of what was not given nothing is said
+    return (dx, dweight, None, db, None, None)[: len(wanted)]
 
 
 sparse_conv2d.register_autograd(_gradients, setup_context=_save)
@@ -105,14 +111,16 @@ def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) ->
                 f"{dtype} of four dimensions on cpu"
             )
     k, (h, w) = weight.shape[2], x.shape[2:]
-    if x.shape[1] != weight.shape[1] or len(x) == 0 or min(h, w) + 2 * padding < k:
+    if weight.numel() == 0 or x.shape[1] != weight.shape[1] or len(x) == 0 or min(h, w) + 2 * padding < k:
         raise ValueError(f"sparse_conv2d: x is {tuple(x.shape)}, which a weight {tuple(weight.shape)} cannot take")
-    version = 0 if mask.is_inference() else mask._version
-    known = _patterns.setdefault(mask, {})
-    key = (version, weight.stride(), stride, padding)
-    if key not in known:
-        for old in [old for old in known if old[0] != version]:
-            del known[old]
-        known[key] = Pattern(mask, weight.detach(), Geometry(stride, padding))
     parts = 2 * padding + 1 == k and not (h % stride or w % stride)  # of images stay parts of them
-    return known[key], Grid.of(len(x), h, w, stride) if parts else Grid(len(x))
+    grid = Grid.of(len(x), h, w, stride) if parts else Grid(len(x))
+    like = weight.detach().contiguous()  # values are gathered from, and gradients written to, plain memory
+    if mask.is_inference():  # it does not tell when it is written to
+        return Pattern(mask, like, Geometry(stride, padding)), grid
+    known, key = _patterns.setdefault(mask, {}), (mask._version, stride, padding)
+    if key not in known:
+        for old in [old for old in known if old[0] != mask._version]:
+            del known[old]
+        known[key] = Pattern(mask, like, Geometry(stride, padding))
+    return known[key], grid

@@ -136,12 +136,14 @@ class Program:
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
         pattern = None if layer is None else layer.pattern_for(x)
+        shape = data.shape if layer is None else pattern.out_shape(data, grid)
         if step.add is not None:
-            shape = data.shape if layer is None else pattern.out_shape(data, grid)
             add = _like(values[step.add], shape, grid)
             if add is None:  # something that is broadcast
                 return self._as_it_is(step, values)
         batch = norm is not None and norm.training
+        if batch and grid.images * grid.rows * grid.columns * shape[2] * shape[3] == 1:
+            return self._as_it_is(step, values)  # torch refuses it
         if layer is not None and not batch and not torch.is_grad_enabled():
             weights, bias = layer.folded(pattern, norm)
             data = pattern.forward(data.contiguous(), weights, grid, bias, add, step.relu)

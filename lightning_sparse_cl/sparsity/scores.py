@@ -20,13 +20,14 @@ def top_k_mask(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
         A boolean mask of the scores' shape.
     """
     flat = scores.detach().reshape(-1)
+    flat = flat if flat.is_floating_point() else flat.double()
     flat = flat.masked_fill(flat.isnan(), torch.inf)
-    pool = torch.ones_like(flat, dtype=torch.bool) if among is None else among.reshape(-1)
+    pool = torch.ones_like(flat, dtype=torch.bool) if among is None else among.reshape(-1).bool()
     k = min(k, int(pool.sum()))
     if k <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = flat.masked_fill(~pool, -torch.inf)
-    least = flat.kthvalue(flat.numel() - k + 1).values  # to sort all of them takes ten times as long
+    least = flat.topk(k, sorted=False).values.min()  # a selection: to sort all of them takes many times as long
     mask = flat > least
     ties = ((flat == least) & pool).nonzero()[:, 0]
     mask[ties[: k - int(mask.sum())]] = True

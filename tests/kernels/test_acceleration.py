@@ -306,6 +306,14 @@ def test_who_looks_into_the_network_finds_what_torch_computes():
     assert type(next(m for m in clone.modules() if isinstance(m, nn.Conv2d))._parameters) is dict
 
 
+def test_batch_norm_of_one_value_is_refused_as_by_torch():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.BatchNorm2d(8))
+    scl.accelerate(net, {"0.weight": torch.rand(8, 3, 3, 3) < 0.5}, measure=False)
+    net(torch.randn(2, 3, 2, 2))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        net(torch.randn(1, 3, 2, 2))
+
+
 def test_bad_input_is_refused_or_computed_as_it_was():
     net, masks = network("cnn")
     first = next(iter(masks))

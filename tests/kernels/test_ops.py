@@ -35,12 +35,28 @@ def test_torch_finds_it_well_registered(case):
     torch.library.opcheck(torch.ops.lightning_sparse_cl.conv2d.default, case)
 
 
+@pytest.mark.parametrize("weight", [torch.randn(7, 9, 3, 3)[:, 2:7], torch.randn(7, 5, 1, 1).expand(7, 5, 3, 3)])
+def test_weights_may_be_parts_of_other_tensors(weight):
+    x, _, mask, *_ = given()
+    weight = weight.detach().requires_grad_()
+    grads = [
+        torch.autograd.grad(y.sum(), [x, weight]) for y in (sparse_conv2d(x, weight, mask), F.conv2d(x, weight * mask))
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+
+
 def test_it_follows_a_mask_that_is_written_to():
     x, weight, mask, bias, *about = given()
     sparse_conv2d(x, weight, mask, bias, *about)
     mask[:, :2] = False
     found = sparse_conv2d(x, weight, mask, bias, *about)
     torch.testing.assert_close(found, F.conv2d(x, weight * mask, bias, *about), atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        made = mask.clone()
+        sparse_conv2d(x, weight, made, bias, *about)
+        made.zero_()
+        assert (sparse_conv2d(x, weight, made, None, *about) == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -50,6 +66,8 @@ def test_it_follows_a_mask_that_is_written_to():
         ({"x": torch.randn(2, 5, 8, 8).half()}, "x is torch.float16"),
         ({"mask": torch.ones(7, 5, 3, 3)}, "mask is torch.float32"),
         ({"mask": torch.ones(7, 5, 1, 1).bool()}, "the mask has shape"),
+        ({"bias": torch.ones(1)}, r"bias is torch.float32 of shape \(1,\)"),
+        ({"bias": torch.ones(7).double()}, "bias is torch.float64"),
         ({"stride": 3}, "stride 3"),
         ({"padding": 3}, "padding is 0 to 2"),
     ],

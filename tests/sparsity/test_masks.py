@@ -89,6 +89,20 @@ def test_top_k_keeps_exactly_k_even_with_ties(k):
         assert mask[0, 0] and mask[0, 1] and mask[1, 3]
 
 
+def test_top_k_is_the_head_of_a_stable_sort_in_the_pool():
+    torch.manual_seed(0)
+    for n in [*range(1, 60)] * 5:
+        scores = torch.randint(0, 8, (n,)).float() if n % 2 else torch.randn(n)
+        scores[torch.rand(n) < 0.1] = torch.tensor([torch.nan, torch.inf, -torch.inf])[n % 3]
+        pool, k = torch.rand(n) < 0.6, int(torch.randint(0, n + 3, ()))
+        places = pool.nonzero()[:, 0]
+        best = places[
+            scores.nan_to_num(torch.inf, torch.inf, -torch.inf)[places].sort(descending=True, stable=True).indices
+        ]
+        assert torch.equal(top_k_mask(scores, k, pool).nonzero()[:, 0], best[:k].sort().values)
+    assert top_k_mask(torch.arange(10), 3).nonzero()[:, 0].tolist() == [7, 8, 9]  # of integers as well
+
+
 def test_dense_profile_of_resnet18_is_that_of_the_sparcl_code():
     model = nn.Sequential(ResNet18(8), nn.Linear(64, 10))
     model(torch.zeros(2, 3, 32, 32))
