@@ -41,12 +41,12 @@ def sparse_conv2d(
         ValueError: if there are no kernels for these arguments.
         KernelsUnavailable: if the kernels cannot be compiled here.
     """
+    pattern, grid = _find(x, weight, mask, stride, padding)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != torch.float32):
         raise ValueError(
             f"sparse_conv2d: bias is {bias.dtype} of shape {tuple(bias.shape)}; it must be torch.float32 of shape "
             f"{tuple(weight.shape[:1])}"
         )
-    pattern, grid = _find(x, weight, mask, stride, padding)
     bias = None if bias is None else bias.contiguous()
     y = pattern.forward(grid.block(x), pattern.gather(weight), grid, bias)
     return grid.unblock(y).contiguous(memory_format=torch.channels_last)
@@ -110,6 +110,8 @@ def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) ->
                 f"sparse_conv2d: {name} is {value.dtype} of shape {tuple(value.shape)} on {value.device}; it must be "
                 f"{dtype} of four dimensions on cpu"
             )
+    if mask.shape != weight.shape:
+        raise ValueError(f"sparse_conv2d: the mask has shape {tuple(mask.shape)}, the weight {tuple(weight.shape)}")
     k, (h, w) = weight.shape[2], x.shape[2:]
     if weight.numel() == 0 or x.shape[1] != weight.shape[1] or len(x) == 0 or min(h, w) + 2 * padding < k:
         raise ValueError(f"sparse_conv2d: x is {tuple(x.shape)}, which a weight {tuple(weight.shape)} cannot take")

@@ -66,6 +66,7 @@ def test_it_follows_a_mask_that_is_written_to():
         ({"x": torch.randn(2, 5, 8, 8).half()}, "x is torch.float16"),
         ({"mask": torch.ones(7, 5, 3, 3)}, "mask is torch.float32"),
         ({"mask": torch.ones(7, 5, 1, 1).bool()}, "the mask has shape"),
+        ({"weight": torch.ones(9, 5, 3, 3)}, "the mask has shape"),
         ({"bias": torch.ones(1)}, r"bias is torch.float32 of shape \(1,\)"),
         ({"bias": torch.ones(7).double()}, "bias is torch.float64"),
         ({"stride": 3}, "stride 3"),
@@ -74,5 +75,6 @@ def test_it_follows_a_mask_that_is_written_to():
 )
 def test_what_it_cannot_take_is_refused(change, message):
     names = ("x", "weight", "mask", "bias", "stride", "padding")
+    sparse_conv2d(*given())
     with pytest.raises(ValueError, match=message):
         sparse_conv2d(**(dict(zip(names, given())) | change))
