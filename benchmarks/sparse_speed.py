@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import harness
@@ -202,8 +203,7 @@ def main() -> None:
     with Progress() as progress:
         bar = progress.add_task("rounds", total=len(jobs) * rounds)
         for mode, batch, count in jobs:
-            tick = lambda: progress.advance(bar)  # noqa: E731
-            rows += speeds(mode, batch, count, sparsities, rounds, args.quick, tick)
+            rows += speeds(mode, batch, count, sparsities, rounds, args.quick, partial(progress.advance, bar))
     parts = fractions([0.9] if args.quick else sparsities[1:])
     columns = ("mode", "batch", "threads", "sparsity", "dense", "dense_ms", "sparse_ms", "speedup", "bf16_ms")
     harness.show("Milliseconds, the fastest dense network and the sparse one", rows, columns, columns)
