@@ -76,7 +76,7 @@ def main() -> None:
     harness.quiet()
     torch.set_num_threads(2)
     keep_freed_memory()
-    width, per_class, epochs, seeds = (32, 64, 2, [0]) if args.quick else (64, 512, 2, [0, 1, 2])
+    width, per_class, epochs, seeds = (32, 64, 2, [0]) if args.quick else (64, 512, 2, [0, 1, 2, 3, 4, 5])
     images = harness.first_of_each(args.root, per_class, 20 if args.quick else 100)
     rows: list[dict[str, Any]] = []
     with Progress() as progress:
