@@ -37,7 +37,7 @@ from lightning_sparse_cl.callbacks import (
     TaskSubnetworks,
     UnfiredGrowth,
 )
-from lightning_sparse_cl.data import *  # noqa: F403
+from lightning_sparse_cl.data import *  # noqa: F403  # all that its __all__ names
 from lightning_sparse_cl.kernels import accelerate, densify
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse_cl.kernels import Acceleration, KernelsUnavailable, accelerate
 from lightning_sparse_cl.kernels.memory import keep_freed_memory
@@ -76,9 +76,6 @@ class SparseAcceleration(pl.Callback):
             return
         keep_freed_memory()
         self.acceleration.choices.load_state_dict(self._choices)
-        left = [f"{name} ({why})" for name, why in self.acceleration.left.items()]
-        if left:
-            rank_zero_info(f"SparseAcceleration: no kernels for {', '.join(left)}; these layers are run as they are")
 
     def _end(self) -> None:
         if self.acceleration is not None:

@@ -38,7 +38,7 @@ class TinyImageNet(Source):
         return Path(self.root, "tiny-imagenet-200")
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return len(self._wnids()) if (self.folder / "wnids.txt").exists() else 200
 
     def fetch(self) -> None:
@@ -127,7 +127,7 @@ class ImageFolder(Source):
     flip: bool = False
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return len(self.classes)
 
     @cached_property

@@ -50,6 +50,7 @@ class TaskSampler(DistributedSampler):
     """
 
     def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int) -> None:
+        # of the "dataset" only the length is asked for
         super().__init__(alive, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
         self.alive = alive
         self.skip = 0
@@ -69,6 +70,7 @@ class ShareSampler(DistributedSampler):
     """Every index in exactly one process, in order, none repeated: what an exact evaluation needs."""
 
     def __init__(self, indices: Tensor, num_replicas: int, rank: int) -> None:
+        # of the "dataset" only the length is asked for
         super().__init__(indices, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
         self.share = indices[rank::num_replicas].tolist()
 

@@ -139,7 +139,7 @@ class CIFAR100(_Torchvision):
     crop, flip = 4, True
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return 20 if self.coarse else 100
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ class Tensors(Source):
             raise ValueError(f"Tensors: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
 
     @property
-    def num_classes(self) -> int:  # type: ignore[override]
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return 1 + max(int(labels.max()) for _, labels in (self.train, self.test))
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -17,8 +17,7 @@ from lightning_sparse_cl.kernels.build import library
 from lightning_sparse_cl.kernels.choices import Choices
 from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
 from lightning_sparse_cl.kernels.layer import Layer, unsupported
-from lightning_sparse_cl.kernels.program import Program
-from lightning_sparse_cl.kernels.tracing import is_transformed, plain_state, trace
+from lightning_sparse_cl.kernels.runner import Runner, traceable
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
@@ -52,14 +51,19 @@ def accelerate(
         measure: False uses the kernels wherever there are any, without a look at the clock.
 
     Returns:
-        What :func:`densify` takes, if not the model; it tells what is run how.
+        What :func:`densify` takes, if not the model; it tells what is run how. Layers without kernels are named in a
+        warning, too.
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
         ValueError: if a mask does not fit its weight, or the model is already accelerated or compiled.
     """
     library()
-    return Acceleration(model, masks, optimizers, parts, measure)
+    made = Acceleration(model, masks, optimizers, parts, measure)
+    if made.left:
+        told = ", ".join(f"{name or 'the model'} ({why})" for name, why in made.left.items())
+        warnings.warn(f"accelerate: no kernels for {told}; these layers are run as they are", stacklevel=2)
+    return made
 
 
 def densify(model: nn.Module | Acceleration) -> nn.Module:
@@ -125,8 +129,8 @@ class Acceleration:
                 optimizer.register_load_state_dict_pre_hook(self._looked_at),
             ]  # fmt: skip
         self._orphans: list[tuple[CompactWeights, list[int]]] = []
-        whole = [found for n in parts for found in _traceable(model.get_submodule(n), self.layers, n)]
-        self._runners = [_Runner(self, part, name) for name, part in whole]
+        whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
+        self._runners = [Runner(self, part, name) for name, part in whole]
         for layer in self.layers.values():
             layer.module._parameters = Watched(layer.module._parameters, partial(self._wake, layer))
         for runner in self._runners:
@@ -246,84 +250,3 @@ class Acceleration:
 def _of(model: nn.Module) -> Acceleration | None:
     owners = (getattr(m._compiled_call_impl, "owner", None) for m in model.modules())
     return next((owner for owner in owners if owner is not None and owner.model is model), None)
-
-
-class _Runner:
-    """Stands in for the call of a part of the model."""
-
-    def __init__(self, owner: Acceleration, part: nn.Module, name: str) -> None:
-        self.owner, self.part = owner, part
-        prefix = f"{name}." if name else ""
-        self._layers = {n.removeprefix(prefix): m for n, m in owner.layers.items() if n.startswith(prefix)}
-        self._network = part
-        if name in owner.layers:  # a layer by itself
-            self._network, self._layers = nn.Sequential(part), {"0": owner.layers[name]}
-        self._modules = list(part.modules())
-        leaf = fx.Tracer().is_leaf_module
-        self._traced = [m for m in self._network.modules() if not leaf(m, "") or m is self._network]
-        self._programs: dict[tuple, Program | None] = {}
-        self._said: Counter[str] = Counter()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self.owner
-        owner.follow()
-        if not owner.masked or owner.steps_aside:
-            return self.part._call_impl(*args, **kwargs)
-        reason = self._unfit(args, kwargs)
-        if reason is not None:
-            self._said[reason] += 1
-            if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
-                warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
-            return self.part._call_impl(*args, **kwargs)
-        changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__
-        if changed or args[0].numel() == 0 or is_transformed(args[0]):
-            return self.part._call_impl(*args, **kwargs)
-        program = self._program()
-        if program is None or len(args) != len(program.inputs):
-            return self.part._call_impl(*args, **kwargs)
-        if not (self.part._forward_hooks or self.part._forward_pre_hooks):
-            return program(*args)
-        self.part.forward = program  # between the hooks of the part itself
-        try:
-            return self.part._call_impl(*args)
-        finally:
-            del self.part.forward
-
-    def _unfit(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """Why this call cannot be taken, or None."""
-        if kwargs or not args or any(type(a) not in (Tensor, nn.Parameter) for a in args):
-            return "called with other things than tensors"
-        if any(a.device.type != "cpu" or a.dtype != torch.float32 for a in args):
-            return f"given {', '.join(f'{a.dtype} on {a.device}' for a in args)} and not torch.float32 on cpu"
-        if torch.is_autocast_enabled("cpu"):
-            return "under autocast"
-        hooked = (m._forward_hooks or m._forward_pre_hooks for m in self._modules[1:])
-        followed = (m._backward_hooks or m._backward_pre_hooks for m in self._modules)
-        if any(hooked) or any(followed) or nn.modules.module._has_any_global_hook():
-            return "while modules in it have hooks"
-        return None
-
-    def _program(self) -> Program | None:
-        """For the network as it is now; None if it cannot be traced so."""
-        state = tuple(plain_state(m) for m in self._traced)
-        if state not in self._programs:
-            if len(self._programs) == 16:  # something that changes all the time
-                return None
-            graph = trace(self._network)
-            made = None if graph is None else Program(self._network, graph, self._layers, self.owner.choices)
-            self._programs[state] = made
-        return self._programs[state]
-
-
-def _traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list[tuple[str, nn.Module]]:
-    """The largest parts that can be traced and have layers with kernels."""
-    inside = [n for n in layers if n == name or n.startswith(f"{name}." if name else "")]
-    if not inside:
-        return []
-    callable_ = type(model).forward is not nn.modules.module._forward_unimplemented
-    if name not in layers and callable_ and trace(model) is not None:
-        return [(name, model)]
-    if name in layers:
-        return [(name, model)]
-    parts = ((f"{name}.{n}" if name else n, child) for n, child in model.named_children())
-    return [found for n, child in parts for found in _traceable(child, layers, n)]

@@ -95,10 +95,7 @@ def _compiler() -> list[str]:
     for command in (own, ["c++"], ["g++"], ["clang++"]):
         if command and shutil.which(command[0]):
             return command
-    raise KernelsUnavailable(
-        "sparse kernels: no C++ compiler was found; install g++ or clang++, or name one in CXX. Until then masked "
-        "weights are multiplied dense"
-    )
+    raise KernelsUnavailable("sparse kernels: no C++ compiler was found; install g++ or clang++, or name one in CXX")
 
 
 def _flags() -> list[str]:
@@ -141,9 +138,7 @@ def _compile(command: list[str], folder: Path, name: str) -> Path:
         done = subprocess.run(order, capture_output=True, text=True)
         if done.returncode:
             fault = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
-            raise KernelsUnavailable(
-                f"sparse kernels: {command[0]} failed ({fault.strip()}). Masked weights are multiplied dense"
-            )
+            raise KernelsUnavailable(f"sparse kernels: {command[0]} failed ({fault.strip()})")
         path = folder / f"{name}-{_digest(made)}.so"
         os.replace(made, path)
     print(f"Compiled in {time.perf_counter() - start:.0f} s.", flush=True)

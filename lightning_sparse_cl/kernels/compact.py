@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class CompactWeights:
         self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self._given_up: list[Tensor] = []
+        self._heirs: list[_Heir] = []
         self._patterns = [layer.pattern for layer in self.layers]
         for layer, pattern in zip(self.layers, self._patterns):
             weight = layer.weight
@@ -61,7 +62,8 @@ class CompactWeights:
                 moves = pattern.gather(torch.empty_like(weight).copy_(where))
                 self._held[layer.name] = moves.bool(), values.detach().clone()
                 values.register_hook(lambda grad, moves=moves: grad * moves)
-            values.register_post_accumulate_grad_hook(partial(self._late, layer, pattern))
+            self._heirs.append(_Heir(weight, pattern))
+            values.register_post_accumulate_grad_hook(self._heirs[-1])
             layer.compact = values
 
     @torch.no_grad()
@@ -84,6 +86,8 @@ class CompactWeights:
                 }
             self._given_up.append(values)
             versions.append(values._version)
+        for heir in self._heirs:
+            heir.due = True
         self._held.clear()
         return versions
 
@@ -94,13 +98,6 @@ class CompactWeights:
             if values._version != version:
                 pattern.scatter(values.detach(), layer.weight.detach())
                 increment_version(layer.weight)
-
-    def _late(self, layer: Layer, pattern: Pattern, values: Tensor) -> None:
-        """A gradient of a pass that began before :meth:`stop` and ended after it goes to the weight."""
-        if layer.compact is not values:
-            grad = _whole(pattern, values.grad, layer.weight)
-            layer.weight.grad = grad if layer.weight.grad is None else layer.weight.grad + grad
-            values.grad = None
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -117,6 +114,24 @@ class CompactWeights:
                     if p is parameter:
                         return optimizer, group, i
         return None
+
+
+@dataclass
+class _Heir:
+    """Takes gradients of values that were given up between the passes to the weight.
+
+    It is a hook of the values and must not lead back to them: such a ring, through C++, would never be freed.
+    """
+
+    weight: nn.Parameter
+    pattern: Pattern
+    due: bool = False
+
+    def __call__(self, values: Tensor) -> None:
+        if self.due:
+            grad = _whole(self.pattern, values.grad, self.weight)
+            self.weight.grad = grad if self.weight.grad is None else self.weight.grad + grad
+            values.grad = None
 
 
 class Watched(dict):

@@ -117,12 +117,14 @@ def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) ->
         raise ValueError(f"sparse_conv2d: x is {tuple(x.shape)}, which a weight {tuple(weight.shape)} cannot take")
     parts = 2 * padding + 1 == k and not (h % stride or w % stride)  # of images stay parts of them
     grid = Grid.of(len(x), h, w, stride) if parts else Grid(len(x))
-    like = weight.detach().contiguous()  # values are gathered from, and gradients written to, plain memory
     if mask.is_inference():  # it does not tell when it is written to
-        return Pattern(mask, like, Geometry(stride, padding)), grid
-    known, key = _patterns.setdefault(mask, {}), (mask._version, stride, padding)
+        known, version = {}, 0
+    else:
+        known, version = _patterns.setdefault(mask, {}), mask._version
+    key = (version, stride, padding)
     if key not in known:
-        for old in [old for old in known if old[0] != mask._version]:
+        for old in [old for old in known if old[0] != version]:
             del known[old]
+        like = weight.detach().contiguous()  # values are gathered from, and gradients written to, plain memory
         known[key] = Pattern(mask, like, Geometry(stride, padding))
     return known[key], grid

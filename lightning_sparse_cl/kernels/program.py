@@ -107,8 +107,7 @@ class Program:
     # -- running -----------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Tensor) -> Any:
-        defaults = (node.args[0] for node in self.inputs[len(inputs) :])
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, (*inputs, *defaults), strict=True))
+        values: dict[fx.Node, Any] = dict(zip(self.inputs, inputs, strict=True))
         for step, dead in zip(self.steps, self.dead, strict=True):
             if step.node.op == "output":
                 return fx.node.map_arg(step.node.args[0], lambda n: plain(values[n]))

@@ -116,7 +116,7 @@ def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
-            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it cannot be iterated
     except (SafetensorError, OSError) as error:
         raise ValueError(f"load_sparse({str(path)!r}): truncated, altered or no safetensors file ({error})") from error
     if "sha256" not in about:

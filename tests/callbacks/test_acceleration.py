@@ -11,7 +11,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.kernels import KernelsUnavailable, acceleration, functions
+from lightning_sparse_cl.kernels import KernelsUnavailable, acceleration, functions, runner
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -117,8 +117,8 @@ def test_evaluation_of_a_pruned_network_uses_the_kernels(monkeypatch):
         return torch.cat([batch for task in fitted.predict(module, datamodule=data) for batch in task])
 
     plain = labels(trainer(), copy.deepcopy(module))
-    calls, real = [], acceleration._Runner._program
-    monkeypatch.setattr(acceleration._Runner, "_program", lambda self: calls.append(1) or real(self))
+    calls, real = [], runner.Runner._program
+    monkeypatch.setattr(runner.Runner, "_program", lambda self: calls.append(1) or real(self))
     fast = labels(trainer(scl.SparseAcceleration(measure=False)), module)
     assert calls and (fast == plain).float().mean() > 0.98
     assert all(type(m._parameters) is dict for m in module.modules())

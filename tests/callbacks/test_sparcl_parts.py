@@ -1,12 +1,8 @@
-"""TDM and DGM, and all of SparCL, keep what its paper says of them, throughout a run and in modules of any kind."""
-
-from collections import defaultdict
+"""SparCL keeps what its paper says of it throughout a run, in modules of any kind; so do its parts with others."""
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from toy_trainer import trainer
 
@@ -17,15 +13,12 @@ from lightning_sparse_cl import (
     DynamicDataRemoval,
     DynamicGradientMasking,
     Masks,
-    OneShotPruning,
     RigL,
     SmallCNN,
     SparCL,
     TaskAwareDynamicMasking,
 )
-from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.sparsity import top_k_mask
 
 
 def sparcl(masking=None, removal=None, gradients=None, **kwargs):
@@ -37,57 +30,6 @@ def sparcl(masking=None, removal=None, gradients=None, **kwargs):
         gradients or DynamicGradientMasking(0.05, interval=3),
         **kwargs,
     )
-
-
-class Counts(pl.Callback):
-    """Every number of weights that a layer's mask had, by task."""
-
-    def __init__(self, name):
-        self.name, self.events, self.task = name, defaultdict(list), -1
-
-    def on_fit_start(self, trainer, pl_module):
-        masks = Masks.of(pl_module)
-        put = masks.set_alive
-        self.events[0].append(int(masks.alive[self.name].sum()))
-
-        def recorded(name, mask):
-            put(name, mask)
-            if name == self.name:
-                self.events[trainer.datamodule.task].append(int(mask.sum()))
-                assert int(pl_module.get_parameter(name).count_nonzero()) <= int(mask.sum())
-
-        masks.set_alive = recorded
-
-
-@pytest.mark.parametrize(
-    ("width", "counts"),
-    [
-        (64, (9216, 9216 - 368, 9216 + 368)),
-        (512, (589824, 589824 - 23592, 589824 + 23592)),
-    ],  # 64 * 64 * 9, 512 * 512 * 9
-)
-def test_every_event_leaves_exactly_so_many_weights(width, counts):
-    k, shrunk, expanded = counts
-    model, counter = PlainClassifier(width=width), Counts("net.3.weight")
-    masking = TaskAwareDynamicMasking(0.75, every=2, p_intra=0.01, p_inter=0.01)
-    trainer(masking, counter, epochs=5, limit_train_batches=1).fit(model, toy_tasks(num_tasks=2))
-    assert counter.events[0] == [k, shrunk, k, shrunk, k]  # after epochs 2 and 4
-    assert counter.events[1] == [expanded, shrunk, k, shrunk, k]
-
-
-def test_a_task_that_ends_while_expanded_is_shrunk():
-    model, counter = PlainClassifier(width=16), Counts("net.3.weight")
-    trainer(TaskAwareDynamicMasking(0.75, every=3, p_inter=0.1), counter, epochs=2).fit(model, toy_tasks(num_tasks=2))
-    assert counter.events[0] == [576] and counter.events[1] == [576 + 230, 576]
-
-
-def test_all_layers_ranked_together_keep_the_total():
-    model = PlainClassifier(width=16)
-    masking = TaskAwareDynamicMasking(0.5, every=1, ranking="global", init="magnitude", dense=["net.8.weight"])
-    trainer(masking, epochs=3).fit(model, toy_tasks(num_tasks=2))
-    alive = {name: mask.sum().item() for name, mask in Masks.of(model).alive.items()}
-    assert sum(alive.values()) == round(0.5 * (144 + 2304))
-    assert alive["net.0.weight"] > 0.6 * 144  # earlier layers keep more (Appendix E)
 
 
 class Invariants(pl.Callback):
@@ -154,103 +96,6 @@ def test_invariants_of_a_whole_run_under_momentum_and_weight_decay(gradients):
     assert not Masks.of(model).updated
 
 
-def test_importance_is_that_of_equations_1_and_3():
-    """Against autograd by hand, over the whole task and the whole memory."""
-    seen = []
-
-    class Check(TaskAwareDynamicMasking):
-        def importance(self, trainer, pl_module):
-            found, data = super().importance(trainer, pl_module), trainer.datamodule
-            at, memory = data.task, pl_module.objective.memory
-            norms = [m for m in pl_module.modules() if isinstance(m, nn.BatchNorm2d)]
-            statistics = [m.running_mean.clone() for m in norms]
-            grads = {n: pl_module.get_parameter(n).grad.clone() for n in found}
-            alive = data.alive[at]
-            x, y = data.train_sets[at][alive]
-            logits = pl_module(data.prepare(x, augment=False))[:, 2 * at : 2 * at + 2]
-            names = list(found)
-            weights = [pl_module.get_parameter(n) for n in names]
-            with Masks.of(pl_module).scoring():
-                current = torch.autograd.grad(F.cross_entropy(logits, y - 2 * at), weights)
-                n = len(memory)
-                logits = pl_module(data.prepare(memory.images[:n], augment=False))
-                old = torch.autograd.grad(F.cross_entropy(logits, memory.labels[:n]), weights)
-            for m, mean in zip(norms, statistics):
-                m.running_mean.copy_(mean)
-            for name, w, a, b in zip(names, weights, current, old):
-                expected = w.abs() + 2.0 * a.abs() + 3.0 * b.abs()
-                assert torch.allclose(found[name], expected, rtol=1e-4, atol=1e-7)
-                assert torch.equal(pl_module.get_parameter(name).grad, grads[name])
-            seen.append(at)
-            return found
-
-    trainer(epochs=4).fit(sparcl(Check(0.5, every=2, alpha=2.0, beta=3.0)), toy_tasks())
-    assert seen == [0, 1, 2]
-
-
-@pytest.mark.parametrize("memory", [True, False])
-def test_gradient_masks_keep_the_largest_importance_of_equation_3(memory):
-    checked = []
-
-    class Check(DynamicGradientMasking):
-        def importance(self, trainer, pl_module, batch):
-            state = torch.get_rng_state()
-            found, data = super().importance(trainer, pl_module, batch), trainer.datamodule
-            names, at = list(found), data.task
-            weights = [pl_module.get_parameter(n) for n in names]
-            with Masks.of(pl_module).scoring(), batch_norm_still(pl_module):
-                logits = pl_module(batch[0])[:, 2 * at : 2 * at + 2]
-                loss = F.cross_entropy(logits, batch[1] - 2 * at)
-                expected = [2.0 * g.abs() for g in torch.autograd.grad(loss, weights)]
-                if memory and len(pl_module.objective.memory):
-                    torch.set_rng_state(state)
-                    x, y, *_ = pl_module.objective.memory.draw(16)
-                    loss = F.cross_entropy(pl_module(data.prepare(x, augment=False)), y)
-                    expected = [e + 3.0 * g.abs() for e, g in zip(expected, torch.autograd.grad(loss, weights))]
-            for name, value in zip(names, expected):
-                assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-7)
-            self.found = found
-            return found
-
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            if batch_idx % self.interval == 0:
-                for name, score in self.found.items():
-                    alive = self.masks.alive[name]
-                    kept = top_k_mask(score, int(alive.sum()) - int(0.2 * score.numel()), among=alive)
-                    assert torch.equal(self.masks.updated[name], kept)
-                checked.append(trainer.global_step)
-
-    objective = DERpp(30, 8) if memory else None
-    policies = [TaskAwareDynamicMasking(0.5, every=2), Check(0.2, interval=3, alpha=2.0, beta=3.0)]
-    trainer(epochs=2).fit(ContinualModule(SmallCNN(4), objective, policies=policies), toy_tasks())
-    assert len(checked) == 3 * 2 * 2
-
-
-def test_grown_weights_are_random_and_start_without_momentum():
-    grown = {}
-
-    class Check(TaskAwareDynamicMasking):
-        def _expand(self, trainer, pl_module, more):
-            before = dict(self.masks.alive)
-            super()._expand(trainer, pl_module, more)
-            for name, mask in before.items():
-                new = self.masks.alive[name] & ~mask
-                momentum = trainer.optimizers[0].state[pl_module.get_parameter(name)]["momentum_buffer"]
-                assert new.any() and not momentum[new].any() and momentum[mask].any()
-                unused = (~mask).flatten().nonzero().squeeze(1)
-                place = torch.searchsorted(unused, new.flatten().nonzero().squeeze(1)).float() / len(unused)
-                grown.setdefault((pl_module, name), []).append(place)
-
-    for seed in (0, 1):
-        pl.seed_everything(seed, verbose=False)
-        model = PlainClassifier(width=16)
-        trainer(Check(0.5, every=1, p_intra=0.2), epochs=2).fit(model, toy_tasks(num_tasks=1))
-    places = torch.cat([p for found in grown.values() for p in found])
-    assert abs(float(places.mean()) - 0.5) < 0.05 and float(places.std()) > 0.25  # all over the unused ones
-    assert len({tuple(p.tolist()) for found in grown.values() for p in found}) == len(grown)
-
-
 @pytest.mark.parametrize(
     "policy", [TaskAwareDynamicMasking(0.5, every=1, p_intra=0.2), RigL(0.5, interval=3), SET(0.5, interval=3)]
 )
@@ -283,13 +128,6 @@ def test_a_part_whose_quantity_is_zero_does_nothing():
         trainer(epochs=3).fit(model := make(), toy_tasks())
         states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.equal(*states)
-
-
-def test_gradient_masks_wait_for_a_step_that_rigl_has_taken_away():
-    model = PlainClassifier()
-    parts = [RigL(0.5, interval=3), DynamicGradientMasking(0.05, interval=3, gradients="training")]
-    trainer(*parts, epochs=3).fit(model, toy_tasks())
-    assert int(model.net[3].weight.count_nonzero()) <= 1152
 
 
 def test_a_stock_module_with_automatic_optimisation_uses_the_same_callbacks():
@@ -361,10 +199,3 @@ def fit(*parts, **kwargs):
 def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_pruning_goes_well_with_gradient_masks():
-    """Weights that the gradient mask holds may be pruned, and stay so."""
-    model = ContinualModule(SmallCNN(4), policies=[DynamicGradientMasking(0.05, 4), OneShotPruning(0.9)])
-    trainer(epochs=2).fit(model, toy_tasks())
-    assert int(model.backbone[3].weight.count_nonzero()) <= round(0.1 * 144)

@@ -1,0 +1,184 @@
+"""Training the alive values alone is training the weights, and whoever reads a weight finds it up to date."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from masked_networks import difference, network
+from torch import nn
+from torch.nn import functional as F
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.optim.sam import perturbed
+from lightning_sparse_cl.sparsity import Masks
+
+
+def train(net, optimizer, steps, before=None):
+    torch.manual_seed(1)
+    for _ in range(steps):
+        if before:
+            before()
+        x, y = torch.randn(16, 3, 16, 16), torch.randint(5, (16,))
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, weight_decay=1e-3),
+        lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9, nesterov=True),
+        lambda p: torch.optim.AdamW(p, 1e-4, weight_decay=1e-2),
+        lambda p: torch.optim.Adagrad(p, 1e-4),
+    ],
+)
+def test_training_the_alive_values_is_training_the_weights(make):
+    runs = []
+    for kind in ("plain", "whole", "compact", "woken"):
+        net, masks = network("resnet")
+        own = Masks.of(net)
+        for name, mask in masks.items():
+            own.set_alive(name, mask)
+        optimizer = make(net.parameters())
+        own.enforce(optimizer)
+        before = None
+        if kind != "plain":
+            found = scl.accelerate(net, own, [optimizer], measure=False)
+            if kind != "whole":
+                before = found.train_compact
+        train(net, optimizer, 3, before)
+        if kind == "compact":
+            assert found.compact is not None
+            assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) < 0.4 * 700_000
+        if kind == "woken":
+            copy.deepcopy(net)  # reads every weight
+            assert found.compact is None
+        train(net, optimizer, 3, before)
+        state = [(net.state_dict()[n], optimizer.state[p]) for n, p in net.named_parameters()]
+        assert all((p[~masks[n]] == 0).all() for n, p in net.named_parameters() if n in masks)
+        runs.append(state)
+    for (w, s), (v, t) in zip(runs[1], runs[0]):  # rounding apart
+        assert difference(w, v) < 0.01
+        assert s.keys() == t.keys()
+    for other in runs[2:]:
+        for (w, s), (v, t) in zip(other, runs[1]):
+            assert torch.equal(w, v)
+            assert all(torch.equal(s[k], t[k]) if torch.is_tensor(s[k]) else s[k] == t[k] for k in s)
+
+
+def test_held_weights_stay_as_they_are_bit_for_bit():
+    net, masks = network("resnet")
+    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+    for name, mask in masks.items():
+        own.set_alive(name, mask)
+    own.enforce(optimizer)
+    found = scl.accelerate(net, own, [optimizer], measure=False)
+    train(net, optimizer, 2, found.train_compact)  # there is momentum now
+    names = list(masks)[2:5]
+    frozen = {name: torch.rand(masks[name].shape) < 0.5 for name in names}
+    own.set_frozen(names[0], frozen[names[0]])
+    own.set_updated(names[1], ~frozen[names[1]])
+    own.set_frozen(names[2], frozen[names[2]])
+    before = {name: net.get_parameter(name).detach().clone() for name in names}
+    train(net, optimizer, 3, found.train_compact)
+    assert found.compact is not None
+    for name in names:
+        after = net.get_parameter(name)
+        assert torch.equal(after[frozen[name]], before[name][frozen[name]])
+        moved = masks[name] & ~frozen[name]
+        assert (after[moved] != before[name][moved]).float().mean() > 0.9
+
+
+def test_masks_are_followed_and_grown_weights_learn():
+    net, masks = network("cnn")
+    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1)
+    for name, mask in masks.items():
+        own.set_alive(name, mask)
+    own.enforce(optimizer)
+    found = scl.accelerate(net, own, [optimizer], measure=False)
+    train(net, optimizer, 1, found.train_compact)
+    name = list(masks)[1]
+    own.set_alive(name, ~masks[name])
+    train(net, optimizer, 1, found.train_compact)
+    weight = net.get_parameter(name)
+    assert (weight[masks[name]] == 0).all()
+    assert (weight[~masks[name]] != 0).float().mean() > 0.2  # the rest sees no image
+    own.ask_whole([name])
+    train(net, optimizer, 1)
+    assert (own.take_whole()[name][masks[name]] != 0).any()  # gradients of pruned weights, for who grows them
+
+
+def test_a_weight_read_between_the_passes_still_gets_its_gradient():
+    net, masks = network("cnn")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    found = scl.accelerate(net, masks, [optimizer], measure=False)
+    x = torch.randn(8, 3, 16, 16)
+    (net(x) ** 2).mean().backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    found.train_compact()
+    loss = (net(x) ** 2).mean()
+    penalty = sum((p**2).sum() for p in net.parameters())  # as EWC does
+    assert found.compact is None
+    (loss + 0 * penalty).backward()
+    assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
+
+
+def test_weights_given_up_inside_sam_are_put_back():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    found.train_compact()
+    x = torch.randn(8, 3, 16, 16)
+    net(x).square().mean().backward()
+    with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
+        assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
+        assert found.compact is None
+    sgd.step()
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
+
+
+def test_parameters_that_are_unpacked_are_up_to_date():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    found.train_compact()
+    net(torch.randn(8, 3, 16, 16)).square().mean().backward()
+    sgd.step()
+    layer = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    before = dict.get(layer._parameters, "weight").detach().clone()
+    assert not torch.equal({**layer._parameters}["weight"], before)
+    assert found.compact is None
+
+
+def test_frozen_layers_and_states_of_optimisers_stay_whole():
+    net, masks = network("cnn")
+    net[0].weight.requires_grad_(False)
+    before = net[0].weight.clone()
+    sgd = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    train(net, sgd, 2, found.train_compact)
+    assert found.compact is not None
+    shapes = {i: s["momentum_buffer"].shape for i, s in sgd.state_dict()["state"].items()}
+    assert shapes == {i: p.shape for i, p in enumerate(net.parameters()) if p.requires_grad}
+    assert torch.equal(net[0].weight, before)
+
+
+def test_values_that_were_given_up_are_freed():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+    found, refs = scl.accelerate(net, masks, [sgd], measure=False), []
+
+    def look():
+        found.train_compact()
+        refs.extend(map(weakref.ref, (found.compact, *(layer.compact for layer in found.compact.layers))))
+
+    train(net, sgd, 2, look)
+    copy.deepcopy(net)  # reads every weight
+    train(net, sgd, 1)
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * len(refs)
