@@ -38,8 +38,10 @@ def accelerate(
     elsewhere.
 
     With ``optimizers`` the masked weights are trained as vectors of their alive values: the parameters of the modules
-    are brought up to date when somebody reads them. Optimisers that do not treat every element alone, such as
-    Frank-Wolfe, and multi-process training keep the whole weights.
+    are brought up to date when somebody reads them *from the modules*. So read ``model.parameters()`` anew wherever
+    weights or gradients are wanted between the steps (to clip, to average), or take the optimiser's groups: a list from
+    before is out of date, and hooks on the weights' gradients are not called. Optimisers that do not treat every
+    element alone, such as Frank-Wolfe, and multi-process training keep the whole weights.
 
     Args:
         model: any network, or one whose parts can be traced by ``torch.fx``: the largest such parts are run as a whole.
@@ -51,19 +53,16 @@ def accelerate(
         measure: False uses the kernels wherever there are any, without a look at the clock.
 
     Returns:
-        What :func:`densify` takes, if not the model; it tells what is run how. Layers without kernels are named in a
-        warning, too.
+        What :func:`densify` takes, if not the model; it tells what is run how. Masked layers without kernels are named
+        in a warning, too.
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
-        ValueError: if a mask does not fit its weight, or the model is already accelerated or compiled.
+        ValueError: if a mask does not fit its weight, ``parts`` names no submodule, or the model is already accelerated
+            or compiled; nothing has changed then.
     """
     library()
-    made = Acceleration(model, masks, optimizers, parts, measure)
-    if made.left:
-        told = ", ".join(f"{name or 'the model'} ({why})" for name, why in made.left.items())
-        warnings.warn(f"accelerate: no kernels for {told}; these layers are run as they are", stacklevel=2)
-    return made
+    return Acceleration(model, masks, optimizers, parts, measure)
 
 
 def densify(model: nn.Module | Acceleration) -> nn.Module:
@@ -73,7 +72,7 @@ def densify(model: nn.Module | Acceleration) -> nn.Module:
         ValueError: if the model is not accelerated.
     """
     found = model if isinstance(model, Acceleration) else _of(model)
-    if found is None:
+    if found is None or found.removed:
         raise ValueError(f"densify({type(model).__name__}): it is not accelerated")
     found.remove()
     return found.model
@@ -92,14 +91,20 @@ class Acceleration:
     ) -> None:
         if any(m._compiled_call_impl or isinstance(m._parameters, Watched) for m in model.modules()):
             raise ValueError(f"accelerate({type(model).__name__}): it is already accelerated or compiled")
+        names = {name for name, _ in model.named_modules()}
+        for part in parts:
+            if part not in names:
+                raise ValueError(f"accelerate(parts={list(parts)}): there is no {part!r} in {type(model).__name__}")
         self.model = model
         self.masks = masks
+        self.removed = False
         self._hooks: list[RemovableHandle] = []
         self._enforced: list[tuple[Tensor, Tensor]] = []  # weights with masks that nobody else enforces
         self.choices = Choices(measure)
         self.layers: dict[str, Layer] = {}
         self.left: dict[str, str] = {}
         """Layers without kernels, and why."""
+        self._told: set[str] = set()
         uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         for weight, module in weight_layers(model).items():
             name = weight.removesuffix("weight").removesuffix(".")
@@ -117,8 +122,11 @@ class Acceleration:
             if not inside:
                 raise ValueError(f"accelerate({type(model).__name__}): the masks are of another module")
             self._prefix = f"{inside[0]}."
-        for name, mask in self._given(masks).items():
-            self.layers[name].remask(mask)
+        given = self._given(masks)
+        whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
+        for name, mask in given.items():
+            self._enforce(name, mask)
+        self._tell(given)
         self.follow()
         self.optimizers = list(optimizers)
         self.compact: CompactWeights | None = None
@@ -128,8 +136,7 @@ class Acceleration:
                 optimizer.register_state_dict_pre_hook(self._looked_at),
                 optimizer.register_load_state_dict_pre_hook(self._looked_at),
             ]  # fmt: skip
-        self._orphans: list[tuple[CompactWeights, list[int]]] = []
-        whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
+        self._orphans: list[CompactWeights] = []
         self._runners = [Runner(self, part, name) for name, part in whole]
         for layer in self.layers.values():
             layer.module._parameters = Watched(layer.module._parameters, partial(self._wake, layer))
@@ -137,32 +144,47 @@ class Acceleration:
             runner.part._compiled_call_impl = runner
 
     def _given(self, masks: Masks | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Masks that do not change, by layer."""
+        """Masks that do not change, by weight."""
         if isinstance(masks, Masks):
             return {}
         if masks is None:
-            found = {n: layer.weight.detach() != 0 for n, layer in self.layers.items()}
-            masks = {
-                f"{n}.weight" if n else "weight": m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()
-            }
+            found = {_weight(n): layer.weight.detach() != 0 for n, layer in self.layers.items()}
+            return {n: m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()}
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
             if name not in parameters:
                 raise ValueError(f"accelerate: there is no weight {name!r} in {type(self.model).__name__}")
+            if not isinstance(mask, Tensor) or mask.device != parameters[name].device:
+                where = f"a tensor on {mask.device}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+                raise ValueError(f"accelerate: the mask of {name!r} is {where}; a tensor on {parameters[name].device}")
             if mask.shape != parameters[name].shape:
                 raise ValueError(
                     f"accelerate: the mask of {name!r} has shape {tuple(mask.shape)}, the weight "
                     f"{tuple(parameters[name].shape)}"
                 )
-        for name, mask in masks.items():  # also of layers without kernels
-            weight = parameters[name]
-            self._enforced.append((weight, mask))
-            with torch.no_grad():
-                weight.mul_(mask)
-            if weight.requires_grad:
-                self._hooks.append(weight.register_hook(lambda grad, mask=mask: grad * mask))
-        names = {n: f"{n}.weight" if n else "weight" for n in self.layers}
-        return {n: masks[name].bool() for n, name in names.items() if name in masks}
+            if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+                raise ValueError(f"accelerate: the mask of {name!r} has values other than 0 and 1")
+        return {name: mask.bool().clone() for name, mask in masks.items()}
+
+    def _enforce(self, name: str, mask: Tensor) -> None:
+        """Keep a weight at zero outside a mask that does not change, also where there are no kernels."""
+        weight = self.model.get_parameter(name)
+        self._enforced.append((weight, mask))
+        with torch.no_grad():
+            weight.mul_(mask)
+        if weight.requires_grad:
+            self._hooks.append(weight.register_hook(lambda grad: grad * mask))
+        layer = name.removesuffix("weight").removesuffix(".")
+        if layer in self.layers and name == _weight(layer):
+            self.layers[layer].remask(mask)
+
+    def _tell(self, masked: Iterable[str]) -> None:
+        """Name the layers without kernels among those whose weights are masked, once."""
+        new = [n for n in self.left if _weight(n) in masked and n not in self._told]
+        self._told.update(new)
+        if new:
+            told = ", ".join(f"{name or 'the model'} ({self.left[name]})" for name in new)
+            warnings.warn(f"accelerate: no kernels for {told}; these layers are run as they are", stacklevel=4)
 
     def follow(self) -> None:
         """Take the masks as they are now."""
@@ -172,10 +194,11 @@ class Acceleration:
                 mask = self.masks.alive.get(self._full(name))
                 if mask is not layer.mask:
                     layer.remask(mask)
+            self._tell({name.removeprefix(self._prefix) for name in self.masks.alive})
 
     def _full(self, name: str) -> str:
         """The name of a layer's weight in the module whose masks are followed."""
-        return f"{self._prefix}{name}.weight" if name else f"{self._prefix}weight"
+        return self._prefix + _weight(name)
 
     @property
     def masked(self) -> bool:
@@ -183,9 +206,15 @@ class Acceleration:
         return any(layer.mask is not None for layer in self.layers.values())
 
     def train_compact(self) -> None:
-        """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`."""
+        """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`.
+
+        Raises:
+            ValueError: if the model is not accelerated any more.
+        """
+        if self.removed:
+            raise ValueError(f"train_compact: {type(self.model).__name__} is not accelerated any more")
         self.follow()
-        layers = (x for x in self.layers.values() if x.mask is not None and x.weight.requires_grad)
+        layers = (x for x in self.layers.values() if x.mask is not None and x.weight.requires_grad and not x.changed)
         masked = [x for x in layers if not self.choices.dense(x)]
         if self.compact is not None and self.compact.given != masked:  # others have been masked since
             self.train_whole()
@@ -198,14 +227,16 @@ class Acceleration:
         """Give the optimisers the whole weights back."""
         if self.compact is not None:
             compact, self.compact = self.compact, None
-            self._orphans.append((compact, compact.stop()))
+            compact.stop()
+            if compact.given_up:
+                self._orphans.append(compact)
             if isinstance(self.masks, Masks):
                 self.masks.elsewhere = frozenset()
 
     def _restored(self, *_: Any) -> None:
         """A step comes. SAM may have put values back that have been given up in between."""
-        for compact, versions in self._orphans:
-            compact.take_over(versions)
+        for compact in self._orphans:
+            compact.take_over()
         self._orphans.clear()
 
     @torch.no_grad()
@@ -234,6 +265,8 @@ class Acceleration:
     def remove(self) -> None:
         """See :func:`densify`."""
         self.train_whole()
+        self.removed = True
+        self._orphans.clear()
         for layer in self.layers.values():
             layer.module._parameters = layer.module._parameters.copy()
         for runner in self._runners:
@@ -245,6 +278,11 @@ class Acceleration:
     def steps_aside(self) -> bool:
         """Whether gradients are wanted that the kernels do not take."""
         return isinstance(self.masks, Masks) and bool(self.masks.whole or self.masks.scores_whole)
+
+
+def _weight(layer: str) -> str:
+    """The name of a layer's weight."""
+    return f"{layer}.weight" if layer else "weight"
 
 
 def _of(model: nn.Module) -> Acceleration | None:

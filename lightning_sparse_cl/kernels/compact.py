@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.pattern import Pattern
@@ -44,7 +47,8 @@ class CompactWeights:
         self.given = list(layers)
         self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
-        self._given_up: list[Tensor] = []
+        self.given_up: list[tuple[Layer, Pattern, Tensor, int]] = []
+        """Values with gradients, which somebody may write to after :meth:`stop`, and their versions at that time."""
         self._heirs: list[_Heir] = []
         self._patterns = [layer.pattern for layer in self.layers]
         for layer, pattern in zip(self.layers, self._patterns):
@@ -62,21 +66,24 @@ class CompactWeights:
                 moves = pattern.gather(torch.empty_like(weight).copy_(where))
                 self._held[layer.name] = moves.bool(), values.detach().clone()
                 values.register_hook(lambda grad, moves=moves: grad * moves)
-            self._heirs.append(_Heir(weight, pattern))
+            self._heirs.append(_Heir(weakref.ref(layer), weight, pattern))
             values.register_post_accumulate_grad_hook(self._heirs[-1])
+            self._heirs[-1].hook = weight.register_post_accumulate_grad_hook(partial(_pass_on, weakref.ref(layer)))
             layer.compact = values
 
     @torch.no_grad()
-    def stop(self) -> list[int]:
-        """The weights, their gradients and their optimiser state are whole again; for :meth:`take_over`."""
-        versions = []
-        for layer, pattern in zip(self.layers, self._patterns):
+    def stop(self) -> None:
+        """The weights, their gradients and their optimiser state are whole again."""
+        for layer, pattern, heir in zip(self.layers, self._patterns, self._heirs):
             weight, values = layer.weight, layer.compact
-            layer.compact = None
+            layer.compact, heir.given_up = None, True
+            heir.hook.remove()
             pattern.scatter(values.detach(), weight.detach())
             increment_version(weight)
             if values.grad is not None:
-                weight.grad, values.grad = _whole(pattern, values.grad, weight), None
+                _add(weight, _whole(pattern, values.grad, weight))
+                values.grad = None
+                self.given_up.append((layer, pattern, values, values._version))
             optimizer, group, i = self._place(values)
             group["params"][i] = weight
             state = optimizer.state.pop(values, {})
@@ -84,20 +91,17 @@ class CompactWeights:
                 optimizer.state[weight] = {
                     k: _whole(pattern, v, weight) if _like(v, values) else v for k, v in state.items()
                 }
-            self._given_up.append(values)
-            versions.append(values._version)
-        for heir in self._heirs:
-            heir.due = True
         self._held.clear()
-        return versions
 
     @torch.no_grad()
-    def take_over(self, versions: list[int]) -> None:
-        """What somebody has written to the values since they were given up."""
-        for layer, pattern, values, version in zip(self.layers, self._patterns, self._given_up, versions):
+    def take_over(self) -> None:
+        """What SAM, or whoever moves values that have gradients, has written to them since they were given up."""
+        for layer, pattern, values, version in self.given_up:
             if values._version != version:
                 pattern.scatter(values.detach(), layer.weight.detach())
                 increment_version(layer.weight)
+                if layer.compact is not None:
+                    layer.compact.copy_(layer.pattern.gather(layer.weight.detach()))
 
     @torch.no_grad()
     def hold(self) -> None:
@@ -108,12 +112,15 @@ class CompactWeights:
                 layer.compact.copy_(torch.where(moves, layer.compact, kept))
 
     def _place(self, parameter: Tensor) -> tuple[Optimizer, dict[str, Any], int] | None:
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                for i, p in enumerate(group["params"]):
-                    if p is parameter:
-                        return optimizer, group, i
-        return None
+        """Where a parameter is trained, if that is one place."""
+        found = [
+            (optimizer, group, i)
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for i, p in enumerate(group["params"])
+            if p is parameter
+        ]
+        return found[0] if len(found) == 1 else None
 
 
 @dataclass
@@ -123,15 +130,35 @@ class _Heir:
     It is a hook of the values and must not lead back to them: such a ring, through C++, would never be freed.
     """
 
+    layer: weakref.ref[Layer]
     weight: nn.Parameter
     pattern: Pattern
-    due: bool = False
+    given_up: bool = False
+    hook: RemovableHandle | None = None
+    """The weight's, for gradients of passes that began before it had values."""
 
+    @torch.no_grad()
     def __call__(self, values: Tensor) -> None:
-        if self.due:
-            grad = _whole(self.pattern, values.grad, self.weight)
-            self.weight.grad = grad if self.weight.grad is None else self.weight.grad + grad
-            values.grad = None
+        if self.given_up:
+            grad, values.grad = _whole(self.pattern, values.grad, self.weight), None
+            for hook in (self.weight._backward_hooks or {}).values():  # masks may have changed since
+                changed = hook(grad)
+                grad = grad if changed is None else changed
+            _add(self.weight, grad)
+            _pass_on(self.layer, self.weight)
+
+
+@torch.no_grad()
+def _pass_on(layer: weakref.ref[Layer], weight: nn.Parameter) -> None:
+    """The gradient of a weight goes to its values, if these are what is trained now."""
+    found = layer()
+    if found is not None and found.compact is not None:
+        _add(found.compact, found.pattern.gather(weight.grad))
+        weight.grad = None
+
+
+def _add(parameter: nn.Parameter, grad: Tensor) -> None:
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
 
 class Watched(dict):

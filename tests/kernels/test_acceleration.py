@@ -88,6 +88,17 @@ def test_bad_input_is_refused_or_computed_as_it_was():
         scl.accelerate(net, {"nothing": torch.ones(1)})
     with pytest.raises(ValueError, match="has shape"):
         scl.accelerate(net, {first: masks[first][:1]})
+    for bad, message in (
+        (torch.full_like(net.get_parameter(first), 0.5), "other than 0 and 1"),
+        (masks[first].numpy(), "is a ndarray"),
+        (masks[first].to("meta"), "is a tensor on meta"),
+    ):
+        before = net.get_parameter(first).detach().clone()
+        with pytest.raises(ValueError, match=message):
+            scl.accelerate(net, masks | {list(masks)[-1]: torch.zeros_like(masks[list(masks)[-1]]), first: bad})
+        assert torch.equal(net.get_parameter(first), before) and net.get_parameter(list(masks)[-1]).any()
+    with pytest.raises(ValueError, match="no 'nowhere'"):
+        scl.accelerate(net, masks, parts=["nowhere"])
     with pytest.raises(ValueError, match="not accelerated"):
         scl.densify(net)
     scl.accelerate(net, masks, measure=False)

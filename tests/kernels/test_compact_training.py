@@ -70,26 +70,32 @@ def test_training_the_alive_values_is_training_the_weights(make):
 
 
 def test_held_weights_stay_as_they_are_bit_for_bit():
-    net, masks = network("resnet")
-    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-    for name, mask in masks.items():
-        own.set_alive(name, mask)
-    own.enforce(optimizer)
-    found = scl.accelerate(net, own, [optimizer], measure=False)
-    train(net, optimizer, 2, found.train_compact)  # there is momentum now
-    names = list(masks)[2:5]
-    frozen = {name: torch.rand(masks[name].shape) < 0.5 for name in names}
-    own.set_frozen(names[0], frozen[names[0]])
-    own.set_updated(names[1], ~frozen[names[1]])
-    own.set_frozen(names[2], frozen[names[2]])
-    before = {name: net.get_parameter(name).detach().clone() for name in names}
-    train(net, optimizer, 3, found.train_compact)
-    assert found.compact is not None
-    for name in names:
-        after = net.get_parameter(name)
-        assert torch.equal(after[frozen[name]], before[name][frozen[name]])
-        moved = masks[name] & ~frozen[name]
-        assert (after[moved] != before[name][moved]).float().mean() > 0.9
+    momenta = []
+    for compact in (False, True):
+        net, masks = network("resnet")
+        own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        for name, mask in masks.items():
+            own.set_alive(name, mask)
+        own.enforce(optimizer)
+        found = scl.accelerate(net, own, [optimizer], measure=False)
+        before_step = found.train_compact if compact else None
+        train(net, optimizer, 2, before_step)  # there is momentum now
+        names = list(masks)[2:5]
+        torch.manual_seed(2)
+        frozen = {name: torch.rand(masks[name].shape) < 0.5 for name in names}
+        own.set_frozen(names[0], frozen[names[0]])
+        own.set_updated(names[1], ~frozen[names[1]])
+        own.set_frozen(names[2], frozen[names[2]])
+        before = {name: net.get_parameter(name).detach().clone() for name in names}
+        train(net, optimizer, 3, before_step)
+        assert (found.compact is not None) == compact
+        for name in names:
+            after = net.get_parameter(name)
+            assert torch.equal(after[frozen[name]], before[name][frozen[name]])
+            moved = masks[name] & ~frozen[name]
+            assert (after[moved] != before[name][moved]).float().mean() > 0.9
+        momenta.append([optimizer.state[net.get_parameter(name)]["momentum_buffer"] for name in names])
+    assert all(map(torch.equal, *momenta))
 
 
 def test_masks_are_followed_and_grown_weights_learn():
@@ -182,3 +188,75 @@ def test_values_that_were_given_up_are_freed():
     train(net, sgd, 1)
     gc.collect()
     assert [ref() for ref in refs] == [None] * len(refs)
+
+
+def run_late(net, sgd, found, compact):
+    """Gradients of passes that began before the weights were given up, or taken."""
+    begin = found.train_compact if compact else lambda: None
+    torch.manual_seed(3)
+    for _ in range(3):
+        sgd.zero_grad()
+        losses = []
+        for i in range(4):
+            if i != 1:  # the second pass begins with whole weights
+                begin()
+            losses.append(net(torch.randn(8, 3, 16, 16)).square().mean())
+            if i % 2 == 0:
+                losses.pop(0).backward()  # there are gradients
+            assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
+        begin()
+        for loss in losses:
+            loss.backward()
+        assert sum(p.norm() for p in net.parameters())
+        begin()
+        sgd.step()
+    return [(p.detach().clone(), sgd.state[p]["momentum_buffer"]) for p in net.parameters()]
+
+
+def test_gradients_find_the_weights_wherever_these_are():
+    results = []
+    for compact in (False, True):
+        net, masks = network("cnn")
+        sgd = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        found = scl.accelerate(net, masks, [sgd], measure=False)
+        results.append(run_late(net, sgd, found, compact))
+    for whole, compact in zip(*results):
+        assert all(map(torch.equal, whole, compact))
+
+
+def test_masks_that_change_between_the_passes_mask_late_gradients():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.01)
+    own, name = Masks.of(net), list(masks)[1]
+    for n, mask in masks.items():
+        own.set_alive(n, mask)
+    own.enforce(sgd)
+    found = scl.accelerate(net, own, [sgd], measure=False)
+    found.train_compact()
+    loss = net(torch.randn(8, 3, 16, 16)).square().mean()
+    fewer = masks[name] & (torch.rand(masks[name].shape) < 0.5)
+    own.set_alive(name, fewer)
+    loss.backward()
+    grad = net.get_parameter(name).grad
+    assert grad[fewer].any() and not grad[~fewer].any()
+
+
+def test_values_are_not_kept_without_a_step_nor_for_two_optimisers_or_other_types():
+    net, masks = network("cnn")
+    first, second = torch.optim.SGD(net.parameters(), 0.01), torch.optim.SGD([net[0].weight], 0.01)
+    weight, trained = net[0].weight, first.param_groups[0]["params"]
+    found, refs = scl.accelerate(net, masks, [first, second], measure=False), []
+    for _ in range(3):
+        found.train_compact()
+        assert trained[0] is weight and any(p.ndim == 1 and p.numel() > 100 for p in trained)
+        refs.append(weakref.ref(found.compact))
+        net.state_dict()
+    assert [ref() for ref in refs] == [None] * 3
+    net.half()
+    found.train_compact()
+    assert found.compact is None
+    scl.densify(net)
+    with pytest.raises(ValueError, match="not accelerated any more"):
+        found.train_compact()
+    with pytest.raises(ValueError, match="not accelerated"):
+        scl.densify(found)
