@@ -133,7 +133,8 @@ def test_a_weight_read_between_the_passes_still_gets_its_gradient():
     assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
 
 
-def test_weights_given_up_inside_sam_are_put_back():
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_given_up_inside_sam_are_put_back(again):
     net, masks = network("cnn")
     sgd = torch.optim.SGD(net.parameters(), 0.0)
     found = scl.accelerate(net, masks, [sgd], measure=False)
@@ -144,6 +145,8 @@ def test_weights_given_up_inside_sam_are_put_back():
     with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
         assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
         assert found.compact is None
+        if again:
+            found.train_compact()
     sgd.step()
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
