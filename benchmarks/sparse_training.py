@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from typing import Any
@@ -86,7 +87,7 @@ def main() -> None:
     width, per_class, epochs, seeds = (32, 64, 2, [0]) if args.quick else (64, 512, 2, [0, 1, 2, 3, 4, 5])
     images = harness.first_of_each(args.root, per_class, 20 if args.quick else 100)
     rows: list[dict[str, Any]] = []
-    with Progress() as progress, get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+    with Progress() as progress:
         bar = progress.add_task("runs", total=2 * len(seeds) + 2)
         pruned = []
         for sparsity in (0.8, 0.9):
@@ -95,7 +96,8 @@ def main() -> None:
         for seed in seeds:
             pair = {}
             for accelerated in (False, True):
-                pair[accelerated] = fresh.apply(sparcl, (images, width, epochs, seed, accelerated))
+                with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                    pair[accelerated] = fresh.submit(sparcl, images, width, epochs, seed, accelerated).result()
                 progress.advance(bar)
             for accelerated, found in pair.items():
                 speedup = round(pair[False]["seconds"] / found["seconds"], 2)

@@ -124,10 +124,10 @@ class Acceleration:
             self._prefix = f"{inside[0]}."
         given = self._given(masks)
         whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
-        for name, mask in given.items():
-            self._enforce(name, mask)
         self._tell(given)
         self.follow()
+        for name, mask in given.items():
+            self._enforce(name, mask)
         self.optimizers = list(optimizers)
         self.compact: CompactWeights | None = None
         for optimizer in self.optimizers:
