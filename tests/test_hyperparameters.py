@@ -76,6 +76,10 @@ BASE: dict[str, dict[str, Any]] = {
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
     "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
     "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3}, "SplitImageFolder": {"num_tasks": 2, "crop": 2},
+    # As quick as it gets.
+    "SplitDigits": {"batch_size": 64},
+    **{name: {"num_tasks": 3, "batch_size": 64} for name in ("PermutedDigits", "RotatedDigits")},
+    "VGG16": {"width": 4}, "ResNet18": {"width": 8}, "MobileNetV2": {"width": 0.25},
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "backbone": scl.SmallMLP([8]), "objective": scl.ER(30, 8), "update": scl.SharpnessAware(0.5),

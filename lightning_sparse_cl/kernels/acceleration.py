@@ -235,6 +235,8 @@ class Acceleration:
 
     def _restored(self, *_: Any) -> None:
         """A step comes. SAM may have put values back that have been given up in between."""
+        if self._orphans:
+            self.follow()
         for compact in self._orphans:
             compact.take_over()
         self._orphans.clear()

@@ -98,7 +98,10 @@ class CompactWeights:
         """What SAM, or whoever moves values that have gradients, has written to them since they were given up."""
         for layer, pattern, values, version in self.given_up:
             if values._version != version:
-                pattern.scatter(values.detach(), layer.weight.detach())
+                weight = layer.weight.detach()
+                pattern.scatter(values.detach(), weight)
+                if layer.mask is not None:  # another one by now, perhaps
+                    weight.mul_(layer.mask)
                 increment_version(layer.weight)
                 if layer.compact is not None:
                     layer.compact.copy_(layer.pattern.gather(layer.weight.detach()))

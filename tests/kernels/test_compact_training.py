@@ -151,6 +151,27 @@ def test_weights_given_up_inside_sam_are_put_back(again):
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_weights_pruned_inside_sam_stay_zero(again):
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    own, name = Masks.of(net), list(masks)[1]
+    for n, mask in masks.items():
+        own.set_alive(n, mask)
+    own.enforce(sgd)
+    found = scl.accelerate(net, own, [sgd], measure=False)
+    before = net.get_parameter(name).detach().clone()
+    fewer = masks[name] & (torch.rand(masks[name].shape) < 0.5)
+    found.train_compact()
+    net(torch.randn(8, 3, 16, 16)).square().mean().backward()
+    with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
+        own.set_alive(name, fewer)
+        if again:
+            found.train_compact()
+    sgd.step()
+    assert torch.equal(net.get_parameter(name), before * fewer)
+
+
 def test_parameters_that_are_unpacked_are_up_to_date():
     net, masks = network("cnn")
     sgd = torch.optim.SGD(net.parameters(), 0.1)
