@@ -12,6 +12,7 @@ python benchmarks/sparse_speed.py [--quick]
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -209,7 +210,8 @@ def main() -> None:
     harness.show("Milliseconds, the fastest dense network and the sparse one", rows, columns, columns)
     harness.show("Fraction of the FMA peak, one thread, batch 32", parts, list(parts[0]), list(parts[0]))
     name = "sparse_speed_quick" if args.quick else "sparse_speed"
-    machine = f"{torch.backends.cpu.get_cpu_capability()}, 2 cores, {peak() / 1e9:.0f} G multiply-adds/s a core"
+    cpu = f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    machine = f"{cpu}, {peak() / 1e9:.0f} G multiply-adds/s a core"
     print(harness.save(name, rows, machine=machine, seed=0, fractions=parts))
 
 

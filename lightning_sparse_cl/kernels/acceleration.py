@@ -45,10 +45,11 @@ def accelerate(
 
     Args:
         model: any network, or one whose parts can be traced by ``torch.fx``: the largest such parts are run as a whole.
+            Where layers outside of a part share its weights, give the whole network and the part's name in ``parts``.
         masks: of its weights by name, True where alive. :class:`Masks` are followed: their changes, gradients asked for
-            whole, held weights. None is: where the weights are not zero now.
-        optimizers: of the weights, for training. One that is made later, from the same weights, must be given, too:
-            accelerate the network anew.
+            whole, held weights. None is: where the weights are not zero now, if a tenth of a weight is.
+        optimizers: of the weights, for training; in Lightning, ``trainer.optimizers``. One that is made later, from the
+            same weights, must be given, too: accelerate the network anew.
         parts: names of the submodules that are called as a whole; the model itself is ``""``.
         measure: False uses the kernels wherever there are any, without a look at the clock.
 
@@ -58,8 +59,8 @@ def accelerate(
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
-        ValueError: if a mask does not fit its weight, ``parts`` names no submodule, or the model is already accelerated
-            or compiled; nothing has changed then.
+        ValueError: if a mask does not fit its weight, ``optimizers`` are none, ``parts`` names no submodule, or the
+            model is already accelerated or compiled; nothing has changed then.
     """
     library()
     return Acceleration(model, masks, optimizers, parts, measure)
@@ -95,6 +96,10 @@ class Acceleration:
         for part in parts:
             if part not in names:
                 raise ValueError(f"accelerate(parts={list(parts)}): there is no {part!r} in {type(model).__name__}")
+        listed = isinstance(optimizers, Iterable)
+        self.optimizers = list(optimizers) if listed else []
+        if not listed or not all(isinstance(o, Optimizer) for o in self.optimizers):
+            raise ValueError(f"accelerate(optimizers={type(optimizers).__name__}): a list of torch's optimisers")
         self.model = model
         self.masks = masks
         self.removed = False
@@ -105,7 +110,8 @@ class Acceleration:
         self.left: dict[str, str] = {}
         """Layers without kernels, and why."""
         self._told: set[str] = set()
-        uses = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+        around = masks.module if isinstance(masks, Masks) else model
+        uses = Counter(id(p) for m in around.modules() for p in m._parameters.values())
         for weight, module in weight_layers(model).items():
             name = weight.removesuffix("weight").removesuffix(".")
             if not any(name == part or name.startswith(f"{part}." if part else "") for part in parts):
@@ -128,7 +134,6 @@ class Acceleration:
         self.follow()
         for name, mask in given.items():
             self._enforce(name, mask)
-        self.optimizers = list(optimizers)
         self.compact: CompactWeights | None = None
         for optimizer in self.optimizers:
             self._hooks += [
@@ -137,7 +142,8 @@ class Acceleration:
                 optimizer.register_load_state_dict_pre_hook(self._looked_at),
             ]  # fmt: skip
         self._orphans: list[CompactWeights] = []
-        self._runners = [Runner(self, part, name) for name, part in whole]
+        found_by = whole or [(parts[0], model.get_submodule(parts[0]))]  # see _of
+        self._runners = [Runner(self, part, name) for name, part in found_by]
         for layer in self.layers.values():
             layer.module._parameters = Watched(layer.module._parameters, partial(self._wake, layer))
         for runner in self._runners:
@@ -148,7 +154,8 @@ class Acceleration:
         if isinstance(masks, Masks):
             return {}
         if masks is None:
-            found = {_weight(n): layer.weight.detach() != 0 for n, layer in self.layers.items()}
+            names = map(_weight, (*self.layers, *self.left))
+            found = {n: self.model.get_parameter(n).detach() != 0 for n in names}
             return {n: m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()}
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
@@ -221,7 +228,7 @@ class Acceleration:
         if self.compact is None and masked:
             self.compact = CompactWeights(masked, self.optimizers, self._movable)
             if isinstance(self.masks, Masks):
-                self.masks.elsewhere = frozenset(self._full(x.name) for x in self.compact.layers)
+                self.masks.elsewhere |= {self._full(x.name) for x in self.compact.layers}
 
     def train_whole(self) -> None:
         """Give the optimisers the whole weights back."""
@@ -231,15 +238,18 @@ class Acceleration:
             if compact.given_up:
                 self._orphans.append(compact)
             if isinstance(self.masks, Masks):
-                self.masks.elsewhere = frozenset()
+                self.masks.elsewhere -= {self._full(x.name) for x in compact.layers}
 
     def _restored(self, *_: Any) -> None:
         """A step comes. SAM may have put values back that have been given up in between."""
+        self._take_over()
+        self._orphans.clear()
+
+    def _take_over(self) -> None:
         if self._orphans:
             self.follow()
         for compact in self._orphans:
             compact.take_over()
-        self._orphans.clear()
 
     @torch.no_grad()
     def _stepped(self, *_: Any) -> None:
@@ -251,10 +261,12 @@ class Acceleration:
                 weight.mul_(mask)
 
     def _looked_at(self, *_: Any) -> None:
+        self._take_over()
         self.train_whole()
 
     def _wake(self, layer: Layer) -> None:
         """Somebody reads a parameter of ``layer``, perhaps to write to it."""
+        self._take_over()
         layer.forget()
         if layer.compact is not None:
             self.train_whole()
@@ -267,8 +279,8 @@ class Acceleration:
     def remove(self) -> None:
         """See :func:`densify`."""
         self.train_whole()
+        self._restored()
         self.removed = True
-        self._orphans.clear()
         for layer in self.layers.values():
             layer.module._parameters = layer.module._parameters.copy()
         for runner in self._runners:

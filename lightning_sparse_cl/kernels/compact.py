@@ -48,7 +48,8 @@ class CompactWeights:
         self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self.given_up: list[tuple[Layer, Pattern, Tensor, int]] = []
-        """Values with gradients, which somebody may write to after :meth:`stop`, and their versions at that time."""
+        """Values that somebody may write to after :meth:`stop`, and their versions when that was last seen: those that
+        have gradients, or have been moved since the last step."""
         self._heirs: list[_Heir] = []
         self._patterns = [layer.pattern for layer in self.layers]
         for layer, pattern in zip(self.layers, self._patterns):
@@ -66,38 +67,45 @@ class CompactWeights:
                 moves = pattern.gather(torch.empty_like(weight).copy_(where))
                 self._held[layer.name] = moves.bool(), values.detach().clone()
                 values.register_hook(lambda grad, moves=moves: grad * moves)
-            self._heirs.append(_Heir(weakref.ref(layer), weight, pattern))
+            self._heirs.append(_Heir(weight, pattern))
             values.register_post_accumulate_grad_hook(self._heirs[-1])
             self._heirs[-1].hook = weight.register_post_accumulate_grad_hook(partial(_pass_on, weakref.ref(layer)))
             layer.compact = values
+        self._stepped = self._versions()
 
     @torch.no_grad()
     def stop(self) -> None:
         """The weights, their gradients and their optimiser state are whole again."""
-        for layer, pattern, heir in zip(self.layers, self._patterns, self._heirs):
+        for layer, pattern, heir, stepped in zip(self.layers, self._patterns, self._heirs, self._stepped):
             weight, values = layer.weight, layer.compact
+            layer.forget()
             layer.compact, heir.given_up = None, True
             heir.hook.remove()
             pattern.scatter(values.detach(), weight.detach())
             increment_version(weight)
-            if values.grad is not None:
-                _add(weight, _whole(pattern, values.grad, weight))
-                values.grad = None
+            if values.grad is not None or values._version != stepped:
                 self.given_up.append((layer, pattern, values, values._version))
-            optimizer, group, i = self._place(values)
+            if values.grad is not None:
+                _add(weight, pattern.whole(values.grad, weight))
+                values.grad = None
+            place = self._place(values)
+            if place is None:  # somebody has taken them out
+                continue
+            optimizer, group, i = place
             group["params"][i] = weight
             state = optimizer.state.pop(values, {})
             if state:
                 optimizer.state[weight] = {
-                    k: _whole(pattern, v, weight) if _like(v, values) else v for k, v in state.items()
+                    k: pattern.whole(v, weight) if _like(v, values) else v for k, v in state.items()
                 }
         self._held.clear()
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """What SAM, or whoever moves values that have gradients, has written to them since they were given up."""
-        for layer, pattern, values, version in self.given_up:
+        """What SAM, or whoever moves values between steps, has written to them since they were given up."""
+        for i, (layer, pattern, values, version) in enumerate(self.given_up):
             if values._version != version:
+                self.given_up[i] = layer, pattern, values, values._version
                 weight = layer.weight.detach()
                 pattern.scatter(values.detach(), weight)
                 if layer.mask is not None:  # another one by now, perhaps
@@ -113,6 +121,10 @@ class CompactWeights:
             if layer.name in self._held:
                 moves, kept = self._held[layer.name]
                 layer.compact.copy_(torch.where(moves, layer.compact, kept))
+        self._stepped = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [layer.compact._version for layer in self.layers]
 
     def _place(self, parameter: Tensor) -> tuple[Optimizer, dict[str, Any], int] | None:
         """Where a parameter is trained, if that is one place."""
@@ -133,7 +145,6 @@ class _Heir:
     It is a hook of the values and must not lead back to them: such a ring, through C++, would never be freed.
     """
 
-    layer: weakref.ref[Layer]
     weight: nn.Parameter
     pattern: Pattern
     given_up: bool = False
@@ -143,12 +154,15 @@ class _Heir:
     @torch.no_grad()
     def __call__(self, values: Tensor) -> None:
         if self.given_up:
-            grad, values.grad = _whole(self.pattern, values.grad, self.weight), None
+            grad, values.grad = self.pattern.whole(values.grad, self.weight), None
+            if not self.weight.requires_grad:  # frozen since
+                return
             for hook in (self.weight._backward_hooks or {}).values():  # masks may have changed since
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             _add(self.weight, grad)
-            _pass_on(self.layer, self.weight)
+            for hook in (self.weight._post_accumulate_grad_hooks or {}).values():  # of who trains its values now
+                hook(self.weight)
 
 
 @torch.no_grad()
@@ -211,9 +225,3 @@ class Watched(dict):
 
 def _like(value: Any, parameter: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == parameter.shape and value.dtype == parameter.dtype
-
-
-def _whole(pattern: Pattern, values: Tensor, weight: Tensor) -> Tensor:
-    whole = torch.zeros_like(weight)
-    pattern.scatter(values, whole)
-    return whole

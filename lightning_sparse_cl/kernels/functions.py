@@ -26,9 +26,21 @@ class Gather(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        whole = torch.zeros_like(ctx.like)
-        ctx.pattern.scatter(grad.contiguous(), whole)
-        return whole, None
+        return ctx.pattern.whole(grad.contiguous(), ctx.like), None
+
+
+class Scatter(Function):
+    """The masked weight, like ``weight``, of its values (n,)."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
+        ctx.pattern = pattern
+        return pattern.whole(values, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.pattern.gather(grad), None, None
 
 
 class Convolution(Function):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lightning_sparse_cl.kernels.functions import Gather
+from lightning_sparse_cl.kernels.functions import Gather, Scatter
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
@@ -114,6 +115,13 @@ class Layer:
             with torch.inference_mode(False):  # they are kept for who takes gradients
                 kept = self._still[pattern] = self._at, pattern.gather(self.weight.detach())
         return kept[1]
+
+    def dense(self, x: Tensor) -> Tensor:
+        """What torch makes of x and the values that are trained in place of the weight."""
+        weight = Scatter.apply(self.compact, self.weight.detach(), self.pattern)
+        if isinstance(self.module, nn.Linear):
+            return F.linear(x, weight, self.bias)
+        return F.conv2d(x, weight, self.bias, *self.geometry)
 
     @property
     def _at(self) -> tuple[int, int]:

@@ -84,9 +84,8 @@ class Pattern:
 
     def gather(self, weight: Tensor) -> Tensor:
         """The values (n,) of the non-zeros of a tensor like the weight."""
-        if weight.stride() != self.strides:
-            weight = torch.empty_strided(self.shape, self.strides).copy_(weight)
         out = torch.empty(self.entries)
+        weight = self._as_listed(weight)
         call("gather", weight, self.index, self.entries, out)
         return out
 
@@ -100,7 +99,22 @@ class Pattern:
 
     def scatter(self, values: Tensor, weight: Tensor) -> None:
         """Put values (n,) into a tensor like the weight; nothing else in it changes."""
-        call("scatter", values, self.index, self.entries, weight)
+        own = self._as_listed(weight)
+        call("scatter", values, self.index, self.entries, own)
+        if own is not weight:
+            weight.copy_(own)
+
+    def whole(self, values: Tensor, like: Tensor) -> Tensor:
+        """Values (n,) in a tensor like the weight that is zero elsewhere."""
+        whole = torch.zeros_like(like)
+        self.scatter(values, whole)
+        return whole
+
+    def _as_listed(self, weight: Tensor) -> Tensor:
+        """With the strides and the type that the lists are of; those of the weight may have changed since."""
+        if weight.stride() == self.strides and weight.dtype == torch.float32:
+            return weight
+        return torch.empty_strided(self.shape, self.strides).copy_(weight)
 
     def forward(
         self,

@@ -215,7 +215,9 @@ class Program:
         """As torch does it."""
         args, kwargs = (fx.node.map_arg(a, lambda n: plain(values[n])) for a in (node.args, node.kwargs))
         if node.op == "call_module":
-            module = self.modules[node.target]
+            module, layer = self.modules[node.target], self.layers.get(node.target)
+            if layer is not None and layer.compact is not None and not kwargs:
+                return layer.dense(*args)
             return type(module).forward(module, *args, **kwargs)  # it has no hooks, and this may stand in for its call
         if node.op == "call_method":
             return getattr(args[0], node.target)(*args[1:], **kwargs)

@@ -14,6 +14,7 @@
 
 #include <ATen/Parallel.h>
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -86,6 +87,26 @@ static float* scratch(size_t floats, int which) {  // kept by each thread
   auto& own = kept[which];
   if (own.size() < floats + 16) own.resize(floats + 16);
   return (float*)(((uintptr_t)own.data() + 63) / 64 * 64);
+}
+
+// Calls f(begin, end) for pieces of [0, n). Each thread has an equal share, and takes of the others' when it is done: on a
+// CPU that somebody else uses, too, the thread that is disturbed holds nobody up
+template <class F>
+static void share(int64_t n, F f) {
+  struct alignas(64) Next { std::atomic<int64_t> at; };
+  int64_t threads = std::min<int64_t>(at::get_num_threads(), n);
+  if (threads <= 1) return f(0, n);
+  int64_t piece = std::max<int64_t>(1, n / (32 * threads));
+  std::vector<Next> next(threads);
+  for (int64_t t = 0; t < threads; t++) next[t].at = n * t / threads;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; own++)
+      for (int64_t i = 0; i < threads; i++) {
+        int64_t t = (own + i) % threads, until = n * (t + 1) / threads;
+        for (int64_t at; (at = next[t].at.fetch_add(piece, std::memory_order_relaxed)) < until;)
+          f(at, std::min(at + piece, until));
+      }
+  });
 }
 
 enum Mode { FLAT, NEXT, AROUND, STRIDED };  // pixels beyond the tile: none, 1, 2; 2 at stride 2
@@ -281,7 +302,7 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
   int64_t tiles = g.groups * th * tw, threads = at::get_num_threads();
   bool far = g.groups * g.out * g.out_h * g.out_w * LANES > 4 * NEAR;
   int64_t splits = threads == 1 ? 1 : std::clamp<int64_t>((threads + tiles - 1) / tiles, 1, (g.rows + 15) / 16);
-  at::parallel_for(0, tiles * splits, 1, [&](int64_t begin, int64_t end) {
+  share(tiles * splits, [&](int64_t begin, int64_t end) {
     float* window = scratch(g.block * PH * PW * LANES, 0);
     float* partial = blocks > 1 ? scratch(g.rows * TILE * LANES, 1) : nullptr;
     for (int64_t item = begin; item < end; item++) {
@@ -356,7 +377,7 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
   int64_t tiles = g.groups * th * tw, entries = ptr[blocks * g.rows * PARTS];
   int64_t chunks = std::clamp<int64_t>(tiles / 16, 1, 8), parts = std::min<int64_t>(16 / chunks, blocks);
   std::vector<float> sums(chunks * entries);
-  at::parallel_for(0, chunks * parts, 1, [&](int64_t begin, int64_t end) {
+  share(chunks * parts, [&](int64_t begin, int64_t end) {
     float* window = scratch(g.block * PH * PW * LANES, 0);
     for (int64_t item = begin; item < end; item++) {
       int64_t chunk = item / parts, part = item % parts;
@@ -548,7 +569,7 @@ void norm_forward(const int64_t* shape, const float* x, const float* gamma, cons
   Grid grid(shape[3], shape[4], shape[5]);
   ivec valid = grid.valid();
   double count = (double)grid.images * grid.rows * grid.columns * shape[2];
-  at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
+  share(channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
       auto total = [&](vec m, bool squared) {
         double all = 0;
@@ -604,7 +625,7 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
   Grid grid(shape[3], shape[4], shape[5]);
   ivec valid = grid.valid();
   double count = (double)grid.images * grid.rows * grid.columns * shape[2];
-  at::parallel_for(0, channels, 1, [&](int64_t begin, int64_t end) {
+  share(channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c++) {
       vec m = mean[c] - (vec){}, zero = {};
       float scale = (gamma ? gamma[c] : 1.f) * inverse[c], up = (beta ? beta[c] : 0.f) - scale * mean[c];

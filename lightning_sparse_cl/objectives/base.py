@@ -51,7 +51,7 @@ class Objective(nn.Module):
             y: labels (B,).
             replay: what :meth:`draw` gave, or None to leave replay out.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is: override forward()")
 
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         """Called after the update with the whole batch as stored, and its logits from before the update."""

@@ -178,8 +178,9 @@ class Masks:
             return
         self._optimizers.add(optimizer)
         optimizer.register_step_post_hook(lambda *_: self.apply_())
+        weights = list(self.module.named_parameters())  # first: who trains their values gives them up
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, weight in self.module.named_parameters():
+        for name, weight in weights:
             if weight.ndim > 1 and weight.requires_grad and id(weight) in stepped and weight not in self._hooked:
                 self._hooked[weight] = True
                 weight.register_hook(lambda grad, name=name: self._masked(name, grad))
