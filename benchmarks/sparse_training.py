@@ -68,12 +68,15 @@ class Turns(pl.Callback):
         """Seconds in training that were not its own."""
 
     def wait(self) -> None:
-        self.alone = not self.other.recv()
+        try:
+            self.alone = not self.other.recv()
+        except EOFError:  # the other has failed
+            self.alone = True
 
     def on_fit_start(self, *_: Any) -> None:
         self.other.send(True)  # both are ready
         self.wait()
-        if not self.first:
+        if not self.first and not self.alone:
             self.wait()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -87,8 +90,6 @@ class Turns(pl.Callback):
         if not self.alone:
             self.other.send(False)
 
-    on_exception = on_fit_end
-
 
 def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool, other: Connection) -> dict[str, Any]:
     """A whole sequence."""
@@ -101,7 +102,8 @@ def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool
         scl.DynamicDataRemoval(0.3, cutoff=1, every=1), scl.DynamicGradientMasking(0.05, interval=30),
         optimizer=partial(SGD, lr=0.03), policies=policies,
     )  # fmt: skip
-    found = harness.fit(module, tasks(images), epochs)
+    with other:
+        found = harness.fit(module, tasks(images), epochs)
     seconds = round(found["seconds"] - turns.waited, 1)
     return {"class_il": found["class_il"]["acc"], "task_il": found["task_il"]["acc"], "seconds": seconds}
 

@@ -95,4 +95,4 @@ def _parts(pl_module: pl.LightningModule) -> list[str]:
     layers = weight_layers(network_of(pl_module))
     names = dict.fromkeys(name.removesuffix(".weight").split(".")[0] for name in layers)
     own = [name for name in layers if name.count(".") == 1]
-    return [""] if len(own) > 1 and network_of(pl_module) is pl_module else list(names)
+    return [""] if not names or (len(own) > 1 and network_of(pl_module) is pl_module) else list(names)

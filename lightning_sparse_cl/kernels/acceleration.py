@@ -59,8 +59,8 @@ def accelerate(
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
-        ValueError: if a mask does not fit its weight, ``optimizers`` are none, ``parts`` names no submodule, or the
-            model is already accelerated or compiled; nothing has changed then.
+        ValueError: if a mask does not fit its weight, ``optimizers`` are not torch's, ``parts`` names no submodule, or
+            the model is already accelerated or compiled; nothing has changed then.
     """
     library()
     return Acceleration(model, masks, optimizers, parts, measure)
@@ -93,6 +93,8 @@ class Acceleration:
         if any(m._compiled_call_impl or isinstance(m._parameters, Watched) for m in model.modules()):
             raise ValueError(f"accelerate({type(model).__name__}): it is already accelerated or compiled")
         names = {name for name, _ in model.named_modules()}
+        if not parts:
+            raise ValueError(f"accelerate(parts={parts!r}): names of submodules, '' is the model itself")
         for part in parts:
             if part not in names:
                 raise ValueError(f"accelerate(parts={list(parts)}): there is no {part!r} in {type(model).__name__}")
@@ -122,6 +124,7 @@ class Acceleration:
             else:
                 self.left[name] = reason
         self._version: int | None = None
+        self._orphans: list[CompactWeights] = []
         self._prefix = ""
         if isinstance(masks, Masks) and masks.module is not model:
             inside = [name for name, m in masks.module.named_modules() if m is model]
@@ -141,7 +144,6 @@ class Acceleration:
                 optimizer.register_state_dict_pre_hook(self._looked_at),
                 optimizer.register_load_state_dict_pre_hook(self._looked_at),
             ]  # fmt: skip
-        self._orphans: list[CompactWeights] = []
         found_by = whole or [(parts[0], model.get_submodule(parts[0]))]  # see _of
         self._runners = [Runner(self, part, name) for name, part in found_by]
         for layer in self.layers.values():
@@ -154,8 +156,8 @@ class Acceleration:
         if isinstance(masks, Masks):
             return {}
         if masks is None:
-            names = map(_weight, (*self.layers, *self.left))
-            found = {n: self.model.get_parameter(n).detach() != 0 for n in names}
+            own, names = dict(self.model.named_parameters()), map(_weight, (*self.layers, *self.left))
+            found = {n: own[n].detach() != 0 for n in names if n in own}  # others are computed, or another's
             return {n: m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()}
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
@@ -194,7 +196,7 @@ class Acceleration:
             warnings.warn(f"accelerate: no kernels for {told}; these layers are run as they are", stacklevel=4)
 
     def follow(self) -> None:
-        """Take the masks as they are now."""
+        """Take the masks as they are now, and what SAM has put back into values that were given up."""
         if isinstance(self.masks, Masks) and self._version != self.masks.version:
             self._version = self.masks.version
             for name, layer in self.layers.items():
@@ -202,6 +204,8 @@ class Acceleration:
                 if mask is not layer.mask:
                     layer.remask(mask)
             self._tell({name.removeprefix(self._prefix) for name in self.masks.alive})
+        for compact in self._orphans:
+            compact.take_over()
 
     def _full(self, name: str) -> str:
         """The name of a layer's weight in the module whose masks are followed."""
@@ -241,15 +245,9 @@ class Acceleration:
                 self.masks.elsewhere -= {self._full(x.name) for x in compact.layers}
 
     def _restored(self, *_: Any) -> None:
-        """A step comes. SAM may have put values back that have been given up in between."""
-        self._take_over()
+        """A step comes: what was given up before it is not written to any more."""
+        self.follow()
         self._orphans.clear()
-
-    def _take_over(self) -> None:
-        if self._orphans:
-            self.follow()
-        for compact in self._orphans:
-            compact.take_over()
 
     @torch.no_grad()
     def _stepped(self, *_: Any) -> None:
@@ -261,12 +259,13 @@ class Acceleration:
                 weight.mul_(mask)
 
     def _looked_at(self, *_: Any) -> None:
-        self._take_over()
+        self.follow()
         self.train_whole()
 
     def _wake(self, layer: Layer) -> None:
         """Somebody reads a parameter of ``layer``, perhaps to write to it."""
-        self._take_over()
+        if self._orphans:
+            self.follow()
         layer.forget()
         if layer.compact is not None:
             self.train_whole()

@@ -89,15 +89,15 @@ class CompactWeights:
                 _add(weight, pattern.whole(values.grad, weight))
                 values.grad = None
             place = self._place(values)
-            if place is None:  # somebody has taken them out
-                continue
-            optimizer, group, i = place
-            group["params"][i] = weight
-            state = optimizer.state.pop(values, {})
-            if state:
-                optimizer.state[weight] = {
-                    k: pattern.whole(v, weight) if _like(v, values) else v for k, v in state.items()
-                }
+            if place is not None:  # else somebody has taken them out
+                _, group, i = place
+                group["params"][i] = weight
+            for optimizer in self._optimizers:
+                state = optimizer.state.pop(values, {})
+                if state:
+                    optimizer.state[weight] = {
+                        k: pattern.whole(v, weight) if _like(v, values) else v for k, v in state.items()
+                    }
         self._held.clear()
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class _Heir:
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             _add(self.weight, grad)
-            for hook in (self.weight._post_accumulate_grad_hooks or {}).values():  # of who trains its values now
+            for hook in list((self.weight._post_accumulate_grad_hooks or {}).values()):  # of who trains its values now
                 hook(self.weight)
 
 

@@ -112,7 +112,7 @@ class Pattern:
 
     def _as_listed(self, weight: Tensor) -> Tensor:
         """With the strides and the type that the lists are of; those of the weight may have changed since."""
-        if weight.stride() == self.strides and weight.dtype == torch.float32:
+        if weight.stride() == self.strides and weight.dtype == torch.float32 and weight.device.type == "cpu":
             return weight
         return torch.empty_strided(self.shape, self.strides).copy_(weight)
 

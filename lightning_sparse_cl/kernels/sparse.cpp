@@ -89,8 +89,8 @@ static float* scratch(size_t floats, int which) {  // kept by each thread
   return (float*)(((uintptr_t)own.data() + 63) / 64 * 64);
 }
 
-// Calls f(begin, end) for pieces of [0, n). Each thread has an equal share, and takes of the others' when it is done: on a
-// CPU that somebody else uses, too, the thread that is disturbed holds nobody up
+// Calls f(begin, end) for pieces of [0, n). Each thread has an equal share, and takes pieces of the others' when it is
+// done: on a CPU that somebody else uses, too, a thread that is disturbed does not hold up the rest
 template <class F>
 static void share(int64_t n, F f) {
   struct alignas(64) Next { std::atomic<int64_t> at; };

@@ -97,6 +97,12 @@ def test_bad_input_is_refused_or_computed_as_it_was():
         with pytest.raises(ValueError, match=message):
             scl.accelerate(net, masks | {list(masks)[-1]: torch.zeros_like(masks[list(masks)[-1]]), first: bad})
         assert torch.equal(net.get_parameter(first), before) and net.get_parameter(list(masks)[-1]).any()
+    nothing, sgd = {first: torch.zeros_like(masks[first])}, torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(ValueError, match="optimizers=SGD"):
+        scl.accelerate(net, nothing, sgd)
+    with pytest.raises(ValueError, match=r"parts=\[\]"):
+        scl.accelerate(net, nothing, [sgd], parts=[])
+    assert torch.equal(net.get_parameter(first), before)
     with pytest.raises(ValueError, match="no 'nowhere'"):
         scl.accelerate(net, masks, parts=["nowhere"])
     with pytest.raises(ValueError, match="not accelerated"):
@@ -127,6 +133,18 @@ def test_layers_without_kernels_are_told():
     with pytest.warns(match=told) as said:
         found = scl.accelerate(net, masks, measure=False)
     assert len(said) == 1 and list(found.left) == ["convs.2", "convs.3", "convs.4"]
+    scl.densify(net)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.warns(match=told):
+        scl.accelerate(net, optimizers=[sgd], measure=False)
+    net(torch.randn(4, 3, 16, 16)).square().mean().backward()
+    sgd.step()
+    assert not any(net.get_parameter(name)[~mask].any() for name, mask in masks.items())  # kept zero all the same
+    only = nn.Sequential(nn.Conv2d(3, 8, 5), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3)))
+    scl.densify(scl.accelerate(only))
+    with pytest.warns(match="5x5"):
+        scl.accelerate(only, {"0.weight": torch.rand(8, 3, 5, 5) < 0.5})
+    scl.densify(only)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -133,8 +133,10 @@ def test_a_weight_read_between_the_passes_still_gets_its_gradient():
     assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
 
 
+@pytest.mark.parametrize("end", ["step", "read", "densify"])
 @pytest.mark.parametrize("again", [False, True])
-def test_weights_given_up_inside_sam_are_put_back(again):
+@pytest.mark.parametrize("zero", [False, True])
+def test_weights_given_up_inside_sam_are_put_back(zero, again, end):
     net, masks = network("cnn")
     sgd = torch.optim.SGD(net.parameters(), 0.0)
     found = scl.accelerate(net, masks, [sgd], measure=False)
@@ -143,11 +145,16 @@ def test_weights_given_up_inside_sam_are_put_back(again):
     x = torch.randn(8, 3, 16, 16)
     net(x).square().mean().backward()
     with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
+        if zero:  # as SAM does
+            sgd.zero_grad()
         assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
         assert found.compact is None
         if again:
             found.train_compact()
-    sgd.step()
+    if end == "step":
+        sgd.step()
+    elif end == "densify":
+        scl.densify(net)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
@@ -170,6 +177,25 @@ def test_weights_pruned_inside_sam_stay_zero(again):
             found.train_compact()
     sgd.step()
     assert torch.equal(net.get_parameter(name), before * fewer)
+
+
+def test_weights_that_sam_has_put_back_are_those_of_the_next_pass():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    x, outputs = torch.randn(8, 3, 16, 16), []
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for _ in range(2):  # batches whose gradients are summed
+        found.train_compact()
+        outputs.append(net(x))
+        outputs[-1].square().mean().backward()
+        with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
+            assert sum(p.norm() for p in net.parameters())
+            found.train_compact()
+            net(x).square().mean().backward()
+    sgd.step()
+    assert difference(outputs[1], outputs[0]) < 1e-5
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
 def test_parameters_that_are_unpacked_are_up_to_date():
@@ -246,6 +272,107 @@ def test_gradients_find_the_weights_wherever_these_are():
         results.append(run_late(net, sgd, found, compact))
     for whole, compact in zip(*results):
         assert all(map(torch.equal, whole, compact))
+
+
+@pytest.mark.parametrize("between", ["layout", "frozen", "again"])
+def test_late_gradients_find_weights_that_have_changed(between):
+    results = []
+    for compact in (False, True):
+        net, masks = network("cnn")
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        found = scl.accelerate(net, masks, [sgd], measure=False)
+        if compact:
+            found.train_compact()
+        loss = net(torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))).square().mean()
+        if between == "layout":
+            net.to(memory_format=torch.channels_last)
+        elif between == "frozen":
+            net[0].weight.requires_grad_(False)
+        else:
+            scl.densify(net)
+            found = scl.accelerate(net, masks, [sgd], measure=False)
+            if compact:
+                found.train_compact()
+        loss.backward()
+        sgd.step()
+        results.append([p.detach() for p in net.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+def test_layers_that_torch_computes_faster_are_trained_compact_until_the_step():
+    net, masks = network("cnn")
+    net.append(nn.Linear(net.eval()(torch.zeros(1, 3, 16, 16)).shape[1], 5)).train()
+    masks[f"{len(net) - 1}.weight"] = torch.rand_like(net[-1].weight) < 0.3
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    x, gradients = torch.randn(8, 3, 16, 16), []
+    for sparse in (True, False):
+        found.choices.sparse = lambda layer, x, sparse=sparse: sparse
+        sgd.zero_grad()
+        found.train_compact()
+        net(x).square().mean().backward()
+        assert found.compact is not None
+        gradients.append([p.grad.clone() for group in sgd.param_groups for p in group["params"]])
+    assert all(difference(a, b) < 1e-5 for a, b in zip(*gradients))
+
+
+def test_evaluation_with_frozen_batch_norm_uses_the_weights_of_now():
+    results = []
+    for compact in (False, True):
+        net, masks = network("cnn")
+        net.eval()
+        sgd, seen = torch.optim.SGD([net.get_parameter(n) for n in masks], 0.5), []
+        found = scl.accelerate(net, masks, [sgd], measure=False)
+        torch.manual_seed(1)
+        for _ in range(6):
+            for _ in range(2):
+                if compact:
+                    found.train_compact()
+                (net(torch.randn(8, 3, 16, 16)) - 1).square().mean().backward()
+                sgd.step()
+                sgd.zero_grad()
+            with torch.no_grad():
+                seen.append(net(torch.ones(8, 3, 16, 16)))
+            assert net[0].weight.norm()  # somebody reads one weight
+        results.append(seen)
+    assert all(difference(a, b) < 1e-3 for a, b in zip(*results))
+
+
+def test_two_parts_with_one_set_of_masks_and_masks_enforced_later():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, 8, 3, padding=1), nn.ReLU()) for i in (3, 8)))
+    own, sgd = Masks.of(net), torch.optim.SGD(net.parameters(), 0.01)
+    for part in net:
+        name = f"{part is net[1]:d}.0.weight"
+        own.set_alive(name, torch.rand_like(part[0].weight) < 0.3)
+    parts = [scl.accelerate(part, own, [sgd], measure=False) for part in net]
+    for found in parts:
+        found.train_compact()
+    own.enforce(sgd)  # reads the weights
+    for _ in range(2):
+        for found in parts:
+            found.train_compact()
+        net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        sgd.step()
+        assert all(found.compact is not None for found in parts)
+    for part in net:
+        scl.densify(part)
+    net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+    assert not any(net.get_parameter(name).grad[~mask].any() for name, mask in own.alive.items())
+
+
+def test_parameter_groups_made_anew():
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    found = scl.accelerate(net, masks, [sgd], measure=False)
+    train(net, sgd, 1, found.train_compact)
+    layer = found.compact.layers[0]
+    trained = layer.compact.detach().clone()
+    sgd.param_groups.clear()
+    sgd.add_param_group({"params": list(net.parameters()), **sgd.defaults})
+    assert torch.equal(layer.pattern.gather(net.get_parameter(f"{layer.name}.weight").detach()), trained)
+    shapes = {i: s["momentum_buffer"].shape for i, s in sgd.state_dict()["state"].items()}
+    assert shapes == {i: p.shape for i, p in enumerate(net.parameters())}
 
 
 def test_masks_that_change_between_the_passes_mask_late_gradients():
