@@ -57,10 +57,14 @@ def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Te
 
 
 def fit(
-    module: pl.LightningModule, data: scl.TaskDataModule, epochs: int, task_il_only: bool = False
+    module: pl.LightningModule,
+    data: scl.TaskDataModule,
+    epochs: int,
+    task_il_only: bool = False,
+    before_pruning: bool = True,
 ) -> dict[str, Any]:
     """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
-    evaluation, report = scl.ContinualEvaluation(not task_il_only, not task_il_only), scl.RunReport()
+    evaluation, report = scl.ContinualEvaluation(before_pruning and not task_il_only, not task_il_only), scl.RunReport()
     measures = [scl.FlopsCounter(), scl.MemoryFootprint()]
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -103,7 +103,7 @@ def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool
         optimizer=partial(SGD, lr=0.03), policies=policies,
     )  # fmt: skip
     with other:
-        found = harness.fit(module, tasks(images), epochs)
+        found = harness.fit(module, tasks(images), epochs, before_pruning=False)  # nothing is pruned
     seconds = round(found["seconds"] - turns.waited, 1)
     return {"class_il": found["class_il"]["acc"], "task_il": found["task_il"]["acc"], "seconds": seconds}
 
