@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.sparsity import Masks
 
 
 class Odd(nn.Module):
@@ -93,6 +94,15 @@ def network(name, side=16):
             p.mul_(masks.get(n, 1))
         net.train()(torch.randn(16, 3, side, side))
     return net, masks
+
+
+def enforced(net, masks, optimizer):
+    """The masks of the network, kept through every step."""
+    own = Masks.of(net)
+    for name, mask in masks.items():
+        own.set_alive(name, mask)
+    own.enforce(optimizer)
+    return own
 
 
 def difference(a, b):

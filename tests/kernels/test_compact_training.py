@@ -6,12 +6,11 @@ import weakref
 
 import pytest
 import torch
-from masked_networks import difference, network
+from masked_networks import difference, enforced, network
 from torch import nn
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.optim.sam import perturbed
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -39,11 +38,8 @@ def test_training_the_alive_values_is_training_the_weights(make):
     runs = []
     for kind in ("plain", "whole", "compact", "woken"):
         net, masks = network("resnet")
-        own = Masks.of(net)
-        for name, mask in masks.items():
-            own.set_alive(name, mask)
         optimizer = make(net.parameters())
-        own.enforce(optimizer)
+        own = enforced(net, masks, optimizer)
         before = None
         if kind != "plain":
             found = scl.accelerate(net, own, [optimizer], measure=False)
@@ -73,10 +69,8 @@ def test_held_weights_stay_as_they_are_bit_for_bit():
     momenta = []
     for compact in (False, True):
         net, masks = network("resnet")
-        own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-        for name, mask in masks.items():
-            own.set_alive(name, mask)
-        own.enforce(optimizer)
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        own = enforced(net, masks, optimizer)
         found = scl.accelerate(net, own, [optimizer], measure=False)
         before_step = found.train_compact if compact else None
         train(net, optimizer, 2, before_step)  # there is momentum now
@@ -100,10 +94,8 @@ def test_held_weights_stay_as_they_are_bit_for_bit():
 
 def test_masks_are_followed_and_grown_weights_learn():
     net, masks = network("cnn")
-    own, optimizer = Masks.of(net), torch.optim.SGD(net.parameters(), 0.1)
-    for name, mask in masks.items():
-        own.set_alive(name, mask)
-    own.enforce(optimizer)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    own = enforced(net, masks, optimizer)
     found = scl.accelerate(net, own, [optimizer], measure=False)
     train(net, optimizer, 1, found.train_compact)
     name = list(masks)[1]
@@ -115,87 +107,6 @@ def test_masks_are_followed_and_grown_weights_learn():
     own.ask_whole([name])
     train(net, optimizer, 1)
     assert (own.take_whole()[name][masks[name]] != 0).any()  # gradients of pruned weights, for who grows them
-
-
-def test_a_weight_read_between_the_passes_still_gets_its_gradient():
-    net, masks = network("cnn")
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    found = scl.accelerate(net, masks, [optimizer], measure=False)
-    x = torch.randn(8, 3, 16, 16)
-    (net(x) ** 2).mean().backward()
-    expected = [p.grad.clone() for p in net.parameters()]
-    optimizer.zero_grad()
-    found.train_compact()
-    loss = (net(x) ** 2).mean()
-    penalty = sum((p**2).sum() for p in net.parameters())  # as EWC does
-    assert found.compact is None
-    (loss + 0 * penalty).backward()
-    assert all(torch.allclose(p.grad, e, atol=1e-7) for p, e in zip(net.parameters(), expected))
-
-
-@pytest.mark.parametrize("end", ["step", "read", "densify"])
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("zero", [False, True])
-def test_weights_given_up_inside_sam_are_put_back(zero, again, end):
-    net, masks = network("cnn")
-    sgd = torch.optim.SGD(net.parameters(), 0.0)
-    found = scl.accelerate(net, masks, [sgd], measure=False)
-    before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    found.train_compact()
-    x = torch.randn(8, 3, 16, 16)
-    net(x).square().mean().backward()
-    with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
-        if zero:  # as SAM does
-            sgd.zero_grad()
-        assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
-        assert found.compact is None
-        if again:
-            found.train_compact()
-    if end == "step":
-        sgd.step()
-    elif end == "densify":
-        scl.densify(net)
-    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_weights_pruned_inside_sam_stay_zero(again):
-    net, masks = network("cnn")
-    sgd = torch.optim.SGD(net.parameters(), 0.0)
-    own, name = Masks.of(net), list(masks)[1]
-    for n, mask in masks.items():
-        own.set_alive(n, mask)
-    own.enforce(sgd)
-    found = scl.accelerate(net, own, [sgd], measure=False)
-    before = net.get_parameter(name).detach().clone()
-    fewer = masks[name] & (torch.rand(masks[name].shape) < 0.5)
-    found.train_compact()
-    net(torch.randn(8, 3, 16, 16)).square().mean().backward()
-    with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
-        own.set_alive(name, fewer)
-        if again:
-            found.train_compact()
-    sgd.step()
-    assert torch.equal(net.get_parameter(name), before * fewer)
-
-
-def test_weights_that_sam_has_put_back_are_those_of_the_next_pass():
-    net, masks = network("cnn")
-    sgd = torch.optim.SGD(net.parameters(), 0.0)
-    found = scl.accelerate(net, masks, [sgd], measure=False)
-    x, outputs = torch.randn(8, 3, 16, 16), []
-    before = {n: p.detach().clone() for n, p in net.named_parameters()}
-    for _ in range(2):  # batches whose gradients are summed
-        found.train_compact()
-        outputs.append(net(x))
-        outputs[-1].square().mean().backward()
-        with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
-            assert sum(p.norm() for p in net.parameters())
-            found.train_compact()
-            net(x).square().mean().backward()
-    sgd.step()
-    assert difference(outputs[1], outputs[0]) < 1e-5
-    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters() if n in masks)
 
 
 def test_parameters_that_are_unpacked_are_up_to_date():
@@ -238,65 +149,6 @@ def test_values_that_were_given_up_are_freed():
     train(net, sgd, 1)
     gc.collect()
     assert [ref() for ref in refs] == [None] * len(refs)
-
-
-def run_late(net, sgd, found, compact):
-    """Gradients of passes that began before the weights were given up, or taken."""
-    begin = found.train_compact if compact else lambda: None
-    torch.manual_seed(3)
-    for _ in range(3):
-        sgd.zero_grad()
-        losses = []
-        for i in range(4):
-            if i != 1:  # the second pass begins with whole weights
-                begin()
-            losses.append(net(torch.randn(8, 3, 16, 16)).square().mean())
-            if i % 2 == 0:
-                losses.pop(0).backward()  # there are gradients
-            assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
-        begin()
-        for loss in losses:
-            loss.backward()
-        assert sum(p.norm() for p in net.parameters())
-        begin()
-        sgd.step()
-    return [(p.detach().clone(), sgd.state[p]["momentum_buffer"]) for p in net.parameters()]
-
-
-def test_gradients_find_the_weights_wherever_these_are():
-    results = []
-    for compact in (False, True):
-        net, masks = network("cnn")
-        sgd = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-        found = scl.accelerate(net, masks, [sgd], measure=False)
-        results.append(run_late(net, sgd, found, compact))
-    for whole, compact in zip(*results):
-        assert all(map(torch.equal, whole, compact))
-
-
-@pytest.mark.parametrize("between", ["layout", "frozen", "again"])
-def test_late_gradients_find_weights_that_have_changed(between):
-    results = []
-    for compact in (False, True):
-        net, masks = network("cnn")
-        sgd = torch.optim.SGD(net.parameters(), 0.1)
-        found = scl.accelerate(net, masks, [sgd], measure=False)
-        if compact:
-            found.train_compact()
-        loss = net(torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))).square().mean()
-        if between == "layout":
-            net.to(memory_format=torch.channels_last)
-        elif between == "frozen":
-            net[0].weight.requires_grad_(False)
-        else:
-            scl.densify(net)
-            found = scl.accelerate(net, masks, [sgd], measure=False)
-            if compact:
-                found.train_compact()
-        loss.backward()
-        sgd.step()
-        results.append([p.detach() for p in net.parameters()])
-    assert all(map(torch.equal, *results))
 
 
 def test_layers_that_torch_computes_faster_are_trained_compact_until_the_step():
@@ -373,23 +225,6 @@ def test_parameter_groups_made_anew():
     assert torch.equal(layer.pattern.gather(net.get_parameter(f"{layer.name}.weight").detach()), trained)
     shapes = {i: s["momentum_buffer"].shape for i, s in sgd.state_dict()["state"].items()}
     assert shapes == {i: p.shape for i, p in enumerate(net.parameters())}
-
-
-def test_masks_that_change_between_the_passes_mask_late_gradients():
-    net, masks = network("cnn")
-    sgd = torch.optim.SGD(net.parameters(), 0.01)
-    own, name = Masks.of(net), list(masks)[1]
-    for n, mask in masks.items():
-        own.set_alive(n, mask)
-    own.enforce(sgd)
-    found = scl.accelerate(net, own, [sgd], measure=False)
-    found.train_compact()
-    loss = net(torch.randn(8, 3, 16, 16)).square().mean()
-    fewer = masks[name] & (torch.rand(masks[name].shape) < 0.5)
-    own.set_alive(name, fewer)
-    loss.backward()
-    grad = net.get_parameter(name).grad
-    assert grad[fewer].any() and not grad[~fewer].any()
 
 
 def test_values_are_not_kept_without_a_step_nor_for_two_optimisers_or_other_types():
