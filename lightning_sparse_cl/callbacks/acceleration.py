@@ -36,9 +36,13 @@ class SparseAcceleration(pl.Callback):
         self.acceleration: Acceleration | None = None
         self._choices: dict[str, Any] = {}
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module, Masks.of(pl_module))  # for who measures before training
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        alone = isinstance(trainer.strategy, SingleDeviceStrategy)  # others watch the parameters themselves
-        self._begin(trainer, pl_module, Masks.of(pl_module), trainer.optimizers if alone else [])
+        if self.acceleration is not None:  # anew: with what other callbacks have made of the network, and to train it
+            alone = isinstance(trainer.strategy, SingleDeviceStrategy)  # others watch the parameters themselves
+            self._begin(trainer, pl_module, Masks.of(pl_module), trainer.optimizers if alone else [])
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.acceleration is not None:

@@ -21,16 +21,17 @@ def top_k_mask(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     """
     flat = scores.detach().reshape(-1)
     flat = flat if flat.is_floating_point() else flat.double()
-    flat = flat.masked_fill(flat.isnan(), torch.inf)
-    pool = torch.ones_like(flat, dtype=torch.bool) if among is None else among.reshape(-1).bool()
-    k = min(k, int(pool.sum()))
-    if k <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    flat = flat.masked_fill(~pool, -torch.inf)
-    least = flat.topk(k, sorted=False).values.min()  # a selection: to sort all of them takes many times as long
-    mask = flat > least
-    ties = ((flat == least) & pool).nonzero()[:, 0]
-    mask[ties[: k - int(mask.sum())]] = True
+    at = slice(None) if among is None else among.reshape(-1).nonzero()[:, 0]
+    pool = flat[at]
+    pool = pool.masked_fill(pool.isnan(), torch.inf)
+    k = min(k, len(pool))
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if k > 0:
+        least = pool.topk(k, sorted=False).values.min()  # a selection: to sort all of them takes many times as long
+        kept = pool > least
+        ties = (pool == least).nonzero()[:, 0]
+        kept[ties[: k - int(kept.sum())]] = True
+        mask[at] = kept
     return mask.view(scores.shape)
 
 

@@ -124,6 +124,32 @@ def test_evaluation_of_a_pruned_network_uses_the_kernels(monkeypatch):
     assert all(type(m._parameters) is dict for m in module.modules())
 
 
+def test_what_is_measured_before_training_uses_the_kernels_and_so_do_layers_that_are_made_later(monkeypatch):
+    calls, real = [], runner.Runner._program
+    monkeypatch.setattr(runner.Runner, "_program", lambda self: calls.append(self) or real(self))
+
+    class Measures(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            with torch.no_grad():
+                pl_module(torch.rand(4, *trainer.datamodule.input_shape))
+            self.seen = len(calls)
+
+    class Remakes(pl.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            for parent in list(pl_module.modules()):
+                for name, layer in list(parent.named_children()):
+                    if isinstance(layer, torch.nn.Conv2d):
+                        setattr(parent, name, copy.deepcopy(layer))
+            trainer.strategy.setup_optimizers(trainer)
+
+    measures, watcher = Measures(), Watcher(monkeypatch)
+    module = scl.ContinualModule(small(), policies=[scl.SET(0.8), scl.SparseAcceleration(False), Remakes()])
+    trainer(measures, watcher, epochs=1).fit(module, toy_tasks(2))
+    assert measures.seen and watcher.calls
+    assert max(watcher.sizes) < sum(p.numel() for p in module.parameters())
+    assert all(type(m._parameters) is dict for m in module.modules())
+
+
 @pytest.mark.parametrize("why", ["no compiler", "bf16-mixed"])
 def test_where_there_are_no_kernels_the_run_goes_on_dense(why, monkeypatch):
     def none():
@@ -132,7 +158,9 @@ def test_where_there_are_no_kernels_the_run_goes_on_dense(why, monkeypatch):
     if why == "no compiler":
         monkeypatch.setattr(acceleration, "library", none)
     module = scl.ContinualModule(small(), policies=[scl.SET(0.8)])
-    with pytest.warns(UserWarning, match="no C\\+\\+ compiler" if why == "no compiler" else "in 32-true precision"):
+    told = "no C\\+\\+ compiler" if why == "no compiler" else "in 32-true precision"
+    with pytest.warns(UserWarning, match=told) as warned:
         precision = "32-true" if why == "no compiler" else why
         trainer(scl.SparseAcceleration(), precision=precision, epochs=1).fit(module, toy_tasks(2))
+    assert len([w for w in warned if "goes on dense" in str(w.message)]) == 1
     assert Masks.of(module).density() == pytest.approx(0.2, abs=0.01)
