@@ -28,7 +28,7 @@ class SparseAcceleration(pl.Callback):
 
     Args:
         measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them
-            wherever there are any, so that what is computed does not depend on the clock.
+            wherever there are any, so that what is computed does not depend on the clock, nor on the number of threads.
     """
 
     def __init__(self, measure: bool = True) -> None:

@@ -59,8 +59,8 @@ def accelerate(
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
-        ValueError: if a mask does not fit its weight, ``optimizers`` are not torch's, ``parts`` names no submodule, or
-            the model is already accelerated or compiled; nothing has changed then.
+        ValueError: if a mask has no name or does not fit its weight, ``optimizers`` are not torch's, ``parts`` names no
+            submodule, or the model is already accelerated or compiled; nothing has changed then.
     """
     library()
     return Acceleration(model, masks, optimizers, parts, measure)
@@ -159,6 +159,8 @@ class Acceleration:
             own, names = dict(self.model.named_parameters()), map(_weight, (*self.layers, *self.left))
             found = {n: own[n].detach() != 0 for n in names if n in own}  # others are computed, or another's
             return {n: m for n, m in found.items() if m.count_nonzero() < 0.9 * m.numel()}
+        if not isinstance(masks, Mapping):
+            raise ValueError(f"accelerate(masks={type(masks).__name__}): Masks, or masks by the names of their weights")
         parameters = dict(self.model.named_parameters())
         for name, mask in masks.items():
             if name not in parameters:

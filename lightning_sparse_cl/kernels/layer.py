@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,6 +27,7 @@ class Layer:
         self.weight = module.weight
         conv = isinstance(module, nn.Conv2d)
         self.geometry = Geometry(module.stride[0], module.padding[0]) if conv else Geometry()
+        self._form = _form(module)
         self.compact: nn.Parameter | None = None
         """The values that are trained in place of the weight, if they are."""
         self.remask(mask)
@@ -50,10 +53,12 @@ class Layer:
 
     @property
     def changed(self) -> bool:
-        """Whether the module has another weight for now, as in ``torch.func.functional_call``, or of another type."""
+        """Whether the module has another weight for now, as in ``torch.func.functional_call``, type or form."""
         weight, bias = dict.get(self.module._parameters, "weight"), self.bias
         whole = bias is None or (bias.dtype == torch.float32 and bias.device.type == "cpu")
-        return weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu" or not whole
+        if weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu" or not whole:
+            return True
+        return _form(self.module) != self._form
 
     def takes(self, x: Blocked | Tensor) -> bool:
         """Whether this is an input that the kernels compute: others are left to torch, and to its errors."""
@@ -149,6 +154,13 @@ class Layer:
             whole = torch.empty_like(self.weight).copy_(whole)
             kept = self._folded[pattern] = at, self.values(pattern).detach() * pattern.gather(whole), shift
         return kept[1:]
+
+
+def _form(module: nn.Module) -> tuple[Any, ...]:
+    """What of a convolution, besides its weight and bias, decides what it computes."""
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
 
 
 def unsupported(module: nn.Module) -> str | None:

@@ -93,8 +93,7 @@ class Program:
         return sorted(steps, key=lambda s: at[s.node])  # what is added is there by then
 
     def _is_norm(self, node: fx.Node) -> bool:
-        norm = self.modules.get(node.target) if node.op == "call_module" else None
-        return type(norm) is nn.BatchNorm2d and norm.momentum is not None and norm.running_mean is not None
+        return node.op == "call_module" and _moves(self.modules[node.target])
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -132,6 +131,8 @@ class Program:
         else:
             x = None
         if x is None or (layer and norm and norm.num_features != layer.weight.shape[0]):
+            return self._as_it_is(step, values)
+        if norm is not None and not _moves(norm):  # any more: an average of weights is about to count batches
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
         pattern = None if layer is None else layer.pattern_for(x)
@@ -248,6 +249,11 @@ def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _moves(module: nn.Module) -> bool:
+    """Whether it is a batch-norm whose statistics, if they move, move by its momentum."""
+    return type(module) is nn.BatchNorm2d and module.momentum is not None and module.running_mean is not None
 
 
 def _is_mean(node: fx.Node, module: nn.Module | None) -> bool:

@@ -81,11 +81,27 @@ def test_batch_norm_of_one_value_is_refused_as_by_torch():
         net(torch.randn(1, 3, 2, 2))
 
 
+def test_layers_that_are_changed_later_compute_what_they_say_then():
+    net, masks = network("resnet")
+    scl.accelerate(net, masks, measure=False)
+    plain, batches = copy.deepcopy(net), [torch.randn(8, 3, 16, 16) for _ in range(3)]
+    for n in (net, plain):
+        n.train()(batches[0])
+        torch.optim.swa_utils.update_bn(batches, n)  # for it, batch-norm has no momentum
+    for (name, a), b in zip(net.named_buffers(), plain.buffers()):
+        assert difference(a, b) < 1e-5, name
+    for n in (net, plain):
+        next(m for m in n.modules() if isinstance(m, nn.Conv2d)).dilation = (2, 2)
+    assert difference(net.eval()(batches[0]), plain.eval()(batches[0])) < 1e-5
+
+
 def test_bad_input_is_refused_or_computed_as_it_was():
     net, masks = network("cnn")
     first = next(iter(masks))
     with pytest.raises(ValueError, match="no weight 'nothing'"):
         scl.accelerate(net, {"nothing": torch.ones(1)})
+    with pytest.raises(ValueError, match="masks=list"):
+        scl.accelerate(net, list(masks.values()))
     with pytest.raises(ValueError, match="has shape"):
         scl.accelerate(net, {first: masks[first][:1]})
     for bad, message in (
