@@ -31,7 +31,7 @@ class CompactWeights:
     :class:`Watched`, nobody sees it. Optimiser state of pruned weights is zero afterwards.
 
     Args:
-        layers: with patterns.
+        layers: with masks; what their weights have outside of these is zeroed.
         optimizers: those of :data:`ELEMENTWISE` are served, the others keep the whole weights.
         movable: of a layer, where its weights may move, of the weight's shape, or None for everywhere; the others keep
             their values bit for bit.
@@ -54,6 +54,7 @@ class CompactWeights:
         self._patterns = [layer.pattern for layer in self.layers]
         for layer, pattern in zip(self.layers, self._patterns):
             weight = layer.weight
+            weight.data.masked_fill_(~layer.mask, 0)  # others may have been loaded; passes on their way do not see it
             values = nn.Parameter(pattern.gather(weight.detach()))
             if weight.grad is not None:
                 values.grad, weight.grad = pattern.gather(weight.grad), None

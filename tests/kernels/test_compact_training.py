@@ -109,6 +109,19 @@ def test_masks_are_followed_and_grown_weights_learn():
     assert (own.take_whole()[name][masks[name]] != 0).any()  # gradients of pruned weights, for who grows them
 
 
+@pytest.mark.parametrize("followed", [False, True])
+def test_weights_that_were_loaded_into_pruned_places_are_gone_after_a_step(followed):
+    net, masks = network("cnn")
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    own = enforced(net, masks, sgd) if followed else masks
+    found = scl.accelerate(net, own, [sgd], measure=False)
+    train(net, sgd, 1, found.train_compact)
+    net.load_state_dict({n: t + 1 for n, t in net.state_dict().items()})  # an average of weights, for one
+    train(net, sgd, 1, found.train_compact)
+    assert found.compact is not None
+    assert all((net.get_parameter(n)[~m] == 0).all() for n, m in masks.items())
+
+
 def test_parameters_that_are_unpacked_are_up_to_date():
     net, masks = network("cnn")
     sgd = torch.optim.SGD(net.parameters(), 0.1)
