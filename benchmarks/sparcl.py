@@ -29,7 +29,7 @@ Q = {0.75: 0.05, 0.9: 0.02, 0.95: 0.01}  # gradient sparsity minus sparsity, as 
 
 
 def tdm(s: float) -> scl.TaskAwareDynamicMasking:
-    return scl.TaskAwareDynamicMasking(s, every=EVERY)
+    return scl.TaskAwareDynamicMasking(s, interval=EVERY)
 
 
 def ddr() -> scl.DynamicDataRemoval:

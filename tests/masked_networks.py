@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity import Masks, enforce
 
 
 class Odd(nn.Module):
@@ -101,7 +101,7 @@ def enforced(net, masks, optimizer):
     own = Masks.of(net)
     for name, mask in masks.items():
         own.set_alive(name, mask)
-    own.enforce(optimizer)
+    enforce(net, optimizer)
     return own
 
 

@@ -56,8 +56,9 @@ def learnt(objective, *labels):
     objective.build(model.network, (1, 2, 2), seed=0)
     for task, y in enumerate(labels):
         data = Data(images(len(y), task), torch.tensor(y))
-        objective.on_task_start(model, task, data)
-        objective.on_task_end(model, task, data)
+        trainer = SimpleNamespace(datamodule=data)
+        objective.on_task_start(trainer, model, task)
+        objective.on_task_end(trainer, model, task)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

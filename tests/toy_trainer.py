@@ -15,8 +15,8 @@ def trainer(*callbacks, epochs=2, **kwargs):
 
 def shortened(config):
     """What a configuration needs in order to make sense for one or two epochs a task."""
-    every, cutoff = "--model.init_args.{}.init_args.every=1", "--model.init_args.removal.init_args.cutoff=1"
+    interval, cutoff = "--model.init_args.{}.init_args.interval=1", "--model.init_args.removal.init_args.cutoff=1"
     if "cl_lsg" in str(config):
         growth = "--model.init_args.growth.init_args."  # one epoch of each stage
         return [f"{growth}reuse_epochs=1", f"{growth}target=1.1"]
-    return [every.format("masking"), every.format("removal"), cutoff] if "sparcl" in str(config) else []
+    return [interval.format("masking"), interval.format("removal"), cutoff] if "sparcl" in str(config) else []

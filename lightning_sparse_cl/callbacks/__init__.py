@@ -22,11 +22,13 @@ from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.report import RunReport
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.snip import SNIP
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.state import RandomState
 from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 
 __all__ = [
     "AGEM",
@@ -52,11 +54,13 @@ __all__ = [
     "Reopen",
     "RigL",
     "RunReport",
+    "ScorePruning",
     "SequenceCheckpoint",
     "SparseAcceleration",
     "SparseGrowth",
     "Sparsifier",
     "TaskAwareDynamicMasking",
+    "TaskCallback",
     "TaskEarlyStopping",
     "TaskLRSchedule",
     "TaskProgressBar",

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.memory import BalancedMemory
 from lightning_sparse_cl.optim.projection import agem_
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
-class AGEM(pl.Callback):
+class AGEM(TaskCallback):
     """No step may raise, to first order, the average loss on exemplars of earlier tasks::
 
         g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0                                     (eq 11)
@@ -47,6 +48,7 @@ class AGEM(pl.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._loaded = None
 
@@ -77,7 +79,7 @@ class AGEM(pl.Callback):
         drawn = self.memory.draw(self.minibatch)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
             loss = F.cross_entropy(pl_module(trainer.datamodule.prepare(drawn.images)).float(), drawn.labels)
-        with Masks.of(pl_module).unrecorded():
+        with Enforcement.of(pl_module).unrecorded():
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         if trainer.world_size > 1:
             for grad in grads:

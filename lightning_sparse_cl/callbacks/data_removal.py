@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
 def _wrong(logits: Tensor, y: Tensor) -> Tensor:
@@ -36,12 +37,13 @@ DIFFICULTY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class DynamicDataRemoval(pl.Callback):
+class DynamicDataRemoval(TaskCallback):
     """DDR (SparCL, section 4.2): remove the easiest samples of the task, a part after each of its first stages.
 
-    After stage i = 1 ... cutoff, each of ``every`` epochs, fraction * i / cutoff of the task's samples are gone: those
-    that were easiest during the stage, ties broken at random, the same on every process and on a resumed run. Removed
-    samples can no longer enter a memory; those in it are still replayed. Statistics start anew with every stage.
+    After stage i = 1 ... cutoff, each of ``interval`` epochs, fraction * i / cutoff of the task's samples are gone:
+    those that were easiest during the stage, ties broken at random, the same on every process and on a resumed run.
+    Removed samples can no longer enter a memory; those in it are still replayed. Statistics start anew with
+    every stage.
 
     How hard a sample is (means over its presentations in the stage, for it may miss one in an incomplete last batch;
     the logits are those of the training step, of the augmented image, and all classes compete):
@@ -59,7 +61,7 @@ class DynamicDataRemoval(pl.Callback):
     Args:
         fraction: rho, the fraction of each task's samples that is removed in all, in [0, 1).
         cutoff: the last stage that removes some.
-        every: delta k, epochs of a stage; the same as that of :class:`TaskAwareDynamicMasking`.
+        interval: delta k, epochs of a stage; the same as that of :class:`TaskAwareDynamicMasking`.
         by: what tells hard from easy samples.
         one_shot: remove all at once after stage ``cutoff``, as the comparison in Fig 3.
 
@@ -72,7 +74,7 @@ class DynamicDataRemoval(pl.Callback):
         self,
         fraction: float = 0.3,
         cutoff: int = 4,
-        every: int = 5,
+        interval: int = 5,
         by: Literal["misclassification", "forgetting", "gradient", "loss"] = "misclassification",
         one_shot: bool = False,
     ) -> None:
@@ -81,11 +83,11 @@ class DynamicDataRemoval(pl.Callback):
             raise ValueError(f"{name}(fraction={fraction}): the fraction of samples removed, in [0, 1)")
         if cutoff < 1:
             raise ValueError(f"{name}(cutoff={cutoff}): the last stage that removes samples, at least 1")
-        if every < 1:
-            raise ValueError(f"{name}(every={every}): epochs of a stage, at least 1")
+        if interval < 1:
+            raise ValueError(f"{name}(interval={interval}): epochs of a stage, at least 1")
         if by not in DIFFICULTY:
             raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(DIFFICULTY)}")
-        self.fraction, self.cutoff, self.every, self.by, self.one_shot = fraction, cutoff, every, by, one_shot
+        self.fraction, self.cutoff, self.interval, self.by, self.one_shot = fraction, cutoff, interval, by, one_shot
         self._stage: dict[str, Tensor] = {}
 
     def remaining(self, samples: int, stage: int) -> int:
@@ -100,10 +102,10 @@ class DynamicDataRemoval(pl.Callback):
         schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
         for task in range(data.num_tasks) if self.fraction and not trainer.fast_dev_run else ():
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
-            if self.cutoff * self.every > epochs:
+            if self.cutoff * self.interval > epochs:
                 raise ValueError(
-                    f"{name}(cutoff={self.cutoff}, every={self.every}): task {task} takes {epochs} epochs, which is "
-                    f"{int(epochs // self.every)} stages of {self.every}; cutoff is at most that"
+                    f"{name}(cutoff={self.cutoff}, interval={self.interval}): task {task} takes {epochs} epochs, which "
+                    f"is {int(epochs // self.interval)} stages of {self.interval}; cutoff is at most that"
                 )
             left = self.remaining(data.whole(task), self.cutoff)
             if left < data.batch_size * trainer.world_size:
@@ -118,13 +120,14 @@ class DynamicDataRemoval(pl.Callback):
         batch_idx: int,
     ) -> None:  # fmt: skip
         data, at = trainer.datamodule, position(trainer)
-        if not self.fraction or at.epoch >= self.cutoff * self.every:
+        if not self.fraction or at.epoch >= self.cutoff * self.interval:
             return
         x, y = batch
         if isinstance(outputs, Mapping) and "logits" in outputs:
             logits = outputs["logits"]
         else:
-            with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
+            apart = Enforcement.of(pl_module).scoring()
+            with apart, batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
                 logits = pl_module(x)
         hard = DIFFICULTY[self.by](logits.float(), y)
         index = data.indices(batch_idx).to(y.device, non_blocking=True)
@@ -143,9 +146,9 @@ class DynamicDataRemoval(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at, data = position(trainer), trainer.datamodule
-        if not self._stage or (at.epoch + 1) % self.every:
+        if not self._stage or (at.epoch + 1) % self.interval:
             return
-        alive, stage = data.alive[at.task], (at.epoch + 1) // self.every
+        alive, stage = data.alive[at.task], (at.epoch + 1) // self.interval
         superfluous = len(alive) - self.remaining(data.whole(at.task), stage)
         if superfluous > 0 and not at.over:
             hard = self.difficulty().cpu()[alive]
@@ -173,6 +176,7 @@ class DynamicDataRemoval(pl.Callback):
         self._stage = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._stage = {}
         if stage == "fit":
             trainer.reload_dataloaders_every_n_epochs = 1  # a shrunken task is a new loader

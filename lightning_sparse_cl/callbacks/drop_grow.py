@@ -5,47 +5,54 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_sparse_cl.callbacks.pruning import Reopen
 from lightning_sparse_cl.callbacks.schedule import position
-from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
-from lightning_sparse_cl.sparsity import top_k_mask
-from lightning_sparse_cl.sparsity.distributions import DISTRIBUTIONS, counts
-from lightning_sparse_cl.sparsity.scores import check_sparsity, whole_part
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.callbacks.sparsifier import reset_state
+from lightning_sparse_cl.sparsity.distributions import Distribution
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.layers import Chosen
+from lightning_sparse_cl.sparsity.scores import whole_part
+from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
-class DropAndGrow(Sparsifier):
-    """Base: each layer starts with random weights, exactly as many as ``init`` gives it, and keeps that number.
+class DropAndGrow(ScorePruning):
+    """Base: each layer starts with random weights, exactly as many as ``distribution`` gives it, and keeps that number.
 
-    Every ``interval`` steps each layer drops the fraction f of its weights that is smallest in magnitude, and as many
-    grow where :meth:`grow_scores` is largest among the others, those just dropped too, which then keep their value. The
-    other grown weights start from zero (frozen ones have their frozen value), and so does their optimiser state. f is
-    ``fraction`` at a task's start and follows a cosine to ``final`` at the part ``until`` of it, after which the mask
-    rests; every task starts anew, for in continual learning the end of training is not known (the papers have one
-    task). A task that finds no masks, because :class:`Reopen` took them away, draws new ones.
+    Every ``interval`` optimiser steps each layer drops the fraction f of its weights whose score, the magnitude, is
+    smallest, and as many grow where :meth:`grow_scores` is largest among the others, those just dropped too, which then
+    keep their value. The other grown weights start from zero (frozen ones have their frozen value), and so does their
+    optimiser state. f is ``fraction`` at a task's start and follows a cosine to ``final`` at the part ``until`` of it,
+    after which the mask rests; every task starts anew, for in continual learning the end of training is not known (the
+    papers have one task). A task that finds no masks, because :class:`Reopen` took them away, draws new ones.
 
     Frozen weights are never dropped, except next to :class:`TaskSubnetworks`, which remembers them: there they compete
     with the others, and may be grown again, as in the code of "Continual Dynamic Sparse Training".
 
-    A subclass says where to grow, and may say :meth:`how_many` in each layer.
+    A subclass says where to grow, and may say :meth:`grow_counts` of each layer.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
         fraction: of the alive weights exchanged at first, in [0, 1].
-        interval: steps between exchanges.
+        interval: optimiser steps between exchanges.
         until: part of the task after which nothing is exchanged, in (0, 1].
         final: the fraction exchanged at last, in [0, fraction].
-        init: how weights are divided among layers, ``"uniform"`` or ``"erk"`` (see ``sparsity/distributions.py``).
-        dense: patterns of weights that stay dense; None is the first and last layer and 1x1 convolutions.
+        distribution: how weights are divided among layers, see :class:`ScorePruning`.
+        dense: weights that stay dense; see :class:`Sparsifier`.
+        sparse: weights that are pruned; see :class:`Sparsifier`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the end of the task is not known.
     """
+
+    after = (*ScorePruning.after, Reopen)
 
     def __init__(
         self,
@@ -54,12 +61,12 @@ class DropAndGrow(Sparsifier):
         interval: int = 100,
         until: float = 0.75,
         final: float = 0.0,
-        init: Literal["uniform", "erk"] = "uniform",
-        dense: Sequence[str] | None = None,
+        distribution: Distribution = "uniform",
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
     ) -> None:
-        super().__init__(dense)
+        super().__init__(sparsity, distribution=distribution, dense=dense, sparse=sparse)
         name = type(self).__name__
-        check_sparsity(name, sparsity)
         if not 0 <= fraction <= 1:
             raise ValueError(f"{name}(fraction={fraction}): the fraction of alive weights exchanged, in [0, 1]")
         if interval < 1:
@@ -68,74 +75,84 @@ class DropAndGrow(Sparsifier):
             raise ValueError(f"{name}(until={until}): the part of a task with exchanges, in (0, 1]")
         if not 0 <= final <= fraction:
             raise ValueError(f"{name}(final={final}): the fraction exchanged at last, in [0, fraction={fraction}]")
-        if init not in DISTRIBUTIONS:
-            raise ValueError(f"{name}(init={init!r}): init is one of {', '.join(DISTRIBUTIONS)}")
-        self.sparsity, self.fraction, self.interval, self.until = sparsity, fraction, interval, until
-        self.final, self.init = final, init
+        self.fraction, self.interval, self.until, self.final = fraction, interval, until, final
 
     @abstractmethod
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """What the growth ranks: a score for each masked weight."""
 
-    def how_many(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
+    def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
         """How many weights each layer grows, by default as many as it dropped; ``free`` is how many it could."""
         return dropped
 
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        """At random: a task's first masks."""
+        return self.random(pl_module, self.names(pl_module), 0, position(trainer).task)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.draw(pl_module, 0)
+        if position(trainer).progress is None:
+            raise ValueError(
+                f"{type(self).__name__}(until={self.until}): the end of the training is not known, of which that is a "
+                "part; give Trainer(max_steps=...) or Trainer(max_epochs=...)"
+            )
+        self.draw(trainer, pl_module)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        self.draw(pl_module, task)
+        self.draw(trainer, pl_module)
 
-    def draw(self, pl_module: pl.LightningModule, task: int) -> None:
+    def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A task's first masks, where there are none."""
-        names = self.names(pl_module)
-        if self.unmasked(pl_module):
-            shapes = {name: pl_module.get_parameter(name).shape for name in names}
-            kept = counts(type(self).__name__, self.init, shapes, 1 - self.sparsity)
-            for name, score in self.random(pl_module, names, 0, task).items():
-                self.masks.set_alive(name, top_k_mask(score, kept[name]))
+        if self.due(trainer, pl_module):
+            self.prune(trainer, pl_module)
+
+    def protected(self, name: str) -> Tensor:
+        kept = super().protected(name)
+        return torch.zeros_like(kept) if len(Subnetworks.of(self.masks.module)) else kept
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.due(trainer):
-            self.exchange(trainer, pl_module)
+        if self.moves(trainer):
+            self.exchange(trainer, pl_module, self.stepped_by(pl_module, optimizer))
 
-    def due(self, trainer: pl.Trainer) -> bool:
+    def moves(self, trainer: pl.Trainer) -> bool:
         """Whether weights are exchanged at this step; steps count from the task's start."""
-        step = position(trainer).epoch * trainer.num_training_batches + _batches(trainer)
+        step = position(trainer).step
         return step > 0 and step % self.interval == 0 and self.exchanged(trainer) > 0
 
     def exchanged(self, trainer: pl.Trainer) -> float:
         """f, the fraction of alive weights that is exchanged now; 0 once the mask rests."""
-        at = position(trainer)
-        t = (at.epoch + _batches(trainer) / trainer.num_training_batches) / at.epochs
-        if math.isinf(at.epochs) and trainer.max_steps > 0:
-            t = trainer.global_step / trainer.max_steps
+        t = position(trainer).progress or 0.0
         return 0.0 if t >= self.until else cosine(t / self.until, self.fraction, self.final)
 
+    def stepped_by(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[str]:
+        """Which of the weights are those of ``optimizer``."""
+        weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)}
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, weight in weights.items() if id(weight) in own]
+
     @torch.no_grad()
-    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
         """Drop and grow. Weights that are dropped and grown again keep their value; protected ones are not dropped."""
         if self.unmasked(pl_module):
-            raise ValueError(f"{type(self).__name__}: its masks were taken away; list it after Reopen")
-        scores, part = self.grow_scores(trainer, pl_module), self.exchanged(trainer)
-        before, kept, dropped, free = dict(self.masks.alive), {}, {}, {}
+            raise ValueError(f"{type(self).__name__}: its masks were taken away inside the task")
+        found, part = self.grow_scores(trainer, pl_module), self.exchanged(trainer)
+        scores = {name: found[name] for name in names if name in found}
+        before, kept, dropped, free = self.masks.alive, {}, {}, {}
         for name, score in scores.items():
-            protected = self.masks.protected(name)
+            protected = self.protected(name)
             pool = before[name] & ~protected
             alive, movable = int(before[name].sum()), int(pool.sum())
             dropped[name] = whole_part(part, movable)
             free[name] = score.numel() - alive + dropped[name]
-            kept[name] = protected | top_k_mask(
-                pl_module.get_parameter(name).abs(), movable - dropped[name], among=pool
-            )
-        for name, count in self.how_many(dropped, free).items():
-            grown = top_k_mask(scores[name], count, among=~kept[name])
+            magnitude = {name: pl_module.get_parameter(name).abs()}
+            kept[name] = protected | self.rank(magnitude, movable - dropped[name], {name: pool})[name]
+        for name, count in self.grow_counts(dropped, free).items():
+            grown = self.rank({name: scores[name]}, count, {name: ~kept[name]})[name]
             self.masks.set_alive(name, kept[name] | grown)
             reset_state(trainer, pl_module, {name: grown & ~before[name]})
+        Enforcement.of(pl_module).apply_to_averages()
 
 
 class SET(DropAndGrow):
@@ -151,34 +168,36 @@ class SET(DropAndGrow):
 class RigL(DropAndGrow):
     """RigL (Evci et al., 2020): grows where the gradient, also that of pruned weights, is largest.
 
-    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper. Where a step makes several
-    backward passes (SAM, accumulated batches), their gradients are added.
+    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper: nothing else moves. Where a
+    step makes several backward passes (SAM, accumulated batches), their gradients are added.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._gradients: dict[str, Tensor] = {}
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.due(trainer):
-            self.masks.ask_whole(self.names(pl_module))
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.moves(trainer):
+            Enforcement.of(pl_module).ask_whole(self.names(pl_module))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.masks.whole:  # decided when the batch began, whatever the steps of it
-            self.exchange(trainer, pl_module)
+        asked = Enforcement.of(pl_module).whole  # decided when the batch began, whatever the steps of it
+        if asked and (names := [name for name in self.stepped_by(pl_module, optimizer) if name in asked]):
+            self.exchange(trainer, pl_module, names)
+            Enforcement.of(pl_module).take_away_step(optimizer)
+
+    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
+        self._gradients = Enforcement.of(pl_module).take_whole(names)
+        super().exchange(trainer, pl_module, names)
+        self._gradients = {}
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        return {name: grad.abs() for name, grad in self.masks.take_whole().items()}
-
-    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().exchange(trainer, pl_module)
-        for parameter in pl_module.parameters():
-            parameter.grad = None  # optimisers skip these, momentum and weight decay included
-
-
-def _batches(trainer: pl.Trainer) -> int:
-    """Batches of the running epoch that are complete."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        return {name: grad.abs() for name, grad in self._gradients.items()}
 
 
 def cosine(t: float, start: float, end: float) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -15,13 +15,16 @@ from lightning_sparse_cl.callbacks.importance import (
     memory_of,
     task_batches,
 )
+from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
 from lightning_sparse_cl.callbacks.schedule import position
-from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.callbacks.sparsifier import reset_state
 from lightning_sparse_cl.objectives.memory import Exemplars
-from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks, whole_part
+from lightning_sparse_cl.sparsity.layers import Chosen
+from lightning_sparse_cl.sparsity.scores import whole_part
 
 
-class TaskAwareDynamicMasking(Sparsifier):
+class TaskAwareDynamicMasking(ScorePruning):
     """TDM, Algorithm 1 of "SparCL: Sparse Continual Learning on the Edge" (Wang et al., 2022).
 
     Weights are ranked by their continual weight importance::
@@ -31,8 +34,8 @@ class TaskAwareDynamicMasking(Sparsifier):
     with L~ the cross-entropy among the current task's classes over its samples D_t, and L that among all classes over
     the memory M. Each of n weights (of a layer, or of all), k = round((1 - s) n) are alive, but
 
-    * a later task starts with int(p_inter n) more, chosen at random, for its first ``every`` epochs;
-    * after every ``every`` epochs the mask shrinks to k - int(p_intra n) by CWI and grows back to k at random, among
+    * a later task starts with int(p_inter n) more, chosen at random, for its first ``interval`` epochs;
+    * after every ``interval`` epochs the mask shrinks to k - int(p_intra n) by CWI and grows back to k at random, among
       all unused weights, those just dropped too. Grown weights start from zero, and so does their momentum.
 
     Frozen weights are kept, and count as part of k. At a task's end the mask has k weights, whenever it ends; the last
@@ -41,23 +44,25 @@ class TaskAwareDynamicMasking(Sparsifier):
     which the paper does not, and starts from the largest of the initial weights (``init="magnitude"``) where the paper
     starts at random.
 
-    Works without a memory (the last term is then left out), and with any LightningModule.
+    Works without a memory (the last term is then left out), and with any LightningModule: one that knows no loss among
+    the current task's classes is ranked by its own.
 
     Args:
         sparsity: s, zero fraction of the masked weights, in [0, 1); 0 switches the masks off.
-        every: delta k, epochs between adjustments.
+        interval: delta k, epochs between adjustments.
         p_intra: fraction of the weights exchanged within a task, in [0, 1 - s).
         p_inter: fraction of the weights that a new task has in addition, in [0, s].
         alpha: weight of the current task's gradient.
         beta: weight of the memory's gradient.
         gradients: ``"measured"`` accumulates both terms over one epoch of D_t and over M, at the weights that are
-            ranked: one more epoch of plain passes in ``every``. ``"training"`` is free: the gradient that the epoch's
-            last step left behind, of the whole training loss and gradient-masked, takes the place of both, weighted
-            with alpha, as in the released code.
+            ranked: one more epoch of plain passes in ``interval``. ``"training"`` is free: the gradient that the
+            epoch's last step left behind, of the whole training loss and gradient-masked, takes the place of both,
+            weighted with alpha, as in the released code.
         ranking: ``"layer"``, the same sparsity in every layer; ``"global"``, all layers ranked together (Appendix E).
         init: the first mask, ``"random"`` or by ``"magnitude"``.
-        dense: patterns of weights that stay dense; None is the released profile: the first and last layer and 1x1
-            convolutions.
+        dense: weights that stay dense, see :class:`Sparsifier`; if None, the released profile.
+        sparse: weights that are pruned; see :class:`Sparsifier`.
+        loss: what takes the place of L~ and L, a function of (module, batch) that returns a scalar.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -66,7 +71,7 @@ class TaskAwareDynamicMasking(Sparsifier):
     def __init__(
         self,
         sparsity: float = 0.75,
-        every: int = 5,
+        interval: int = 5,
         p_intra: float = 0.005,
         p_inter: float = 0.01,
         alpha: float = 0.5,
@@ -74,13 +79,14 @@ class TaskAwareDynamicMasking(Sparsifier):
         gradients: Literal["measured", "training"] = "measured",
         ranking: Literal["layer", "global"] = "layer",
         init: Literal["random", "magnitude"] = "random",
-        dense: Sequence[str] | None = None,
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
+        loss: LossOf | None = None,
     ) -> None:
-        super().__init__(dense)
+        super().__init__(sparsity, ranking, dense=dense, sparse=sparse)
         name = type(self).__name__
-        check_sparsity(name, sparsity)
-        if every < 1:
-            raise ValueError(f"{name}(every={every}): epochs between adjustments, at least 1")
+        if interval < 1:
+            raise ValueError(f"{name}(interval={interval}): epochs between adjustments, at least 1")
         if sparsity and not 0 <= p_intra < 1 - sparsity:
             raise ValueError(
                 f"{name}(p_intra={p_intra}): the fraction exchanged is in [0, 1 - sparsity), here [0, {1 - sparsity:g})"
@@ -91,34 +97,48 @@ class TaskAwareDynamicMasking(Sparsifier):
             raise ValueError(f"{name}(alpha={alpha}, beta={beta}): the weights of the gradients are >= 0")
         for field, value, allowed in (
             ("gradients", gradients, ("measured", "training")),
-            ("ranking", ranking, ("layer", "global")),
             ("init", init, ("random", "magnitude")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}({field}={value!r}): {field} is {' or '.join(map(repr, allowed))}")
-        self.sparsity, self.every = sparsity, every
+        self.sparsity, self.interval = sparsity, interval
         self.p_intra, self.p_inter = p_intra, p_inter
         self.alpha, self.beta = alpha, beta
-        self.gradients, self.ranking, self.init = gradients, ranking, init
+        self.gradients, self.init, self.loss = gradients, init, loss
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.sparsity and self.gradients == "measured":
+            check_loss(self, pl_module, self.loss)
 
     # -- Algorithm 1 -------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        if self.due(trainer, pl_module):
+            self.prune(trainer, pl_module)
+
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        return self.sparsity > 0 and super().due(trainer, pl_module)
+
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        """By which the first mask is chosen."""
         names = self.names(pl_module)
-        if self.sparsity and self.unmasked(pl_module):
-            start = self.random(pl_module, names, 0)
-            if self.init == "magnitude":
-                start = {name: pl_module.get_parameter(name).detach().abs() for name in names}
-            self._keep(pl_module, start, 0.0)
+        if self.init == "magnitude":
+            return {name: pl_module.get_parameter(name).detach().abs() for name in names}
+        return self.random(pl_module, names, 0)
+
+    def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
+        return self._target(pl_module, group)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if task > 0:
             self._expand(trainer, pl_module, self.p_inter)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         at = position(trainer)
-        if (at.epoch + 1) % self.every == 0 and not at.over:
+        if (at.epoch + 1) % self.interval == 0 and not at.over:
             self._shrink(trainer, pl_module, self.p_intra)
             self._expand(trainer, pl_module, 0.0)
 
@@ -133,51 +153,49 @@ class TaskAwareDynamicMasking(Sparsifier):
             grads = {name: pl_module.get_parameter(name).grad for name in names}
             return {n: w if grads[n] is None else w + self.alpha * grads[n].abs() for n, w in cwi.items()}
         live = live_classes(trainer, pl_module)
-        terms = [(self.alpha, mean_gradients(trainer, pl_module, names, task_batches(trainer, pl_module), live, True))]
+        batches = task_batches(trainer, pl_module)
+        terms = [(self.alpha, mean_gradients(trainer, pl_module, names, batches, live, True, self.loss))]
         memory = memory_of(pl_module)
         if memory is not None:
             n = len(memory)
             held = memory_batches(trainer, Exemplars(memory.images[:n], memory.labels[:n], None))
-            terms.append((self.beta, mean_gradients(trainer, pl_module, names, held, alive_only=True)))
+            terms.append((self.beta, mean_gradients(trainer, pl_module, names, held, None, True, self.loss)))
         for weight, grads in terms:
             cwi = {name: value + weight * grads[name].abs() for name, value in cwi.items()}
         return cwi
 
     def _shrink(self, trainer: pl.Trainer, pl_module: pl.LightningModule, less: float) -> None:
         """Drop the weights of least CWI, if there are more than (1 - s) n - int(less n)."""
-        if any(self._alive(group) > self._target(n) - whole_part(less, n) for group, n in self._groups(pl_module)):
-            self._keep(pl_module, self.importance(trainer, pl_module), less)
-
-    def _keep(self, pl_module: pl.LightningModule, scores: dict[str, Tensor], less: float) -> None:
-        """Keep the (1 - s) n weights of largest score, int(less n) fewer; frozen ones in any case."""
-        for group, n in self._groups(pl_module):
-            frozen = {name: self.masks.is_frozen(name) for name in group}
-            among = {name: self.masks.alive.get(name, ~frozen[name]) & ~frozen[name] for name in group}
-            count = self._target(n) - whole_part(less, n) - sum(int(m.sum()) for m in frozen.values())
-            for name, mask in top_k_masks({m: scores[m] for m in group}, count, among).items():
-                self.masks.set_alive(name, mask | frozen[name])
+        left = {
+            tuple(g): self._target(pl_module, g) - whole_part(less, _size(pl_module, g)) for g in self.groups(pl_module)
+        }
+        if any(self._alive(group) > count for group, count in left.items()):
+            cwi, alive = self.importance(trainer, pl_module), self.masks.alive
+            for group, count in left.items():
+                self.keep(pl_module, {name: cwi[name] for name in group}, count, alive)
 
     def _expand(self, trainer: pl.Trainer, pl_module: pl.LightningModule, more: float) -> None:
         """Grow at random, from zero, up to (1 - s) n weights and int(more n) more."""
-        for i, (group, n) in enumerate(self._groups(pl_module)):
-            used = {name: self.masks.alive[name] for name in group}
-            missing = self._target(n) + whole_part(more, n) - self._alive(group)
-            unused = {name: ~mask for name, mask in used.items()}
+        alive = self.masks.alive
+        for i, group in enumerate(self.groups(pl_module)):
+            count = self._target(pl_module, group) + whole_part(more, _size(pl_module, group)) - self._alive(group)
             scores = self.random(pl_module, group, 1 + (more > 0), trainer.current_epoch, i)
-            grown = top_k_masks(scores, missing, unused)
+            grown = self.rank(scores, count, {name: ~alive[name] for name in group})
             for name, mask in grown.items():
-                self.masks.set_alive(name, used[name] | mask)
+                self.masks.set_alive(name, alive[name] | mask)
             reset_state(trainer, pl_module, grown)
 
-    def _alive(self, group: list[str]) -> int:
-        return sum(int(self.masks.alive[name].sum()) for name in group)
+    def _alive(self, group: Iterable[str]) -> int:
+        alive = self.masks.alive
+        return sum(int(alive[name].sum()) for name in group)
 
-    def _target(self, n: int) -> int:
+    def _target(self, pl_module: pl.LightningModule, group: Iterable[str]) -> int:
         """k, at least one."""
-        return max(1, round((1 - self.sparsity) * n))
+        return max(1, round((1 - self.sparsity) * _size(pl_module, group)))
 
-    def _groups(self, pl_module: pl.LightningModule) -> list[tuple[list[str], int]]:
-        """Names of weights that are ranked together, and how many weights that are."""
-        names = self.names(pl_module) if self.sparsity else []
-        groups = [names] if names and self.ranking == "global" else [[name] for name in names]
-        return [(group, sum(pl_module.get_parameter(name).numel() for name in group)) for group in groups]
+    def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:
+        return super().groups(pl_module) if self.sparsity else []
+
+
+def _size(pl_module: pl.LightningModule, group: Iterable[str]) -> int:
+    return sum(pl_module.get_parameter(name).numel() for name in group)

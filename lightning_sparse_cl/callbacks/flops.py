@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics.accounting import DenseCost
 from lightning_sparse_cl.objectives.teacher import Teacher
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.masks import Masks
 
 
 class FlopsCounter(pl.Callback):
@@ -58,7 +59,7 @@ class FlopsCounter(pl.Callback):
         self._done: dict[str, Tensor] = {}
         """Products of samples and weights of each layer, (layers,), whole numbers; thirds of trained samples' FLOPs."""
         self._passed = {"training": [0, 0], "scoring": [0, 0], "papers": [0]}  # since the masks last changed
-        self._version: int | None = None
+        self._version: tuple[int, int] | None = None
         self._whole = 1.0
         self._tried = False
 
@@ -68,7 +69,8 @@ class FlopsCounter(pl.Callback):
             self._clear()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._masks, self._processes = Masks.of(pl_module), trainer.world_size
+        self._masks, self._enforcement = Masks.of(pl_module), Enforcement.of(pl_module)
+        self._processes = trainer.world_size
         self._done = {name: value.to(pl_module.device) for name, value in self._done.items()}
         self._whole = self._without_removal(trainer)  # of an epoch that is resumed in its middle
         teachers = [m for m in pl_module.modules() if isinstance(m, Teacher)]
@@ -107,7 +109,7 @@ class FlopsCounter(pl.Callback):
         # Under DDP the training step itself is sent through the module's call, with a batch and not with images.
         if not module.training or self.cost is None or not inputs or not torch.is_tensor(inputs[0]):
             return
-        if self._masks.version != self._version:
+        if self._now() != self._version:
             self._settle()
             self._look()
         self._add(len(inputs[0]) * self._processes, torch.is_grad_enabled(), getattr(module, "objective", None))
@@ -119,10 +121,10 @@ class FlopsCounter(pl.Callback):
     def _add(self, n: int, backward: bool, objective: nn.Module | None) -> None:
         self.counts["forward"] += n
         self.counts["backward"] += n * backward
-        passed = self._passed["scoring" if self._masks.scores_taken else "training"]
+        passed = self._passed["scoring" if self._enforcement.is_scoring else "training"]
         passed[0] += n
         passed[1] += n * backward
-        if not self._masks.scores_taken:
+        if not self._enforcement.is_scoring:
             replayed = getattr(objective, "replayed", 0) * self._processes
             self._passed["papers"][0] += 3 * (n - replayed) + replayed if backward else n
             self._dense += 2 * self.cost.total_macs() * n * (1 + 2 * backward) * self._whole
@@ -130,7 +132,7 @@ class FlopsCounter(pl.Callback):
     def _look(self) -> None:
         """The masks of what follows: how many weights of each layer are alive, and how many updated."""
         masks, device = self._masks, self._masks.module.device
-        self._version = masks.version
+        self._version = self._now()
         sizes = {name: masks.module.get_parameter(name).numel() for name in self.cost.macs}
         alive = {name: masks.alive[name].count_nonzero() if name in masks.alive else n for name, n in sizes.items()}
         held = {*masks.frozen, *masks.updated}
@@ -138,7 +140,7 @@ class FlopsCounter(pl.Callback):
         masked = torch.tensor([name in masks.alive or name in held for name in sizes], device=device)
         every = torch.tensor(list(sizes.values()), device=device)
         macs = torch.tensor(list(self.cost.macs.values()), device=device, dtype=torch.float32)
-        whole = torch.tensor([name in masks.whole for name in sizes], device=device)
+        whole = torch.tensor([name in self._enforcement.whole for name in sizes], device=device)
         self._alive, updated = (
             torch.stack([torch.as_tensor(n, device=device) for n in counts.values()]) for counts in (alive, updated)
         )
@@ -146,6 +148,10 @@ class FlopsCounter(pl.Callback):
         forward = (2 * macs * self._alive.float() / every.float()).sum()
         ratio = torch.where(masked.any(), (updated * masked).sum().float() / (self._alive * masked).sum().float(), 1.0)
         self._third = (forward * (2 + ratio) / 3).round().long()
+
+    def _now(self) -> tuple[int, int]:
+        """Another one whenever masks are others, or other gradients are wanted."""
+        return self._masks.version, self._enforcement.version
 
     def _settle(self) -> None:
         """Add up what passed under the masks until now."""

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 
 
 class FreezeMasks(Sparsifier):
-    """At a task's end, freeze the weights that are alive. List it after the pruning callback.
+    """At a task's end, freeze the weights that are alive, after they were pruned. Needs a :class:`TaskSchedule`.
 
     Freezing acts on the update: frozen weights are bit-identical for the rest of the run, whatever the optimiser.
+
+    Raises:
+        ValueError: if the module has no masks and nobody prunes.
+        TypeError: without a :class:`TaskSchedule`.
     """
+
+    after = (*Sparsifier.after, ScorePruning)
+    needs_tasks = True
 
     def __init__(self) -> None:
         super().__init__()  # which weights is the pruning callback's choice
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if not self.masks.is_pruned() and not any(getattr(c, "makes_masks", False) for c in trainer.callbacks):
+            raise ValueError(
+                f"FreezeMasks: {type(pl_module).__name__} has no masks and no callback here makes any, so nothing "
+                "would ever be frozen; add one that prunes, such as OneShotPruning"
+            )
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for name, alive in self.masks.alive.items():

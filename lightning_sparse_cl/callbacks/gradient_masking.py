@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,12 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.importance import live_classes, mean_gradients, memory_batches, memory_of
-from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.sparsity import top_k_mask
+from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import whole_part
 
 
-class DynamicGradientMasking(Sparsifier):
+class DynamicGradientMasking(ScorePruning):
     """DGM (SparCL, section 4.3): of every layer's n weights, int(q n) of the unpruned ones are not updated.
 
     Kept are those of largest continual gradient importance::
@@ -23,26 +23,32 @@ class DynamicGradientMasking(Sparsifier):
         CGI(w) = alpha |dL~(B)/dw| + beta |dL(M)/dw|                             (eq 3)
 
     with L~ the cross-entropy among the current task's classes over the batch B, and L that among all classes over as
-    many exemplars drawn from the memory M, if there is one. The mask is chosen anew at every ``interval``-th batch, the
-    first of each epoch included (after weights may have been exchanged), and holds in between: weights outside it stay
-    bit-identical, whatever the optimiser's momentum or weight decay.
+    many exemplars drawn from the memory M, if there is one. (Of a module that knows no such loss, L~ and L are its
+    own.) The mask is chosen anew at every ``interval``-th optimiser step, the first of each epoch included (after
+    weights may have been exchanged), and holds in between: weights outside it stay bit-identical, whatever the
+    optimiser's momentum or weight decay.
 
-    Works with any LightningModule, with or without pruned weights: list it after the callback that prunes.
+    Works with any LightningModule, with or without pruned weights.
 
     Args:
         q: fraction of all weights of a layer whose gradient is dropped, on top of the sparsity s: the gradient's
             sparsity is s + q. In [0, 1).
-        interval: batches between refreshes.
+        interval: optimiser steps between refreshes.
         alpha: weight of the current batch's gradient.
         beta: weight of the memory's gradient.
         gradients: ``"measured"`` takes both terms at a refresh, in two passes more. ``"training"`` takes the gradient
             of the refreshing step itself, of the whole training loss, as in the released code; that one step needs it
             for all unpruned weights.
-        dense: patterns of weights that are always updated; None is the first and last layer and 1x1 convolutions.
+        dense: weights that are always updated; see :class:`Sparsifier`.
+        sparse: weights whose gradient is masked; see :class:`Sparsifier`.
+        loss: what takes the place of L~ and L, a function of (module, batch) that returns a scalar.
 
     Raises:
         ValueError: if an argument is out of range, or q leaves nothing to update.
     """
+
+    makes_masks = False
+    after = (*ScorePruning.after, ScorePruning)
 
     def __init__(
         self,
@@ -51,59 +57,64 @@ class DynamicGradientMasking(Sparsifier):
         alpha: float = 0.5,
         beta: float = 1.0,
         gradients: Literal["measured", "training"] = "measured",
-        dense: Sequence[str] | None = None,
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
+        loss: LossOf | None = None,
     ) -> None:
-        super().__init__(dense)
         name = type(self).__name__
         if not 0 <= q < 1:
             raise ValueError(f"{name}(q={q}): the fraction of gradients dropped, in [0, 1)")
+        super().__init__(q, dense=dense, sparse=sparse)
         if interval < 1:
-            raise ValueError(f"{name}(interval={interval}): batches between refreshes, at least 1")
+            raise ValueError(f"{name}(interval={interval}): steps between refreshes, at least 1")
         if not (alpha >= 0 and beta >= 0):
             raise ValueError(f"{name}(alpha={alpha}, beta={beta}): the weights of the gradients are >= 0")
         if gradients not in ("measured", "training"):
             raise ValueError(f"{name}(gradients={gradients!r}): gradients is 'measured' or 'training'")
         self.q, self.interval = q, interval
-        self.alpha, self.beta, self.gradients = alpha, beta, gradients
+        self.alpha, self.beta, self.gradients, self.loss = alpha, beta, gradients, loss
         self._due = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.q and self.gradients == "measured":
+            check_loss(self, pl_module, self.loss)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.names(pl_module)  # a pattern that matches nothing is an error before training
         self._due = False
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
-    ) -> None:
-        if batch_idx % self.interval or not self.q:
-            return
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        step, batch = divmod(trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches)
+        return bool(self.q) and batch == 0 and step % self.interval == 0
+
+    def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         for name in self.names(pl_module):
             self.masks.set_updated(name, None)
         self._due = self.gradients == "training"
         if not self._due:
-            self._choose(self.importance(trainer, pl_module, batch))
+            self._choose(self.scores(trainer, pl_module, batch))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)} if self._due else {}
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        if grads:  # none: this step was taken away, by RigL
+        if grads:  # none: the step is that of an optimiser of other weights
             self._due = False
             self._choose({name: grad.abs() for name, grad in grads.items()})
             for name, grad in grads.items():
                 grad.mul_(self.masks.updated[name])
 
-    def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         """CGI (eq 3) of every weight."""
         names, memory = self.names(pl_module), memory_of(pl_module)
         live = live_classes(trainer, pl_module)
-        cgi = {
-            n: self.alpha * g.abs() for n, g in mean_gradients(trainer, pl_module, names, [batch], live, True).items()
-        }
+        grads = mean_gradients(trainer, pl_module, names, [batch], live, True, self.loss)
+        cgi = {name: self.alpha * grad.abs() for name, grad in grads.items()}
         if memory is not None:
             drawn = list(memory_batches(trainer, memory.draw(len(batch[1]))))
-            grads = mean_gradients(trainer, pl_module, names, drawn, alive_only=True)
+            grads = mean_gradients(trainer, pl_module, names, drawn, None, True, self.loss)
             cgi = {name: value + self.beta * grads[name].abs() for name, value in cgi.items()}
         return cgi
 
@@ -118,7 +129,7 @@ class DynamicGradientMasking(Sparsifier):
             )
         for name, score in scores.items():  # a layer that is sparser than the others keeps one at least
             kept = max(1, unpruned[name] - dropped[name])
-            self.masks.set_updated(name, top_k_mask(score, kept, among=pools[name]))
+            self.masks.set_updated(name, self.rank({name: score}, kept, {name: pools[name]})[name])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for name in list(self.masks.updated):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.schedule import position
+from lightning_sparse_cl.sparsity.distributions import Distribution
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.layers import Chosen
 
 
 class _Remembering(DropAndGrow):
@@ -20,10 +23,10 @@ class _Remembering(DropAndGrow):
         super().__init__(*args, **kwargs)
         self._kept: dict[str, Tensor] = {}
 
-    def draw(self, pl_module: pl.LightningModule, task: int) -> None:
-        if self.unmasked(pl_module):
-            self._kept = {}
-        super().draw(pl_module, task)
+    def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+        for name in self.unmasked(pl_module):
+            self._kept.pop(name, None)
+        super().prune(trainer, pl_module, batch)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -47,14 +50,14 @@ class UnfiredGrowth(_Remembering):
     Unfired growth of "Continual Dynamic Sparse Training" (section 3); what has fired is forgotten with the task.
     """
 
-    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name in self.names(pl_module):
-            self._kept[name] = self.masks.alive[name] | self._kept.get(name, False)
-        super().exchange(trainer, pl_module)
+    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
+        alive = self.masks.alive
+        self._kept |= {name: alive[name] | self._kept.get(name, False) for name in names}
+        super().exchange(trainer, pl_module, names)
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         scores = self.random(pl_module, self.names(pl_module), 1, trainer.global_step)
-        return {name: score + ~self._kept[name] for name, score in scores.items()}
+        return {name: score + ~self._kept[name] for name, score in scores.items() if name in self._kept}
 
 
 class MomentumGrowth(_Remembering):
@@ -68,12 +71,13 @@ class MomentumGrowth(_Remembering):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.masks.ask_whole(self.names(pl_module))
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        Enforcement.of(pl_module).ask_whole(self.names(pl_module))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        for name, grad in self.masks.take_whole().items():
+        for name, grad in Enforcement.of(pl_module).take_whole(self.stepped_by(pl_module, optimizer)).items():
             self._kept[name] = 0.1 * grad if name not in self._kept else self._kept[name].lerp(grad, 0.1)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -95,13 +99,15 @@ class SNFS(MomentumGrowth):
         interval: int = 100,
         until: float = 1.0,
         final: float = 0.0,
-        init: Literal["uniform", "erk"] = "uniform",
-        dense: Sequence[str] | None = None,
+        distribution: Distribution = "uniform",
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
     ) -> None:
-        super().__init__(sparsity, fraction, interval, until, final, init, dense)
+        super().__init__(sparsity, fraction, interval, until, final, distribution, dense, sparse)
 
-    def how_many(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
-        mean = {n: float(m[self.masks.alive[n]].abs().mean().nan_to_num()) for n, m in self._kept.items()}
+    def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
+        alive = self.masks.alive
+        mean = {n: float(self._kept[n][alive[n]].abs().mean().nan_to_num()) for n in dropped}
         return share_out(sum(dropped.values()), mean, free)
 
 
@@ -120,19 +126,21 @@ class AdaptiveGrowth(RigL):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.due(trainer) and self.late(trainer):
+        if self.late(trainer):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        else:
+            DropAndGrow.on_train_batch_start(self, trainer, pl_module, batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.masks.whole:
+        if self.late(trainer):
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        elif self.due(trainer) and not self.late(trainer):
-            DropAndGrow.exchange(self, trainer, pl_module)
+        else:
+            DropAndGrow.on_before_optimizer_step(self, trainer, pl_module, optimizer)
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        if self.masks.whole:
+        if self.late(trainer):
             return super().grow_scores(trainer, pl_module)
         return self.random(pl_module, self.names(pl_module), 1, trainer.global_step)
 

@@ -3,82 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.own_loss import LossOf, own_loss
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars
-from lightning_sparse_cl.sparsity import Masks
-
-Batches = Iterable[tuple[Tensor, Tensor]]
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
 def mean_gradients(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     names: Sequence[str],
-    batches: Batches,
+    batches: Iterable[Any],
     live: Tensor | None = None,
     alive_only: bool = False,
+    loss: LossOf | None = None,
 ) -> dict[str, Tensor]:
-    """Gradient of the mean cross-entropy over all ``batches`` (x, y) and processes, by weight.
+    """Gradient of the mean loss over all ``batches`` and processes, by weight.
 
-    Weights, ``.grad`` and batch-norm statistics are left as they are. Gradients are whole: no mask acts on them.
+    The loss is the module's own, see :func:`~lightning_sparse_cl.callbacks.own_loss.own_loss`. Weights, ``.grad``,
+    batch-norm statistics and random numbers are left as they are. Gradients are whole: no mask acts on them.
 
     Args:
         trainer: the trainer.
-        pl_module: maps x to logits (B, C).
+        pl_module: whose loss it is.
         names: of the weights.
         batches: what to take the mean over; each process may have other ones.
-        live: classes (C,) that compete in the loss; None is all. The current task's make it *single-head*.
+        live: classes (C,) that compete in the loss, where the module tells its loss by ``scoring_loss``; None is all.
+            The current task's make it *single-head*.
         alive_only: gradients of pruned weights are not looked at, and may be anything.
+        loss: a function of (module, batch) that is used instead.
 
     Raises:
-        ValueError: if a batch is not (x, y), or the module does not map images to logits.
+        ValueError: if the loss cannot be had.
     """
     weights = {name: pl_module.get_parameter(name) for name in names}
     sums = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
     asked, count = [name for name, w in weights.items() if w.requires_grad], 0
-    for batch in batches:
-        if not (isinstance(batch, tuple | list) and len(batch) == 2 and all(map(torch.is_tensor, batch))):
-            raise ValueError(
-                f"{type(pl_module).__name__}: gradients are measured on batches (images, labels), this one is a "
-                f"{type(batch).__name__}; use the gradients of the training step where there is a choice"
-            )
-        x, y = batch
-        with (
-            Masks.of(pl_module).scoring(alive_only),
-            batch_norm_still(pl_module),
-            trainer.precision_plugin.forward_context(),
-        ):
-            logits = pl_module(x)
-            if not torch.is_tensor(logits) or logits.ndim != 2:
-                raise ValueError(
-                    f"{type(pl_module).__name__}: its forward must map images to logits (B, C) for gradients to be "
-                    "measured; use the gradients of the training step where there is a choice"
-                )
-            if live is not None:  # the module may have more outputs than the data have classes
-                logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            grads = torch.autograd.grad(loss, [weights[name] for name in asked], allow_unused=True)
-        for name, grad in zip(asked, grads, strict=True):
-            if grad is not None:
-                sums[name] += grad
-        count += len(y)
+    with Enforcement.of(pl_module).scoring(alive_only), own_loss(trainer, pl_module, loss) as (module, compute):
+        tensors = [module.get_parameter(name) for name in asked]
+        for batch in batches:
+            with torch.enable_grad():
+                total, samples = compute(batch, live)
+            grads = torch.autograd.grad(total, tensors, allow_unused=True)
+            for name, grad in zip(asked, grads, strict=True):
+                if grad is not None:
+                    sums[name] += grad
+            count += samples
     if trainer.world_size > 1:
-        total = torch.tensor(count, device=pl_module.device)
-        for value in (*sums.values(), total):
+        over = torch.tensor(count, device=pl_module.device)
+        for value in (*sums.values(), over):
             torch.distributed.all_reduce(value)
-        count = int(total)
+        count = int(over)
     torch._foreach_div_(list(sums.values()), max(count, 1))
     return sums
 
 
-def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Tensor, Tensor]]:
+def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
     """D_t: the samples of the current task that are trained on, once."""
     if isinstance(trainer.datamodule, TaskDataModule):
         yield from trainer.datamodule.samples()

@@ -3,70 +3,106 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_mask
+from lightning_sparse_cl.sparsity.distributions import Distribution
+from lightning_sparse_cl.sparsity.layers import Chosen
 
 
-class OneShotPruning(Sparsifier):
+class OneShotPruning(ScorePruning):
     """Keep the largest weights of every pruned layer when a task ends; no retraining follows.
 
     Per layer and not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between layers, so
     that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept, ties broken
-    by position. Without a :class:`TaskSchedule` the network is pruned once, when the fit ends: after the checkpoints
-    that Lightning writes at epoch ends, so save it with ``trainer.save_checkpoint``.
+    by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit, so that the
+    checkpoints of its end are pruned; a fit that is stopped early is pruned after its last checkpoint, and says so.
 
     Args:
         sparsity: zero fraction, in [0, 1).
         of: what ``1 - sparsity`` is a fraction of: ``"free"``, the layer's weights that are not frozen (all, unless
             :class:`FreezeMasks` acts too); ``"share"``, all weights of the layer divided by the number of tasks, on
             top of the frozen ones, so that the whole sequence ends at ``sparsity``.
-        dense: patterns of weights that stay dense; None is the first and last layer and 1x1 convolutions.
+        dense: weights that stay dense; see :class:`Sparsifier`.
+        sparse: weights that are pruned; see :class:`Sparsifier`.
+        ranking: ``"layer"``, or ``"global"``, all weights ranked together.
+        distribution: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
     def __init__(
-        self, sparsity: float, of: Literal["free", "share"] = "free", dense: Sequence[str] | None = None
+        self,
+        sparsity: float,
+        of: Literal["free", "share"] = "free",
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
+        ranking: Literal["layer", "global"] = "layer",
+        distribution: Distribution = "uniform",
     ) -> None:
-        super().__init__(dense)
-        check_sparsity(type(self).__name__, sparsity)
+        super().__init__(sparsity, ranking, distribution, dense, sparse)
         if of not in ("free", "share"):
             raise ValueError(f"OneShotPruning(of={of!r}): of is 'free' or 'share'")
-        self.sparsity = sparsity
         self.of = of
+        self._pruned = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        if self.of == "share" and not _has_schedule(trainer):
+        if self.of == "share" and not has_schedule(trainer):
             raise ValueError("OneShotPruning(of='share'): a share needs the number of tasks; add a TaskSchedule")
-        self.names(pl_module)  # a pattern that matches nothing is an error now, not after the first task
+        super().on_fit_start(trainer, pl_module)
+        self._pruned = False
 
-    @torch.no_grad()
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        return {name: pl_module.get_parameter(name).detach().abs() for name in self.names(pl_module)}
+
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        return False
+
+    def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
+        frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
+        all_ = sum(pl_module.get_parameter(name).numel() for name in group)
+        if self.distribution != "uniform":
+            density = super().how_many(trainer, pl_module, group, density) / all_
+        of = all_ - sum(frozen.values()) if self.of == "free" else all_ / trainer.datamodule.num_tasks
+        return sum(frozen.values()) + round(density * of)
+
+    def protected(self, name: str) -> Tensor:
+        return self.masks.frozen_part(name)
+
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for name in self.names(pl_module):
-            weight = pl_module.get_parameter(name)
-            frozen = self.masks.is_frozen(name)
-            pool = ~frozen
-            whole = pool.sum().item() if self.of == "free" else weight.numel() / trainer.datamodule.num_tasks
-            keep = top_k_mask(weight.abs(), round((1 - self.sparsity) * whole), among=pool)
-            self.masks.set_alive(name, keep | frozen)
+            self.masks.set_alive(name, None)  # all compete again
+        self.prune(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        last_step = 0 < trainer.max_steps <= trainer.global_step
+        if not has_schedule(trainer) and (last_step or (trainer.is_last_batch and position(trainer).over)):
+            self._pruned = True
+            self.on_task_end(trainer, pl_module, 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not _has_schedule(trainer):
+        if not has_schedule(trainer) and not self._pruned:
+            self._pruned = True
             self.on_task_end(trainer, pl_module, 0)
+            rank_zero_warn(
+                "OneShotPruning: the fit ended early, after its last checkpoint; the module is pruned now, the "
+                "checkpoint is not: save it with trainer.save_checkpoint"
+            )
 
 
 class Reopen(Sparsifier):
-    """Give the pruned weights back to the next task (EsaCL, line 13).
+    """Give the pruned weights back to the next task (EsaCL, line 13). Needs a :class:`TaskSchedule`.
 
     Args:
         init: ``"random"`` draws them anew from their layer's own initialisation, as the paper says; ``"zero"`` lets
@@ -77,6 +113,8 @@ class Reopen(Sparsifier):
     Raises:
         ValueError: if ``init`` is neither.
     """
+
+    needs_tasks = True
 
     def __init__(self, init: Literal["random", "zero"] = "random") -> None:
         super().__init__()
@@ -89,19 +127,30 @@ class Reopen(Sparsifier):
             self.masks.set_alive(name, None)
             if self.init == "random":
                 seed = trainer.datamodule.order_seed + 1000 * task + i
-                redraw(pl_module, name, ~(alive | self.masks.is_frozen(name)), seed)
+                redraw(pl_module, name, ~(alive | self.masks.frozen_part(name)), seed)
 
 
 @torch.no_grad()
 def redraw(pl_module: pl.LightningModule, name: str, where: Tensor, seed: int) -> None:
     """Give the entries of a weight that are ``where`` new values from its layer's own initialisation, by the seed."""
-    layer = copy.deepcopy(pl_module.get_submodule(name.rpartition(".")[0])).cpu()
+    path, _, own = name.rpartition(".")
+    layer: Any = copy.deepcopy(pl_module.get_submodule(path)).cpu()
+    reset = next((r for n in RESETS if callable(r := getattr(layer, n, None))), None)
+    if reset is None:
+        raise ValueError(
+            f"{name} cannot be drawn anew: its layer, a {type(layer).__name__}, has no {' or '.join(RESETS)}; use "
+            "Reopen('zero')"
+        )
     with torch.random.fork_rng([]):  # the same draw on every process
         torch.manual_seed(seed % 2**62)
-        layer.reset_parameters()
+        reset()
     weight = pl_module.get_parameter(name)
-    weight.copy_(torch.where(where, layer.weight.to(weight.device), weight))
+    weight.copy_(torch.where(where, layer.get_parameter(own).to(weight.device), weight))
 
 
-def _has_schedule(trainer: pl.Trainer) -> bool:
+RESETS = ("reset_parameters", "_reset_parameters")
+"""Methods by which layers draw their weights, torch's of attention being the second."""
+
+
+def has_schedule(trainer: pl.Trainer) -> bool:
     return any(isinstance(c, TaskSchedule) for c in trainer.callbacks)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sparse_cl.callbacks.task_callback import announce, arrange
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
 class Position(NamedTuple):
@@ -24,32 +27,51 @@ class Position(NamedTuple):
     """Epochs planned for the task; infinite where nobody has said."""
     over: bool
     """The running epoch is the task's last, as planned or because it was ended."""
+    step: int
+    """Optimiser steps that the task has taken. Accumulated batches make one; several optimisers that step in one batch
+    make one together."""
+    progress: float | None
+    """The part of the task that is trained, in [0, 1]; None where its end is not known."""
 
 
 def position(trainer: pl.Trainer) -> Position:
-    """Asked anew by everything that depends on time, so that nothing has a counter of its own to forget."""
-    data, now = trainer.datamodule, trainer.current_epoch
+    """Asked anew by everything that depends on time, so that nothing has a counter of its own to forget.
+
+    ``step`` and ``progress`` are those before the running batch: ask before its step, not after.
+    """
+    data, now, loop = trainer.datamodule, trainer.current_epoch, trainer.fit_loop.epoch_loop
     schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
     if schedule is None or not isinstance(data, TaskDataModule):
-        planned = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
-        return Position(0, now, planned, now + 1 >= planned)
-    epochs = schedule.epochs_of(data.task)
-    return Position(data.task, data.epoch_in_task, epochs, data.epoch_in_task + 1 >= epochs or data.starts[-1] > now)
+        task, epoch, before = 0, now, 0
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
+        over = now + 1 >= epochs
+    else:
+        task, epoch, before, epochs = (
+            data.task,
+            data.epoch_in_task,
+            schedule.steps_before,
+            schedule.epochs_of(data.task),
+        )
+        over = epoch + 1 >= epochs or data.starts[-1] > now
+    batches = trainer.num_training_batches  # infinite for a stream of unknown length, which counts by whole epochs
+    inside = loop.batch_progress.current.processed / batches if 0 < batches < math.inf else 0.0
+    progress = None if math.isinf(epochs) else (epoch + inside) / epochs
+    if trainer.max_steps > 0 and schedule is None:
+        ends = trainer.global_step / trainer.max_steps
+        progress = ends if progress is None else max(ends, progress)
+    return Position(task, epoch, epochs, over, loop._batches_that_stepped - before, progress)
 
 
 class TaskSchedule(pl.Callback):
     """Runs a task sequence inside one ``trainer.fit`` and announces where tasks begin and end.
 
-    Callbacks and the module may define any of these hooks (callbacks ``(trainer, pl_module, task)``, the module
-    ``(trainer, task)``); callbacks are called in their order, the module after them:
-
-    * ``on_task_start``: before the first batch of the task;
-    * ``on_before_task_end``: all batches of the task are learnt;
-    * ``on_task_end``: consolidate now: prune, then freeze, then store exemplars or Fisher information;
-    * ``on_after_task_end``: the weights are final for this task: measure them.
+    Callbacks, the module and its objective may define the hooks of
+    :class:`~lightning_sparse_cl.task_hooks.TaskHooks`, ``on_task_start``, ``on_before_task_end``, ``on_task_end`` and
+    ``on_after_task_end``, with the arguments ``(trainer, pl_module, task)``.
 
     Between start and end lie exactly the task's batches for every callback, wherever it stands in the list: the
-    schedule moves itself behind the others (but before checkpoints, which see the consolidated weights).
+    schedule moves itself behind the others (but before checkpoints, which see the consolidated weights), and puts
+    callbacks in the order that they declare (see :class:`~lightning_sparse_cl.TaskCallback`).
 
     A task also ends early, with the running epoch, when a callback calls ``trainer.datamodule.end_task()`` (before the
     epoch's validation or, :class:`TaskEarlyStopping`, after it). The last task's end stops the fit.
@@ -68,6 +90,10 @@ class TaskSchedule(pl.Callback):
         self.epochs = epochs
         self.begun = self.ended = -1
         """The last tasks that were started and consolidated."""
+        self.steps_before = 0
+        """Optimiser steps of the tasks before the running one."""
+
+    announces_tasks = True
 
     def epochs_of(self, task: int) -> int:
         """Epochs planned for ``task``."""
@@ -79,7 +105,7 @@ class TaskSchedule(pl.Callback):
             raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
         if stage != "fit":
             return
-        self.begun = self.ended = -1
+        self.begun, self.ended, self.steps_before = -1, -1, 0
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
@@ -115,8 +141,7 @@ class TaskSchedule(pl.Callback):
         trainer.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
-        last = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-        trainer.callbacks = [c for c in trainer.callbacks if c is not self and c not in last] + [self, *last]
+        arrange(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:  # PyTorch restores the state of another one without a word
@@ -133,7 +158,8 @@ class TaskSchedule(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         while self.begun < trainer.datamodule.task:
             self.begun += 1
-            self._announce("on_task_start", trainer, pl_module)
+            self.steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
+            announce("on_task_start", trainer, pl_module, self.begun)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Consolidation happens on the last batch, not at the epoch's end: Lightning validates in between.
@@ -155,7 +181,8 @@ class TaskSchedule(pl.Callback):
                 for buffer in pl_module.buffers():
                     torch.distributed.broadcast(buffer, 0)
             for hook in ("on_before_task_end", "on_task_end", "on_after_task_end"):
-                self._announce(hook, trainer, pl_module)
+                announce(hook, trainer, pl_module, self.begun)
+                Enforcement.of(pl_module).apply_to_averages()  # before anybody measures or saves them
             trainer.should_stop = trainer.should_stop or data.finished
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -166,10 +193,10 @@ class TaskSchedule(pl.Callback):
             trainer.limit_val_batches = self._limit_val_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": self.begun, "ended": self.ended}
+        return {"begun": self.begun, "ended": self.ended, "steps_before": self.steps_before}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begun, self.ended = state["begun"], state["ended"]
+        self.begun, self.ended, self.steps_before = state["begun"], state["ended"], state["steps_before"]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["task_sequence"] = _identity(trainer, pl_module)
@@ -192,19 +219,12 @@ class TaskSchedule(pl.Callback):
                 "would skip on resuming; take another (SequenceCheckpoint never saves there)"
             )
 
-    def _announce(self, hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for callback in trainer.callbacks:
-            if hasattr(callback, hook):
-                getattr(callback, hook)(trainer, pl_module, self.begun)
-        if hasattr(pl_module, hook):
-            getattr(pl_module, hook)(trainer, self.begun)
-
 
 def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """What must be the same in a run that goes on; ``format`` grows when the state's layout changes."""
     data = trainer.datamodule
     return {
-        "format": 1,
+        "format": 2,
         "method": type(pl_module).__qualname__,
         "data": type(data).__qualname__,
         "classes of each task": data.classes,

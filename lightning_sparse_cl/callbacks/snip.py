@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.importance import mean_gradients
-from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks
+from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.sparsity.distributions import Distribution
+from lightning_sparse_cl.sparsity.layers import Chosen
 
 
-class SNIP(Sparsifier):
+class SNIP(ScorePruning):
     """Keep the weights of largest |w dL/dw| on the first batch, and never change the mask again.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
         ranking: ``"layer"``, the same sparsity in every layer, as SparCL adapts it to continual learning;
             ``"global"``, all layers ranked together, as in the paper.
-        dense: patterns of weights that stay dense; None is the first and last layer and 1x1 convolutions.
+        dense: weights that stay dense; see :class:`Sparsifier`.
+        sparse: weights that are pruned; see :class:`Sparsifier`.
+        distribution: see :class:`ScorePruning`.
+        loss: L, a function of (module, batch) that returns a scalar; if None, the loss of ``training_step``.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or the loss cannot be had.
     """
 
     def __init__(
-        self, sparsity: float, ranking: Literal["layer", "global"] = "layer", dense: Sequence[str] | None = None
+        self,
+        sparsity: float,
+        ranking: Literal["layer", "global"] = "layer",
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
+        distribution: Distribution = "uniform",
+        loss: LossOf | None = None,
     ) -> None:
-        super().__init__(dense)
-        check_sparsity(type(self).__name__, sparsity)
-        if ranking not in ("layer", "global"):
-            raise ValueError(f"{type(self).__name__}(ranking={ranking!r}): ranking is 'layer' or 'global'")
-        self.sparsity, self.ranking = sparsity, ranking
+        super().__init__(sparsity, ranking, distribution, dense, sparse)
+        self.loss = loss
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: tuple[Tensor, Tensor], batch_idx: int
-    ) -> None:
-        if not self.unmasked(pl_module):
-            return
-        names = self.names(pl_module)
-        grads = mean_gradients(trainer, pl_module, names, [batch])
-        scores = {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}
-        for group in [[name] for name in names] if self.ranking == "layer" else [names]:
-            total = sum(scores[name].numel() for name in group)
-            kept = top_k_masks({name: scores[name] for name in group}, round((1 - self.sparsity) * total))
-            for name, mask in kept.items():
-                self.masks.set_alive(name, mask)
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_loss(self, pl_module, self.loss)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        self.names(pl_module)  # a pattern that matches nothing is an error before training
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
+        grads = mean_gradients(trainer, pl_module, self.names(pl_module), [batch], loss=self.loss)
+        return {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}

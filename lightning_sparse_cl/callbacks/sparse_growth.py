@@ -18,6 +18,7 @@ from lightning_sparse_cl.callbacks.pruning import redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.subnetworks import norm_tensors
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 
 
@@ -130,7 +131,7 @@ class SparseGrowth(Sparsifier):
 
     def _measure_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         training = pl_module.training
-        with pl_module.gates.still(), self.masks.scoring(), trainer.precision_plugin.forward_context():
+        with pl_module.gates.still(), Enforcement.of(pl_module).scoring(), trainer.precision_plugin.forward_context():
             update_bn(_equal_batches(trainer.datamodule.samples()), pl_module)
         pl_module.train(training)
         if trainer.world_size > 1:  # the mean of what each process has found in its share

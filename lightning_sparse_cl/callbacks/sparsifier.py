@@ -1,63 +1,84 @@
-"""What all sparsity callbacks share: one set of masks per module, enforced and checkpointed once."""
+"""What all sparsity callbacks share: the masks of the module, enforced, checkpointed, and held by its averages."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_sparse_cl.sparsity import Masks, sparse_weights
+from lightning_sparse_cl.callbacks.averaging import AVERAGING, averages
+from lightning_sparse_cl.callbacks.flops import FlopsCounter
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.layers import Chosen, prunable, sparse_weights
+from lightning_sparse_cl.sparsity.masks import Masks
+
+SMALL_PART = 0.5
+"""A policy that prunes less of the parameters says so."""
 
 
-class Sparsifier(pl.Callback):
+class Sparsifier(TaskCallback):
     """Base of the sparsity callbacks. Works on any LightningModule, in manual and automatic optimisation.
 
-    All sparsity callbacks of a module share its :class:`~lightning_sparse_cl.sparsity.Masks`; the module's
-    ``state_dict`` keeps its keys, the masks are saved under ``"masks"`` in the checkpoint. Like the weights, masks stay
-    with the module: a second ``fit`` goes on with what the first has pruned and frozen.
+    All sparsity callbacks of a module share its :class:`~lightning_sparse_cl.sparsity.Masks`, which are part of it:
+    copies and later fits go on with what was pruned and frozen. The module's ``state_dict`` keeps its keys; the masks
+    are saved under ``"masks"`` in the checkpoint, once. Averages of the weights (Lightning's ``WeightAveraging``,
+    ``EMAWeightAveraging``, ``StochasticWeightAveraging``) obey the masks, too.
 
     Args:
-        dense: shell patterns of weight names that stay dense; None keeps the first layer, the last layer and 1x1
-            convolutions dense (see :func:`~lightning_sparse_cl.sparsity.sparse_weights`).
+        dense: weights that stay dense, see :func:`~lightning_sparse_cl.sparsity.sparse_weights`. If None, the first
+            layer, the last layer and 1x1 shortcut convolutions.
+        sparse: weights that are pruned, by pattern or type of layer. If None, those that multiply their layer's input
+            and require a gradient; weights that require one later are taken in then.
     """
 
+    after: ClassVar[tuple[type, ...]] = (FlopsCounter, *AVERAGING)
+    makes_masks: ClassVar[bool] = False
+    """Whether it prunes: whoever freezes needs one that does."""
     masks: Masks
 
-    def __init__(self, dense: Sequence[str] | None = None) -> None:
-        self.dense = dense
+    def __init__(self, dense: Chosen | None = None, sparse: Chosen | None = None) -> None:
+        self.dense, self.sparse = dense, sparse
         self._loaded: dict[str, Any] | None = None
         self._seed: int | None = None
-        self._names: list[str] | None = None  # looked up once a fit
+        self._names: list[str] | None = None  # looked up once, and again when other weights are trained
+        self._trained = -1
+
+    # -- which weights -----------------------------------------------------------------------------------------
 
     def names(self, pl_module: pl.LightningModule) -> list[str]:
         """The weights this callback prunes.
 
         Raises:
-            ValueError: if a pattern of ``dense`` matches nothing, or nothing is left.
+            ValueError: if an entry of ``dense`` or ``sparse`` matches nothing, nothing is left, or a weight is
+                reparametrised.
         """
         if self._names is None:
             try:
-                self._names = sparse_weights(pl_module, self.dense)
+                self._names = sparse_weights(pl_module, self.dense, self.sparse)
             except ValueError as error:
-                raise ValueError(f"{type(self).__name__}: {error}") from error
+                later = pl_module._trainer is not None and any(
+                    isinstance(c, BaseFinetuning) for c in pl_module.trainer.callbacks
+                )
+                if not (later and "no weight is left" in str(error)):
+                    raise ValueError(f"{type(self).__name__}: {error}") from error
+                return []  # what will be unfrozen
         return self._names
 
-    def unmasked(self, pl_module: pl.LightningModule) -> bool:
-        """Whether the weights have no masks yet, so that the first are to be made.
+    def unmasked(self, pl_module: pl.LightningModule) -> list[str]:
+        """Which of the weights have no mask yet."""
+        alive = self.masks.alive
+        return [name for name in self.names(pl_module) if name not in alive]
 
-        Raises:
-            ValueError: if only some of them have: masks of other layers, from a checkpoint or an earlier fit.
-        """
-        without = [name for name in self.names(pl_module) if name not in self.masks.alive]
-        if without and len(self.masks) > 0:
-            raise ValueError(
-                f"{type(self).__name__}(dense={self.dense}): the module's masks are of {', '.join(self.masks)}; "
-                f"{', '.join(without)} would have to have one too. Go on with the same `dense`"
-            )
-        return bool(without)
+    def protected(self, name: str) -> Tensor:
+        """Where whoever drops weights has to keep them: frozen and alive; of the weight's shape."""
+        frozen, alive = self.masks.frozen_part(name), self.masks.record(name).alive
+        return frozen if alive is None else frozen & alive
 
     def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
         """Uniform scores for the named weights: the same on every process and after a resume, others ``at`` others."""
@@ -65,14 +86,29 @@ class Sparsifier(pl.Callback):
         weights = {name: pl_module.get_parameter(name) for name in names}
         return {n: torch.rand(w.shape, generator=generator).to(w.device) for n, w in weights.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self._seed}
+    def _say_how_much(self, pl_module: pl.LightningModule) -> None:
+        names = self.names(pl_module)
+        pruned = {pl_module.get_parameter(name) for name in names}
+        others = sorted(
+            ((p.numel(), n) for n, p in pl_module.named_parameters() if p not in pruned and p.requires_grad),
+            reverse=True,
+        )
+        size = sum(p.numel() for p in pruned)
+        part = size / max(size + sum(n for n, _ in others), 1)
+        if names and part < SMALL_PART:
+            largest = ", ".join(name for _, name in others[:3])
+            rank_zero_warn(
+                f"{type(self).__name__} prunes weights that are {part:.1%} of the trained parameters of "
+                f"{type(pl_module).__name__}; the largest that stay dense are {largest}. `sparse` takes weights by "
+                "pattern or type of layer, `dense` keeps them"
+            )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seed = state["seed"]
+    # -- through a fit -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._loaded = self._seed = self._names = None
+        self._trained = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._seed is None:
@@ -80,16 +116,76 @@ class Sparsifier(pl.Callback):
         self.masks = Masks.of(pl_module)
         if self._loaded is not None:
             self.masks.load_state_dict(self._loaded)
+        elif self._is_first(trainer) and not self.masks.is_pruned():
+            _say_zeros(pl_module)
+        self._trained = _trained(self.masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        enforcement = Enforcement.of(pl_module)
         for optimizer in trainer.optimizers:
-            self.masks.enforce(optimizer)
+            enforcement.attach(optimizer)
+        for average in averages(trainer):
+            enforcement.follow(average)
+        enforcement.apply_to_averages()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if (trained := _trained(self.masks)) != self._trained:
+            self._trained, self._names = trained, None
+            Enforcement.of(pl_module).hook()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        Enforcement.of(pl_module).apply_to_averages()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        Enforcement.of(pl_module).apply_to_averages()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        Enforcement.of(pl_module).apply_to_averages()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seed = state["seed"]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         checkpoint["masks"] = Masks.of(pl_module).state_dict()
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         self._loaded = checkpoint.get("masks")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The masks are those of the checkpoint whose weights were loaded."""
+        if not trainer.ckpt_path or not self._is_first(trainer):
+            return
+        saved = trainer.strategy.load_checkpoint(trainer.ckpt_path).get("masks")
+        if saved is not None:
+            Masks.of(pl_module).load_state_dict(saved | {"updated": {}})
+            if not saved["alive"]:
+                rank_zero_warn(
+                    f"{type(self).__name__}: {trainer.ckpt_path} was written before the weights were pruned; it is "
+                    "dense, and so is what is measured now"
+                )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_test_start(trainer, pl_module)
+
+    def _is_first(self, trainer: pl.Trainer) -> bool:
+        return next(c for c in trainer.callbacks if isinstance(c, Sparsifier)) is self
 
 
 def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mapping[str, Tensor]) -> None:
@@ -100,3 +196,27 @@ def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mappi
             for value in optimizer.state.get(weight, {}).values():
                 if torch.is_tensor(value) and value.shape == weight.shape:
                     value.masked_fill_(mask, 0)
+
+
+def _trained(masks: Masks) -> int:
+    """How many weights require a gradient, without a look at their values."""
+    return sum(p is not None and p.requires_grad for _, layer in masks.layers for p in dict.values(layer._parameters))
+
+
+def _say_zeros(pl_module: pl.LightningModule) -> None:
+    """Weights that are mostly zero, and no mask says so, were pruned before they were loaded here."""
+    zero = {}
+    for name in prunable(pl_module):
+        try:
+            weight = pl_module.get_parameter(name)
+        except AttributeError:  # reparametrised
+            continue
+        if not torch.nn.parameter.is_lazy(weight) and 0 < 2 * int(weight.count_nonzero()) < weight.numel():
+            zero[name] = 1 - int(weight.count_nonzero()) / weight.numel()
+    if zero:
+        name, part = max(zero.items(), key=lambda found: found[1])
+        rank_zero_warn(
+            f"{type(pl_module).__name__}: {len(zero)} of its weights are mostly zero ({name}: {part:.0%}) and have no "
+            "masks, so that zeros will be trained. Masks.from_zeros(module) before the fit takes them as they are; "
+            "Masks.of(module).load_state_dict(torch.load(path)['masks']) takes a checkpoint's"
+        )

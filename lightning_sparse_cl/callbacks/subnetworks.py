@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.sparsity import Masks, Subnetworks
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
+from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
 class TaskSubnetworks(Sparsifier):
@@ -68,7 +69,6 @@ class TaskSubnetworks(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self.masks.stored = self.share
         self.subnetworks = Subnetworks.of(pl_module)
         if not isinstance(trainer.datamodule, TaskDataModule):
             raise TypeError("TaskSubnetworks: tasks are those of a TaskDataModule; this fit has none")
@@ -89,6 +89,7 @@ class TaskSubnetworks(Sparsifier):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if batch_idx == 0 and trainer.datamodule.epoch_in_task == 0:
             self._refuse_full(trainer, pl_module)
         if self.batch_norm == "frozen" and len(self.subnetworks):
@@ -97,7 +98,10 @@ class TaskSubnetworks(Sparsifier):
             for norm in _norms(pl_module).values():
                 norm.eval()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         for name, tensor in norm_tensors(pl_module).items() if self._norms else ():
             tensor.data.copy_(self._norms[name])
 
@@ -114,7 +118,7 @@ class TaskSubnetworks(Sparsifier):
             if self.share and name not in head
         }
         for name, mask in masks.items():
-            self.masks.set_frozen(name, self.masks.is_frozen(name) | mask)
+            self.masks.set_frozen(name, self.masks.frozen_part(name) | mask)
         own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
         if self.batch_norm != "per_task":
             own = [n for n in own if n not in norm_tensors(pl_module)]
@@ -126,12 +130,8 @@ class TaskSubnetworks(Sparsifier):
         if trainer.ckpt_path and not len(Subnetworks.of(pl_module)):
             checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
             if "subnetworks" in checkpoint:
-                Masks.of(pl_module).load_state_dict(checkpoint["masks"])
+                super().on_test_start(trainer, pl_module)
                 Subnetworks.of(pl_module).load_state_dict(checkpoint["subnetworks"])
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self.on_test_start(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._norms = {}
@@ -192,7 +192,7 @@ class TaskSubnetworks(Sparsifier):
         return found | {"compact": [parameters / whole for parameters in compact]}
 
 
-class FromScratch(pl.Callback):
+class FromScratch(TaskCallback):
     """Every task after the first starts from newly drawn parameters and batch-norm, also of the head."""
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:

@@ -18,6 +18,7 @@ from lightning_sparse_cl.kernels.choices import Choices
 from lightning_sparse_cl.kernels.compact import CompactWeights, Watched
 from lightning_sparse_cl.kernels.layer import Layer, unsupported
 from lightning_sparse_cl.kernels.runner import Runner, traceable
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
@@ -201,11 +202,12 @@ class Acceleration:
         """Take the masks as they are now, and what SAM has put back into values that were given up."""
         if isinstance(self.masks, Masks) and self._version != self.masks.version:
             self._version = self.masks.version
+            alive = self.masks.alive
             for name, layer in self.layers.items():
-                mask = self.masks.alive.get(self._full(name))
+                mask = alive.get(self._full(name))
                 if mask is not layer.mask:
                     layer.remask(mask)
-            self._tell({name.removeprefix(self._prefix) for name in self.masks.alive})
+            self._tell({name.removeprefix(self._prefix) for name in alive})
         for compact in self._orphans:
             compact.take_over()
 
@@ -234,7 +236,7 @@ class Acceleration:
         if self.compact is None and masked:
             self.compact = CompactWeights(masked, self.optimizers, self._movable)
             if isinstance(self.masks, Masks):
-                self.masks.elsewhere |= {self._full(x.name) for x in self.compact.layers}
+                self._enforcement.leave_to_others(self._full(x.name) for x in self.compact.layers)
 
     def train_whole(self) -> None:
         """Give the optimisers the whole weights back."""
@@ -244,7 +246,7 @@ class Acceleration:
             if compact.given_up:
                 self._orphans.append(compact)
             if isinstance(self.masks, Masks):
-                self.masks.elsewhere -= {self._full(x.name) for x in compact.layers}
+                self._enforcement.take_back(self._full(x.name) for x in compact.layers)
 
     def _restored(self, *_: Any) -> None:
         """A step comes: what was given up before it is not written to any more."""
@@ -274,8 +276,14 @@ class Acceleration:
 
     def _movable(self, layer: Layer) -> Tensor | None:
         name = self._full(layer.name)
-        held = isinstance(self.masks, Masks) and (name in self.masks.frozen or name in self.masks.updated)
-        return self.masks.movable(name) if held else None
+        if not isinstance(self.masks, Masks) or self.masks.record(name).values is None:
+            return None
+        return self.masks.movable(name)
+
+    @property
+    def _enforcement(self) -> Enforcement:
+        assert isinstance(self.masks, Masks)
+        return Enforcement.of(self.masks.module)
 
     def remove(self) -> None:
         """See :func:`densify`."""
@@ -292,7 +300,7 @@ class Acceleration:
     @property
     def steps_aside(self) -> bool:
         """Whether gradients are wanted that the kernels do not take."""
-        return isinstance(self.masks, Masks) and bool(self.masks.whole or self.masks.scores_whole)
+        return isinstance(self.masks, Masks) and self._enforcement.needs_whole
 
 
 def _weight(layer: str) -> str:

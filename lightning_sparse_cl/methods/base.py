@@ -19,10 +19,12 @@ from lightning_sparse_cl.kernels.memory import keep_freed_memory
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
+from lightning_sparse_cl.sparsity.masks import Masks
+from lightning_sparse_cl.task_hooks import TaskHooks
 
 
-class ContinualModule(pl.LightningModule):
+class ContinualModule(TaskHooks, pl.LightningModule):
     """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
 
     Args:
@@ -185,24 +187,30 @@ class ContinualModule(pl.LightningModule):
         if self.trainer.world_size > 1:  # manual optimisation never broadcasts batch-norm buffers by itself
             self.trainer.model.require_forward_param_sync = True
 
-    def on_task_start(self, trainer: pl.Trainer, task: int) -> None:
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         """Optimiser state does not outlive a task."""
         if task > 0:
             for optimizer in trainer.optimizers:
                 optimizer.state.clear()
-        self.objective.on_task_start(self, task, trainer.datamodule)
+        self.objective.on_task_start(trainer, self, task)
         self._settle()
 
-    def on_task_end(self, trainer: pl.Trainer, task: int) -> None:
-        self.objective.on_task_end(self, task, trainer.datamodule)
+    def on_before_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self.objective.on_before_task_end(trainer, self, task)
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self.objective.on_task_end(trainer, self, task)
         self._settle()
+
+    def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self.objective.on_after_task_end(trainer, self, task)
 
     def _settle(self) -> None:
         """An objective may have fitted the head: masks hold there too, and all processes go on with the same."""
         if self.trainer.world_size > 1:
             for tensor in (*self.head.parameters(), *self.objective.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
-        Masks.of(self).apply_()
+        Enforcement.of(self).apply_()
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         x, y = batch
@@ -224,11 +232,25 @@ class ContinualModule(pl.LightningModule):
         """Predicted labels (B,), out of all classes."""
         return self(batch[0]).argmax(1)
 
+    def on_train_start(self) -> None:
+        if Masks.of(self).is_pruned():  # a network that was pruned before stays so, whatever the policies
+            for optimizer in self.trainer.optimizers:
+                enforce(self, optimizer)
+
+    def scoring_loss(self, batch: tuple[Tensor, Tensor], live: Tensor | None) -> tuple[Tensor, int]:
+        """By which SparCL ranks weights: the cross-entropy among the classes ``live`` (C,), summed over the batch."""
+        x, y = batch
+        logits = self(x)
+        if live is not None:  # the module may have more outputs than the data have classes
+            logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
+        return F.cross_entropy(logits.float(), y, reduction="sum"), len(y)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["built_for"] = self.built
+        checkpoint["masks"] = Masks.of(self).state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``).
+        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``); its masks.
 
         Raises:
             ValueError: if the checkpoint is of another network or memory.
@@ -244,6 +266,8 @@ class ContinualModule(pl.LightningModule):
                     f"{type(self).__name__}: the checkpoint is of another network: {name} is {there} in it and "
                     f"{here} in this one"
                 )
+        if "masks" in checkpoint:  # gradient masks are those of a step that is over
+            Masks.of(self).load_state_dict(checkpoint["masks"] | {"updated": {}})
 
     def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What every process has seen, in the same order on each, so that all hold the same memory."""

@@ -96,7 +96,8 @@ class EsaCL(ContinualModule):
             selection or LossSelection(),
             [*readings[freeze], *policies],
         )
-        self.sparsity, self.freeze, self.dense = sparsity, freeze, dense
+        self.sparsity, self.dense = sparsity, dense
+        self._reading = freeze  # ``freeze`` is a method of LightningModule
 
     def configure_optimizers(self) -> Optimizer:
         """Two groups of parameters: the pruned weights, which Frank-Wolfe constrains, and the others."""
@@ -106,7 +107,7 @@ class EsaCL(ContinualModule):
             groups[name in pruned].append(parameter)
         optimizer = self.optimizer([{"params": group, "constrained": key} for key, group in groups.items()])
         kept = 1 - self.sparsity
-        if self.freeze == "share":  # by one task
+        if self._reading == "share":  # by one task
             kept /= self.trainer.datamodule.num_tasks
         for group in optimizer.param_groups:
             if "k" in group and group["k"] is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.base import ContinualModule
-from lightning_sparse_cl.sparsity import Masks, Subnetworks
+from lightning_sparse_cl.sparsity import Subnetworks
 
 
 class IsolatingModule(ContinualModule):
@@ -61,8 +61,7 @@ class IsolatingModule(ContinualModule):
         return self.running(x).masked_fill(~live, -torch.inf)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Masks and subnetworks are restored too, so that a loaded module needs no trainer to answer."""
+        """Subnetworks are restored, too, so that a loaded module needs no trainer to answer."""
         super().on_load_checkpoint(checkpoint)
         if "subnetworks" in checkpoint:
-            Masks.of(self).load_state_dict(checkpoint["masks"])
             Subnetworks.of(self).load_state_dict(checkpoint["subnetworks"])

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.task_hooks import TaskHooks
 
 Terms = dict[str, Any]
 """``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
 ``logits`` (B, C) of the current batch."""
 
 
-class Objective(nn.Module):
-    """Base of the objectives. State lives in buffers, which checkpoints hold.
+class Objective(TaskHooks, nn.Module):
+    """Base of the objectives. State lives in buffers, which checkpoints hold. The module passes the hooks of tasks on.
 
     An objective is called once for every pass of a training step. What it draws at random for the step is drawn
     beforehand, by :meth:`draw`, so that both passes of SAM see the same.
@@ -60,12 +60,6 @@ class Objective(nn.Module):
         """Logits (B, num_classes) by which the network is tested, from features (B, D)."""
         return head(features)
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        """The first batch of ``task`` comes next."""
-
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        """The last batch of ``task`` has been learnt, and the weights are pruned and frozen."""
-
 
 class LooksBack(Objective):
     """Base of the objectives that compare with the last task's end: it knows whether there is one."""
@@ -73,8 +67,8 @@ class LooksBack(Objective):
     tasks = 0
     """Tasks learnt to their end."""
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        super().on_task_end(model, task, data)
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+        super().on_task_end(trainer, pl_module, task)
         self.tasks += 1
 
     def get_extra_state(self) -> dict[str, int]:
@@ -103,9 +97,9 @@ class CrossEntropy(Objective):
         if self.single_head:
             self.register_buffer("live", torch.ones(network.head.out_features, dtype=torch.bool))
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         if self.single_head:
-            self.live.copy_(data.live())
+            self.live.copy_(trainer.datamodule.live())
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         logits = model(x)

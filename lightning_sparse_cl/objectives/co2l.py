@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import LooksBack, Terms, coefficient, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
@@ -100,18 +100,18 @@ class CO2L(LooksBack, Replay):
             )
         return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        self.seen |= data.live().to(self.seen.device)
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+        self.seen |= trainer.datamodule.live().to(self.seen.device)
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        self.teacher.take(nn.Sequential(model.backbone, self.projection))
-        raw, labels = data.stored()
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+        self.teacher.take(nn.Sequential(pl_module.backbone, self.projection))
+        raw, labels = trainer.datamodule.stored()
         held = self.memory.contents()
-        features = features_of(model.backbone, torch.cat([held.images, raw]), data.prepare)
-        fit_head(model.head, features, torch.cat([held.labels, labels]), self.seen)
+        features = features_of(pl_module.backbone, torch.cat([held.images, raw]), trainer.datamodule.prepare)
+        fit_head(pl_module.head, features, torch.cat([held.labels, labels]), self.seen)
         order = torch.randperm(len(raw), generator=torch.Generator().manual_seed(self.memory.seed + task))
         self.memory.admit(raw[order.to(raw.device)], labels[order.to(raw.device)], task)
-        super().on_task_end(model, task, data)
+        super().on_task_end(trainer, pl_module, task)
 
 
 def supervised_contrast(z: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
-from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
 
 
@@ -73,11 +72,11 @@ class EWC(LooksBack, CrossEntropy):
         return terms
 
     @torch.no_grad()
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
         among = self.live if self.single_head else None
-        self.F.mul_(self.gamma).add_(fisher(model.network, data.samples(self.samples), among))
-        self.anchor.copy_(vector(model.network.parameters()))
-        super().on_task_end(model, task, data)
+        self.F.mul_(self.gamma).add_(fisher(pl_module.network, trainer.datamodule.samples(self.samples), among))
+        self.anchor.copy_(vector(pl_module.network.parameters()))
+        super().on_task_end(trainer, pl_module, task)
 
 
 def vector(tensors: Iterable[Tensor]) -> Tensor:

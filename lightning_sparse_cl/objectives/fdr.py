@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
-from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import coefficient
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
@@ -40,13 +40,13 @@ class FDR(Replay):
         distance = logits[0].float().softmax(1) - replay[0].logits.softmax(1)
         return self.alpha * torch.linalg.vector_norm(distance, dim=1).mean()
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        super().on_task_start(model, task, data)
-        self.memory.room_for(data.num_tasks, self)
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        self.memory.room_for(trainer.datamodule.num_tasks, self)
 
     @torch.no_grad()
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        raw, labels = data.stored(self.memory.size)
-        with in_eval(model):
-            logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+        raw, labels = trainer.datamodule.stored(self.memory.size)
+        with in_eval(pl_module):
+            logits = torch.cat([pl_module(trainer.datamodule.prepare(x, augment=False)) for x in raw.split(256)])
         self.memory.admit(raw, labels, task, logits)

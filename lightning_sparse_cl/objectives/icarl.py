@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +56,8 @@ class ICaRL(LooksBack, Replay):
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
         self.register_buffer("means", torch.zeros(classes, width))
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        live = data.live().to(self.seen.device)
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+        live = trainer.datamodule.live().to(self.seen.device)
         self.seen |= live
         self.elsewhere.copy_(self.old & ~live)
 
@@ -79,15 +80,15 @@ class ICaRL(LooksBack, Replay):
             nearness = F.normalize(features.float()) @ self.means.float().T
         return nearness.masked_fill(~self.old, -torch.inf)
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
         held = self.memory.contents()
-        raw, labels = data.stored()
+        raw, labels = trainer.datamodule.stored()
         everything = Exemplars(
             torch.cat([held.images, raw]), torch.cat([held.labels, labels]),
             torch.cat([held.tasks, torch.full_like(labels, task)]),
         )  # fmt: skip
-        features = F.normalize(features_of(model.backbone, everything.images, data.prepare))
-        new = data.live().to(labels.device)[everything.labels]
+        features = F.normalize(features_of(pl_module.backbone, everything.images, trainer.datamodule.prepare))
+        new = trainer.datamodule.live().to(labels.device)[everything.labels]
         order, at = [(~new).nonzero().squeeze(1)], torch.arange(len(new), device=new.device)
         most = -(-self.memory.size // int(self.seen.sum()))
         for c in labels.unique():
@@ -95,10 +96,10 @@ class ICaRL(LooksBack, Replay):
             order.append(of_class[herding(features[of_class], min(len(of_class), most))])
         order = torch.cat(order)
         self.memory.fill(Exemplars(*(part[order] for part in everything[:3])))
-        self._average(model, data)
-        self.teacher.take(model.network)
+        self._average(pl_module, trainer.datamodule)
+        self.teacher.take(pl_module.network)
         self.old.copy_(self.seen)
-        super().on_task_end(model, task, data)
+        super().on_task_end(trainer, pl_module, task)
 
     def _average(self, model: nn.Module, data: TaskDataModule) -> None:
         """The mean feature of each class's exemplars, of length one."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.teacher import Teacher
@@ -49,13 +48,18 @@ class LwF(LooksBack, CrossEntropy):
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(network.head.out_features, dtype=torch.bool))
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        super().on_task_start(model, task, data)
-        new = data.live().to(self.old.device) & ~self.old
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        new = trainer.datamodule.live().to(self.old.device) & ~self.old
         if self.warmup and self.tasks and new.any():
-            raw, labels = data.stored()
+            raw, labels = trainer.datamodule.stored()
             of_new = new[labels]
-            fit_head(model.head, features_of(model.backbone, raw[of_new], data.prepare), labels[of_new], new)
+            fit_head(
+                pl_module.head,
+                features_of(pl_module.backbone, raw[of_new], trainer.datamodule.prepare),
+                labels[of_new],
+                new,
+            )
 
     def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
@@ -65,7 +69,7 @@ class LwF(LooksBack, CrossEntropy):
             terms["rest"] = -self.alpha * (p * q.masked_fill(~self.old, 0)).sum(1).mean()
         return terms
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
-        self.teacher.take(model.network)
-        self.old |= data.live().to(self.old.device)
-        super().on_task_end(model, task, data)
+    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+        self.teacher.take(pl_module.network)
+        self.old |= trainer.datamodule.live().to(self.old.device)
+        super().on_task_end(trainer, pl_module, task)

@@ -1,6 +1,7 @@
 """Sparsity in plain torch: functions on tensors and masks over modules; nothing here imports Lightning."""
 
 from lightning_sparse_cl.sparsity.channels import compact
+from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
 from lightning_sparse_cl.sparsity.export import export_network, load_sparse, save_sparse
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 from lightning_sparse_cl.sparsity.layers import sparse_weights
@@ -9,10 +10,12 @@ from lightning_sparse_cl.sparsity.scores import top_k_mask
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 __all__ = [
+    "Enforcement",
     "GrowthGates",
     "Masks",
     "Subnetworks",
     "compact",
+    "enforce",
     "export_network",
     "load_sparse",
     "save_sparse",

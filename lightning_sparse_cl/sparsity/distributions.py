@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -34,30 +35,53 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "erk": erk}
+Distribution = str | Mapping[str, float]
+"""A name in ``DISTRIBUTIONS``, or the sparsity of the weights that match a shell pattern, the first that does."""
 
 
-def counts(owner: str, distribution: str, shapes: Shapes, density: float) -> dict[str, int]:
+def check_distribution(owner: str, distribution: Distribution) -> None:
+    """Raises ValueError unless it is the name of one, or sparsities in [0, 1) by pattern."""
+    if isinstance(distribution, Mapping):
+        for pattern, sparsity in distribution.items():
+            if not 0 <= sparsity < 1:
+                raise ValueError(f"{owner}(distribution[{pattern!r}]={sparsity}): a sparsity is in [0, 1)")
+    elif distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"{owner}(distribution={distribution!r}): distribution is one of {', '.join(DISTRIBUTIONS)}, or a sparsity "
+            "by pattern"
+        )
+
+
+def counts(owner: str, distribution: Distribution, shapes: Shapes, density: float) -> dict[str, int]:
     """Weights of each layer, whole numbers that differ from its density by less than one; round(density * N) in all.
 
     Args:
         owner: who asks, for the error.
-        distribution: a name in ``DISTRIBUTIONS``.
+        distribution: a name in ``DISTRIBUTIONS``, or sparsities by pattern.
         shapes: of the weights, by name.
-        density: fraction kept of all N weights.
+        density: fraction kept of all N weights; with patterns, of those that match none.
 
     Raises:
-        ValueError: if a layer would have no weight.
+        ValueError: if a layer would have no weight, or a pattern matches none.
     """
-    densities = DISTRIBUTIONS[distribution](shapes, density)
-    exact = {name: densities[name] * math.prod(shape) for name, shape in shapes.items()}
+    size = {name: math.prod(shape) for name, shape in shapes.items()}
+    if isinstance(distribution, str):
+        densities = DISTRIBUTIONS[distribution](shapes, density)
+    else:
+        for pattern in distribution:
+            if not any(fnmatch(name, pattern) for name in shapes):
+                raise ValueError(f"{owner}(distribution={pattern!r}): matches none of {', '.join(shapes)}")
+        patterns = distribution.items()
+        densities = {n: next((1 - s for p, s in patterns if fnmatch(n, p)), density) for n in shapes}
+    exact = {name: densities[name] * size[name] for name in shapes}
     found = {name: int(value + 1e-9) for name, value in exact.items()}
-    over = round(density * sum(map(math.prod, shapes.values()))) - sum(found.values())
+    over = round(sum(exact.values())) - sum(found.values())
     for name in sorted(shapes, key=lambda n: found[n] - exact[n])[:over]:  # to the largest remainders
         found[name] += 1
     if empty := [name for name, count in found.items() if count < 1]:
         sparsity = float(f"{1 - density:.10g}")
         raise ValueError(
-            f"{owner}(sparsity={sparsity}): {distribution} leaves no weight in {empty[0]}, which has "
-            f"{math.prod(shapes[empty[0]])}; lower the sparsity or keep the layer dense"
+            f"{owner}(sparsity={sparsity}): {distribution} leaves no weight in {empty[0]}, which has {size[empty[0]]}; "
+            "lower the sparsity or keep the layer dense"
         )
     return found

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+Chosen = Sequence[str | type[nn.Module]]
+"""Weights by shell patterns of their names, or by the type of their layer or its name."""
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+SHORTCUT = re.compile(r"short_?cut|down_?sample|skip|identity|residual", re.IGNORECASE)
 
 
 def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -13,38 +24,159 @@ def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
     return {
         f"{name}.weight" if name else "weight": layer
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+        if isinstance(layer, _ConvNd | nn.Linear)
     }
 
 
 def network_of(module: nn.Module) -> nn.Module:
     """What maps images to logits in a module: its property ``network``, as methods here have one, or all of it."""
-    return module.network if isinstance(getattr(type(module), "network", None), property) else module
+    if not isinstance(getattr(type(module), "network", None), property):
+        return module
+    network, own = module.network, dict(module.named_modules())
+    named = isinstance(network, nn.Module) and all(own.get(n) is m for n, m in network.named_modules() if n)
+    return network if named else module  # another class may call something else so
 
 
-def sparse_weights(module: nn.Module, dense: Sequence[str] | None = None) -> list[str]:
-    """Names of the convolution and linear weights to prune, in module order.
+def sparse_weights(module: nn.Module, dense: Chosen | None = None, sparse: Chosen | None = None) -> list[str]:
+    """Names of the weights to prune, in module order; of a weight that several layers share, the first.
+
+    Entries of ``dense`` and ``sparse`` are shell patterns of weight names (``"head.weight"``, ``"*.in_proj_weight"``),
+    types of layers (``nn.Embedding``) or shell patterns of their names (``"Conv1D"``).
 
     Args:
         module: any network; of a method its backbone and head, not what an objective adds.
-        dense: shell patterns of parameter names that stay dense, for example ``["*stem*", "head.weight"]``; an empty
-            list prunes every layer. None is the profile that SparCL's code uses for ResNet-18: the first layer, the
-            last layer and 1x1 convolutions stay dense.
+        dense: weights that stay dense; an empty list prunes every weight. If None, the first and the last layer stay
+            dense, and 1x1 convolutions that are shortcuts (by a name such as ``downsample`` or ``shortcut``). For
+            ResNet-18 that is the profile of SparCL's code.
+        sparse: weights that are pruned, of any parameter with two or more dimensions, also of one that requires no
+            gradient if a pattern names it. If None, the weights that multiply their input and require a gradient:
+            those of linear layers, convolutions of any dimension, recurrent layers, attention's projections, and other
+            layers with a 2-D ``weight``, but not embeddings.
 
     Raises:
-        ValueError: if a pattern matches no weight, or nothing is left to prune.
+        ValueError: if an entry matches no weight, nothing is left to prune, or a weight to prune is reparametrised.
     """
-    layers = weight_layers(network_of(module))
-    names = list(layers)
+    network = network_of(module)
+    found = prunable(network)
+    names = list(found) if sparse is None else _matching("sparse", sparse, _matrices(network))
     if dense is None:
-        pointwise = [n for n, m in layers.items() if not isinstance(m, nn.Linear) and m.weight[0, 0].numel() == 1]
-        keep = {*names[:1], *names[-1:], *pointwise}
+        first, last = _first_and_last(network, found)
+        kept = {first, last, *(n for n in names if _is_shortcut(n, found.get(n)))} if sparse is None else set()
     else:
-        for pattern in dense:
-            if not any(fnmatch(n, pattern) for n in names):
-                raise ValueError(f"dense={pattern!r} matches none of the weights: {', '.join(names)}")
-        keep = {n for n in names for pattern in dense if fnmatch(n, pattern)}
-    sparse = [n for n in names if n not in keep]
-    if not sparse:
-        raise ValueError(f"no weight is left to prune: all of {', '.join(names) or 'nothing'} stay dense")
-    return sparse
+        kept = set(_matching("dense", dense, _matrices(network)))
+    aliases = _aliases(network)
+    kept_tensors = {aliases[name] for name in kept if name in aliases}
+    chosen: dict[int | str, str] = {}
+    for name in names:
+        tensor = aliases.get(name, name)
+        if name in kept or tensor in kept_tensors or (sparse is None and not _is_trained(network, name)):
+            continue
+        chosen.setdefault(tensor, name)
+    if not chosen:
+        why = "all stay dense or require no gradient" if names else "there is none"
+        raise ValueError(
+            f"no weight is left to prune: of {', '.join(names) or 'linear, convolutional, recurrent weights'} {why}; "
+            "`sparse` takes others by a pattern of their names"
+        )
+    for name in chosen.values():
+        if (how := reparametrised(network, name)) is not None:
+            raise ValueError(
+                f"{name} is {how}, and has no plain weight to prune; undo it before the fit (by {UNDO[how]}), or keep "
+                f"it dense: dense=[..., {name!r}]"
+            )
+    return list(chosen.values())
+
+
+def prunable(network: nn.Module) -> dict[str, nn.Module]:
+    """The weights that multiply the input of their layer, by name in module order, with their layers."""
+    return {f"{name}.{own}" if name else own: layer for name, layer in network.named_modules() for own in _own(layer)}
+
+
+def _own(layer: nn.Module) -> list[str]:
+    """Names of the weights of a layer that can be pruned without being asked for."""
+    if isinstance(layer, _ConvNd | nn.Linear | nn.Bilinear):
+        return ["weight"]
+    own = dict.keys(layer._parameters)
+    if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+        return [name for name in own if name.startswith("weight")]
+    if isinstance(layer, nn.MultiheadAttention):
+        return [name for name in own if name.endswith("proj_weight") and dict.get(layer._parameters, name) is not None]
+    weight = dict.get(layer._parameters, "weight")
+    plain = weight is not None and not isinstance(weight, UninitializedParameter) and weight.ndim == 2
+    return ["weight"] if plain and not isinstance(layer, (*EMBEDDINGS, _NormBase, nn.LayerNorm)) else []
+
+
+UNDO = {
+    "reparametrised by torch.nn.utils.parametrize": "torch.nn.utils.parametrize.remove_parametrizations",
+    "reparametrised by weight_norm": "torch.nn.utils.remove_weight_norm",
+    "reparametrised by torch.nn.utils.prune or spectral_norm": "torch.nn.utils.prune.remove or remove_spectral_norm",
+    "computed by its layer": "making it a parameter",
+}
+"""What undoes each form in which a weight is no parameter."""
+
+
+def reparametrised(network: nn.Module, name: str) -> str | None:
+    """How a weight is made of other tensors, or None if it is a plain parameter."""
+    path, _, own = name.rpartition(".")
+    layer = network.get_submodule(path)
+    if dict.get(layer._parameters, own) is not None:
+        return None
+    if parametrize.is_parametrized(layer, own):
+        return "reparametrised by torch.nn.utils.parametrize"
+    if f"{own}_v" in layer._parameters:
+        return "reparametrised by weight_norm"
+    if f"{own}_orig" in layer._parameters:
+        return "reparametrised by torch.nn.utils.prune or spectral_norm"
+    return "computed by its layer"
+
+
+def _matching(field: str, wanted: Chosen, weights: dict[str, nn.Module]) -> list[str]:
+    """Those of ``weights`` that any entry names, by pattern or type of layer."""
+
+    def fits(entry: str | type[nn.Module], name: str, layer: nn.Module) -> bool:
+        if isinstance(entry, str):
+            return fnmatch(name, entry) or fnmatch(type(layer).__name__, entry)
+        return isinstance(layer, entry)
+
+    for entry in wanted:
+        if not any(fits(entry, *weight) for weight in weights.items()):
+            raise ValueError(f"{field}={entry!r} matches none of the weights: {', '.join(weights)}")
+    return [name for name, layer in weights.items() if any(fits(entry, name, layer) for entry in wanted)]
+
+
+def _matrices(network: nn.Module) -> dict[str, nn.Module]:
+    """Every parameter of two or more dimensions, and the weights of reparametrised layers, with their layers."""
+    found = {}
+    for prefix, layer in ((f"{n}." if n else "", m) for n, m in network.named_modules()):
+        for own in dict.fromkeys([*layer._parameters, *_own(layer)]):
+            weight = dict.get(layer._parameters, own)
+            lazy = isinstance(weight, UninitializedParameter)
+            if own in _own(layer) or (weight is not None and not lazy and weight.ndim > 1):
+                found[prefix + own] = layer
+    return found
+
+
+def _first_and_last(network: nn.Module, found: dict[str, nn.Module]) -> tuple[str, str]:
+    """The first layer, which may be an embedding, and the last one that is prunable."""
+    kinds = ((n, m) for n, m in _matrices(network).items() if n in found or isinstance(m, EMBEDDINGS))
+    return next((name for name, _ in kinds), ""), next(reversed(found), "")
+
+
+def _is_shortcut(name: str, layer: nn.Module | None) -> bool:
+    return isinstance(layer, _ConvNd) and set(layer.kernel_size) == {1} and SHORTCUT.search(name) is not None
+
+
+def _is_trained(network: nn.Module, name: str) -> bool:
+    path, _, own = name.rpartition(".")
+    weight = dict.get(network.get_submodule(path)._parameters, own)
+    return weight is None or weight.requires_grad  # one that is reparametrised is refused by name
+
+
+def _aliases(network: nn.Module) -> dict[str, int]:
+    """Which tensor goes by each name."""
+    return {
+        f"{name}.{own}" if name else own: id(weight)
+        for name, layer in network.named_modules()
+        for own, weight in dict.items(layer._parameters)
+        if weight is not None
+    }

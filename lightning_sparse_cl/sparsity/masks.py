@@ -1,224 +1,128 @@
-"""Masks over plain weights: which are alive, which are frozen, and their enforcement in any training loop."""
+"""Masks over plain weights: which are alive, which are frozen, which are updated. They belong to the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from weakref import WeakKeyDictionary, WeakSet, ref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
+from torch import Tensor, nn
 
-_of: WeakKeyDictionary[nn.Module, Masks] = WeakKeyDictionary()
+_KEY = "_weight_masks"
+"""In a layer's ``__dict__``: the :class:`WeightMask` of each of its parameters. No buffer, so that no ``state_dict``,
+average or broadcast meets it; copies and pickles of the layer have it like any other attribute."""
+
+
+@dataclass
+class WeightMask:
+    """What is known of one weight. Layers that share the weight share it, and so do the module's averages."""
+
+    alive: Tensor | None = None
+    frozen: Tensor | None = None
+    updated: Tensor | None = None
+    values: Tensor | None = None
+    """The weight when it was last held, kept to put back; None unless some of it is frozen or not updated."""
+    version: int = 0
+    """Grows with every change."""
+
+    def free(self) -> Tensor | None:
+        """Where a weight of which something is held may move, pruned or not; None if nothing is held."""
+        if self.frozen is None:
+            return self.updated
+        return ~self.frozen if self.updated is None else ~self.frozen & self.updated
+
+    def to(self, device: torch.device) -> WeightMask:
+        """Itself, with its tensors on the device."""
+        for kind in ("alive", "frozen", "updated", "values"):
+            tensor = getattr(self, kind)
+            if tensor is not None and tensor.device != device:
+                setattr(self, kind, tensor.to(device))
+        return self
+
+    @torch.no_grad()
+    def apply_(self, weight: Tensor) -> None:
+        """Put the held entries of the weight back and zero the pruned ones."""
+        self.to(weight.device)
+        if self.values is not None and (free := self.free()) is not None:
+            weight.copy_(torch.where(free, weight, self.values))
+        if self.alive is not None:
+            weight.mul_(self.alive)
 
 
 class Masks:
-    """Boolean masks by parameter name; the weights themselves stay plain parameters with their usual names.
+    """The masks of a module, by parameter name; the weights stay plain parameters with their usual names.
 
     ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is never updated,
     ``updated[name]`` True where it is updated until further notice (a gradient mask). A name that is absent has no
-    mask: all alive, none frozen, all updated. Pruning a coordinate sets it to zero; freezing and gradient masks act on
-    the *update*, not on the gradient alone: weight decay, momentum, Adam and Frank-Wolfe steps all move weights whose
-    gradient is zero, so after every optimiser step the held values are put back, bit for bit. A frozen weight may be
-    pruned too: it is zero while it is, and has its frozen value when it is alive again.
+    mask: all alive, none frozen, all updated. Pruning a coordinate sets it to zero. A frozen weight may be pruned too:
+    it is zero while it is, and has its frozen value when it is alive again. To keep masks through the steps of an
+    optimiser, see :func:`~lightning_sparse_cl.sparsity.enforce`.
+
+    Masks are stored with the layers. They travel with ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the module
+    or of any part of it, and whoever contains the layers finds them. Names are those of ``module.named_parameters()``,
+    in its order; a weight that several layers share has one mask, which goes by its first name.
 
     Args:
-        module: the module whose weights are masked. Use :meth:`of` to share one ``Masks`` among callbacks.
+        module: the module whose weights are masked.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)  # the module must not be kept alive by its own masks
-        self.alive: dict[str, Tensor] = {}
-        self.frozen: dict[str, Tensor] = {}
-        self.updated: dict[str, Tensor] = {}
-        self.version = 0
-        """Grows with every change of a mask."""
-        self.scores_taken = False
-        """True inside :meth:`scoring`."""
-        self.scores_whole = False
-        """True inside :meth:`scoring` of all weights."""
-        self.whole: dict[str, Tensor | None] = {}
-        """Gradients that no mask acts on, of the names asked for by :meth:`ask_whole`."""
-        self.elsewhere: frozenset[str] = frozenset()
-        """Weights that are trained in another form for now, where their masks hold already."""
-        self.stored = False
-        """True where each task's own mask remembers its frozen weights, so that the present mask may drop them."""
-        self._values: dict[str, Tensor] = {}  # the weights when they were last held, kept to put back
-        self._optimizers: WeakSet[Optimizer] = WeakSet()
-        self._hooked = WeakIdKeyDictionary()  # by identity: tensors compare element by element
-
-    @property
-    def module(self) -> nn.Module:
-        """The module whose weights are masked."""
-        module = self._module()
-        if module is None:
-            raise ReferenceError("Masks: the module they belong to no longer exists")
-        return module
+        self.module = module
+        self.layers = [(f"{name}." if name else "", layer) for name, layer in module.named_modules()]
+        """The parts of the module with the prefix of their names, as they were when this view was made."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
-        """The one ``Masks`` of ``module``, made on first use."""
-        if module not in _of:
-            _of[module] = cls(module)
-        return _of[module]
+        """The masks of ``module``. They are a view: all that are made of one module show and change the same."""
+        return cls(module)
 
-    def set_alive(self, name: str, mask: Tensor | None) -> None:
-        """Prune: zero the weights where ``mask`` is False. None takes the mask away.
+    @classmethod
+    def from_zeros(cls, module: nn.Module, names: Iterable[str] | None = None, least: float = 0.1) -> Masks:
+        """Masks at the zeros of weights that are sparse already, because they were loaded or pruned elsewhere.
 
-        Raises:
-            ValueError: if the mask does not have the weight's shape.
+        Args:
+            module: with weights that have zeros.
+            names: of the weights; None takes each of two or more dimensions of which at least ``least``, but not all,
+                is zero.
+            least: fraction of zeros.
+
+        Returns:
+            The masks of the module; weights that had one keep it.
         """
-        self._change(self.alive, name, mask)
+        masks = cls(module)
+        known = masks.alive
+        for name, weight in (
+            module.named_parameters() if names is None else [(n, module.get_parameter(n)) for n in names]
+        ):
+            if name in known or (names is None and weight.ndim < 2):
+                continue
+            alive = weight.detach() != 0
+            kept = int(alive.sum())
+            if names is not None or 0 < kept <= (1 - least) * alive.numel():
+                masks.set_alive(name, alive)
+        return masks
 
-    def set_frozen(self, name: str, mask: Tensor | None) -> None:
-        """Hold the weights where ``mask`` is True at their present value. None releases them all.
+    # -- what is masked ----------------------------------------------------------------------------------------
 
-        Raises:
-            ValueError: if the mask does not have the weight's shape.
-        """
-        self._change(self.frozen, name, mask)
+    @property
+    def alive(self) -> dict[str, Tensor]:
+        """Where each masked weight may be non-zero."""
+        return {name: m.alive for name, m in self.records() if m.alive is not None}
 
-    def set_updated(self, name: str, mask: Tensor | None) -> None:
-        """Update only where ``mask`` is True and hold the other weights at their present value. None updates all.
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Where each weight of which something is frozen is never updated."""
+        return {name: m.frozen for name, m in self.records() if m.frozen is not None}
 
-        Raises:
-            ValueError: if the mask does not have the weight's shape.
-        """
-        self._change(self.updated, name, mask)
+    @property
+    def updated(self) -> dict[str, Tensor]:
+        """The gradient masks."""
+        return {name: m.updated for name, m in self.records() if m.updated is not None}
 
-    @torch.no_grad()
-    def _change(self, kind: dict[str, Tensor], name: str, mask: Tensor | None) -> None:
-        weight = self._weight(name, mask)
-        self.version += 1
-        whole = torch.where(self.frozen[name], self._values[name], weight) if name in self.frozen else weight.clone()
-        if mask is None:
-            kind.pop(name, None)
-        else:
-            kind[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)  # in the weight's memory format
-        if name in self.frozen or name in self.updated:
-            self._values[name] = whole
-        else:
-            self._values.pop(name, None)
-        weight.copy_(whole.masked_fill(~self.alive[name], 0) if name in self.alive else whole)
-
-    @contextmanager
-    def scoring(self, alive_only: bool = False) -> Iterator[None]:
-        """For passes that measure the importance of weights: gradients arrive whole, and FLOPs are counted apart.
-
-        With ``alive_only`` gradients of pruned weights are not looked at, and may be anything.
-        """
-        before = self.scores_taken, self.scores_whole
-        self.scores_taken, self.scores_whole = True, not alive_only
-        try:
-            yield
-        finally:
-            self.scores_taken, self.scores_whole = before
-
-    @contextmanager
-    def unrecorded(self) -> Iterator[None]:
-        """For passes that are not the step's own: masks act on their gradients, and whole ones are not kept."""
-        before, self.whole = self.whole, {}
-        try:
-            yield
-        finally:
-            self.whole = before
-
-    def ask_whole(self, names: Iterable[str]) -> None:
-        """Keep the unmasked gradients of the backward passes that follow, for who grows weights by gradient."""
-        missing = [name for name in names if name not in self.whole]
-        self.whole |= dict.fromkeys(missing)
-        self.version += bool(missing)
-
-    def take_whole(self) -> dict[str, Tensor]:
-        """The sums of these gradients since they were asked for, mean over processes; nothing is kept any more."""
-        taken = {name: grad for name, grad in self.whole.items() if grad is not None}
-        self.version += bool(self.whole)
-        self.whole = {}
-        if distributed.is_available() and distributed.is_initialized():
-            for grad in taken.values():
-                distributed.all_reduce(grad)
-            torch._foreach_div_(list(taken.values()), distributed.get_world_size())
-        return taken
-
-    def is_frozen(self, name: str) -> Tensor:
-        """Where the weight is frozen, of the weight's shape: who prunes keeps these."""
-        frozen = self.frozen.get(name)
-        return torch.zeros_like(self.module.get_parameter(name), dtype=torch.bool) if frozen is None else frozen
-
-    def held(self, name: str) -> Tensor:
-        """The weight with the values that are frozen, also of those that are pruned now."""
-        weight = self.module.get_parameter(name).detach()
-        return torch.where(self.frozen[name], self._values[name], weight) if name in self.frozen else weight
-
-    def protected(self, name: str) -> Tensor:
-        """Where whoever drops weights has to keep them: frozen and alive, and in no task's own mask."""
-        frozen = self.is_frozen(name) & self.alive.get(name, True)
-        return torch.zeros_like(frozen) if self.stored else frozen
-
-    def movable(self, name: str) -> Tensor:
-        """Where the next step may move the weight: alive and not held; of the weight's shape."""
-        free = self._free(name) if name in self._values else True
-        return torch.ones_like(self.module.get_parameter(name), dtype=torch.bool) & free & self.alive.get(name, True)
-
-    def density(self, name: str | None = None) -> float:
-        """Fraction of weights alive, of one masked weight or over all that have a mask."""
-        masks = [self.alive[name]] if name else list(self.alive.values())
-        total = sum(m.numel() for m in masks)
-        return sum(int(m.sum()) for m in masks) / total if total else 1.0
-
-    def enforce(self, optimizer: Optimizer) -> None:
-        """Keep the masks through every step of ``optimizer``, in manual and automatic optimisation.
-
-        Gradients of pruned and held coordinates arrive as zero (so that SAM does not perturb them and Frank-Wolfe
-        does not choose them), and weights are put right after every step. Calling it again does nothing.
-        """
-        if optimizer in self._optimizers:
-            return
-        self._optimizers.add(optimizer)
-        optimizer.register_step_post_hook(lambda *_: self.apply_())
-        weights = list(self.module.named_parameters())  # first: who trains their values gives them up
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for name, weight in weights:
-            if weight.ndim > 1 and weight.requires_grad and id(weight) in stepped and weight not in self._hooked:
-                self._hooked[weight] = True
-                weight.register_hook(lambda grad, name=name: self._masked(name, grad))
-
-    @torch.no_grad()
-    def apply_(self) -> None:
-        """Put the held weights back and zero the pruned ones."""
-        for name in self._values.keys() - self.elsewhere:
-            weight = self.module.get_parameter(name)
-            weight.copy_(torch.where(self._free(name), weight, self._values[name]))
-        for name in self.alive.keys() - self.elsewhere:
-            self.module.get_parameter(name).mul_(self.alive[name])
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        kinds = {"alive": dict(self.alive), "frozen": dict(self.frozen), "updated": dict(self.updated)}
-        return kinds | {"values": {name: self._values[name][frozen] for name, frozen in self.frozen.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore after the weights: what a gradient mask holds are the values now. Names keep the saved order.
-
-        Raises:
-            ValueError: if the masks are of another network; nothing is changed then.
-        """
-        weights = dict(self.module.named_parameters())
-        kinds = (("frozen", self.set_frozen), ("alive", self.set_alive), ("updated", self.set_updated))
-        for name, mask in ((n, m) for kind, _ in kinds for n, m in state.get(kind, {}).items()):
-            if name not in weights:
-                raise ValueError(f"Masks: the checkpoint has a mask of {name!r}, which this network does not have")
-            self._weight(name, mask)
-        for kind, put in kinds:
-            for name in list(getattr(self, kind)):
-                put(name, None)
-        for kind, put in kinds:
-            for name, mask in state.get(kind, {}).items():
-                put(name, mask)
-        for name, values in state.get("values", {}).items():
-            self._values[name][self.frozen[name]] = values.to(self._values[name])
-            self.set_frozen(name, self.frozen[name])
+    @property
+    def version(self) -> int:
+        """Grows with every change of a mask."""
+        return sum(m.version for _, m in self.records())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.alive)
@@ -226,24 +130,156 @@ class Masks:
     def __len__(self) -> int:
         return len(self.alive)
 
-    def _free(self, name: str) -> Tensor:
-        """Where a held weight is neither frozen nor outside its gradient mask."""
-        if name not in self.frozen:
-            return self.updated[name]
-        free = ~self.frozen[name]
-        return free & self.updated[name] if name in self.updated else free
+    def is_pruned(self) -> bool:
+        """Whether any weight has a mask."""
+        return any(m.alive is not None for _, m in self.records())
 
-    def _masked(self, name: str, grad: Tensor) -> Tensor:
-        if self.scores_taken:
-            return grad
-        if name in self.whole:
-            before = self.whole[name]
-            self.whole[name] = grad.clone() if before is None else before + grad
-        if name in self.alive:
-            grad = grad * self.alive[name]
-        if name in self._values:
-            grad = grad * self._free(name)
-        return grad
+    def frozen_part(self, name: str) -> Tensor:
+        """Where the weight is frozen, of the weight's shape; False everywhere if nothing of it is."""
+        frozen = self.record(name).frozen
+        return torch.zeros_like(self.module.get_parameter(name), dtype=torch.bool) if frozen is None else frozen
+
+    def held(self, name: str) -> Tensor:
+        """The weight with the values that are frozen, also of those that are pruned now."""
+        weight, mask = self.module.get_parameter(name).detach(), self.record(name)
+        if mask.frozen is None or mask.values is None:
+            return weight
+        return torch.where(mask.frozen, mask.values, weight)
+
+    def movable(self, name: str) -> Tensor:
+        """Where the next step may move the weight: alive and not held; of the weight's shape."""
+        mask, found = self.record(name), torch.ones_like(self.module.get_parameter(name), dtype=torch.bool)
+        for part in (mask.free(), mask.alive):
+            found = found if part is None else found & part
+        return found
+
+    def density(self, name: str | None = None) -> float:
+        """Fraction of weights alive, of one masked weight or over all that have a mask."""
+        alive = self.alive
+        masks = list(alive.values()) if name is None else [alive[name]]
+        total = sum(m.numel() for m in masks)
+        return sum(int(m.sum()) for m in masks) / total if total else 1.0
+
+    # -- changes -----------------------------------------------------------------------------------------------
+
+    def set_alive(self, name: str, mask: Tensor | None) -> None:
+        """Prune: zero the weights where ``mask`` is False. None takes the mask away.
+
+        Raises:
+            ValueError: if the mask does not have the weight's shape.
+        """
+        self._change("alive", name, mask)
+
+    def set_frozen(self, name: str, mask: Tensor | None) -> None:
+        """Hold the weights where ``mask`` is True at their present value. None releases them all.
+
+        Raises:
+            ValueError: if the mask does not have the weight's shape.
+        """
+        self._change("frozen", name, mask)
+
+    def set_updated(self, name: str, mask: Tensor | None) -> None:
+        """Update only where ``mask`` is True and hold the other weights at their present value. None updates all.
+
+        Raises:
+            ValueError: if the mask does not have the weight's shape.
+        """
+        self._change("updated", name, mask)
+
+    @torch.no_grad()
+    def _change(self, kind: str, name: str, mask: Tensor | None) -> None:
+        weight, record = self._weight(name, mask), self.record(name)
+        whole = self.held(name).clone()
+        # in the weight's memory format
+        setattr(record, kind, None if mask is None else torch.empty_like(weight, dtype=torch.bool).copy_(mask))
+        record.values = None if record.free() is None else whole
+        record.version += 1  # now that nobody can see the old mask under the new number
+        weight.copy_(whole if record.alive is None else whole.masked_fill(~record.alive, 0))
+
+    def apply_(self, skip: Callable[[str], bool] = lambda name: False) -> None:
+        """Put the held weights back and zero the pruned ones, but for names that ``skip`` says are elsewhere."""
+        for name, record in self.records():
+            if (record.alive is not None or record.values is not None) and not skip(name):
+                record.apply_(self.module.get_parameter(name))
+
+    def share_with(self, copy: nn.Module) -> None:
+        """From now on a copy of the module, such as an average of it, has these very masks and follows them.
+
+        Its weights change with the next :meth:`apply_` of its own masks.
+        """
+        self.ensure()
+        theirs = dict(copy.named_modules())
+        for prefix, layer in self.layers:
+            other = theirs.get(prefix.removesuffix("."))
+            if other is not None and _KEY in layer.__dict__:
+                other.__dict__[_KEY] = layer.__dict__[_KEY]
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Masks by kind and name, and the frozen values: tensors, as ``torch.load(weights_only=True)`` takes them."""
+        records = self.records()
+        kinds = {kind: {n: getattr(m, kind) for n, m in records} for kind in ("alive", "frozen", "updated")}
+        found = {kind: {n: m for n, m in masks.items() if m is not None} for kind, masks in kinds.items()}
+        values = {n: m.values[m.frozen] for n, m in records if m.frozen is not None and m.values is not None}
+        return found | {"values": values}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore after the weights: what a gradient mask holds are the values now.
+
+        Raises:
+            ValueError: if the masks are of another network; nothing is changed then.
+        """
+        names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        kinds = (("frozen", self.set_frozen), ("alive", self.set_alive), ("updated", self.set_updated))
+        for name, mask in ((n, m) for kind, _ in kinds for n, m in state.get(kind, {}).items()):
+            if name not in names:
+                raise ValueError(f"Masks: the checkpoint has a mask of {name!r}, which this network does not have")
+            self._weight(name, mask)
+        for kind, put in kinds:
+            for name in getattr(self, kind):
+                put(name, None)
+        for kind, put in kinds:
+            for name, mask in state.get(kind, {}).items():
+                put(name, mask)
+        for name, values in state.get("values", {}).items():
+            record = self.record(name)
+            if record.values is not None and record.frozen is not None:
+                record.values[record.frozen] = values.to(record.values)
+                self.set_frozen(name, record.frozen)
+
+    # -- where they are ----------------------------------------------------------------------------------------
+
+    def records(self) -> list[tuple[str, WeightMask]]:
+        """Each weight of which anything is known, by its first name."""
+        found: dict[int, tuple[str, WeightMask]] = {}
+        for prefix, layer in self.layers:
+            for name, record in layer.__dict__.get(_KEY, {}).items():
+                found.setdefault(id(record), (prefix + name, record))
+        return list(found.values())
+
+    def record(self, name: str) -> WeightMask:
+        """What is known of the weight of that name."""
+        path, _, own = name.rpartition(".")
+        layer = self.module.get_submodule(path)
+        if own not in layer.__dict__.get(_KEY, {}):
+            self.module.get_parameter(name)  # an error names what is not there
+            self.ensure()
+        record: WeightMask = layer.__dict__[_KEY][own]
+        weight = dict.get(layer._parameters, own)  # not to wake who trains it in another form
+        return record if weight is None else record.to(weight.device)
+
+    def ensure(self) -> None:
+        """A record for every parameter there is; parameters that are one tensor have one."""
+        known: dict[int, WeightMask] = {}
+        places = [
+            (layer, name, p) for _, layer in self.layers for name, p in dict.items(layer._parameters) if p is not None
+        ]
+        for layer, name, parameter in places:
+            if (record := layer.__dict__.get(_KEY, {}).get(name)) is not None:
+                known.setdefault(id(parameter), record)
+        for layer, name, parameter in places:
+            layer.__dict__.setdefault(_KEY, {}).setdefault(name, known.setdefault(id(parameter), WeightMask()))
 
     def _weight(self, name: str, mask: Tensor | None) -> nn.Parameter:
         weight = self.module.get_parameter(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
 
-_of: WeakKeyDictionary[nn.Module, Subnetworks] = WeakKeyDictionary()
+_KEY = "_subnetworks"
+"""In the module's ``__dict__``: copies and pickles of the module have them."""
 
 
 class Subnetwork(NamedTuple):
@@ -37,22 +38,31 @@ class Subnetworks:
         module: maps images (B, C, H, W) to logits (B, num_classes). Use :meth:`of` to share one among callbacks.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = ref(module)
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._module: ReferenceType[nn.Module] | None = None if module is None else ref(module)
         self.tasks: list[Subnetwork] = []
         self._ready: dict[int, nn.Module] = {}  # extracted networks
 
     @classmethod
     def of(cls, module: nn.Module) -> Subnetworks:
         """The one ``Subnetworks`` of ``module``, made on first use."""
-        if module not in _of:
-            _of[module] = cls(module)
-        return _of[module]
+        found = module.__dict__.get(_KEY)
+        if found is None:
+            found = module.__dict__[_KEY] = cls(module)
+        if found._module is None or found._module() is not module:
+            found._module = ref(module)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tasks": self.tasks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.tasks, self._module, self._ready = state["tasks"], None, {}
 
     @property
     def module(self) -> nn.Module:
         """The module that they are parts of."""
-        module = self._module()
+        module = None if self._module is None else self._module()
         if module is None:
             raise ReferenceError("Subnetworks: the module they belong to no longer exists")
         return module

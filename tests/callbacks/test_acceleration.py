@@ -38,11 +38,11 @@ def small(**kwargs):
 
 METHODS = {
     "SparCL": lambda: scl.SparCL(
-        small(), scl.DERpp(20, 8), scl.TaskAwareDynamicMasking(0.8, every=1), scl.DynamicDataRemoval(0.2, 1, 1),
+        small(), scl.DERpp(20, 8), scl.TaskAwareDynamicMasking(0.8, interval=1), scl.DynamicDataRemoval(0.2, 1, 1),
         scl.DynamicGradientMasking(0.05, 4), optimizer=partial(SGD, lr=0.05, momentum=0.9),
     ),
     "SparCL, gradients of the training step": lambda: scl.SparCL(
-        small(), scl.DERpp(20, 8), scl.TaskAwareDynamicMasking(0.8, every=1, gradients="training"),
+        small(), scl.DERpp(20, 8), scl.TaskAwareDynamicMasking(0.8, interval=1, gradients="training"),
         scl.DynamicDataRemoval(0.2, 1, 1), scl.DynamicGradientMasking(0.05, 4, gradients="training"),
     ),
     "RigL": lambda: scl.ContinualModule(small(), scl.ER(20, 8), policies=[scl.RigL(0.8, interval=3)]),

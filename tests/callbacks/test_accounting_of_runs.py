@@ -82,7 +82,7 @@ def test_a_run_costs_what_the_one_line_formula_of_the_tables_says():
 def test_finding_masks_is_counted_apart():
     data = toy_tasks(num_tasks=1)
     flops, model = scl.FlopsCounter(), PlainClassifier(classes=2)
-    trainer(flops, scl.TaskAwareDynamicMasking(0.75, every=1), epochs=3).fit(model, data)
+    trainer(flops, scl.TaskAwareDynamicMasking(0.75, interval=1), epochs=3).fit(model, data)
     cost = DenseCost.of(model, data.input_shape)
     sparse = cost.total_macs() - 0.75 * cost.macs["net.3.weight"]
     assert flops.summary()["training"] == pytest.approx(6 * sparse * 3 * 80)

@@ -22,7 +22,7 @@ from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
 
 def sparcl(removal):
-    masking, gradients = TaskAwareDynamicMasking(0.75, every=2), DynamicGradientMasking(0.05, interval=3)
+    masking, gradients = TaskAwareDynamicMasking(0.75, interval=2), DynamicGradientMasking(0.05, interval=3)
     return SparCL(SmallCNN(4), DERpp(30, 8), masking, removal, gradients)
 
 
@@ -37,7 +37,7 @@ class Watch(pl.Callback):
     """What each sample did in the stage, and who was removed, by hand."""
 
     def __init__(self, removal):
-        self.removal, self.every, self.stage, self.left = removal, removal.every, defaultdict(list), []
+        self.removal, self.interval, self.stage, self.left = removal, removal.interval, defaultdict(list), []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         for i, row, y in zip(trainer.datamodule.indices(batch_idx).tolist(), outputs["logits"], batch[1]):
@@ -46,17 +46,17 @@ class Watch(pl.Callback):
     def on_train_epoch_end(self, trainer, pl_module):  # before the removal, which is one of the policies
         data = trainer.datamodule
         self.alive = data.alive[data.task].clone()
-        if (data.epoch_in_task + 1) % self.every == 0 and data.epoch_in_task < self.removal.cutoff * self.every:
+        if (data.epoch_in_task + 1) % self.interval == 0 and data.epoch_in_task < self.removal.cutoff * self.interval:
             by_hand = {i: BY_HAND[self.removal.by](shown) / len(shown) for i, shown in self.stage.items()}
             found = self.removal.difficulty()[list(by_hand)]
             assert found.tolist() == pytest.approx(list(by_hand.values()), rel=1e-4)
 
     def on_train_epoch_start(self, trainer, pl_module):
         data = trainer.datamodule
-        if data.epoch_in_task and data.epoch_in_task % self.every == 0 and self.stage:
+        if data.epoch_in_task and data.epoch_in_task % self.interval == 0 and self.stage:
             kept = set(data.alive[data.task].tolist())
             self.left.append((set(self.alive.tolist()) - kept, kept, dict(self.stage)))
-        if data.epoch_in_task % self.every == 0:
+        if data.epoch_in_task % self.interval == 0:
             self.stage = defaultdict(list)
 
 
@@ -75,7 +75,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("by", BY_HAND)
 def test_the_easiest_samples_leave(by):
-    removal = DynamicDataRemoval(0.4, cutoff=2, every=3, by=by)
+    removal = DynamicDataRemoval(0.4, cutoff=2, interval=3, by=by)
     watch = Watch(removal)
     data = toy_tasks(num_tasks=2, batch_size=20)  # 80 samples: all are seen in every epoch at first
     trainer(watch, epochs=8).fit(sparcl(removal), data)
@@ -90,7 +90,7 @@ def test_removal_is_the_same_again_and_other_with_another_seed():
     for seed in (0, 0, 1):
         pl.seed_everything(seed, verbose=False)
         data = toy_tasks(num_tasks=1)
-        trainer(epochs=5).fit(sparcl(DynamicDataRemoval(0.3, cutoff=2, every=2)), data)
+        trainer(epochs=5).fit(sparcl(DynamicDataRemoval(0.3, cutoff=2, interval=2)), data)
         alive.append(data.alive[0])
     assert torch.equal(alive[0], alive[1]) and not torch.equal(alive[0], alive[2])
 
@@ -124,7 +124,7 @@ def fit(removal):
         (lambda: DynamicDataRemoval(1.0), r"fraction=1\.0"),
         (lambda: DynamicDataRemoval(cutoff=0), "cutoff=0"),
         (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss"),
-        (lambda: fit(DynamicDataRemoval(0.3, 3, 2)), "cutoff=3, every=2.*task 0 takes 4 epochs, which is 2 stages"),
+        (lambda: fit(DynamicDataRemoval(0.3, 3, 2)), "cutoff=3, interval=2.*task 0 takes 4 epochs, which is 2 stages"),
         (lambda: fit(DynamicDataRemoval(0.9, 2, 2)), r"fraction=0\.9\): 8 of the 80 samples of task 0 would be left"),
     ],
 )

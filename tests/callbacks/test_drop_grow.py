@@ -11,7 +11,7 @@ from toy_trainer import trainer
 from lightning_sparse_cl import SET, SNFS, SNIP, ContinualModule, DERpp, Masks, RigL, SmallCNN
 from lightning_sparse_cl.callbacks.growth_rules import share_out
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.sparsity import top_k_mask
+from lightning_sparse_cl.sparsity import Enforcement, top_k_mask
 
 
 class Exchanges(pl.Callback):
@@ -23,7 +23,7 @@ class Exchanges(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         masks = Masks.of(pl_module)
         names = list(masks)
-        with masks.scoring():
+        with Enforcement.of(pl_module).scoring():
             loss = F.cross_entropy(pl_module(batch[0]), batch[1])
             grads = torch.autograd.grad(loss, [pl_module.get_parameter(n) for n in names])
         weights = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
@@ -93,13 +93,13 @@ class Shares(SNFS):
 
     exchanges = 0
 
-    def exchange(self, trainer, pl_module):
+    def exchange(self, trainer, pl_module, names):
         before, part = dict(self.masks.alive), self.exchanged(trainer)
         momentum = {n: m.abs() for n, m in self._kept.items()}
         mean = {n: float(m[before[n]].mean()) for n, m in momentum.items()}
         lost = {n: int(part * int(m.sum())) for n, m in before.items()}
         sizes = {n: pl_module.get_parameter(n).detach().abs() for n in before}
-        super().exchange(trainer, pl_module)
+        super().exchange(trainer, pl_module, names)
         grown = share_out(sum(lost.values()), mean, {n: m.numel() for n, m in before.items()})
         for name, mask in before.items():
             kept = top_k_mask(sizes[name], int(mask.sum()) - lost[name], among=mask)

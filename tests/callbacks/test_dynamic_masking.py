@@ -18,6 +18,7 @@ from lightning_sparse_cl import (
     TaskAwareDynamicMasking,
 )
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+from lightning_sparse_cl.sparsity import Enforcement
 
 
 class Counts(pl.Callback):
@@ -27,7 +28,7 @@ class Counts(pl.Callback):
         self.name, self.events, self.task = name, defaultdict(list), -1
 
     def on_fit_start(self, trainer, pl_module):
-        masks = Masks.of(pl_module)
+        masks = next(c for c in trainer.callbacks if isinstance(c, TaskAwareDynamicMasking)).masks
         put = masks.set_alive
         self.events[0].append(int(masks.alive[self.name].sum()))
 
@@ -50,7 +51,7 @@ class Counts(pl.Callback):
 def test_every_event_leaves_exactly_so_many_weights(width, counts):
     k, shrunk, expanded = counts
     model, counter = PlainClassifier(width=width), Counts("net.3.weight")
-    masking = TaskAwareDynamicMasking(0.75, every=2, p_intra=0.01, p_inter=0.01)
+    masking = TaskAwareDynamicMasking(0.75, interval=2, p_intra=0.01, p_inter=0.01)
     trainer(masking, counter, epochs=5, limit_train_batches=1).fit(model, toy_tasks(num_tasks=2))
     assert counter.events[0] == [k, shrunk, k, shrunk, k]  # after epochs 2 and 4
     assert counter.events[1] == [expanded, shrunk, k, shrunk, k]
@@ -58,13 +59,15 @@ def test_every_event_leaves_exactly_so_many_weights(width, counts):
 
 def test_a_task_that_ends_while_expanded_is_shrunk():
     model, counter = PlainClassifier(width=16), Counts("net.3.weight")
-    trainer(TaskAwareDynamicMasking(0.75, every=3, p_inter=0.1), counter, epochs=2).fit(model, toy_tasks(num_tasks=2))
+    trainer(TaskAwareDynamicMasking(0.75, interval=3, p_inter=0.1), counter, epochs=2).fit(
+        model, toy_tasks(num_tasks=2)
+    )
     assert counter.events[0] == [576] and counter.events[1] == [576 + 230, 576]
 
 
 def test_all_layers_ranked_together_keep_the_total():
     model = PlainClassifier(width=16)
-    masking = TaskAwareDynamicMasking(0.5, every=1, ranking="global", init="magnitude", dense=["net.8.weight"])
+    masking = TaskAwareDynamicMasking(0.5, interval=1, ranking="global", init="magnitude", dense=["net.8.weight"])
     trainer(masking, epochs=3).fit(model, toy_tasks(num_tasks=2))
     alive = {name: mask.sum().item() for name, mask in Masks.of(model).alive.items()}
     assert sum(alive.values()) == round(0.5 * (144 + 2304))
@@ -87,7 +90,7 @@ def test_importance_is_that_of_equations_1_and_3():
             logits = pl_module(data.prepare(x, augment=False))[:, 2 * at : 2 * at + 2]
             names = list(found)
             weights = [pl_module.get_parameter(n) for n in names]
-            with Masks.of(pl_module).scoring():
+            with Enforcement.of(pl_module).scoring():
                 current = torch.autograd.grad(F.cross_entropy(logits, y - 2 * at), weights)
                 n = len(memory)
                 logits = pl_module(data.prepare(memory.images[:n], augment=False))
@@ -101,7 +104,7 @@ def test_importance_is_that_of_equations_1_and_3():
             seen.append(at)
             return found
 
-    parts = [Check(0.5, every=2, alpha=2.0, beta=3.0), DynamicDataRemoval(0.3, cutoff=2, every=2)]
+    parts = [Check(0.5, interval=2, alpha=2.0, beta=3.0), DynamicDataRemoval(0.3, cutoff=2, interval=2)]
     trainer(epochs=4).fit(ContinualModule(SmallCNN(4), DERpp(30, 8), policies=parts), toy_tasks())
     assert seen == [0, 1, 2]
 
@@ -124,7 +127,7 @@ def test_grown_weights_are_random_and_start_without_momentum():
     for seed in (0, 1):
         pl.seed_everything(seed, verbose=False)
         model = PlainClassifier(width=16)
-        trainer(Check(0.5, every=1, p_intra=0.2), epochs=2).fit(model, toy_tasks(num_tasks=1))
+        trainer(Check(0.5, interval=1, p_intra=0.2), epochs=2).fit(model, toy_tasks(num_tasks=1))
     places = torch.cat([p for found in grown.values() for p in found])
     assert abs(float(places.mean()) - 0.5) < 0.05 and float(places.std()) > 0.25  # all over the unused ones
     assert len({tuple(p.tolist()) for found in grown.values() for p in found}) == len(grown)

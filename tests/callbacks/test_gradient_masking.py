@@ -9,7 +9,6 @@ from lightning_sparse_cl import (
     ContinualModule,
     DERpp,
     DynamicGradientMasking,
-    Masks,
     OneShotPruning,
     RigL,
     SmallCNN,
@@ -17,7 +16,7 @@ from lightning_sparse_cl import (
 )
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.sparsity import top_k_mask
+from lightning_sparse_cl.sparsity import Enforcement, top_k_mask
 
 
 @pytest.mark.parametrize("memory", [True, False])
@@ -25,12 +24,12 @@ def test_gradient_masks_keep_the_largest_importance_of_equation_3(memory):
     checked = []
 
     class Check(DynamicGradientMasking):
-        def importance(self, trainer, pl_module, batch):
+        def scores(self, trainer, pl_module, batch):
             state = torch.get_rng_state()
-            found, data = super().importance(trainer, pl_module, batch), trainer.datamodule
+            found, data = super().scores(trainer, pl_module, batch), trainer.datamodule
             names, at = list(found), data.task
             weights = [pl_module.get_parameter(n) for n in names]
-            with Masks.of(pl_module).scoring(), batch_norm_still(pl_module):
+            with Enforcement.of(pl_module).scoring(), batch_norm_still(pl_module):
                 logits = pl_module(batch[0])[:, 2 * at : 2 * at + 2]
                 loss = F.cross_entropy(logits, batch[1] - 2 * at)
                 expected = [2.0 * g.abs() for g in torch.autograd.grad(loss, weights)]
@@ -54,7 +53,7 @@ def test_gradient_masks_keep_the_largest_importance_of_equation_3(memory):
                 checked.append(trainer.global_step)
 
     objective = DERpp(30, 8) if memory else None
-    policies = [TaskAwareDynamicMasking(0.5, every=2), Check(0.2, interval=3, alpha=2.0, beta=3.0)]
+    policies = [TaskAwareDynamicMasking(0.5, interval=2), Check(0.2, interval=3, alpha=2.0, beta=3.0)]
     trainer(epochs=2).fit(ContinualModule(SmallCNN(4), objective, policies=policies), toy_tasks())
     assert len(checked) == 3 * 2 * 2
 

@@ -92,14 +92,14 @@ def test_what_the_papers_would_charge_grows_with_the_reference_pass():
 def test_whole_gradients_are_those_of_the_step_alone():
     module = scl.ContinualModule(scl.SmallCNN(4), policies=[scl.RigL(0.5)])
     _, data = fitted(module, scl.AGEM(30, 8))
-    masks, x = scl.Masks.of(module), torch.randn(4, *data.input_shape)
-    masks.ask_whole(list(masks.alive))
-    with masks.unrecorded():
+    masks, own, x = scl.Masks.of(module), scl.Enforcement.of(module), torch.randn(4, *data.input_shape)
+    own.ask_whole(list(masks.alive))
+    with own.unrecorded():
         module(x).sum().backward()
-    assert not masks.take_whole()
-    masks.ask_whole(list(masks.alive))
+    assert not own.take_whole()
+    own.ask_whole(list(masks.alive))
     module(x).sum().backward()
-    assert set(masks.take_whole()) == set(masks.alive)
+    assert set(own.take_whole()) == set(masks.alive)
 
 
 def gpm_module(*policies, **kwargs):

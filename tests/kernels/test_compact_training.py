@@ -104,9 +104,11 @@ def test_masks_are_followed_and_grown_weights_learn():
     weight = net.get_parameter(name)
     assert (weight[masks[name]] == 0).all()
     assert (weight[~masks[name]] != 0).float().mean() > 0.2  # the rest sees no image
-    own.ask_whole([name])
+    scl.Enforcement.of(net).ask_whole([name])
     train(net, optimizer, 1)
-    assert (own.take_whole()[name][masks[name]] != 0).any()  # gradients of pruned weights, for who grows them
+    assert (
+        scl.Enforcement.of(net).take_whole()[name][masks[name]] != 0
+    ).any()  # gradients of pruned weights, for who grows them
 
 
 @pytest.mark.parametrize("followed", [False, True])
@@ -213,7 +215,7 @@ def test_two_parts_with_one_set_of_masks_and_masks_enforced_later():
     parts = [scl.accelerate(part, own, [sgd], measure=False) for part in net]
     for found in parts:
         found.train_compact()
-    own.enforce(sgd)  # reads the weights
+    scl.enforce(net, sgd)  # reads the weights
     for _ in range(2):
         for found in parts:
             found.train_compact()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from itertools import pairwise
+from types import SimpleNamespace
 
 import torch
 from small_network import Data, Net, images, learnt
@@ -55,7 +56,7 @@ def test_icarl_stores_equal_shares_and_classifies_by_the_nearest_mean():
 def test_icarl_learns_new_classes_from_labels_and_old_ones_from_the_teacher():
     icarl = scl.ICaRL(memory=6, minibatch=4)
     model, before = learnt(icarl, [0] * 5 + [1] * 5), Net().eval()
-    icarl.on_task_start(model, 1, Data(images(4), torch.tensor([2] * 4)))
+    icarl.on_task_start(SimpleNamespace(datamodule=Data(images(4), torch.tensor([2] * 4))), model, 1)
     x, y, old = torch.randn(3, 1, 2, 2), torch.tensor([2, 2, 2]), torch.randn(2, 1, 2, 2)
     drawn = Exemplars(old, torch.tensor([0, 1]), torch.zeros(2))
     terms = icarl(model, x, y, [drawn])
@@ -72,7 +73,7 @@ def test_icarl_learns_new_classes_from_labels_and_old_ones_from_the_teacher():
 def test_icarl_learns_classes_that_come_back_from_their_labels():
     icarl = scl.ICaRL(memory=6, minibatch=4)
     model = learnt(icarl, [0] * 5 + [1] * 5)
-    icarl.on_task_start(model, 1, Data(images(4), torch.tensor([0, 1, 0, 1])))
+    icarl.on_task_start(SimpleNamespace(datamodule=Data(images(4), torch.tensor([0, 1, 0, 1]))), model, 1)
     x = torch.randn(2, 1, 2, 2)
     one, other = (icarl(model, x, torch.tensor(y), None)["per_sample"] for y in ([0, 1], [1, 0]))
     assert not torch.allclose(one, other)

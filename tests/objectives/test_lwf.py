@@ -1,5 +1,7 @@
 """LwF's distillation and warm-up against its formula, class by class."""
 
+from types import SimpleNamespace
+
 import torch
 from small_network import Data, Net, images, learnt
 from torch.nn import functional as F
@@ -43,8 +45,10 @@ def test_the_warm_up_fits_the_new_rows_of_the_head_and_no_others():
     model = learnt(lwf, [0, 1, 0, 1])
     before = model.head.weight.detach().clone()
     data = Data(images(12, 5), torch.tensor([2] * 12))
-    lwf.on_task_start(model, 1, data)
+    lwf.on_task_start(SimpleNamespace(datamodule=data), model, 1)
     assert torch.equal(model.head.weight[:2], before[:2]) and not torch.equal(model.head.weight[2], before[2])
     again = model.head.weight.detach().clone()
-    lwf.on_task_start(model, 1, Data(images(12, 6), torch.tensor([0, 1] * 6)))  # no new class
+    lwf.on_task_start(
+        SimpleNamespace(datamodule=Data(images(12, 6), torch.tensor([0, 1] * 6))), model, 1
+    )  # no new class
     assert torch.equal(model.head.weight, again)

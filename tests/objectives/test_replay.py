@@ -73,7 +73,8 @@ def test_bad_arguments_are_named(bad):
 def test_a_single_head_leaves_other_classes_out_of_the_current_loss_only():
     objective = ER(20, 4, single_head=True)
     objective.build(nn.Sequential(OrderedDict(head=nn.Linear(1, 4))), (1,), seed=0, dtype=torch.float32)
-    objective.on_task_start(nn.Identity(), 1, SimpleNamespace(live=lambda: torch.tensor([False, True, True, False])))
+    data = SimpleNamespace(live=lambda: torch.tensor([False, True, True, False]))
+    objective.on_task_start(SimpleNamespace(datamodule=data), nn.Identity(), 1)
     logits, y = torch.randn(5, 4), torch.tensor([1, 2, 2, 1, 1])
     expected = F.cross_entropy(logits[:, 1:3], y - 1, reduction="none")
     assert torch.allclose(objective.current_loss(logits, y), expected)

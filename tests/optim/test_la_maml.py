@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse_cl import LaMAML, Masks, Plain
+from lightning_sparse_cl import LaMAML, Masks, Plain, enforce
 from lightning_sparse_cl.optim import SharpnessAware
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [2.0, 0.3], [-1.0, 1.0]], dtype=torch.double)
@@ -113,7 +113,7 @@ def test_masks_hold_in_the_inner_steps_too():
     masks = Masks.of(module)
     masks.set_alive("w", torch.tensor([[True, False]]))
     optimizer = torch.optim.SGD(module.parameters(), lr=1.0)
-    masks.enforce(optimizer)
+    enforce(module, optimizer)
     seen = []
     rule = LaMAML(lr=0.0, parts=3)
     rule.build(module)

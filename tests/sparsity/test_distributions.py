@@ -45,5 +45,5 @@ def test_counts_are_whole_and_add_up(init, density):
 def test_a_layer_without_weights_is_refused():
     with pytest.raises(ValueError, match=r"RigL\(sparsity=0.99\): uniform leaves no weight in b, which has 16"):
         counts("RigL", "uniform", {"a": (100, 100), "b": (4, 4)}, 0.01)
-    with pytest.raises(ValueError, match="init is one of uniform, erk"):
-        SET(0.5, init="ERK")
+    with pytest.raises(ValueError, match="distribution is one of uniform, erk"):
+        SET(0.5, distribution="ERK")

@@ -1,0 +1,121 @@
+"""The module's own loss, taken from its ``training_step`` without a trace of it in the run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor, nn
+
+from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+
+LossOf = Callable[[pl.LightningModule, Any], Tensor]
+"""A loss of a module on a batch: a scalar, the mean over the batch."""
+
+
+@runtime_checkable
+class ScoresItself(Protocol):
+    """A module that tells by which loss its weights are ranked, where that is not the loss it is trained with."""
+
+    def scoring_loss(self, batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
+        """The sum of the loss over a batch, and of how many samples it is; ``live`` (C,) are the classes that compete
+        in it, None is all."""
+
+
+def check_loss(owner: object, pl_module: pl.LightningModule, loss: LossOf | None) -> None:
+    """Refuse, when a fit is set up, a module whose loss cannot be had.
+
+    Raises:
+        ValueError: if the module optimises by itself, so that its ``training_step`` cannot be asked for a loss alone.
+    """
+    if loss is None and not isinstance(pl_module, ScoresItself) and not pl_module.automatic_optimization:
+        raise ValueError(
+            f"{type(owner).__name__}: {type(pl_module).__name__} optimises by itself, so its training_step cannot be "
+            f"asked for a loss alone; give {type(owner).__name__}(loss=...), a function of (module, batch) that "
+            "returns a scalar"
+        )
+
+
+@contextmanager
+def own_loss(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loss: LossOf | None = None
+) -> Iterator[tuple[nn.Module, Callable[[Any, Tensor | None], tuple[Tensor, int]]]]:
+    """Gives a module and a function of (batch, live) that computes the sum of its loss, and the number of samples.
+
+    The loss is ``loss`` if it is given, else the module's ``scoring_loss`` if it has one, else that of its
+    ``training_step``. The last runs on a copy of the module, whose logging goes nowhere: batch-norm, metrics, teachers,
+    and whatever else a step moves are the copy's, and random numbers are drawn again by the step itself. Gradients are
+    to be taken with respect to the parameters of the module that is given.
+    """
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
+        if loss is not None or isinstance(pl_module, ScoresItself):
+            with batch_norm_still(pl_module):
+                yield pl_module, _given(pl_module, loss)
+            return
+        loggers = trainer.loggers
+        trainer.loggers = [DummyLogger()] if loggers else []
+        try:
+            quiet = _quiet_copy(trainer, pl_module)
+            yield quiet, _of_step(trainer, quiet)
+        finally:
+            trainer.loggers = loggers
+
+
+def _given(pl_module: pl.LightningModule, loss: LossOf | None) -> Callable[[Any, Tensor | None], tuple[Tensor, int]]:
+    def compute(batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
+        if loss is None:
+            assert isinstance(pl_module, ScoresItself)
+            return pl_module.scoring_loss(batch, live)
+        size = _size(batch)
+        return loss(pl_module, batch) * size, size
+
+    return compute
+
+
+def _of_step(trainer: pl.Trainer, quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[Tensor, int]]:
+    takes = inspect.signature(quiet.training_step).parameters
+
+    def compute(batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
+        args = {"batch_idx": 0} if "batch_idx" in takes else {}
+        outputs = quiet.training_step(batch, **args)
+        found = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if not torch.is_tensor(found):
+            raise ValueError(
+                f"{type(quiet).__name__}.training_step returned {type(outputs).__name__} and no loss, by which weights "
+                "could be ranked; give a function of (module, batch) as `loss`"
+            )
+        size = _size(batch)
+        return found * size, size
+
+    return compute
+
+
+def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
+    """A copy of the module that logs nothing; callbacks whose hooks are on it stay what they are."""
+    kept = {id(each): each for each in (trainer, *trainer.callbacks)}
+    try:
+        quiet = copy.deepcopy(pl_module, kept)
+    except Exception as error:  # whatever the module holds
+        raise ValueError(
+            f"{type(pl_module).__name__} cannot be copied ({type(error).__name__}: {error}), so its training_step "
+            "cannot be run without a trace; give a function of (module, batch) as `loss`"
+        ) from error
+    quiet.trainer = trainer
+    for name in ("log", "log_dict"):
+        quiet.__dict__[name] = lambda *_, **__: None
+    return quiet
+
+
+def _size(batch: Any) -> int:
+    try:
+        return max(int(extract_batch_size(batch)), 1)
+    except Exception:  # Lightning's answer to a batch without a tensor
+        return 1

@@ -1,0 +1,160 @@
+"""The one base of all policies that rank weights by a score and keep the best."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.sparsity.distributions import Distribution, check_distribution, counts
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.layers import Chosen
+from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks
+
+
+class ScorePruning(Sparsifier):
+    """Keeps the weights of largest score. A policy says what the scores are, and if it must when and how many.
+
+    A subclass overrides :meth:`scores`, and may override
+
+    * *when*: :meth:`due`, asked before every batch. By default weights are pruned once, before the first batch that
+      finds them without a mask. A policy that prunes at other moments returns False and calls :meth:`prune`.
+    * *how many*: :meth:`how_many` of the weights that are ranked together stay alive.
+
+    The rest is the base's: which weights are ranked together, their division among layers, exact counts with ties
+    broken by position, frozen weights (kept, and counted), the mean over processes, and several rounds.
+
+    Args:
+        sparsity: zero fraction of the masked weights, in [0, 1).
+        ranking: ``"layer"``, each weight is ranked by itself; ``"global"``, all together.
+        distribution: how the density is divided among layers that are ranked by themselves: ``"uniform"``, ``"erk"``
+            (see ``sparsity/distributions.py``), or the sparsity of some by pattern, ``{"*.fc1.weight": 0.95}``, where
+            the others have ``sparsity``.
+        dense: weights that stay dense; see :class:`Sparsifier`.
+        sparse: weights that are pruned; see :class:`Sparsifier`.
+        rounds: prune in so many rounds, each after scores of its own, so that the density falls geometrically.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    makes_masks = True
+
+    def __init__(
+        self,
+        sparsity: float,
+        ranking: Literal["layer", "global"] = "layer",
+        distribution: Distribution = "uniform",
+        dense: Chosen | None = None,
+        sparse: Chosen | None = None,
+        rounds: int = 1,
+    ) -> None:
+        super().__init__(dense, sparse)
+        name = type(self).__name__
+        check_sparsity(name, sparsity)
+        if ranking not in ("layer", "global"):
+            raise ValueError(f"{name}(ranking={ranking!r}): ranking is 'layer' or 'global'")
+        check_distribution(name, distribution)
+        if ranking == "global" and distribution != "uniform":
+            raise ValueError(
+                f"{name}(distribution={distribution!r}): weights that are ranked together are not divided among layers"
+            )
+        if rounds < 1:
+            raise ValueError(f"{name}(rounds={rounds}): at least one round")
+        self.sparsity, self.ranking, self.distribution, self.rounds = sparsity, ranking, distribution, rounds
+
+    # -- what a policy says ------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> Mapping[str, Tensor]:
+        """A score for each weight of :meth:`names`, of the weight's shape; the largest are kept.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module.
+            batch: the batch that comes next; None where weights are pruned between batches.
+        """
+
+    def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether to prune before the batch that comes."""
+        return bool(self.unmasked(pl_module))
+
+    def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
+        """How many of the weights of ``group``, which are ranked together, stay alive."""
+        if self.ranking == "global":
+            return round(density * sum(pl_module.get_parameter(name).numel() for name in group))
+        return self._divided(pl_module, density)[group[0]]
+
+    # -- what the base does ------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        for group in self.groups(
+            pl_module
+        ):  # what matches nothing, or leaves a layer without a weight, is an error now
+            self.how_many(trainer, pl_module, group, 1 - self.sparsity)
+        if self.makes_masks:
+            self._say_how_much(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.due(trainer, pl_module):
+            self.prune(trainer, pl_module, batch)
+
+    def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+        """Score and keep the best, in :attr:`rounds`."""
+        new, density = self.unmasked(pl_module), 1 - self.sparsity
+        for i in range(self.rounds):
+            scores = dict(self.scores(trainer, pl_module, batch))
+            if missing := [name for name in self.names(pl_module) if name not in scores]:
+                raise ValueError(f"{type(self).__name__}.scores() has no score of {', '.join(missing)}")
+            if trainer.world_size > 1:  # the same masks on every process
+                for name, score in scores.items():
+                    scores[name] = score = score.clone()
+                    torch.distributed.all_reduce(score)
+                    score /= trainer.world_size
+            alive = self.masks.alive
+            for group in self.groups(pl_module):
+                if new and not set(group) & set(new):
+                    continue  # the others were pruned before these were trained
+                count = self.how_many(trainer, pl_module, group, density ** ((i + 1) / self.rounds))
+                among = {n: alive[n] for n in group if n in alive} if i else {}
+                self.keep(pl_module, {name: scores[name] for name in group}, count, among)
+
+    def keep(
+        self, pl_module: pl.LightningModule, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]
+    ) -> None:
+        """Of weights that are ranked together, keep ``count``: the protected ones, and of the others the best.
+
+        Args:
+            pl_module: the module.
+            scores: of the weights, by name.
+            count: how many stay alive in all.
+            among: where the others are chosen from, by name; everywhere for names that it lacks.
+        """
+        kept = {name: self.protected(name) for name in scores}
+        pools = {name: ~mask & among[name] if name in among else ~mask for name, mask in kept.items()}
+        best = self.rank(scores, count - sum(int(m.sum()) for m in kept.values()), pools)
+        for name, mask in best.items():
+            self.masks.set_alive(name, mask | kept[name])
+        Enforcement.of(pl_module).apply_to_averages()
+
+    def rank(self, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of the ``count`` best in ``among``. What is ranked is decided here alone: single weights."""
+        return top_k_masks(scores, count, among)
+
+    def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:
+        """Names of the weights that are ranked together."""
+        names = self.names(pl_module)
+        return [names] if names and self.ranking == "global" else [[name] for name in names]
+
+    def _divided(self, pl_module: pl.LightningModule, density: float) -> dict[str, int]:
+        shapes = {name: pl_module.get_parameter(name).shape for name in self.names(pl_module)}
+        return counts(type(self).__name__, self.distribution, shapes, density)

@@ -1,0 +1,69 @@
+"""Base of the callbacks that act when tasks begin and end, and how callbacks are put in order."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_sparse_cl.task_hooks import TaskHooks, check_task_hooks
+
+
+class TaskCallback(TaskHooks, pl.Callback):
+    """A Lightning callback with the hooks of :class:`~lightning_sparse_cl.task_hooks.TaskHooks`.
+
+    What it needs it declares, and :func:`arrange` puts the Trainer's callbacks in order accordingly when a fit is set
+    up, whatever the order of the list; where that is impossible the fit is refused.
+    """
+
+    after: ClassVar[tuple[type, ...]] = ()
+    """Kinds of callbacks that act before this one, if there are any."""
+    needs_tasks: ClassVar[bool] = False
+    """Whether it does nothing without a :class:`~lightning_sparse_cl.TaskSchedule`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            arrange(trainer, pl_module)
+
+
+def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Sort the Trainer's callbacks by what they declare, and otherwise leave them in their order.
+
+    Whoever announces tasks comes behind the others, so that it sees what they have done with a batch, and before the
+    checkpoints, which see consolidated weights.
+
+    Raises:
+        TypeError: if a method looks like a hook of tasks and is none, or a callback needs tasks and there are none.
+        ValueError: if what callbacks declare is a circle.
+    """
+    announces = [c for c in trainer.callbacks if getattr(c, "announces_tasks", False)]
+    for owner in (*trainer.callbacks, pl_module, getattr(pl_module, "objective", None)):
+        check_task_hooks(owner)
+        if getattr(owner, "needs_tasks", False) and not announces:
+            raise TypeError(
+                f"{type(owner).__name__} acts when tasks begin and end; add a TaskSchedule, and a TaskDataModule"
+            )
+    checkpoints = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
+    left = [c for c in trainer.callbacks if c not in announces and c not in checkpoints]
+    placed: list[Any] = []
+    while left:
+        ready = next((c for c in left if not any(o is not c and isinstance(o, _after(c)) for o in left)), None)
+        if ready is None:
+            circle = ", ".join(type(c).__name__ for c in left)
+            raise ValueError(f"callbacks: {circle} are each declared to come after another of them")
+        placed.append(ready)
+        left.remove(ready)
+    trainer.callbacks = [*placed, *announces, *checkpoints]
+
+
+def _after(callback: pl.Callback) -> tuple[type, ...]:
+    """Kinds that it declares to come after; a kind that it is of itself would be a circle."""
+    return tuple(kind for kind in getattr(callback, "after", ()) if not isinstance(callback, kind))
+
+
+def announce(hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+    """Call a hook of tasks of every callback that has it, then of the module, which passes it on to its objective."""
+    for owner in (*trainer.callbacks, pl_module):
+        if callable(method := getattr(owner, hook, None)):
+            method(trainer, pl_module, task)
