@@ -23,7 +23,7 @@ class CO2L(LooksBack, Replay):
 
         L_asym = - 1/|S| sum_{i in S} 1/|P(i)| sum_{p in P(i)} log softmax_{k != i}(z_i z_k / tau)_p      (eq 3)
         L_IRD  = - 1/N sum_i sum_{j != i} softmax_j(z*_i z*_j / kappa*) log softmax_j(z_i z_j / kappa)    (eqs 4-6)
-        L      = L_asym + strength * L_IRD
+        L      = L_asym + alpha * L_IRD
 
     Anchors S are the views of the current batch only; P(i) are the other views with the label of i; z* are those of the
     network at the last task's end. (The released code divides L_asym by the number of all views, exemplars included,
@@ -35,8 +35,8 @@ class CO2L(LooksBack, Replay):
 
     Args:
         memory: number of exemplars, at least as many as there are classes; equal shares a class, drawn at random.
-        minibatch: exemplars replayed a step, two views of each.
-        strength: lambda, weight of the relations.
+        replay_batch_size: number of exemplars replayed in each step, two views of each.
+        alpha: weight of the relation distillation L_IRD, the paper's lambda.
         temperature: tau.
         teacher_temperature: kappa*, of the earlier network's relations.
         student_temperature: kappa.
@@ -52,15 +52,15 @@ class CO2L(LooksBack, Replay):
     def __init__(
         self,
         memory: int = 500,
-        minibatch: int = 32,
-        strength: float = 1.0,
+        replay_batch_size: int = 32,
+        alpha: float = 1.0,
         temperature: float = 0.5,
         teacher_temperature: float = 0.01,
         student_temperature: float = 0.2,
         dim: int = 128,
     ) -> None:
-        super().__init__(BalancedMemory(memory, by="class"), minibatch)
-        self.strength = coefficient(self, "strength", strength)
+        super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
+        self.alpha = coefficient(self, "alpha", alpha)
         self.temperature = positive(self, "temperature", temperature)
         self.teacher_temperature = positive(self, "teacher_temperature", teacher_temperature)
         self.student_temperature = positive(self, "student_temperature", student_temperature)
@@ -95,9 +95,7 @@ class CO2L(LooksBack, Replay):
         rest = F.cross_entropy(logits, labels.repeat(2))
         if self.tasks and replay is not None:
             before = F.normalize(self.teacher(images).float())
-            rest = rest + self.strength * relation_distance(
-                z, before, self.student_temperature, self.teacher_temperature
-            )
+            rest = rest + self.alpha * relation_distance(z, before, self.student_temperature, self.teacher_temperature)
         return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
 
     def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:

@@ -28,19 +28,19 @@ class ICaRL(LooksBack, Replay):
     exemplars' mean mu, of length one too, is nearest (Algorithm 1), which is the largest product with mu: these
     products are the logits in eval mode.
 
-    The paper and the released code mix exemplars into the training set; here each step draws ``minibatch`` of them as
-    in ER, a larger part, and both parts of the batch count the same.
+    The paper and the released code mix exemplars into the training set; here each step draws ``replay_batch_size``
+    of them as in ER, a larger part, and both parts of the batch count the same.
 
     Args:
         memory: number of exemplars, at least as many as there are classes.
-        minibatch: exemplars replayed a step.
+        replay_batch_size: number of exemplars replayed in each step.
 
     Raises:
         ValueError: if ``memory`` is smaller than the number of classes.
     """
 
-    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
-        super().__init__(BalancedMemory(memory, by="class"), minibatch)
+    def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
+        super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
         self.teacher = Teacher()
 
     def build(
