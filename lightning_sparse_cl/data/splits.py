@@ -128,6 +128,8 @@ class SplitCIFAR100(ClassSplit):
         superclasses: task t has the classes of superclass t. It fixes ``num_tasks`` and ``class_order``.
     """
 
+    source: CIFAR100Source
+
     def __init__(
         self,
         num_tasks: int | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.base import LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
@@ -48,6 +48,9 @@ class CO2L(LooksBack, Replay):
     """
 
     views = 2
+    memory: BalancedMemory
+    seen: Tensor
+    """Which classes (num_classes,) occurred so far."""
 
     def __init__(
         self,
@@ -70,12 +73,13 @@ class CO2L(LooksBack, Replay):
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
-        classes, width = network.head.weight.shape
+        head = head_of(network)
+        classes, width = head.weight.shape
         self.memory.room_for(classes, self)
         super().build(network, input_shape, seed, dtype)
-        own = network.head.weight.dtype
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)).to(own)
-        self.teacher.build(nn.Sequential(network.backbone, self.projection))
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim))
+        self.projection.to(head.weight.dtype)
+        self.teacher.build(nn.Sequential(network.get_submodule("backbone"), self.projection))
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
@@ -83,7 +87,7 @@ class CO2L(LooksBack, Replay):
         self.replayed *= self.views
         return drawn
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         """``x`` is (B, 2, C, H, W)."""
         (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
         images = torch.cat([x, drawn.images]).transpose(0, 1).flatten(0, 1)  # (2N, C, H, W): first views, then second
@@ -98,10 +102,10 @@ class CO2L(LooksBack, Replay):
             rest = rest + self.alpha * relation_distance(z, before, self.student_temperature, self.teacher_temperature)
         return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_start(self, model: Learner, task: int, data: TaskDataModule) -> None:
         self.seen |= data.live().to(self.seen.device)
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, model: Learner, task: int, data: TaskDataModule) -> None:
         self.teacher.take(nn.Sequential(model.backbone, self.projection))
         raw, labels = data.stored()
         held = self.memory.contents()

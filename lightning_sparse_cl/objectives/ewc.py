@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, positive
 
 
 class EWC(LooksBack, CrossEntropy):
@@ -39,6 +39,11 @@ class EWC(LooksBack, CrossEntropy):
         ValueError: if an argument is out of range.
     """
 
+    F: Tensor
+    """Fisher information (P,) of the weights, one value each."""
+    anchor: Tensor
+    """Weights (P,) at the last task's end, theta*."""
+
     def __init__(
         self,
         alpha: float = 10.0,
@@ -64,7 +69,7 @@ class EWC(LooksBack, CrossEntropy):
         self.register_buffer("F", torch.zeros_like(theta))
         self.register_buffer("anchor", theta)
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks:
             moved = vector(model.network.parameters()) - self.anchor
@@ -73,7 +78,7 @@ class EWC(LooksBack, CrossEntropy):
         return terms
 
     @torch.no_grad()
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, model: Learner, task: int, data: TaskDataModule) -> None:
         among = self.live if self.single_head else None
         self.F.mul_(self.gamma).add_(fisher(model.network, data.samples(self.samples), among))
         self.anchor.copy_(vector(model.network.parameters()))

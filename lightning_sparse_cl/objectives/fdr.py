@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.base import coefficient
+from lightning_sparse_cl.objectives.base import Learner, coefficient
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 
@@ -31,6 +32,7 @@ class FDR(Replay):
     """
 
     keeps_logits = True
+    memory: BalancedMemory
 
     def __init__(
         self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False
@@ -39,16 +41,18 @@ class FDR(Replay):
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        distance = logits[0].float().softmax(1) - replay[0].logits.softmax(1)
+        stored = replay[0].logits
+        assert stored is not None  # keeps_logits
+        distance = logits[0].float().softmax(1) - stored.softmax(1)
         return self.alpha * torch.linalg.vector_norm(distance, dim=1).mean()
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_start(self, model: Learner, task: int, data: TaskDataModule) -> None:
         super().on_task_start(model, task, data)
         self.memory.room_for(data.num_tasks, self)
 
     @torch.no_grad()
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, model: Learner, task: int, data: TaskDataModule) -> None:
         raw, labels = data.stored(self.memory.size)
-        with in_eval(model):
+        with in_eval(cast(nn.Module, model)):  # which a protocol cannot say
             logits = torch.cat([model(data.prepare(x, augment=False)) for x in raw.split(256)])
         self.memory.admit(raw, labels, task, logits)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.teacher import Teacher
 
@@ -33,6 +33,9 @@ class LwF(LooksBack, CrossEntropy):
         ValueError: if ``alpha`` is negative or ``temperature`` not positive.
     """
 
+    old: Tensor
+    """Which classes (num_classes,) earlier tasks had."""
+
     def __init__(
         self, alpha: float = 3.0, temperature: float = 2.0, warmup: bool = True, single_head: bool = False
     ) -> None:
@@ -47,9 +50,9 @@ class LwF(LooksBack, CrossEntropy):
     ) -> None:
         super().build(network, input_shape, seed, dtype)
         self.teacher.build(network)
-        self.register_buffer("old", torch.zeros(network.head.out_features, dtype=torch.bool))
+        self.register_buffer("old", torch.zeros(head_of(network).out_features, dtype=torch.bool))
 
-    def on_task_start(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_start(self, model: Learner, task: int, data: TaskDataModule) -> None:
         super().on_task_start(model, task, data)
         new = data.live().to(self.old.device) & ~self.old
         if self.warmup and self.tasks and new.any():
@@ -57,7 +60,7 @@ class LwF(LooksBack, CrossEntropy):
             of_new = new[labels]
             fit_head(model.head, features_of(model.backbone, raw[of_new], data.prepare), labels[of_new], new)
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks and self.alpha:
             p = (self.teacher(x).float() / self.temperature).masked_fill(~self.old, -torch.inf).softmax(1)
@@ -65,7 +68,7 @@ class LwF(LooksBack, CrossEntropy):
             terms["rest"] = -self.alpha * (p * q.masked_fill(~self.old, 0)).sum(1).mean()
         return terms
 
-    def on_task_end(self, model: nn.Module, task: int, data: TaskDataModule) -> None:
+    def on_task_end(self, model: Learner, task: int, data: TaskDataModule) -> None:
         self.teacher.take(model.network)
         self.old |= data.live().to(self.old.device)
         super().on_task_end(model, task, data)

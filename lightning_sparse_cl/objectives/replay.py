@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.objectives.base import CrossEntropy, Terms, coefficient
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
 
 
@@ -38,7 +38,7 @@ class Replay(CrossEntropy):
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         super().build(network, input_shape, seed, dtype)
-        self.memory.build(input_shape, network.head.out_features if self.keeps_logits else None, seed, dtype)
+        self.memory.build(input_shape, head_of(network).out_features if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:
@@ -50,7 +50,7 @@ class Replay(CrossEntropy):
         parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
         return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:
             return super().forward(model, x, y, None)
         # One forward for all: batch-norm sees old and new classes together, and one pass costs less than three. The
@@ -76,6 +76,8 @@ class ER(Replay):
         replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
     """
+
+    memory: ReservoirMemory
 
     def __init__(self, memory: int = 500, replay_batch_size: int = 32, single_head: bool = False) -> None:
         super().__init__(ReservoirMemory(memory), replay_batch_size, single_head)
@@ -112,7 +114,9 @@ class DER(ER):
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        return self.alpha * F.mse_loss(logits[0].float(), replay[0].logits)
+        stored = replay[0].logits
+        assert stored is not None  # keeps_logits
+        return self.alpha * F.mse_loss(logits[0].float(), stored)
 
 
 class DERpp(DER):
