@@ -43,7 +43,7 @@ ROWS = [
 
 def images_of(root: str, train: int, size: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The first 100 classes, to train and to test on, resized with antialiasing; and their labels."""
-    source, parts = scl.TinyImageNet(root), []
+    source, parts = scl.TinyImageNetSource(root), []
     for part in (True, False):
         images, labels = source.read(part)
         at = torch.cat([(labels == c).nonzero().squeeze(1)[: train if part else 25] for c in range(CLASSES)])

@@ -52,7 +52,7 @@ def run(choice: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     options = dict(CHOICES[choice])
     objective, reopen = options.pop("objective", scl.DERpp), options.pop("reopen", "random")
     pl.seed_everything(seed, verbose=False)
-    module = scl.EsaCL(scl.SmallCNN(32), objective(memory=200, minibatch=16), sparsity=sparsity, **options)
+    module = scl.EsaCL(scl.SmallCNN(32), objective(memory=200, replay_batch_size=16), sparsity=sparsity, **options)
     for policy in module.policies:
         if isinstance(policy, scl.Reopen):
             policy.init = reopen

@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser | str) -> argparse.Namespace:
 
 def first_of_each(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """CIFAR-10: the first images of every class, to train and to test on; and labels."""
-    source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
+    source = scl.ImageFolderSource(root) if (Path(root) / "train").is_dir() else scl.CIFAR10Source(root)
     parts = []
     for train in (True, False):
         images, labels = source.read(train)

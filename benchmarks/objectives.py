@@ -35,7 +35,7 @@ CHANGED = {
     "La-MAML": "batch 32 in 2 parts, memory 500, as many epochs as the others",
 }
 Make = Callable[..., dict[str, Any]]
-"""Arguments of ContinualModule, given a memory's size and minibatch."""
+"""Arguments of ContinualModule, given ``memory`` and ``replay_batch_size``."""
 
 METHODS: dict[str, tuple[float, Make]] = {  # learning rate, and the parts
     "fine-tuning": (0.1, lambda **m: {}),
@@ -61,7 +61,7 @@ def module_of(method: str, width: int) -> scl.ContinualModule:
     lr, make = METHODS[method]
     decay = {"LwF": 5e-4, "iCaRL": 1e-5, "Co2L": 1e-4}.get(method, 0.0)
     optimizer = partial(SGD, lr=lr, weight_decay=decay, momentum=0.9 * (method == "Co2L"))
-    return scl.ContinualModule(scl.ResNet18(width), optimizer=optimizer, **make(memory=MEMORY, minibatch=BATCH))
+    return scl.ContinualModule(scl.ResNet18(width), optimizer=optimizer, **make(memory=MEMORY, replay_batch_size=BATCH))
 
 
 def data_of(images: str, **kwargs: Any) -> scl.SplitTensors:

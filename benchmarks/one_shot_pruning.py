@@ -31,14 +31,14 @@ FRANK_WOLFE = partial(scl.StochasticFrankWolfe, k=0.03)  # K below the smallest 
 VARIANTS: dict[str, dict[str, Any]] = {
     "EsaCL": {"optimizer": FRANK_WOLFE},
     "without SP": {"optimizer": SGD_MOMENTUM},
-    "without SA": {"optimizer": FRANK_WOLFE, "update": scl.Plain()},
-    "plain SGD": {"optimizer": SGD_MOMENTUM, "update": scl.Plain()},
+    "without SA": {"optimizer": FRANK_WOLFE, "update": scl.SingleBackward()},
+    "plain SGD": {"optimizer": SGD_MOMENTUM, "update": scl.SingleBackward()},
 }
 
 
 def two_classes(root: str, per_class: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Images and labels of airplane and automobile, to train and to test on."""
-    source = scl.ImageFolder(root) if (Path(root) / "train").is_dir() else scl.CIFAR10(root)
+    source = scl.ImageFolderSource(root) if (Path(root) / "train").is_dir() else scl.CIFAR10Source(root)
     parts = []
     for train in (True, False):
         images, labels = source.read(train)

@@ -144,7 +144,7 @@ def plain(network: nn.Module, _: bool) -> Callable[[Callable], Tensor]:
 def sam_and_frank_wolfe(network: nn.Module, dense: bool) -> Callable[[Callable], Tensor]:
     """SAM, then Frank-Wolfe on the pruned weights and SGD with momentum on the others."""
     named = dict(network.named_parameters())
-    pruned = [named[n] for n in scl.sparsity.sparse_weights(network, None if dense else [])]
+    pruned = [named[n] for n in scl.sparse_weights(network, None if dense else [])]
     rest = [p for p in named.values() if not any(p is q for q in pruned)]
     sgd = torch.optim.SGD(rest, lr=0.01, momentum=0.9)
     norms = nn.modules.batchnorm._BatchNorm

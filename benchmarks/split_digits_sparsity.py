@@ -19,15 +19,17 @@ SGD_DERPP = partial(SGD, lr=0.03)  # the learning rate that DER++ publishes for 
 VARIANTS: dict[str, dict[str, Any]] = {
     "EsaCL": {},
     "without SP": {"optimizer": SGD_DERPP},
-    "without SA": {"update": scl.Plain()},
-    "plain SGD": {"optimizer": SGD_DERPP, "update": scl.Plain(), "selection": scl.LossSelection(1, 1)},
+    "without SA": {"update": scl.SingleBackward()},
+    "plain SGD": {"optimizer": SGD_DERPP, "update": scl.SingleBackward(), "selection": scl.LossSelection(1, 1)},
 }
 
 
 def run(variant: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     """One sequence; ACC before and after the last pruning."""
     pl.seed_everything(seed, verbose=False)
-    module = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(memory=200, minibatch=16), sparsity=sparsity, **VARIANTS[variant])
+    module = scl.EsaCL(
+        scl.SmallCNN(32), scl.DERpp(memory=200, replay_batch_size=16), sparsity=sparsity, **VARIANTS[variant]
+    )
     metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
     return {
         "class_il": metrics["class_il"]["acc"],

@@ -210,7 +210,7 @@ def one_line(error: BaseException) -> str | None:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    checkers = [Path(module.__file__).parent for module in (scl, torch.optim, lightning)]
+    checkers = [Path(module.__path__[0]) for module in (scl, torch.optim, lightning)]
     for link in chain:
         raised_in = Path(traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else "")
         if isinstance(link, ValueError | OSError) and any(raised_in.is_relative_to(folder) for folder in checkers):

@@ -114,7 +114,7 @@ def test_every_overlay_fits_over_its_base(overlay):
     name = overlay.stem
     parts = [getattr(c, "fraction", getattr(c, "q", getattr(c, "sparsity", None))) for c in cli.model.policies]
     changed = {
-        "without_sa": lambda m: type(m.update).__name__ == "Plain",
+        "without_sa": lambda m: type(m.update).__name__ == "SingleBackward",
         "without_sp": lambda m: isinstance(m.trainer.optimizers[0], torch.optim.SGD),
         "without_sse": lambda m: m.selection.kept == {"ascent": 1.0, "descent": 0.4},
         "without_ere": lambda m: m.selection.kept == {"ascent": 0.4, "descent": 1.0},

@@ -56,8 +56,9 @@ BASE: dict[str, dict[str, Any]] = {
     "IsolatingModule": {"backbone": scl.SmallCNN(4), "optimizer": partial(SGD, lr=0.03),
         "policies": [scl.TaskSubnetworks(share=False)]},
     "EsaCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8), "selection": scl.LossSelection(warmup=0)},
-    **{name: {"memory": 30, "minibatch": 8} for name in ("ER", "DER", "DERpp", "DERppOneDraw", "FDR", "ICaRL", "AGEM")},
-    "CO2L": {"memory": 30, "minibatch": 8, "teacher_temperature": 0.1}, "EWC": {"samples": 8, "bound": 0.5},
+    **{name: {"memory": 30, "replay_batch_size": 8}
+        for name in ("ER", "DER", "DERpp", "DERppOneDraw", "FDR", "ICaRL", "AGEM")},
+    "CO2L": {"memory": 30, "replay_batch_size": 8, "teacher_temperature": 0.1}, "EWC": {"samples": 8, "bound": 0.5},
     "GPM": {"threshold": 0.5, "increment": 0.2, "samples": 20}, "LaMAML": {"clip": 0.1},
     "SparCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8),
         "masking": scl.TaskAwareDynamicMasking(0.5, 1), "removal": scl.DynamicDataRemoval(0.3, 1, 1),
@@ -79,7 +80,7 @@ BASE: dict[str, dict[str, Any]] = {
     # As quick as it gets.
     "SplitDigits": {"batch_size": 64},
     **{name: {"num_tasks": 3, "batch_size": 64} for name in ("PermutedDigits", "RotatedDigits")},
-    "VGG16": {"width": 4}, "ResNet18": {"width": 8}, "MobileNetV2": {"width": 0.25},
+    "VGG16": {"width": 4}, "ResNet18": {"width": 8}, "SmallImageMobileNetV2": {"width": 0.25},
 }  # fmt: skip
 OTHER: dict[str, Any] = {
     "backbone": scl.SmallMLP([8]), "objective": scl.ER(30, 8), "update": scl.SharpnessAware(0.5),
@@ -109,7 +110,7 @@ OTHER |= {
     "reopen": scl.Reopen("random"),
     "mask_optimizer": partial(SGD, lr=1.0),
     "LeNet5.width": 8,
-    "MobileNetV2.width": 0.5,
+    "SmallImageMobileNetV2.width": 0.5,
     "TaskLRSchedule.interval": "step",
     "masking": scl.TaskAwareDynamicMasking(0.7, 1),
     "removal": scl.DynamicDataRemoval(0.6, 1, 1),
@@ -118,7 +119,7 @@ OTHER |= {
     "ranking": "global",
     "by": "loss",
     "TaskAwareDynamicMasking.init": "magnitude",
-    "EsaCL.update": scl.Plain(),
+    "EsaCL.update": scl.SingleBackward(),
     "EsaCL.backbone": scl.SmallMLP([8, 8]),
     "SparCL.backbone": scl.SmallMLP([8, 8]),
     "joint": True,

@@ -1,8 +1,8 @@
 """Networks that map images to features; the head is added by the method. Input channels come from the data."""
 
-from lightning_sparse_cl.backbones.mobilenet import MobileNetV2
+from lightning_sparse_cl.backbones.mobilenet import SmallImageMobileNetV2
 from lightning_sparse_cl.backbones.resnet import ResNet18
 from lightning_sparse_cl.backbones.small import SmallCNN, SmallMLP
 from lightning_sparse_cl.backbones.vgg import VGG16, LeNet5
 
-__all__ = ["VGG16", "LeNet5", "MobileNetV2", "ResNet18", "SmallCNN", "SmallMLP"]
+__all__ = ["VGG16", "LeNet5", "ResNet18", "SmallCNN", "SmallImageMobileNetV2", "SmallMLP"]

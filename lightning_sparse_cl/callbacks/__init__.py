@@ -21,7 +21,7 @@ from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.report import RunReport
-from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.snip import SNIP
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
@@ -67,4 +67,5 @@ __all__ = [
     "TaskSchedule",
     "TaskSubnetworks",
     "UnfiredGrowth",
+    "position",
 ]

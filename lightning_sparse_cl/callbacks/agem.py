@@ -32,7 +32,7 @@ class AGEM(TaskCallback):
 
     Args:
         memory: number of exemplars.
-        minibatch: exemplars that a step's reference gradient is of.
+        replay_batch_size: number of exemplars drawn for each step's reference gradient.
 
     Raises:
         ValueError: if an argument is not positive, there are more tasks than exemplars, or a checkpoint has a memory of
@@ -40,11 +40,13 @@ class AGEM(TaskCallback):
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
-    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
-        if minibatch < 1:
-            raise ValueError(f"AGEM(minibatch={minibatch}): a reference gradient is of one exemplar at least")
+    def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
+        if replay_batch_size < 1:
+            raise ValueError(
+                f"AGEM(replay_batch_size={replay_batch_size}): a reference gradient is of one exemplar at least"
+            )
         self.memory = BalancedMemory(memory, by="task")
-        self.minibatch = minibatch
+        self.replay_batch_size = replay_batch_size
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -76,7 +78,7 @@ class AGEM(TaskCallback):
 
     def reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, params: list[Tensor]) -> list[Tensor]:
         """g_ref: mean over exemplars and processes, of each of ``params``."""
-        drawn = self.memory.draw(self.minibatch)
+        drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
             loss = F.cross_entropy(pl_module(trainer.datamodule.prepare(drawn.images)).float(), drawn.labels)
         with Enforcement.of(pl_module).unrecorded():

@@ -10,10 +10,18 @@ from lightning_sparse_cl.data.domains import (
     RotatedDigits,
     RotatedMNIST,
 )
-from lightning_sparse_cl.data.image_files import ImageFolder, MiniImageNet, TinyImageNet
+from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
-from lightning_sparse_cl.data.sources import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, Source, Tensors
+from lightning_sparse_cl.data.sources import (
+    CIFAR10Source,
+    CIFAR100Source,
+    DigitsSource,
+    FashionMNISTSource,
+    ImageSource,
+    MNISTSource,
+    TensorSource,
+)
 from lightning_sparse_cl.data.splits import (
     ClassSplit,
     SplitCIFAR10,
@@ -29,23 +37,23 @@ from lightning_sparse_cl.data.splits import (
 from lightning_sparse_cl.data.task_datasets import TaskDatasets
 
 __all__ = [
-    "CIFAR10",
-    "CIFAR100",
-    "MNIST",
+    "CIFAR10Source",
+    "CIFAR100Source",
     "ClassSplit",
-    "Digits",
-    "FashionMNIST",
-    "ImageFolder",
+    "DigitsSource",
+    "FashionMNISTSource",
+    "ImageFolderSource",
+    "ImageSource",
     "ImageTensors",
     "ImageTransform",
-    "MiniImageNet",
+    "MNISTSource",
+    "MiniImageNetSource",
     "Permuted",
     "PermutedDigits",
     "PermutedMNIST",
     "Rotated",
     "RotatedDigits",
     "RotatedMNIST",
-    "Source",
     "SourceTasks",
     "SplitCIFAR10",
     "SplitCIFAR100",
@@ -58,6 +66,6 @@ __all__ = [
     "SplitTinyImageNet",
     "TaskDataModule",
     "TaskDatasets",
-    "Tensors",
-    "TinyImageNet",
+    "TensorSource",
+    "TinyImageNetSource",
 ]

@@ -17,6 +17,9 @@ class ImageTransform(nn.Module):
         flip: mirror half of the samples.
     """
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int = 0, flip: bool = False) -> None:
         super().__init__()
         self.crop, self.flip = crop, flip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
-from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate
+from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
 
 
 class TaskDataModule(pl.LightningDataModule):
@@ -99,12 +99,12 @@ class TaskDataModule(pl.LightningDataModule):
     @property
     def task(self) -> int:
         """The task being trained, a pure function of the trainer's epoch."""
-        return min(bisect_right(self.starts, self.trainer.current_epoch), self.num_tasks) - 1
+        return min(bisect_right(self.starts, self._attached.current_epoch), self.num_tasks) - 1
 
     @property
     def epoch_in_task(self) -> int:
         """Epochs of the current task that are complete."""
-        return self.trainer.current_epoch - self.starts[self.task]
+        return self._attached.current_epoch - self.starts[self.task]
 
     @property
     def finished(self) -> bool:
@@ -113,13 +113,14 @@ class TaskDataModule(pl.LightningDataModule):
 
     def end_task(self) -> None:
         """Make the running epoch the last of its task. Calling it twice in an epoch does nothing more."""
-        if self.starts[-1] <= self.trainer.current_epoch:
-            self.starts.append(self.trainer.current_epoch + 1)
+        epoch = self._attached.current_epoch
+        if self.starts[-1] <= epoch:
+            self.starts.append(epoch + 1)
 
     def indices(self, batch_idx: int) -> Tensor:
         """Indices (B,) into the current task's training set of this rank's batch ``batch_idx`` of the epoch."""
-        sampler: TaskSampler = self.trainer.train_dataloader.sampler
-        return sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
+        loader = cast(TaskLoader, self._attached.train_dataloader)
+        return loader.sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
 
     def live(self) -> Tensor:
         """Which classes (num_classes,) the current task has."""
@@ -130,7 +131,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def whole(self, task: int) -> int:
         """Training samples of a task before any was removed: all that are not set aside for validation."""
-        return len(self.train_sets[task]) - len(self._held_out[task])
+        return length(self.train_sets[task]) - len(self._held_out[task])
 
     def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
         """The current task's samples that are alive, once, in batches, not augmented.
@@ -148,7 +149,7 @@ class TaskDataModule(pl.LightningDataModule):
         return torch.cat(images), torch.cat(labels)
 
     def _batches(self, count: int | None, share: bool) -> Iterator[tuple[Tensor, Tensor]]:
-        device, alive = self.trainer.strategy.root_device, self.alive[self.task]
+        device, alive = self._attached.strategy.root_device, self.alive[self.task]
         if count is not None:
             generator = torch.Generator().manual_seed(self.order_seed + self.task)
             alive = alive[torch.randperm(len(alive), generator=generator)[:count]]
@@ -162,7 +163,7 @@ class TaskDataModule(pl.LightningDataModule):
             self._load()
         if stage == "fit" or not self.alive:
             self._begin()
-        if self.trainer is not None:
+        if self.trainer is not None and self.transform is not None:
             self.transform.to(self.trainer.strategy.root_device)
 
     def _load(self) -> None:
@@ -204,8 +205,8 @@ class TaskDataModule(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
-            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(t))  # the same for every run
-            held_out = round(self.val_fraction * len(data))
+            order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same for every run
+            held_out = round(self.val_fraction * length(data))
             self._held_out.append(order[:held_out].sort().values)
             self.alive.append(order[held_out:].sort().values)
             if len(self.alive[t]) < self.batch_size * self._world_size:
@@ -218,16 +219,16 @@ class TaskDataModule(pl.LightningDataModule):
             self.order_seed = self.trainer.strategy.broadcast(self.order_seed)
 
     def train_dataloader(self) -> TaskLoader:
-        t = self.task
-        sampler = TaskSampler(self.alive[t], self._world_size, self.trainer.global_rank, seed=self.order_seed)
+        t, trainer = self.task, self._attached
+        sampler = TaskSampler(self.alive[t], self._world_size, trainer.global_rank, seed=self.order_seed)
         return TaskLoader(
             self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
             num_workers=self._workers(self.train_sets[t]), collate_fn=collate,
-            generator=torch.Generator().manual_seed(self.order_seed + self.trainer.current_epoch),  # seeds workers
+            generator=torch.Generator().manual_seed(self.order_seed + trainer.current_epoch),  # seeds workers
         )  # fmt: skip
 
     def val_dataloader(self) -> list[DataLoader]:
-        if self.trainer.state.fn == "fit":
+        if self._attached.state.fn == "fit":
             return [self._eval_loader(self.train_sets[self.task], self._held_out[self.task])] * bool(self.val_fraction)
         if self.val_fraction and not self.joint:
             return [self._eval_loader(d, i) for d, i in zip(self.train_sets, self._held_out, strict=True)]
@@ -235,7 +236,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a task; each process has its share, every sample in exactly one."""
-        return [self._eval_loader(d, torch.arange(len(d))) for d in self.test_sets]
+        return [self._eval_loader(d, torch.arange(length(d))) for d in self.test_sets]
 
     predict_dataloader = test_dataloader
 
@@ -248,6 +249,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def prepare(self, x: Tensor, augment: bool = True) -> Tensor:
         """Stored images to network input, on their device; augmented if asked and if the data module augments."""
+        if self.transform is None:
+            raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
         x = self.transform(x, augment=augment and self.augment)
         return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
 
@@ -261,12 +264,19 @@ class TaskDataModule(pl.LightningDataModule):
     # ----------------------------------------------------------------------------------------------------------
 
     @property
+    def _attached(self) -> pl.Trainer:
+        """The trainer. Raises RuntimeError if there is none."""
+        if self.trainer is None:
+            raise RuntimeError(f"{type(self).__name__}: no Trainer is attached; ask inside fit, validate or test")
+        return self.trainer
+
+    @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
 
     def _placed(self, data: Dataset) -> Dataset:
         """Data in memory goes to the device once, so that batches are gathered there."""
-        return data.to(self.trainer.strategy.root_device) if isinstance(data, ImageTensors) else data
+        return data.to(self._attached.strategy.root_device) if isinstance(data, ImageTensors) else data
 
     def _workers(self, data: Dataset) -> int:
         return 0 if isinstance(data, ImageTensors) else self.num_workers
@@ -286,19 +296,20 @@ def _labels(data: Dataset) -> Tensor:
     if isinstance(data, ImageTensors):
         return data.labels
     targets = getattr(data, "targets", None)
-    return torch.as_tensor(targets if targets is not None else [data[i][1] for i in range(len(data))])
+    return torch.as_tensor(targets if targets is not None else [data[i][1] for i in range(length(data))])
 
 
 def _refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
     for part, sets in {"training": train, "test": test}.items():
         for t, data in enumerate(sets):
-            if not len(data):
+            if not length(data):
                 raise ValueError(f"{name}: task {t} has no {part} images")
 
 
 def _union(sets: Sequence[Dataset]) -> Dataset:
-    if all(isinstance(d, ImageTensors) for d in sets):
-        return ImageTensors(torch.cat([d.images for d in sets]), torch.cat([d.labels for d in sets]))
+    held = [d for d in sets if isinstance(d, ImageTensors)]
+    if len(held) == len(sets):
+        return ImageTensors(torch.cat([d.images for d in held]), torch.cat([d.labels for d in held]))
     return ConcatDataset(sets)
 
 
@@ -307,8 +318,8 @@ def _standardise(data: Dataset, crop: int = 0, flip: bool = False) -> ImageTrans
 
     The sample depends on the number of images alone. Floats pass unchanged.
     """
-    n = min(len(data), 2000)
-    sample = torch.arange(n) * len(data) // n
+    n = min(length(data), 2000)
+    sample = torch.arange(n) * length(data) // n
     if isinstance(data, ImageTensors):
         images = data.images[sample]
     else:

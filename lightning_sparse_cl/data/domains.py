@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
-from lightning_sparse_cl.data.sources import MNIST, Digits, Source
+from lightning_sparse_cl.data.sources import DigitsSource, ImageSource, MNISTSource
 
 
 class Permuted(SourceTasks):
@@ -25,7 +25,7 @@ class Permuted(SourceTasks):
         kwargs: see :class:`TaskDataModule`.
     """
 
-    def __init__(self, source: Source, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, source: ImageSource, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(source, num_tasks, **kwargs)
         self.augment = False
         self.seed = seed
@@ -53,7 +53,7 @@ class Rotated(SourceTasks):
         kwargs: see :class:`TaskDataModule`.
     """
 
-    def __init__(self, source: Source, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
+    def __init__(self, source: ImageSource, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
         super().__init__(source, num_tasks, **kwargs)
         self.angles = [t * max_angle / max(num_tasks - 1, 1) for t in range(num_tasks)]
 
@@ -69,14 +69,14 @@ class Rotated(SourceTasks):
 
 
 class PermutedDigits(Permuted):
-    """:class:`Permuted` :class:`Digits`."""
+    """:class:`Permuted` :class:`DigitsSource`."""
 
     def __init__(self, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(Digits(), num_tasks, seed, **kwargs)
+        super().__init__(DigitsSource(), num_tasks, seed, **kwargs)
 
 
 class PermutedMNIST(Permuted):
-    """:class:`Permuted` :class:`MNIST`.
+    """:class:`Permuted` :class:`MNISTSource`.
 
     Args:
         root: folder of the data.
@@ -86,18 +86,18 @@ class PermutedMNIST(Permuted):
     def __init__(
         self, num_tasks: int = 10, root: str = "data", download: bool = False, seed: int = 0, **kwargs: Any
     ) -> None:
-        super().__init__(MNIST(root, download), num_tasks, seed, **kwargs)
+        super().__init__(MNISTSource(root, download), num_tasks, seed, **kwargs)
 
 
 class RotatedDigits(Rotated):
-    """:class:`Rotated` :class:`Digits`."""
+    """:class:`Rotated` :class:`DigitsSource`."""
 
     def __init__(self, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
-        super().__init__(Digits(), num_tasks, max_angle, **kwargs)
+        super().__init__(DigitsSource(), num_tasks, max_angle, **kwargs)
 
 
 class RotatedMNIST(Rotated):
-    """:class:`Rotated` :class:`MNIST`.
+    """:class:`Rotated` :class:`MNISTSource`.
 
     Args:
         root: folder of the data.
@@ -107,4 +107,4 @@ class RotatedMNIST(Rotated):
     def __init__(
         self, num_tasks: int = 10, root: str = "data", download: bool = False, max_angle: float = 180.0, **kwargs: Any
     ) -> None:
-        super().__init__(MNIST(root, download), num_tasks, max_angle, **kwargs)
+        super().__init__(MNISTSource(root, download), num_tasks, max_angle, **kwargs)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.sources import Source
+from lightning_sparse_cl.data.sources import ImageSource
 
 
 @dataclass(frozen=True)
-class TinyImageNet(Source):
+class TinyImageNetSource(ImageSource):
     """Tiny ImageNet, 200 classes of 64x64 (CS231n, Stanford, 2015); its validation part is the test part.
 
     A subset works: classes may lack images, and ``wnids.txt`` may list fewer classes.
@@ -71,7 +71,7 @@ class TinyImageNet(Source):
 
 
 @dataclass(frozen=True)
-class MiniImageNet(Source):
+class MiniImageNetSource(ImageSource):
     """Mini-ImageNet, 100 classes of 600 images (Vinyals et al., 2016), numbered as they first appear in the splits.
 
     For continual learning the three few-shot splits are joined, and the last sixth of every class is the test part.
@@ -110,7 +110,7 @@ class MiniImageNet(Source):
 
 
 @dataclass(frozen=True)
-class ImageFolder(Source):
+class ImageFolderSource(ImageSource):
     """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``), read as RGB.
 
     Classes are the folders of the training part, numbered alphabetically.
@@ -174,7 +174,7 @@ def _labels(found: Sequence[tuple[Path, int]]) -> Tensor:
     return torch.tensor([label for _, label in found], dtype=torch.long)
 
 
-def _rgb(source: Source, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def _rgb(source: ImageSource, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """The image (H, W, 3), resized if asked."""
     from PIL import Image
 
@@ -186,7 +186,7 @@ def _rgb(source: Source, path: Path, size: tuple[int, int] | None = None) -> np.
     return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
 
 
-def _decode(source: Source, paths: Sequence[Path], size: tuple[int, int], resize: bool = False) -> Tensor:
+def _decode(source: ImageSource, paths: Sequence[Path], size: tuple[int, int], resize: bool = False) -> Tensor:
     """The images (N, 3, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter."""
     images = np.empty((len(paths), 3, *size), dtype=np.uint8)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,12 +84,13 @@ class ShareSampler(DistributedSampler):
 class TaskLoader(DataLoader):
     """A ``DataLoader`` whose position in the epoch is part of the checkpoint (Lightning saves and restores it)."""
 
+    batch_size: int
     sampler: TaskSampler
     _seen = 0
     _first = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        # A generator: the order is drawn at the first batch, when Lightning has told the sampler the epoch.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is no _BaseDataLoaderIter
+        # It is one because the order is drawn at the first batch, when Lightning has told the sampler the epoch.
         first, self._first = self._first, 0
         self.sampler.skip = first * self.batch_size
         for self._seen, batch in enumerate(super().__iter__(), first + 1):
@@ -100,6 +101,11 @@ class TaskLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._first = self._seen = state["seen"]
+
+
+def length(data: Dataset) -> int:
+    """Number of items. Torch's ``Dataset`` does not declare ``__len__``."""
+    return len(cast(Sized, data))
 
 
 def collate(batch: Any) -> Any:

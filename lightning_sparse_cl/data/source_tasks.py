@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.datamodule import TaskDataModule, _refuse_empty, _standardise
 from lightning_sparse_cl.data.loader import ImageTensors
-from lightning_sparse_cl.data.sources import Source
+from lightning_sparse_cl.data.sources import ImageSource
 
 
 class SourceTasks(TaskDataModule):
@@ -23,7 +23,9 @@ class SourceTasks(TaskDataModule):
         kwargs: see :class:`TaskDataModule`.
     """
 
-    def __init__(self, source: Source, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, source: ImageSource, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(transform=source.image_transform() if transform is None else transform, **kwargs)
         if num_tasks < 1:
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")

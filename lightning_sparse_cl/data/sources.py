@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_sparse_cl.data.augment import ImageTransform
 
 
-class Source:
+class ImageSource:
     """Labelled images with a training and a test part. A subclass sets the attributes and overrides :meth:`read`.
 
     Attributes:
@@ -45,7 +45,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Digits(Source):
+class DigitsSource(ImageSource):
     """1797 real handwritten digits, 8x8, 10 classes; they come with the package. A fixed fifth is the test part.
 
     "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
@@ -70,14 +70,15 @@ class Digits(Source):
 
 
 @dataclass(frozen=True)
-class _Torchvision(Source):
-    """A data set of the same name in ``torchvision.datasets``.
+class _TorchvisionSource(ImageSource):
+    """The images of ``dataset``, a class in ``torchvision.datasets``.
 
     Args:
         root: folder of the data, in torchvision's layout.
         download: fetch what is missing.
     """
 
+    dataset: ClassVar[str]
     root: str = "data"
     download: bool = False
 
@@ -95,7 +96,7 @@ class _Torchvision(Source):
         from torchvision import datasets  # takes a second to import
 
         try:
-            return getattr(datasets, type(self).__name__)(self.root, train=train, download=self.download)
+            return getattr(datasets, self.dataset)(self.root, train=train, download=self.download)
         except RuntimeError as error:
             if self.download:
                 raise
@@ -104,36 +105,40 @@ class _Torchvision(Source):
             ) from error
 
 
-class MNIST(_Torchvision):
-    """70,000 handwritten digits, 28x28, 10 classes (LeCun et al., 1998)."""
+class MNISTSource(_TorchvisionSource):
+    """MNIST, 70,000 handwritten digits, 28x28, 10 classes (LeCun et al., 1998)."""
 
+    dataset = "MNIST"
     num_classes = 10
     mean, std = (0.1307,), (0.3081,)
 
 
-class FashionMNIST(_Torchvision):
-    """70,000 pictures of clothes, 28x28, 10 classes (Xiao et al., 2017)."""
+class FashionMNISTSource(_TorchvisionSource):
+    """Fashion-MNIST, 70,000 pictures of clothes, 28x28, 10 classes (Xiao et al., 2017)."""
 
+    dataset = "FashionMNIST"
     num_classes = 10
     mean, std = (0.2860,), (0.3530,)
 
 
-class CIFAR10(_Torchvision):
-    """60,000 colour images, 32x32, 10 classes (Krizhevsky, 2009)."""
+class CIFAR10Source(_TorchvisionSource):
+    """CIFAR-10, 60,000 colour images, 32x32, 10 classes (Krizhevsky, 2009)."""
 
+    dataset = "CIFAR10"
     num_classes = 10
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2615)
     crop, flip = 4, True
 
 
 @dataclass(frozen=True)
-class CIFAR100(_Torchvision):
-    """60,000 colour images, 32x32, 100 classes in 20 superclasses (Krizhevsky, 2009).
+class CIFAR100Source(_TorchvisionSource):
+    """CIFAR-100, 60,000 colour images, 32x32, 100 classes in 20 superclasses (Krizhevsky, 2009).
 
     Args:
         coarse: label by superclass.
     """
 
+    dataset = "CIFAR100"
     coarse: bool = False
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     crop, flip = 4, True
@@ -160,7 +165,7 @@ class CIFAR100(_Torchvision):
 
 
 @dataclass(frozen=True, eq=False)
-class Tensors(Source):
+class TensorSource(ImageSource):
     """Images and labels of your own.
 
     Args:
@@ -178,18 +183,18 @@ class Tensors(Source):
             images, labels = getattr(self, name)
             if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
                 raise ValueError(
-                    f"Tensors({name}=...): images are (N, C, H, W) and labels (N,), N > 0, got {tuple(images.shape)} "
-                    f"and {tuple(labels.shape)}"
+                    f"TensorSource({name}=...): images are (N, C, H, W) and labels (N,), N > 0, got "
+                    f"{tuple(images.shape)} and {tuple(labels.shape)}"
                 )
             if images.dtype != torch.uint8 and not images.is_floating_point():
-                raise ValueError(f"Tensors({name}=...): images are uint8 or float, got {images.dtype}")
+                raise ValueError(f"TensorSource({name}=...): images are uint8 or float, got {images.dtype}")
             if labels.is_floating_point() or labels.min() < 0:
-                raise ValueError(f"Tensors({name}=...): labels are integers from 0 on")
+                raise ValueError(f"TensorSource({name}=...): labels are integers from 0 on")
             if (self.crop or self.flip) and images.is_floating_point():
-                raise ValueError("Tensors(crop, flip): only uint8 images are augmented, floats pass unchanged")
+                raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, floats pass unchanged")
         if self.train[0].shape[1:] != self.test[0].shape[1:]:
             shapes = [tuple(images.shape[1:]) for images, _ in (self.train, self.test)]
-            raise ValueError(f"Tensors: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
+            raise ValueError(f"TensorSource: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there

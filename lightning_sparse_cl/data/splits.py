@@ -8,10 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.image_files import ImageFolder, MiniImageNet, TinyImageNet
+from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
-from lightning_sparse_cl.data.sources import CIFAR10, CIFAR100, MNIST, Digits, FashionMNIST, Source, Tensors
+from lightning_sparse_cl.data.sources import (
+    CIFAR10Source,
+    CIFAR100Source,
+    DigitsSource,
+    FashionMNISTSource,
+    ImageSource,
+    MNISTSource,
+    TensorSource,
+)
 
 
 class ClassSplit(SourceTasks):
@@ -29,7 +37,7 @@ class ClassSplit(SourceTasks):
     """
 
     def __init__(
-        self, source: Source, num_tasks: int = 5, class_order: int | list[int] | None = None, **kwargs: Any
+        self, source: ImageSource, num_tasks: int = 5, class_order: int | list[int] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(source, num_tasks, **kwargs)
         n = source.num_classes
@@ -61,10 +69,10 @@ Order = int | list[int] | None
 
 
 class SplitDigits(ClassSplit):
-    """:class:`ClassSplit` of the small real digits that come with the package, :class:`Digits`."""
+    """:class:`ClassSplit` of the small real digits that come with the package, :class:`DigitsSource`."""
 
     def __init__(self, num_tasks: int = 5, class_order: Order = None, **kwargs: Any) -> None:
-        super().__init__(Digits(), num_tasks, class_order, **kwargs)
+        super().__init__(DigitsSource(), num_tasks, class_order, **kwargs)
 
 
 class _SplitDownloadable(ClassSplit):
@@ -75,7 +83,7 @@ class _SplitDownloadable(ClassSplit):
         download: fetch what is missing.
     """
 
-    dataset: type[MNIST | FashionMNIST | CIFAR10 | TinyImageNet]
+    dataset: type[MNISTSource | FashionMNISTSource | CIFAR10Source | TinyImageNetSource]
 
     def __init__(
         self, num_tasks: int = 5, root: str = "data", download: bool = False, class_order: Order = None, **kwargs: Any
@@ -84,34 +92,34 @@ class _SplitDownloadable(ClassSplit):
 
 
 class SplitMNIST(_SplitDownloadable):
-    """:class:`ClassSplit` of :class:`MNIST`."""
+    """:class:`ClassSplit` of :class:`MNISTSource`."""
 
-    dataset = MNIST
+    dataset = MNISTSource
 
 
 class SplitFashionMNIST(_SplitDownloadable):
-    """:class:`ClassSplit` of :class:`FashionMNIST`."""
+    """:class:`ClassSplit` of :class:`FashionMNISTSource`."""
 
-    dataset = FashionMNIST
+    dataset = FashionMNISTSource
 
 
 class SplitCIFAR10(_SplitDownloadable):
-    """:class:`ClassSplit` of :class:`CIFAR10`: 5 tasks of 2 classes."""
+    """:class:`ClassSplit` of :class:`CIFAR10Source`: 5 tasks of 2 classes."""
 
-    dataset = CIFAR10
+    dataset = CIFAR10Source
 
 
 class SplitTinyImageNet(_SplitDownloadable):
-    """:class:`ClassSplit` of :class:`TinyImageNet`: 10 tasks of 20 classes."""
+    """:class:`ClassSplit` of :class:`TinyImageNetSource`: 10 tasks of 20 classes."""
 
-    dataset = TinyImageNet
+    dataset = TinyImageNetSource
 
     def __init__(self, num_tasks: int = 10, **kwargs: Any) -> None:
         super().__init__(num_tasks, **kwargs)
 
 
 class SplitCIFAR100(ClassSplit):
-    """:class:`ClassSplit` of :class:`CIFAR100`: 10 tasks of 10 classes, or one task of 5 for each superclass.
+    """:class:`ClassSplit` of :class:`CIFAR100Source`: 10 tasks of 10 classes, or one task of 5 for each superclass.
 
     Args:
         num_tasks: a divisor of 100; None is 10, with superclasses 20.
@@ -119,6 +127,8 @@ class SplitCIFAR100(ClassSplit):
         download: fetch what is missing.
         superclasses: task t has the classes of superclass t. It fixes ``num_tasks`` and ``class_order``.
     """
+
+    source: CIFAR100Source
 
     def __init__(
         self,
@@ -136,7 +146,7 @@ class SplitCIFAR100(ClassSplit):
             )
         if num_tasks is None:
             num_tasks = 20 if superclasses else 10
-        super().__init__(CIFAR100(root, download), num_tasks, class_order, **kwargs)
+        super().__init__(CIFAR100Source(root, download), num_tasks, class_order, **kwargs)
         self.superclasses = superclasses
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
@@ -146,7 +156,7 @@ class SplitCIFAR100(ClassSplit):
 
 
 class SplitMiniImageNet(ClassSplit):
-    """:class:`ClassSplit` of :class:`MiniImageNet`: 10 tasks of 10 classes.
+    """:class:`ClassSplit` of :class:`MiniImageNetSource`: 10 tasks of 10 classes.
 
     Args:
         root: folder that has the folder ``mini-imagenet``.
@@ -156,11 +166,13 @@ class SplitMiniImageNet(ClassSplit):
     def __init__(
         self, num_tasks: int = 10, root: str = "data", size: int = 84, class_order: Order = None, **kwargs: Any
     ) -> None:
-        super().__init__(MiniImageNet(root, size), num_tasks, class_order, **kwargs)
+        super().__init__(MiniImageNetSource(root, size), num_tasks, class_order, **kwargs)
 
 
 class SplitImageFolder(ClassSplit):
-    """:class:`ClassSplit` of any :class:`ImageFolder`: ``root/train/<class>/**``, ``root/test/<class>/**`` or ``val``.
+    """:class:`ClassSplit` of images in folders, ``root/train/<class>/**`` and ``root/test/<class>/**`` or ``val``.
+
+    The images are those of :class:`ImageFolderSource`.
 
     Args:
         root: the folder.
@@ -179,11 +191,11 @@ class SplitImageFolder(ClassSplit):
         class_order: Order = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ImageFolder(root, size, crop, flip), num_tasks, class_order, **kwargs)
+        super().__init__(ImageFolderSource(root, size, crop, flip), num_tasks, class_order, **kwargs)
 
 
 class SplitTensors(ClassSplit):
-    """:class:`ClassSplit` of images and labels of your own: :class:`Tensors`.
+    """:class:`ClassSplit` of images and labels of your own: :class:`TensorSource`.
 
     Args:
         train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on.
@@ -201,4 +213,4 @@ class SplitTensors(ClassSplit):
         class_order: Order = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(Tensors(train, test, crop, flip), num_tasks, class_order, **kwargs)
+        super().__init__(TensorSource(train, test, crop, flip), num_tasks, class_order, **kwargs)

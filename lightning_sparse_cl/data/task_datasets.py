@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import ImageTensors, length
 
 
 class TaskDatasets(TaskDataModule):
@@ -37,7 +37,7 @@ class TaskDatasets(TaskDataModule):
         self.given = {"train": train, "test": test}
         self.in_memory = in_memory
 
-    def load(self) -> tuple[list[Dataset], list[Dataset]]:
+    def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
         train, test = (
             [_Items(data, f"TaskDatasets({part}[{t}])") for t, data in enumerate(sets)]
             for part, sets in self.given.items()
@@ -51,12 +51,12 @@ class _Items(Dataset):
     """Any data set, with images as tensors (C, H, W)."""
 
     def __init__(self, data: Dataset, name: str) -> None:
-        if not len(data):
+        if not length(data):
             raise ValueError(f"{name}: the data set is empty")
         self.data, self.name = data, name
 
     def __len__(self) -> int:
-        return len(self.data)
+        return length(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         if index >= len(self):  # ends an iteration, which not every data set does by itself
@@ -76,11 +76,13 @@ class _Items(Dataset):
     @cached_property
     def targets(self) -> Tensor:
         """Labels (N,), without decoding the images if the data set lists them."""
-        data, at = self.data, slice(None)
+        data, at = self.data, None
         if isinstance(data, Subset):
-            data, at = data.dataset, torch.as_tensor(data.indices)
+            at = torch.as_tensor(data.indices)
+            data = data.dataset
         if hasattr(data, "targets") and getattr(data, "target_transform", None) is None:
-            return torch.as_tensor(data.targets)[at]
+            targets = torch.as_tensor(data.targets)
+            return targets if at is None else targets[at]
         return torch.tensor([self[i][1] for i in range(len(self))])
 
     def gather(self) -> ImageTensors:

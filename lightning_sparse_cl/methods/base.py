@@ -17,7 +17,7 @@ from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.kernels.memory import keep_freed_memory
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
-from lightning_sparse_cl.optim.sam import Outputs, Plain, Stage, UpdateRule
+from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
 from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -51,7 +51,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         self.backbone = backbone
         self.head: nn.Linear | None = None
         self.objective = objective or CrossEntropy()
-        self.update = update or Plain()
+        self.update = update or SingleBackward()
         self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
         self.policies = list(policies)

@@ -35,8 +35,8 @@ class EsaCL(ContinualModule):
         12 freeze the survivors                                   policy FreezeMasks, see ``freeze``
         13 expand: reinitialise unused weights                    policy Reopen
 
-    The ablations exchange one part each: without SA ``update=Plain()``, without SP ``optimizer=SGD``, without SSE or
-    ERE ``sse=1`` or ``ere=1``.
+    The ablations exchange one part each: without SA ``update=SingleBackward()``, without SP ``optimizer=SGD``,
+    without SSE or ERE ``sse=1`` or ``ere=1``.
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).

@@ -1,6 +1,6 @@
 """Continual-learning objectives: a loss and the memory it needs. They know nothing of masks or optimisers."""
 
-from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Objective
 from lightning_sparse_cl.objectives.co2l import CO2L
 from lightning_sparse_cl.objectives.ewc import EWC
 from lightning_sparse_cl.objectives.fdr import FDR
@@ -22,6 +22,7 @@ __all__ = [
     "ExemplarMemory",
     "Exemplars",
     "ICaRL",
+    "Learner",
     "LwF",
     "Objective",
     "Replay",

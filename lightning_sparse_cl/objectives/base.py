@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,25 @@ from lightning_sparse_cl.task_hooks import TaskHooks
 Terms = dict[str, Any]
 """``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
 ``logits`` (B, C) of the current batch."""
+
+
+class Learner(Protocol):
+    """The module that learns, as an objective sees it. :class:`~lightning_sparse_cl.ContinualModule` is one."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Maps images (B, C, H, W) to features (B, D)."""
+
+    @property
+    def head(self) -> nn.Linear:
+        """Maps features (B, D) to logits (B, num_classes)."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Backbone and head, one after the other."""
+
+    def __call__(self, x: Tensor, features: bool = False) -> Any:
+        """Maps images (B, C, H, W) to logits (B, num_classes); with ``features=True`` to logits and features (B, D)."""
 
 
 class Objective(TaskHooks, nn.Module):
@@ -41,12 +60,11 @@ class Objective(TaskHooks, nn.Module):
         """What the step replays, if anything; ``prepare`` augments and normalises stored images."""
         return None
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         """The loss terms of one pass.
 
         Args:
-            model: maps images (B, C, H, W) to logits (B, num_classes); with ``features=True`` to logits and features
-                (B, D). ``model.network`` is backbone and head.
+            model: the module that learns.
             x: images of the current batch, or of the samples of it that the pass keeps.
             y: labels (B,).
             replay: what :meth:`draw` gave, or None to leave replay out.
@@ -87,6 +105,9 @@ class CrossEntropy(Objective):
             among all classes); its paper, DER++ and ER do not say it.
     """
 
+    live: Tensor
+    """Which classes (num_classes,) the current task has; kept with ``single_head`` only."""
+
     def __init__(self, single_head: bool = False) -> None:
         super().__init__()
         self.single_head = single_head
@@ -95,13 +116,13 @@ class CrossEntropy(Objective):
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         if self.single_head:
-            self.register_buffer("live", torch.ones(network.head.out_features, dtype=torch.bool))
+            self.register_buffer("live", torch.ones(head_of(network).out_features, dtype=torch.bool))
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         if self.single_head:
             self.live.copy_(trainer.datamodule.live())
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         logits = model(x)
         return {"per_sample": self.current_loss(logits, y), "rest": logits.new_zeros(()), "logits": logits}
 
@@ -110,6 +131,11 @@ class CrossEntropy(Objective):
         if self.single_head:
             logits = logits.masked_fill(~self.live, -torch.inf)
         return F.cross_entropy(logits, y, reduction="none")
+
+
+def head_of(network: nn.Module) -> nn.Linear:
+    """The layer ``network.head``, which maps features to logits."""
+    return cast(nn.Linear, network.head)
 
 
 def coefficient(owner: object, name: str, value: float) -> float:

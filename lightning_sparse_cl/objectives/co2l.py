@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.objectives.base import LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
@@ -23,7 +23,7 @@ class CO2L(LooksBack, Replay):
 
         L_asym = - 1/|S| sum_{i in S} 1/|P(i)| sum_{p in P(i)} log softmax_{k != i}(z_i z_k / tau)_p      (eq 3)
         L_IRD  = - 1/N sum_i sum_{j != i} softmax_j(z*_i z*_j / kappa*) log softmax_j(z_i z_j / kappa)    (eqs 4-6)
-        L      = L_asym + strength * L_IRD
+        L      = L_asym + alpha * L_IRD
 
     Anchors S are the views of the current batch only; P(i) are the other views with the label of i; z* are those of the
     network at the last task's end. (The released code divides L_asym by the number of all views, exemplars included,
@@ -35,8 +35,8 @@ class CO2L(LooksBack, Replay):
 
     Args:
         memory: number of exemplars, at least as many as there are classes; equal shares a class, drawn at random.
-        minibatch: exemplars replayed a step, two views of each.
-        strength: lambda, weight of the relations.
+        replay_batch_size: number of exemplars replayed in each step, two views of each.
+        alpha: weight of the relation distillation L_IRD, the paper's lambda.
         temperature: tau.
         teacher_temperature: kappa*, of the earlier network's relations.
         student_temperature: kappa.
@@ -48,19 +48,22 @@ class CO2L(LooksBack, Replay):
     """
 
     views = 2
+    memory: BalancedMemory
+    seen: Tensor
+    """Which classes (num_classes,) occurred so far."""
 
     def __init__(
         self,
         memory: int = 500,
-        minibatch: int = 32,
-        strength: float = 1.0,
+        replay_batch_size: int = 32,
+        alpha: float = 1.0,
         temperature: float = 0.5,
         teacher_temperature: float = 0.01,
         student_temperature: float = 0.2,
         dim: int = 128,
     ) -> None:
-        super().__init__(BalancedMemory(memory, by="class"), minibatch)
-        self.strength = coefficient(self, "strength", strength)
+        super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
+        self.alpha = coefficient(self, "alpha", alpha)
         self.temperature = positive(self, "temperature", temperature)
         self.teacher_temperature = positive(self, "teacher_temperature", teacher_temperature)
         self.student_temperature = positive(self, "student_temperature", student_temperature)
@@ -70,12 +73,13 @@ class CO2L(LooksBack, Replay):
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
-        classes, width = network.head.weight.shape
+        head = head_of(network)
+        classes, width = head.weight.shape
         self.memory.room_for(classes, self)
         super().build(network, input_shape, seed, dtype)
-        own = network.head.weight.dtype
-        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim)).to(own)
-        self.teacher.build(nn.Sequential(network.backbone, self.projection))
+        self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim))
+        self.projection.to(head.weight.dtype)
+        self.teacher.build(nn.Sequential(network.get_submodule("backbone"), self.projection))
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
@@ -83,7 +87,7 @@ class CO2L(LooksBack, Replay):
         self.replayed *= self.views
         return drawn
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         """``x`` is (B, 2, C, H, W)."""
         (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
         images = torch.cat([x, drawn.images]).transpose(0, 1).flatten(0, 1)  # (2N, C, H, W): first views, then second
@@ -95,9 +99,7 @@ class CO2L(LooksBack, Replay):
         rest = F.cross_entropy(logits, labels.repeat(2))
         if self.tasks and replay is not None:
             before = F.normalize(self.teacher(images).float())
-            rest = rest + self.strength * relation_distance(
-                z, before, self.student_temperature, self.teacher_temperature
-            )
+            rest = rest + self.alpha * relation_distance(z, before, self.student_temperature, self.teacher_temperature)
         return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:

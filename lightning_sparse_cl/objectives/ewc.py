@@ -10,13 +10,13 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
-from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, positive
 
 
 class EWC(LooksBack, CrossEntropy):
     """Weights that mattered to earlier tasks are held near the values they had::
 
-        L = CE(x, y) + sum_i min(lambda F_i, bound) (theta_i - theta*_i)^2
+        L = CE(x, y) + sum_i min(alpha F_i, bound) (theta_i - theta*_i)^2
         after a task:  F <- gamma F + F_t,  theta* <- theta
 
     without the factor 1/2 of the first paper, as in the released code whose coefficients are in use. theta are the
@@ -24,12 +24,12 @@ class EWC(LooksBack, CrossEntropy):
     gradient of log p(y|x), y the sample's label, in eval mode. (Released code squares gradients in train mode, where a
     batch of one normalises itself, and weights samples by p(y|x), which makes it neither the empirical nor the true
     Fisher; samples that are learnt have gradients near zero either way.) ``bound`` is ours: gradient descent at
-    learning rate lr diverges where lr * lambda * F_i > 1, which the published coefficients exceed with this Fisher, by
+    learning rate lr diverges where lr * alpha * F_i > 1, which the published coefficients exceed with this Fisher, by
     far in networks that are not yet trained to the end; a weight that stiff is held all the same.
 
     Args:
-        strength: lambda.
-        bound: the most that lambda F_i may be, > 0; steps are stable for learning rates below 1 / bound.
+        alpha: weight of the penalty, the paper's lambda.
+        bound: the largest value of alpha F_i, > 0; steps are stable for learning rates below 1 / bound.
         gamma: how much of earlier tasks' information stays, in [0, 1].
         samples: of each task, drawn at random, for the Fisher information; None takes all.
         single_head: see :class:`CrossEntropy`.
@@ -38,16 +38,21 @@ class EWC(LooksBack, CrossEntropy):
         ValueError: if an argument is out of range.
     """
 
+    F: Tensor
+    """Fisher information (P,) of the weights, one value each."""
+    anchor: Tensor
+    """Weights (P,) at the last task's end, theta*."""
+
     def __init__(
         self,
-        strength: float = 10.0,
+        alpha: float = 10.0,
         gamma: float = 1.0,
         samples: int | None = None,
         bound: float = 5.0,
         single_head: bool = False,
     ) -> None:
         super().__init__(single_head)
-        self.strength = coefficient(self, "strength", strength)
+        self.alpha = coefficient(self, "alpha", alpha)
         self.bound = positive(self, "bound", bound)
         if not 0 <= gamma <= 1:
             raise ValueError(f"EWC(gamma={gamma}): the part of earlier tasks' Fisher information kept, in [0, 1]")
@@ -63,11 +68,11 @@ class EWC(LooksBack, CrossEntropy):
         self.register_buffer("F", torch.zeros_like(theta))
         self.register_buffer("anchor", theta)
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks:
             moved = vector(model.network.parameters()) - self.anchor
-            stiffness = (self.strength * self.F).clamp_max(self.bound)
+            stiffness = (self.alpha * self.F).clamp_max(self.bound)
             terms["rest"] = torch.dot(stiffness * moved, moved)
         return terms
 

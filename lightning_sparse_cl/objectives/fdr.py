@@ -22,7 +22,7 @@ class FDR(Replay):
 
     Args:
         memory: number of exemplars.
-        minibatch: exemplars replayed a step.
+        replay_batch_size: number of exemplars replayed in each step.
         alpha: weight of the distance.
         single_head: see :class:`CrossEntropy`.
 
@@ -31,13 +31,18 @@ class FDR(Replay):
     """
 
     keeps_logits = True
+    memory: BalancedMemory
 
-    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.3, single_head: bool = False) -> None:
-        super().__init__(BalancedMemory(memory, by="task"), minibatch, single_head)
+    def __init__(
+        self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False
+    ) -> None:
+        super().__init__(BalancedMemory(memory, by="task"), replay_batch_size, single_head)
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        distance = logits[0].float().softmax(1) - replay[0].logits.softmax(1)
+        stored = replay[0].logits
+        assert stored is not None  # keeps_logits
+        distance = logits[0].float().softmax(1) - stored.softmax(1)
         return self.alpha * torch.linalg.vector_norm(distance, dim=1).mean()
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.objectives.base import LooksBack, Terms
+from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, head_of
 from lightning_sparse_cl.objectives.features import features_of
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
@@ -29,30 +29,40 @@ class ICaRL(LooksBack, Replay):
     exemplars' mean mu, of length one too, is nearest (Algorithm 1), which is the largest product with mu: these
     products are the logits in eval mode.
 
-    The paper and the released code mix exemplars into the training set; here each step draws ``minibatch`` of them as
-    in ER, a larger part, and both parts of the batch count the same.
+    The paper and the released code mix exemplars into the training set; here each step draws ``replay_batch_size``
+    of them as in ER, a larger part, and both parts of the batch count the same.
 
     Args:
         memory: number of exemplars, at least as many as there are classes.
-        minibatch: exemplars replayed a step.
+        replay_batch_size: number of exemplars replayed in each step.
 
     Raises:
         ValueError: if ``memory`` is smaller than the number of classes.
     """
 
-    def __init__(self, memory: int = 500, minibatch: int = 32) -> None:
-        super().__init__(BalancedMemory(memory, by="class"), minibatch)
+    memory: BalancedMemory
+    old: Tensor
+    """Which classes (num_classes,) earlier tasks had."""
+    elsewhere: Tensor
+    """Which of the old classes are not in the running task."""
+    seen: Tensor
+    """Which classes occurred so far, those of the running task included."""
+    means: Tensor
+    """Mean feature (num_classes, D) of each old class's exemplars, of length one."""
+
+    def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
+        super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
         self.teacher = Teacher()
 
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
-        classes, width = network.head.weight.shape
+        classes, width = head_of(network).weight.shape
         self.memory.room_for(classes, self)
         super().build(network, input_shape, seed, dtype)
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(classes, dtype=torch.bool))
-        self.register_buffer("elsewhere", torch.zeros(classes, dtype=torch.bool))  # old, and not in the running task
+        self.register_buffer("elsewhere", torch.zeros(classes, dtype=torch.bool))
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
         self.register_buffer("means", torch.zeros(classes, width))
 
@@ -61,7 +71,7 @@ class ICaRL(LooksBack, Replay):
         self.seen |= live
         self.elsewhere.copy_(self.old & ~live)
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
         images, labels = torch.cat([x, drawn.images]), torch.cat([y, drawn.labels])
         logits = model(images)
@@ -94,14 +104,14 @@ class ICaRL(LooksBack, Replay):
         for c in labels.unique():
             of_class = at[everything.labels == c]
             order.append(of_class[herding(features[of_class], min(len(of_class), most))])
-        order = torch.cat(order)
-        self.memory.fill(Exemplars(*(part[order] for part in everything[:3])))
+        kept = torch.cat(order)
+        self.memory.fill(Exemplars(*(part[kept] for part in everything[:3])))
         self._average(pl_module, trainer.datamodule)
         self.teacher.take(pl_module.network)
         self.old.copy_(self.seen)
         super().on_task_end(trainer, pl_module, task)
 
-    def _average(self, model: nn.Module, data: TaskDataModule) -> None:
+    def _average(self, model: Learner, data: TaskDataModule) -> None:
         """The mean feature of each class's exemplars, of length one."""
         held = self.memory.contents()
         features = F.normalize(features_of(model.backbone, held.images, data.prepare))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse_cl.objectives.base import CrossEntropy, LooksBack, Terms, coefficient, positive
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.teacher import Teacher
 
@@ -32,6 +32,9 @@ class LwF(LooksBack, CrossEntropy):
         ValueError: if ``alpha`` is negative or ``temperature`` not positive.
     """
 
+    old: Tensor
+    """Which classes (num_classes,) earlier tasks had."""
+
     def __init__(
         self, alpha: float = 3.0, temperature: float = 2.0, warmup: bool = True, single_head: bool = False
     ) -> None:
@@ -46,7 +49,7 @@ class LwF(LooksBack, CrossEntropy):
     ) -> None:
         super().build(network, input_shape, seed, dtype)
         self.teacher.build(network)
-        self.register_buffer("old", torch.zeros(network.head.out_features, dtype=torch.bool))
+        self.register_buffer("old", torch.zeros(head_of(network).out_features, dtype=torch.bool))
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)
@@ -61,7 +64,7 @@ class LwF(LooksBack, CrossEntropy):
                 new,
             )
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks and self.alpha:
             p = (self.teacher(x).float() / self.temperature).masked_fill(~self.old, -torch.inf).softmax(1)

@@ -158,8 +158,10 @@ class BalancedMemory(ExemplarMemory):
         """Replace what is held by the first candidates of each group, as many as it has room for.
 
         Raises:
-            ValueError: if there are more groups than places.
+            ValueError: if there are more groups than places, or the memory keeps logits and the candidates have none.
         """
+        if self.logits is not None and candidates.logits is None:
+            raise ValueError(f"{type(self).__name__}: this memory keeps logits, and the candidates have none")
         groups, group = (candidates.labels if self.by == "class" else candidates.tasks).unique(return_inverse=True)
         self.room_for(len(groups), self)
         counts, order = group.bincount(), group.argsort(stable=True)
@@ -169,14 +171,20 @@ class BalancedMemory(ExemplarMemory):
         kept = (place < share[group]).nonzero().squeeze(1)
         self.stored = len(kept)
         for held, offered in zip(self.contents(), candidates, strict=True):
-            if held is not None:
+            if held is not None and offered is not None:
                 held.copy_(offered[kept])
 
     def admit(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
         """:meth:`fill` with what is held and then these: images as stored (n, C, H, W), labels (n,), logits (n, C)."""
-        new = Exemplars(images, labels, torch.full_like(labels, task), logits)
-        both = [None if a is None else torch.cat([a, b.to(a)]) for a, b in zip(self.contents(), new, strict=True)]
-        self.fill(Exemplars(*both))
+
+        def joined(old: Tensor, new: Tensor) -> Tensor:
+            return torch.cat([old, new.to(old)])
+
+        held, tasks = self.contents(), torch.full_like(labels, task)
+        all_logits = None if held.logits is None or logits is None else joined(held.logits, logits)
+        self.fill(
+            Exemplars(joined(held.images, images), joined(held.labels, labels), joined(held.tasks, tasks), all_logits)
+        )
 
     def get_extra_state(self) -> dict[str, int]:
         return {"stored": self.stored, "seed": self.seed}

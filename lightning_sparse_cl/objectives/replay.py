@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl.objectives.base import CrossEntropy, Terms, coefficient
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
 
 
@@ -17,7 +17,7 @@ class Replay(CrossEntropy):
 
     Args:
         memory: where exemplars come from.
-        minibatch: exemplars replayed a step.
+        replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
     """
 
@@ -25,30 +25,32 @@ class Replay(CrossEntropy):
     """Independent draws from memory a step."""
     keeps_logits = False
 
-    def __init__(self, memory: ExemplarMemory, minibatch: int = 32, single_head: bool = False) -> None:
+    def __init__(self, memory: ExemplarMemory, replay_batch_size: int = 32, single_head: bool = False) -> None:
         super().__init__(single_head)
-        if minibatch < 1:
-            raise ValueError(f"{type(self).__name__}(minibatch={minibatch}): at least one exemplar is replayed a step")
+        if replay_batch_size < 1:
+            raise ValueError(
+                f"{type(self).__name__}(replay_batch_size={replay_batch_size}): each step replays at least one exemplar"
+            )
         self.memory = memory
-        self.minibatch = minibatch
+        self.replay_batch_size = replay_batch_size
 
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         super().build(network, input_shape, seed, dtype)
-        self.memory.build(input_shape, network.head.out_features if self.keeps_logits else None, seed, dtype)
+        self.memory.build(input_shape, head_of(network).out_features if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if len(self.memory) == 0:
             self.replayed = 0
             return None
-        drawn = self.memory.draw(self.minibatch, self.draws)
+        drawn = self.memory.draw(self.replay_batch_size, self.draws)
         self.replayed = len(drawn.labels)
         drawn = drawn._replace(images=prepare(drawn.images))
         parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
         return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
 
-    def forward(self, model: nn.Module, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:
             return super().forward(model, x, y, None)
         # One forward for all: batch-norm sees old and new classes together, and one pass costs less than three. The
@@ -71,12 +73,14 @@ class ER(Replay):
 
     Args:
         memory: number of exemplars.
-        minibatch: exemplars replayed a step.
+        replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
     """
 
-    def __init__(self, memory: int = 500, minibatch: int = 32, single_head: bool = False) -> None:
-        super().__init__(ReservoirMemory(memory), minibatch, single_head)
+    memory: ReservoirMemory
+
+    def __init__(self, memory: int = 500, replay_batch_size: int = 32, single_head: bool = False) -> None:
+        super().__init__(ReservoirMemory(memory), replay_batch_size, single_head)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
         return F.cross_entropy(logits[0], replay[0].labels)
@@ -93,7 +97,7 @@ class DER(ER):
 
     Args:
         memory: number of exemplars.
-        minibatch: exemplars of each draw.
+        replay_batch_size: number of exemplars in each draw.
         alpha: weight of the distance to the stored logits.
         single_head: see :class:`CrossEntropy`.
 
@@ -103,12 +107,16 @@ class DER(ER):
 
     keeps_logits = True
 
-    def __init__(self, memory: int = 500, minibatch: int = 32, alpha: float = 0.3, single_head: bool = False) -> None:
-        super().__init__(memory, minibatch, single_head)
+    def __init__(
+        self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False
+    ) -> None:
+        super().__init__(memory, replay_batch_size, single_head)
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        return self.alpha * F.mse_loss(logits[0].float(), replay[0].logits)
+        stored = replay[0].logits
+        assert stored is not None  # keeps_logits
+        return self.alpha * F.mse_loss(logits[0].float(), stored)
 
 
 class DERpp(DER):
@@ -116,7 +124,7 @@ class DERpp(DER):
 
     Args:
         memory: number of exemplars.
-        minibatch: exemplars of each draw.
+        replay_batch_size: number of exemplars in each draw.
         alpha: weight of the distance to the stored logits.
         beta: weight of the cross-entropy on exemplars.
         single_head: see :class:`CrossEntropy`.
@@ -130,12 +138,12 @@ class DERpp(DER):
     def __init__(
         self,
         memory: int = 500,
-        minibatch: int = 32,
+        replay_batch_size: int = 32,
         alpha: float = 0.2,
         beta: float = 0.5,
         single_head: bool = False,
     ) -> None:
-        super().__init__(memory, minibatch, alpha, single_head)
+        super().__init__(memory, replay_batch_size, alpha, single_head)
         self.beta = coefficient(self, "beta", beta)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:

@@ -3,15 +3,15 @@
 from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 from lightning_sparse_cl.optim.la_maml import LaMAML
 from lightning_sparse_cl.optim.polytopes import KSparsePolytope
-from lightning_sparse_cl.optim.sam import Plain, SharpnessAware, UpdateRule, perturbed
+from lightning_sparse_cl.optim.sam import SharpnessAware, SingleBackward, UpdateRule, perturbed
 from lightning_sparse_cl.optim.selection import LossSelection
 
 __all__ = [
     "KSparsePolytope",
     "LaMAML",
     "LossSelection",
-    "Plain",
     "SharpnessAware",
+    "SingleBackward",
     "StochasticFrankWolfe",
     "UpdateRule",
     "perturbed",

@@ -31,8 +31,8 @@ class UpdateRule(ABC):
         """Returns the outputs of the descent pass."""
 
 
-class Plain(UpdateRule):
-    """One backward pass."""
+class SingleBackward(UpdateRule):
+    """Plain backpropagation: one backward pass, on the loss of the descent."""
 
     def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         outputs = loss("descent")

@@ -35,7 +35,9 @@ OBJECTIVES = [scl.CrossEntropy(), scl.DERpp(30, 8), scl.EWC(10.0), scl.CO2L(30, 
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
-@pytest.mark.parametrize("update", [scl.Plain(), scl.SharpnessAware(), scl.LaMAML(parts=2)], ids=lambda u: str(u)[:9])
+@pytest.mark.parametrize(
+    "update", [scl.SingleBackward(), scl.SharpnessAware(), scl.LaMAML(parts=2)], ids=lambda u: str(u)[:9]
+)
 def test_agem_acts_on_the_last_gradient_of_any_objective_and_update(objective, update, monkeypatch):
     references = []
 
@@ -64,14 +66,14 @@ def test_agem_acts_on_the_last_gradient_of_any_objective_and_update(objective, u
 
 
 def test_agem_uses_its_whole_memory_and_every_task_has_a_share():
-    agem = scl.AGEM(memory=31, minibatch=8)
+    agem = scl.AGEM(memory=31, replay_batch_size=8)
     fitted(PlainClassifier(6), agem)  # a module that knows nothing of this package
     assert len(agem.memory) == 31
     assert agem.memory.contents().tasks.bincount().tolist() == [11, 10, 10]
 
 
 def test_a_memory_larger_than_a_task_still_draws_at_random():
-    agem = scl.AGEM(memory=90, minibatch=8)
+    agem = scl.AGEM(memory=90, replay_batch_size=8)
     fitted(PlainClassifier(6), agem)
     held = agem.memory.contents()
     for task in range(3):
@@ -109,7 +111,7 @@ def gpm_module(*policies, **kwargs):
     return gpm, scl.ContinualModule(scl.SmallCNN(6), objective, policies=[*policies, gpm], **kwargs)
 
 
-@pytest.mark.parametrize("update", [scl.Plain(), scl.SharpnessAware()], ids=lambda u: type(u).__name__)
+@pytest.mark.parametrize("update", [scl.SingleBackward(), scl.SharpnessAware()], ids=lambda u: type(u).__name__)
 @pytest.mark.parametrize("pruned", [False, True])
 def test_every_step_is_orthogonal_to_the_bases_of_its_task(update, pruned):
     policies = [scl.OneShotPruning(0.5), scl.Reopen("zero")] if pruned else []
@@ -232,7 +234,7 @@ class Grouped(PlainClassifier):
     ("make", "error", "message"),
     [
         (lambda: scl.AGEM(memory=0), ValueError, "size=0"),
-        (lambda: scl.AGEM(minibatch=0), ValueError, r"AGEM\(minibatch=0\)"),
+        (lambda: scl.AGEM(replay_batch_size=0), ValueError, r"AGEM\(replay_batch_size=0\)"),
         (lambda: scl.GPM(threshold=0.0), ValueError, r"GPM\(threshold=0.0\).*in \(0, 1\]"),
         (lambda: scl.GPM(threshold=1.1), ValueError, r"GPM\(threshold=1.1\)"),
         (lambda: scl.GPM(increment=-0.1), ValueError, r"GPM\(increment=-0.1\)"),

@@ -261,7 +261,9 @@ def test_frozen_batch_norm_normalises_by_the_first_tasks_statistics():
     trainer(Check(), epochs=1).fit(dst(batch_norm="frozen"), toy_tasks())
 
 
-@pytest.mark.parametrize("backbone", [lambda: scl.VGG16(2, []), lambda: scl.MobileNetV2(0.25), lambda: scl.ResNet18(4)])
+@pytest.mark.parametrize(
+    "backbone", [lambda: scl.VGG16(2, []), lambda: scl.SmallImageMobileNetV2(0.25), lambda: scl.ResNet18(4)]
+)
 def test_nothing_is_forgotten_by_the_papers_backbones(backbone):
     logits, rule = Logits(), scl.RigL(0.5, distribution="erk", **EXCHANGE)
     module = scl.ContinualDST(backbone(), growth=rule, optimizer=OPTIMIZERS["adam"])
@@ -322,7 +324,7 @@ def test_bad_input_is_named():
         (lambda: scl.ResNet18(8, "5x5"), "stem is '3x3' or '7x7'"),
         (lambda: scl.VGG16(0), "at least one channel"),
         (lambda: scl.LeNet5(0), "at least one channel"),
-        (lambda: scl.MobileNetV2(0), "positive"),
+        (lambda: scl.SmallImageMobileNetV2(0), "positive"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

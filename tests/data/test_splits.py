@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
-from torchvision.datasets import MNIST as TorchvisionMNIST
+from torchvision.datasets import MNIST
 
 from lightning_sparse_cl import data as scl
 from tests import fake_data
@@ -60,13 +60,16 @@ def test_every_sample_is_in_the_task_of_its_class(name: str, tmp_path: Path, mon
 def test_digits_are_those_of_scikit_learn_and_split_by_class() -> None:
     real = load_digits()
     images = torch.from_numpy(real.images * 255 / 16).round().to(torch.uint8).unsqueeze(1)
-    train, test = scl.Digits().read(train=True), scl.Digits().read(train=False)
+    train, test = scl.DigitsSource().read(train=True), scl.DigitsSource().read(train=False)
     same = samples(*train) + samples(*test) == samples(images, torch.from_numpy(real.target))
     assert same
     for c in range(10):
         assert int((test[1] == c).sum()) == int((real.target == c).sum()) // 5
     pixels = train[0].double() / 255
-    assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (*scl.Digits.mean, *scl.Digits.std)
+    assert (round(pixels.mean().item(), 4), round(pixels.std().item(), 4)) == (
+        *scl.DigitsSource.mean,
+        *scl.DigitsSource.std,
+    )
 
 
 def test_class_order() -> None:
@@ -74,7 +77,7 @@ def test_class_order() -> None:
     assert scl.SplitDigits(class_order=3).class_order == scl.SplitDigits(class_order=3).class_order
     assert scl.SplitDigits(class_order=3).class_order != scl.SplitDigits(class_order=4).class_order
     backwards = ready(scl.SplitDigits(class_order=list(range(9, -1, -1))))
-    images, labels = scl.Digits().read(train=True)
+    images, labels = scl.DigitsSource().read(train=True)
     assert torch.equal(backwards.train_sets[1].images, images[(labels == 7) | (labels == 6)])
     assert backwards.train_sets[1].labels.unique().tolist() == [2, 3]
 
@@ -86,7 +89,7 @@ def test_superclasses_are_tasks(tmp_path: Path, monkeypatch: Any) -> None:
     for t, task in enumerate(split.test_sets):
         assert task.labels.unique().tolist() == list(range(5 * t, 5 * t + 5))
         assert {fake_data.superclass_of(split.class_order[c]) for c in task.labels} == {t}
-    coarse = scl.CIFAR100(str(tmp_path), coarse=True)
+    coarse = scl.CIFAR100Source(str(tmp_path), coarse=True)
     assert coarse.num_classes == 20
     assert coarse.read(train=True)[1].tolist() == [fake_data.superclass_of(int(c)) for c in written["train"][1]]
 
@@ -99,7 +102,7 @@ def test_tiny_imagenet_downloads_once_and_works_in_part(tmp_path: Path, monkeypa
         fake_data.write_tiny_imagenet(Path(root), classes=10)
 
     monkeypatch.setattr("torchvision.datasets.utils.download_and_extract_archive", download)
-    source = scl.TinyImageNet(str(tmp_path), download=True)
+    source = scl.TinyImageNetSource(str(tmp_path), download=True)
     assert source.num_classes == 200
     for _ in range(2):
         source.fetch()
@@ -116,7 +119,7 @@ def test_tiny_imagenet_downloads_once_and_works_in_part(tmp_path: Path, monkeypa
 def test_permuted_tasks_show_the_same_pixels_elsewhere() -> None:
     first, second = ready(scl.PermutedDigits(num_tasks=3, seed=5)), ready(scl.PermutedDigits(num_tasks=4, seed=5))
     for train, sets in {True: first.train_sets, False: first.test_sets}.items():
-        images, labels = scl.Digits().read(train)
+        images, labels = scl.DigitsSource().read(train)
         assert torch.equal(sets[0].images, images)
         for t, task in enumerate(sets):
             order = first.permutation(t, 64)  # one for both parts
@@ -128,7 +131,7 @@ def test_permuted_tasks_show_the_same_pixels_elsewhere() -> None:
 
 
 def test_rotated_tasks_turn_evenly() -> None:
-    images, labels = scl.Digits().read(train=True)
+    images, labels = scl.DigitsSource().read(train=True)
     tasks = ready(scl.RotatedDigits(num_tasks=5, max_angle=180)).train_sets
     for t, quarters in {0: 0, 2: 1, 4: 2}.items():
         assert torch.equal(tasks[t].images, images.rot90(quarters, (2, 3)))
@@ -191,7 +194,7 @@ def test_task_datasets_take_images_and_tensors(image: Any, stored: Tensor, in_me
 
 def test_streamed_labels_are_not_decoded_where_they_are_listed(tmp_path: Path) -> None:
     written = fake_data.write_mnist(tmp_path)
-    train = TorchvisionMNIST(str(tmp_path))
+    train = MNIST(str(tmp_path))
     tasks = [Subset(train, (train.targets == c).nonzero().flatten().tolist()) for c in (3, 5)]
     train.transform = lambda image: pytest.fail("an image was decoded")
     split = scl.TaskDatasets(tasks, tasks, in_memory=False)
@@ -231,11 +234,14 @@ ERRORS: list[tuple[Callable[[Path], scl.TaskDataModule], str]] = [
     (lambda _: scl.PermutedDigits(num_tasks=0), r"PermutedDigits\(num_tasks=0\): .* at least one task"),
     (lambda _: scl.SplitDigits(class_order=[0] * 10), r"class_order=\[0, .*each of the 10 classes 0-9 once"),
     (lambda _: scl.SplitCIFAR100(10, superclasses=True), r"num_tasks=10.*superclasses make 20 tasks"),
-    (lambda p: scl.SplitMNIST(root=str(p)), r"MNIST\(root=.*missing or damaged.*download: true"),
-    (lambda p: scl.SplitCIFAR10(root=str(p)), r"CIFAR10\(root=.*missing or damaged.*download: true"),
-    (lambda p: scl.SplitTinyImageNet(root=str(p)), r"TinyImageNet\(root=.*wnids.txt.*missing; set download: true, or"),
-    (lambda p: scl.SplitMiniImageNet(root=str(p)), r"MiniImageNet\(root=.*train.csv.*place the images in"),
-    (lambda p: scl.SplitImageFolder(str(p), 2), r"ImageFolder\(root=.*no folder '.*train/<class>'"),
+    (lambda p: scl.SplitMNIST(root=str(p)), r"MNISTSource\(root=.*missing or damaged.*download: true"),
+    (lambda p: scl.SplitCIFAR10(root=str(p)), r"CIFAR10Source\(root=.*missing or damaged.*download: true"),
+    (
+        lambda p: scl.SplitTinyImageNet(root=str(p)),
+        r"TinyImageNetSource\(root=.*wnids.txt.*missing; set download: true, or",
+    ),
+    (lambda p: scl.SplitMiniImageNet(root=str(p)), r"MiniImageNetSource\(root=.*train.csv.*place the images in"),
+    (lambda p: scl.SplitImageFolder(str(p), 2), r"ImageFolderSource\(root=.*no folder '.*train/<class>'"),
     (
         lambda p: broken_folder(p, lambda p: (p / "test").rename(p / "x")),
         r"no folder '.*test/<class>' or '.*val/<class",

@@ -14,9 +14,9 @@ from lightning_sparse_cl import (
     EsaCL,
     FlopsCounter,
     LossSelection,
-    Plain,
     RandomState,
     SharpnessAware,
+    SingleBackward,
     SmallCNN,
     SmallMLP,
     SplitTensors,
@@ -33,7 +33,7 @@ def test_batch_norm_statistics_move_once_a_step_under_sam():
 
 def test_sam_of_radius_zero_is_plain_training():
     states = []
-    for update in (Plain(), SharpnessAware(0.0), SharpnessAware(0.5)):
+    for update in (SingleBackward(), SharpnessAware(0.0), SharpnessAware(0.5)):
         pl.seed_everything(1, verbose=False)
         model = ContinualModule(SmallMLP([8]), update=update)
         trainer(RandomState(), epochs=1).fit(model, toy_tasks())
@@ -69,7 +69,7 @@ def test_selection_saves_passes_after_its_warm_up():
 
 
 @pytest.mark.parametrize("selection", [None, LossSelection(0.5, 0.5, 0)])
-@pytest.mark.parametrize("update", [Plain(), SharpnessAware(0.1)])
+@pytest.mark.parametrize("update", [SingleBackward(), SharpnessAware(0.1)])
 def test_memory_keeps_stored_images_and_the_logits_from_before_the_update(update, selection):
     pl.seed_everything(0, verbose=False)
     data = toy_tasks(num_tasks=1, per_class=8)  # one batch

@@ -13,8 +13,8 @@ from lightning_sparse_cl import (
     DERpp,
     EsaCL,
     OneShotPruning,
-    Plain,
     RandomState,
+    SingleBackward,
     SmallCNN,
     SmallMLP,
     SplitDigits,
@@ -31,7 +31,7 @@ def test_k_follows_the_sparsity_unless_set(sparsity, k):
     module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity, optimizer=partial(StochasticFrankWolfe, k=0.3))
     module.build((1, 8, 8), 10)
     assert module.configure_optimizers().param_groups[0]["k"] == 0.3
-    module = EsaCL(SmallMLP([30, 20]), optimizer=partial(SGD, lr=0.1), update=Plain())
+    module = EsaCL(SmallMLP([30, 20]), optimizer=partial(SGD, lr=0.1), update=SingleBackward())
     module.build((1, 8, 8), 10)
     assert isinstance(module.configure_optimizers(), SGD)
 

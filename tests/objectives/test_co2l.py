@@ -40,7 +40,7 @@ def test_relations_are_closest_to_themselves():
 
 
 def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
-    co2l = scl.CO2L(memory=6, minibatch=4, dim=5)
+    co2l = scl.CO2L(memory=6, replay_batch_size=4, dim=5)
     model = learnt(co2l, [0] * 5 + [1] * 5)
     assert co2l.memory.contents().labels.bincount().tolist() == [3, 3]
     x, y = torch.randn(3, 2, 1, 2, 2), torch.tensor([2, 2, 1])
@@ -53,7 +53,7 @@ def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
     z = F.normalize(co2l.projection(model.backbone(all_views)))
     anchors = supervised_contrast(z, labels, 0.5)[[0, 1, 2, 7, 8, 9]]
     torch.testing.assert_close(terms["per_sample"].mean(), anchors.mean())
-    without = scl.CO2L(memory=6, minibatch=4, dim=5, strength=0.0)
+    without = scl.CO2L(memory=6, replay_batch_size=4, dim=5, alpha=0.0)
     without.build(model.network, (1, 2, 2), seed=0)
     rest = without(model, x, y, None)["rest"]
     grads = torch.autograd.grad(rest, model.network.parameters(), allow_unused=True, materialize_grads=True)

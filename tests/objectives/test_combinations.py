@@ -11,7 +11,7 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import toy_tasks
 from lightning_sparse_cl.sparsity import sparse_weights
 
-MEMORY = dict(memory=30, minibatch=8)
+MEMORY = dict(memory=30, replay_batch_size=8)
 PARTS = {
     "EWC": {"objective": scl.EWC(10.0)},
     "LwF": {"objective": scl.LwF()},

@@ -20,11 +20,11 @@ def fitted(objective, **kwargs):
 
 def test_a_zero_coefficient_or_fisher_is_fine_tuning_bit_for_bit(monkeypatch):
     finetuned = fitted(scl.CrossEntropy())
-    assert torch.equal(fitted(scl.EWC(strength=0.0)), finetuned)
+    assert torch.equal(fitted(scl.EWC(alpha=0.0)), finetuned)
     assert torch.equal(fitted(scl.LwF(alpha=0.0, warmup=False)), finetuned)
-    assert not torch.equal(fitted(scl.EWC(strength=1e4)), finetuned)
+    assert not torch.equal(fitted(scl.EWC(alpha=1e4)), finetuned)
     monkeypatch.setattr("lightning_sparse_cl.objectives.ewc.fisher", lambda *_: torch.zeros(()))
-    assert torch.equal(fitted(scl.EWC(strength=1e4)), finetuned)
+    assert torch.equal(fitted(scl.EWC(alpha=1e4)), finetuned)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
@@ -43,8 +43,8 @@ def test_any_precision(objective, precision):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scl.EWC(strength=-1.0), r"EWC\(strength=-1.0\): a loss coefficient is >= 0"),
-        (lambda: scl.EWC(strength=float("inf")), r"EWC\(strength=inf\): .* finite"),
+        (lambda: scl.EWC(alpha=-1.0), r"EWC\(alpha=-1.0\): a loss coefficient is >= 0"),
+        (lambda: scl.EWC(alpha=float("inf")), r"EWC\(alpha=inf\): .* finite"),
         (lambda: scl.EWC(gamma=1.5), r"EWC\(gamma=1.5\).*in \[0, 1\]"),
         (lambda: scl.EWC(samples=0), r"EWC\(samples=0\)"),
         (lambda: scl.EWC(bound=0.0), r"EWC\(bound=0.0\): bound is > 0"),

@@ -42,7 +42,7 @@ def test_the_fisher_of_a_linear_softmax_model_is_its_closed_form():
 
 
 def test_ewc_pulls_back_by_the_fisher_and_forgets_by_gamma():
-    ewc = scl.EWC(strength=7.0, gamma=0.5, bound=1e9)
+    ewc = scl.EWC(alpha=7.0, gamma=0.5, bound=1e9)
     model = learnt(ewc, [0, 1, 0, 1], [2, 2, 1, 2])
     data = [Data(images(4, t), torch.tensor(y)) for t, y in enumerate(([0, 1, 0, 1], [2, 2, 1, 2]))]
     again = Net()

@@ -8,7 +8,7 @@ import lightning_sparse_cl as scl
 
 
 def test_fdr_measures_how_far_the_function_has_moved():
-    fdr = scl.FDR(memory=6, minibatch=4, alpha=0.7)
+    fdr = scl.FDR(memory=6, replay_batch_size=4, alpha=0.7)
     model = learnt(fdr, [0, 1] * 8, [2, 1] * 8)
     held = fdr.memory.contents()
     assert held.tasks.tolist() == [0, 0, 0, 1, 1, 1]

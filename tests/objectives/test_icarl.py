@@ -39,7 +39,7 @@ def test_a_herded_mean_approaches_the_class_mean():
 
 
 def test_icarl_stores_equal_shares_and_classifies_by_the_nearest_mean():
-    icarl = scl.ICaRL(memory=7, minibatch=4)
+    icarl = scl.ICaRL(memory=7, replay_batch_size=4)
     model = learnt(icarl, [0] * 9 + [1] * 9, [2] * 9)
     assert icarl.memory.contents().labels.bincount().tolist() == [3, 2, 2]
     data = Data(images(1), torch.tensor([0]))
@@ -54,7 +54,7 @@ def test_icarl_stores_equal_shares_and_classifies_by_the_nearest_mean():
 
 
 def test_icarl_learns_new_classes_from_labels_and_old_ones_from_the_teacher():
-    icarl = scl.ICaRL(memory=6, minibatch=4)
+    icarl = scl.ICaRL(memory=6, replay_batch_size=4)
     model, before = learnt(icarl, [0] * 5 + [1] * 5), Net().eval()
     icarl.on_task_start(SimpleNamespace(datamodule=Data(images(4), torch.tensor([2] * 4))), model, 1)
     x, y, old = torch.randn(3, 1, 2, 2), torch.tensor([2, 2, 2]), torch.randn(2, 1, 2, 2)
@@ -71,7 +71,7 @@ def test_icarl_learns_new_classes_from_labels_and_old_ones_from_the_teacher():
 
 
 def test_icarl_learns_classes_that_come_back_from_their_labels():
-    icarl = scl.ICaRL(memory=6, minibatch=4)
+    icarl = scl.ICaRL(memory=6, replay_batch_size=4)
     model = learnt(icarl, [0] * 5 + [1] * 5)
     icarl.on_task_start(SimpleNamespace(datamodule=Data(images(4), torch.tensor([0, 1, 0, 1]))), model, 1)
     x = torch.randn(2, 1, 2, 2)

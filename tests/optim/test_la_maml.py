@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse_cl import LaMAML, Masks, Plain, enforce
+from lightning_sparse_cl import LaMAML, Masks, SingleBackward, enforce
 from lightning_sparse_cl.optim import SharpnessAware
 
 X = torch.tensor([[1.0, 2.0], [0.5, -1.0], [2.0, 0.3], [-1.0, 1.0]], dtype=torch.double)
@@ -128,7 +128,7 @@ def test_masks_hold_in_the_inner_steps_too():
     assert module.w.grad[0, 0] != 0 and module.w.grad[0, 1] == 0
 
 
-@pytest.mark.parametrize("rule", [Plain(), SharpnessAware(0.1)])
+@pytest.mark.parametrize("rule", [SingleBackward(), SharpnessAware(0.1)])
 def test_other_rules_have_nothing_to_allocate(rule):
     assert rule.build(Two()) is None
 

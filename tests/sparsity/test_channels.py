@@ -4,20 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_sparse_cl import VGG16, LeNet5, MobileNetV2, ResNet18, SmallCNN, SmallMLP
+from lightning_sparse_cl import VGG16, LeNet5, ResNet18, SmallCNN, SmallImageMobileNetV2, SmallMLP
 from lightning_sparse_cl.sparsity.channels import Channels, compact
 
 NETWORKS = [
     lambda: ResNet18(8),
     lambda: VGG16(8),
     lambda: LeNet5(10),
-    lambda: MobileNetV2(0.5),
+    lambda: SmallImageMobileNetV2(0.5),
     lambda: SmallCNN(8),
     SmallMLP,
 ]
 
 
-@pytest.mark.parametrize("make", NETWORKS, ids=["ResNet18", "VGG16", "LeNet5", "MobileNetV2", "SmallCNN", "SmallMLP"])
+@pytest.mark.parametrize(
+    "make", NETWORKS, ids=["ResNet18", "VGG16", "LeNet5", "SmallImageMobileNetV2", "SmallCNN", "SmallMLP"]
+)
 @torch.no_grad()
 def test_half_the_channels_unread(make):
     torch.manual_seed(0)

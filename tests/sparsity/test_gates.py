@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lightning_sparse_cl import VGG16, GrowthGates, LeNet5, MobileNetV2, ResNet18, SmallCNN
+from lightning_sparse_cl import VGG16, GrowthGates, LeNet5, ResNet18, SmallCNN, SmallImageMobileNetV2
 from lightning_sparse_cl.sparsity.gates import binary_concrete
 
 
@@ -121,7 +121,7 @@ def test_bad_input_is_named():
     for kwargs in ({"seed": 0}, {"seed": 1.5}, {"penalty": -1}, {"temperature": 0}):
         with pytest.raises(ValueError, match=rf"GrowthGates\({next(iter(kwargs))}="):
             GrowthGates(**kwargs)
-    network = nn.Sequential(MobileNetV2(0.25), nn.LazyLinear(4)).eval()
+    network = nn.Sequential(SmallImageMobileNetV2(0.25), nn.LazyLinear(4)).eval()
     network(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="is a depthwise convolution"):
         GrowthGates().build(network)
