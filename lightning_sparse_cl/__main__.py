@@ -111,7 +111,8 @@ class SparseCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.config_init[self.subcommand].trainer
-        own_bar = any(isinstance(c, ProgressBar) for c in trainer.callbacks or [])
+        listed = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]  # one, or None
+        own_bar = any(isinstance(c, ProgressBar) for c in listed)
         if trainer.enable_progress_bar is not False and not own_bar:
             self.trainer_defaults["callbacks"].insert(0, scl.TaskProgressBar())
         return super().instantiate_trainer(**kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -32,3 +32,17 @@ def batch_norm_still(module: nn.Module, still: bool = True) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def norms(module: nn.Module) -> dict[str, nn.Module]:
+    """The batch-norm layers, by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def norm_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of batch-norm, by name."""
+    return {
+        f"{name}.{n}": t
+        for name, norm in norms(module).items()
+        for n, t in (*norm.named_parameters(), *norm.named_buffers())
+    }

@@ -7,22 +7,26 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_sparse_cl.callbacks.averaging import AVERAGING
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.metrics.accounting import capacity
 from lightning_sparse_cl.sparsity import Masks, Subnetworks
 from lightning_sparse_cl.sparsity.export import save_sparse
 from lightning_sparse_cl.sparsity.layers import network_of
 
 
-class ModelCapacity(pl.Callback):
+class ModelCapacity(TaskCallback):
     """Writes the trained network, without its memory of exemplars, as a sparse file when the fit ends.
 
     The file, ``model.safetensors`` in the folder of the run, is read by
     :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
     ``module.load_state_dict(state, strict=False)``. Where each task has a subnetwork, the file holds them all, see
-    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. List it after
-    callbacks that prune when the fit ends, and before :class:`RunReport`. iCaRL's means of exemplars, by which it
-    classifies, are in the checkpoint alone.
+    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. iCaRL's means of
+    exemplars, by which it classifies, are in the checkpoint alone.
     """
+
+    after = (Sparsifier, *AVERAGING)
 
     def __init__(self) -> None:
         self._found: dict[str, Any] = {}

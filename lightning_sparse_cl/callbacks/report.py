@@ -16,12 +16,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
+from lightning_sparse_cl.callbacks.averaging import AVERAGING
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of
 
@@ -32,7 +35,7 @@ MEASURES = {
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
 
 
-class RunReport(pl.Callback):
+class RunReport(TaskCallback):
     """Collects what the other callbacks measured, when the fit ends.
 
     Writes ``metrics.json`` and ``accuracy_matrix.png`` to the logger's folder (or the trainer's root folder) and prints
@@ -45,6 +48,8 @@ class RunReport(pl.Callback):
     ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds``
     (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``.
     """
+
+    after = (ModelCapacity, Sparsifier, *AVERAGING)
 
     def __init__(self) -> None:
         self._seconds = 0.0

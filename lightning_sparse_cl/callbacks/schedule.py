@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sparse_cl.callbacks.task_callback import announce, arrange
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -26,7 +27,7 @@ class Position(NamedTuple):
     epochs: float
     """Epochs planned for the task; infinite where nobody has said."""
     over: bool
-    """The running epoch is the task's last, as planned or because it was ended."""
+    """The running epoch is the task's last, as planned or because it was ended; so far as that is known by now."""
     step: int
     """Optimiser steps that the task has taken. Accumulated batches make one; several optimisers that step in one batch
     make one together."""
@@ -44,7 +45,7 @@ def position(trainer: pl.Trainer) -> Position:
     if schedule is None or not isinstance(data, TaskDataModule):
         task, epoch, before = 0, now, 0
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
-        over = now + 1 >= epochs
+        over = now + 1 >= epochs or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
     else:
         task, epoch, before, epochs = (
             data.task,
@@ -77,17 +78,20 @@ class TaskSchedule(pl.Callback):
     epoch's validation or, :class:`TaskEarlyStopping`, after it). The last task's end stops the fit.
 
     Args:
-        epochs: epochs per task, one number for all or one a task.
+        epochs: epochs per task, one number for all or one per task.
+        restart_schedulers: whether the module's own learning-rate schedulers, which Lightning steps under automatic
+            optimisation, start again with every task. If None, they go on through all tasks, and a warning says so.
 
     Raises:
         ValueError: if a number of epochs is not positive, or does not fit the data or the Trainer.
         TypeError: if the trainer has no :class:`TaskDataModule`.
     """
 
-    def __init__(self, epochs: int | list[int] = 1) -> None:
+    def __init__(self, epochs: int | list[int] = 1, restart_schedulers: bool | None = None) -> None:
         if min(epochs if isinstance(epochs, Sequence) else [epochs], default=0) < 1:
             raise ValueError(f"TaskSchedule(epochs={epochs}): a task takes at least one epoch")
-        self.epochs = epochs
+        self.epochs, self.restart_schedulers = epochs, restart_schedulers
+        self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # of each scheduler: its state, learning rates
         self.begun = self.ended = -1
         """The last tasks that were started and consolidated."""
         self.steps_before = 0
@@ -105,7 +109,7 @@ class TaskSchedule(pl.Callback):
             raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
         if stage != "fit":
             return
-        self.begun, self.ended, self.steps_before = -1, -1, 0
+        self.begun, self.ended, self.steps_before, self._at_start = -1, -1, 0, []
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
@@ -151,6 +155,14 @@ class TaskSchedule(pl.Callback):
                         f"TaskSchedule: the checkpoint is of another optimiser: {type(optimizer).__name__} has "
                         f"{', '.join(sorted(missing))}, which it lacks"
                     )
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if schedulers and pl_module.automatic_optimization and self.restart_schedulers is None:
+            rank_zero_warn(
+                f"TaskSchedule: the learning-rate scheduler of {type(pl_module).__name__} goes on through all tasks; "
+                "TaskSchedule(restart_schedulers=True) starts it again with each, False keeps it and this quiet"
+            )
+        if not self._at_start:
+            self._at_start = [(copy.deepcopy(s.state_dict()), _rates(s)) for s in schedulers]
         if trainer.datamodule.finished:
             rank_zero_info("TaskSchedule: all tasks of this run are finished; there is nothing left to train.")
             trainer.should_stop = True
@@ -159,6 +171,11 @@ class TaskSchedule(pl.Callback):
         while self.begun < trainer.datamodule.task:
             self.begun += 1
             self.steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
+            if self.restart_schedulers and self.begun > 0:
+                for config, (state, rates) in zip(trainer.lr_scheduler_configs, self._at_start):
+                    config.scheduler.load_state_dict(copy.deepcopy(state))
+                    for group, rate in zip(config.scheduler.optimizer.param_groups, rates):
+                        group["lr"] = rate
             announce("on_task_start", trainer, pl_module, self.begun)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -193,10 +210,13 @@ class TaskSchedule(pl.Callback):
             trainer.limit_val_batches = self._limit_val_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {"begun": self.begun, "ended": self.ended, "steps_before": self.steps_before}
+        return {
+            "begun": self.begun, "ended": self.ended, "steps_before": self.steps_before, "schedulers": self._at_start,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begun, self.ended, self.steps_before = state["begun"], state["ended"], state["steps_before"]
+        self._at_start = list(state["schedulers"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         checkpoint["task_sequence"] = _identity(trainer, pl_module)
@@ -218,6 +238,10 @@ class TaskSchedule(pl.Callback):
                 "TaskSchedule: this checkpoint was taken between an epoch's last batch and its end, which Lightning "
                 "would skip on resuming; take another (SequenceCheckpoint never saves there)"
             )
+
+
+def _rates(scheduler: Any) -> list[Any]:
+    return [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
+from lightning_sparse_cl.backbones.batch_norm import norm_tensors
 from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy
-from lightning_sparse_cl.callbacks.pruning import redraw
+from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.callbacks.subnetworks import norm_tensors
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 
@@ -46,6 +46,10 @@ class SparseGrowth(Sparsifier):
         ValueError: if an argument is out of range or does not fit the run, or nothing is held out to decide by.
         TypeError: if the module has no gates.
     """
+
+    after = (*Sparsifier.after, Reopen)
+    needs_tasks = True
+    makes_masks = True
 
     def __init__(self, target: float | list[float] | str | list[str], reuse_epochs: int = 10) -> None:
         super().__init__()

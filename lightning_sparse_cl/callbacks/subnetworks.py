@@ -8,6 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.backbones.batch_norm import norm_tensors, norms
+from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -46,6 +49,9 @@ class TaskSubnetworks(Sparsifier):
             the module has already learnt tasks.
         TypeError: if the data are no :class:`TaskDataModule`.
     """
+
+    after = (*Sparsifier.after, ScorePruning, SparseGrowth)
+    needs_tasks = True
 
     def __init__(
         self,
@@ -95,7 +101,7 @@ class TaskSubnetworks(Sparsifier):
         if self.batch_norm == "frozen" and len(self.subnetworks):
             if not self._norms:
                 self._norms = {n: t.detach().clone() for n, t in norm_tensors(pl_module).items()}
-            for norm in _norms(pl_module).values():
+            for norm in norms(pl_module).values():
                 norm.eval()
 
     def on_train_batch_end(
@@ -195,6 +201,8 @@ class TaskSubnetworks(Sparsifier):
 class FromScratch(TaskCallback):
     """Every task after the first starts from newly drawn parameters and batch-norm, also of the head."""
 
+    needs_tasks = True
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if task > 0:
             with torch.random.fork_rng():  # the same draw on every process
@@ -202,16 +210,3 @@ class FromScratch(TaskCallback):
                 for layer in pl_module.modules():
                     if hasattr(layer, "reset_parameters"):
                         layer.reset_parameters()
-
-
-def _norms(module: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-
-
-def norm_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of batch-norm, by name."""
-    return {
-        f"{name}.{n}": t
-        for name, norm in _norms(module).items()
-        for n, t in (*norm.named_parameters(), *norm.named_buffers())
-    }

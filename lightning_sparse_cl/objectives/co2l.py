@@ -47,6 +47,7 @@ class CO2L(LooksBack, Replay):
             classes.
     """
 
+    trains_head = False
     views = 2
     memory: BalancedMemory
     seen: Tensor

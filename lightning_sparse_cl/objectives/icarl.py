@@ -40,6 +40,7 @@ class ICaRL(LooksBack, Replay):
         ValueError: if ``memory`` is smaller than the number of classes.
     """
 
+    trains_head = False
     memory: BalancedMemory
     old: Tensor
     """Which classes (num_classes,) earlier tasks had."""
