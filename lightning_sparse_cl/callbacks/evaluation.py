@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.callbacks.averaging import averaged
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.sparsity import Subnetworks
 
@@ -17,6 +18,9 @@ SCENARIOS = ("class_il", "task_il")
 
 class ContinualEvaluation(pl.Callback):
     """Accuracy on every task's test data, with the weights as the task leaves them (pruned, frozen).
+
+    Where a callback averages the weights (Lightning's ``WeightAveraging``), the average is measured, as in Lightning's
+    own validation, for that is what checkpoints hold.
 
     Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
     the sample's task, on the same head and from the same forward pass. (Where each task has a subnetwork of its own,
@@ -83,7 +87,7 @@ class ContinualEvaluation(pl.Callback):
         matrices = {s: self.matrices[s + suffix] for s in self.scenarios}
         was_training = pl_module.training
         pl_module.eval()
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
+        with averaged(trainer, pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
             for task, loader in enumerate(trainer.datamodule.test_dataloader()):
                 for x, y in loader:
                     x = trainer.datamodule.prepare(x.to(pl_module.device), augment=False)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
+from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.masks import Masks
 
 
 def save_sparse(
@@ -104,12 +106,19 @@ def export_network(network: nn.Module, path: str | os.PathLike, input_shape: Seq
     return sum(p.numel() for p in small.parameters())
 
 
-def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
+def load_sparse(path: str | os.PathLike, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The dense ``state_dict`` that :func:`save_sparse` has written.
+
+    Args:
+        path: the file.
+        module: if given, what was read is loaded into it, and weights that are sparse in the file have their zeros as
+            :class:`Masks`, so that they stay pruned in training. (What is beside its network, such as a memory of
+            exemplars, is left as it is.)
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, altered or of another kind.
+        ValueError: if the file is truncated, altered or of another kind, or does not fit the module, which is then left
+            as it was.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_sparse({str(path)!r}): there is no such file")
@@ -127,7 +136,23 @@ def load_sparse(path: str | os.PathLike) -> dict[str, Tensor]:
     bits = about["layout"] == "bitmask"
     dense, kinds = (_from_bits, ("values", "mask")) if bits else (_from_csr, ("values", "columns", "rows"))
     sparse = {name: dense(shape, *(parts.pop(f"{name}:{k}") for k in kinds)) for name, shape in shapes.items()}
-    return parts | sparse
+    state = parts | sparse
+    if module is not None:
+        own, needed = module.state_dict(), network_of(module).state_dict()
+        if wrong := sorted((needed.keys() - state.keys()) | (state.keys() - own.keys())):
+            raise ValueError(
+                f"load_sparse({str(path)!r}): the file is of another network than this {type(module).__name__}; "
+                f"{wrong[0]} is in one and not in the other"
+            )
+        for name, tensor in state.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(
+                    f"load_sparse({str(path)!r}): {name} has shape {tuple(tensor.shape)}, in this "
+                    f"{type(module).__name__} {tuple(own[name].shape)}"
+                )
+        module.load_state_dict(state, strict=False)
+        Masks.from_zeros(module, sparse)
+    return state
 
 
 def _to_bits(tensor: Tensor) -> dict[str, Tensor]:
