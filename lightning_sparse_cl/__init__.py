@@ -1,5 +1,6 @@
 """Sparse continual learning in PyTorch Lightning."""
 
+from lightning_sparse_cl.acceleration import accelerate, densify
 from lightning_sparse_cl.backbones import VGG16, LeNet5, MobileNetV2, ResNet18, SmallCNN, SmallMLP
 from lightning_sparse_cl.callbacks import (
     AGEM,
@@ -38,7 +39,6 @@ from lightning_sparse_cl.callbacks import (
     UnfiredGrowth,
 )
 from lightning_sparse_cl.data import *  # noqa: F403  # all that its __all__ names
-from lightning_sparse_cl.kernels import accelerate, densify
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (

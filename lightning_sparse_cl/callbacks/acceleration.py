@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sparse_cl.kernels import Acceleration, KernelsUnavailable, accelerate
-from lightning_sparse_cl.kernels.memory import keep_freed_memory
+from lightning_sparse_cl.acceleration import Acceleration, accelerate
+from lightning_sparse_cl.allocator import keep_freed_memory
+from lightning_sparse_cl.kernels import KernelsUnavailable
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 

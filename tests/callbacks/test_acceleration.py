@@ -10,8 +10,9 @@ from torch.optim import SGD, Adam
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.acceleration import network, runner
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.kernels import KernelsUnavailable, acceleration, functions, runner
+from lightning_sparse_cl.kernels import KernelsUnavailable, functions
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -156,7 +157,7 @@ def test_where_there_are_no_kernels_the_run_goes_on_dense(why, monkeypatch):
         raise KernelsUnavailable("sparse kernels: no C++ compiler was found")
 
     if why == "no compiler":
-        monkeypatch.setattr(acceleration, "library", none)
+        monkeypatch.setattr(network, "library", none)
     module = scl.ContinualModule(small(), policies=[scl.SET(0.8)])
     told = "no C\\+\\+ compiler" if why == "no compiler" else "in 32-true precision"
     with pytest.warns(UserWarning, match=told) as warned:

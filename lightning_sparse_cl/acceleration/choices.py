@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.kernels.functions import Convolution
-from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
 MOST = 32  # images that are measured with: with more, both take longer in the same way
