@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse_cl.acceleration.choices import Choices
 from lightning_sparse_cl.acceleration.compact import CompactWeights
+from lightning_sparse_cl.acceleration.compiled import find_compiled
 from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.acceleration.runner import Runner, traceable
 from lightning_sparse_cl.acceleration.sparse_layers import SparseLayers
@@ -91,6 +93,7 @@ class Acceleration:
         optimizers = _checked(model, optimizers, parts)
         self.model = model
         self.removed = False
+        self._told = False
         self.choices = Choices(measure)
         self._sparse = SparseLayers(model, masks, parts)
         whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
@@ -132,7 +135,10 @@ class Acceleration:
         """
         if self.removed:
             raise ValueError(f"train_compact: {type(self.model).__name__} is not accelerated any more")
-        self._training.begin()
+        if self._is_replaced():
+            self._training.end()
+        else:
+            self._training.begin()
 
     def train_whole(self) -> None:
         """Give the optimisers the whole weights back."""
@@ -143,6 +149,14 @@ class Acceleration:
         self.follow()
         return self._sparse.masked and not self._sparse.masks.need_whole_gradients
 
+    def _is_replaced(self) -> bool:
+        """Whether a part was compiled since, so that calls of it go past the kernels; says so once."""
+        part = next((r.part for r in self._runners if r.part._compiled_call_impl is not r), None)
+        if part is not None and not self._told:
+            self._told = True
+            warnings.warn(f"accelerate: {type(part).__name__} was compiled later; it is run dense", stacklevel=3)
+        return part is not None
+
     def remove(self) -> None:
         """See :func:`densify`."""
         self._training.stop()
@@ -150,7 +164,8 @@ class Acceleration:
         for layer in self.layers.values():
             layer.module._parameters = layer.module._parameters.copy()
         for runner in self._runners:
-            runner.part._compiled_call_impl = None
+            if runner.part._compiled_call_impl is runner:
+                runner.part._compiled_call_impl = None
         for hook in self._hooks:
             hook.remove()
 
@@ -158,14 +173,18 @@ class Acceleration:
 def _checked(model: nn.Module, optimizers: Iterable[Optimizer], parts: Sequence[str]) -> list[Optimizer]:
     """The optimisers, if what was given makes sense."""
     kind = type(model).__name__
-    if any(m._compiled_call_impl or isinstance(m._parameters, Watched) for m in model.modules()):
-        raise ValueError(f"accelerate({kind}): it is already accelerated or compiled")
+    if any(isinstance(m._compiled_call_impl, Runner) or isinstance(m._parameters, Watched) for m in model.modules()):
+        raise ValueError(f"accelerate({kind}): it is already accelerated")
     if not parts:
         raise ValueError(f"accelerate(parts={parts!r}): names of submodules, '' is the model itself")
     names = {name for name, _ in model.named_modules()}
     for part in parts:
         if part not in names:
             raise ValueError(f"accelerate(parts={list(parts)}): there is no {part!r} in {kind}")
+    compiled = find_compiled(model, parts)
+    if compiled is not None:
+        what = f"its {compiled!r}" if compiled else "it"
+        raise ValueError(f"accelerate({kind}): {what} is compiled, and compiled code does not use the kernels")
     listed = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
     if not isinstance(optimizers, Iterable) or not all(isinstance(o, Optimizer) for o in listed):
         raise ValueError(f"accelerate(optimizers={type(optimizers).__name__}): a list of torch's optimisers")

@@ -52,6 +52,15 @@ class Runner:
         self._said: Counter[str] = Counter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the code around: the kernels are no part of its graph
+            return self._uncompiled(args, kwargs)
+        return self._call(args, kwargs)
+
+    @torch.compiler.disable
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.owner.takes_calls():
             return self.part._call_impl(*args, **kwargs)
         reason = self._unfit(args, kwargs)

@@ -24,8 +24,9 @@ class SparseAcceleration(pl.Callback):
     be faster in which way, so that a resumed run computes the same.
 
     In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
-    no kernels (another device or precision, no compiler) the run goes on dense, and says so. With several processes,
-    and optimisers that look at more than one element at a time, weights stay whole: slower, and the same otherwise.
+    no kernels (another device or precision, no C++ compiler, a network under ``torch.compile``) the run goes on dense,
+    and says so. With several processes, and optimisers that look at more than one element at a time, weights stay
+    whole: slower, and the same otherwise.
 
     Args:
         measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them
