@@ -91,7 +91,7 @@ def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, flo
         given = grid.unblock(there) if isinstance(x, Blocked) else there
         return F.linear(given, weight) if linear else grid.block(F.conv2d(given, weight, None, *layer.geometry))
 
-    times: dict[Callable, list[float]] = {sparse: [], dense: []}
+    times: dict[Callable[[], Tensor], list[float]] = {sparse: [], dense: []}
     for _ in range(4):
         for run, taken in times.items():
             start = time.perf_counter()
