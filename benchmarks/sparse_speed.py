@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.kernels.build import lanes, library
 from lightning_sparse_cl.kernels.layout import Grid
-from lightning_sparse_cl.kernels.memory import keep_freed_memory
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
 KINDS = {  # inputs, outputs, side, kernel, stride: of ResNet-18

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.kernels.memory import keep_freed_memory
+from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.sparsity.layers import network_of
 
 Images = list[tuple[Tensor, Tensor]]

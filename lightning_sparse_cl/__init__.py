@@ -1,5 +1,6 @@
 """Sparse continual learning in PyTorch Lightning."""
 
+from lightning_sparse_cl.acceleration import accelerate, densify
 from lightning_sparse_cl.backbones import VGG16, LeNet5, ResNet18, SmallCNN, SmallImageMobileNetV2, SmallMLP
 from lightning_sparse_cl.callbacks import (
     AGEM,
@@ -73,7 +74,6 @@ from lightning_sparse_cl.data import (
     TensorSource,
     TinyImageNetSource,
 )
-from lightning_sparse_cl.kernels import accelerate, densify
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (

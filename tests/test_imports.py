@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,48 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lightning_sparse_cl"
 
 
+PATHS = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+}
+"""The package's modules by name."""
+
+
 def imports(path):
+    """Every module that a file imports, wherever in it: in functions and for type checkers, too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+            assert not node.level, f"{path.name}: a relative import"
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from {name if name in PATHS else node.module for name in names}
 
 
-@pytest.mark.parametrize("folder", ["optim", "sparsity", "metrics", "backbones", "objectives", "kernels"])
-def test_plain_torch_packages_do_not_import_lightning(folder):
-    for path in (PACKAGE / folder).glob("*.py"):
+def test_no_module_imports_another_in_a_circle():
+    graph = {name: [other for other in imports(path) if other in PATHS] for name, path in PATHS.items()}
+    assert len(graph) > 50 and graph["lightning_sparse_cl.acceleration.network"]
+    TopologicalSorter(graph).prepare()  # a CycleError names the modules
+
+
+def test_kernels_import_nothing_of_the_package_but_themselves():
+    kernels = f"{PACKAGE.name}.kernels"
+    for name, path in PATHS.items():
+        if name.startswith(kernels):
+            bad = [m for m in imports(path) if m.startswith(PACKAGE.name) and not m.startswith(kernels)]
+            assert not bad, f"{name} imports {bad}"
+
+
+PLAIN = ["optim", "sparsity", "metrics", "backbones", "objectives", "kernels", "acceleration", "allocator"]
+
+
+@pytest.mark.parametrize("plain", PLAIN)
+def test_plain_torch_packages_do_not_import_lightning(plain):
+    found = {name: path for name, path in PATHS.items() if name.split(".")[1:2] == [plain]}
+    assert found
+    for name, path in found.items():
         bad = [m for m in imports(path) if m.split(".")[0] == "lightning" or "callbacks" in m or "methods" in m]
-        assert not bad, f"{path.name} imports {bad}"
+        assert not bad, f"{name} imports {bad}"
 
 
 def test_callbacks_do_not_import_methods():

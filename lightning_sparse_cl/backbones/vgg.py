@@ -29,7 +29,7 @@ class VGG16(nn.Sequential):
             raise ValueError(f"VGG16(width={width}, hidden={hidden}): a layer has at least one channel")
         layers: list[nn.Module] = []
         for times in PLAN:
-            if times == "M":
+            if isinstance(times, str):
                 layers += [nn.MaxPool2d(2, ceil_mode=True)]
             else:
                 conv = nn.LazyConv2d(times * width, 3, padding=1, bias=False)

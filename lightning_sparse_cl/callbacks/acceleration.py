@@ -8,8 +8,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sparse_cl.kernels import Acceleration, KernelsUnavailable, accelerate
-from lightning_sparse_cl.kernels.memory import keep_freed_memory
+from lightning_sparse_cl.acceleration import Acceleration, accelerate
+from lightning_sparse_cl.allocator import keep_freed_memory
+from lightning_sparse_cl.kernels import KernelsUnavailable
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
@@ -23,8 +24,9 @@ class SparseAcceleration(pl.Callback):
     be faster in which way, so that a resumed run computes the same.
 
     In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
-    no kernels (another device or precision, no compiler) the run goes on dense, and says so. With several processes,
-    and optimisers that look at more than one element at a time, weights stay whole: slower, and the same otherwise.
+    no kernels (another device or precision, no C++ compiler, a network under ``torch.compile``) the run goes on dense,
+    and says so. With several processes, and optimisers that look at more than one element at a time, weights stay
+    whole: slower, and the same otherwise.
 
     Args:
         measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them

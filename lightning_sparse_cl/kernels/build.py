@@ -74,16 +74,16 @@ def library() -> ctypes.CDLL:
 @cache
 def lanes() -> int:
     """Images in a vector."""
-    return library().lanes()
+    return int(library().lanes())
 
 
-def call(name: str, *arguments: Tensor | ctypes.Array | int | float | None) -> None:
+def call(name: str, *arguments: Tensor | ctypes.Array[ctypes.c_int64] | int | float | None) -> None:
     """Call a kernel; tensors are passed as pointers. Nothing is checked."""
     getattr(library(), name)(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
 
 
 @cache
-def numbers(*values: int) -> ctypes.Array:
+def numbers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     """An array of int64 for a kernel."""
     return (ctypes.c_int64 * len(values))(*values)
 

@@ -1,10 +1,12 @@
 """A sparse convolution as a torch operator: by itself, or in graphs that ``torch.compile`` makes.
 
-:func:`~lightning_sparse_cl.kernels.acceleration.accelerate` does more: activations stay in the kernels' layout from
+:func:`~lightning_sparse_cl.acceleration.accelerate` does more: activations stay in the kernels' layout from
 layer to layer, and only alive values are trained.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,12 +87,12 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, mask, _, ctx.stride, ctx.padding = inputs
     ctx.save_for_backward(x, weight, mask)
 
 
-def _gradients(ctx: torch.autograd.function.FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     given = (dy, *ctx.saved_tensors, ctx.stride, ctx.padding)
     wanted = ctx.needs_input_grad
     dx = _input_gradient(*given) if wanted[0] else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ BLOCKS = {  # channels whose windows fill the first cache, by the output's side;
     FLAT: {1: 64, 2: 32, 3: 32}, NEXT: {1: 64, 2: 40}, AROUND: {1: 48, 2: 28}, STRIDED: {1: 48, 2: 18, 3: 8},
 }  # fmt: skip
 
-Call = tuple[ctypes.Array, Tensor, tuple[int, ...]]
+Call = tuple[ctypes.Array[ctypes.c_int64], Tensor, tuple[int, ...]]
 """Numbers and offsets for a kernel, and the shape of what it writes."""
 
 
@@ -79,7 +79,7 @@ class Pattern:
         sizes = (self.out, self.inputs, k, stride, padding, self.block, self.back_block)
         call("build_lists", mask, numbers(*[*self.strides, 0, 0][:4]), *sizes, *lists)
         self._places: dict[tuple[int, bool], Tensor] = {}
-        self._calls: dict[tuple, Call] = {}
+        self._calls: dict[tuple[Any, ...], Call] = {}
         self._orders: dict[int, tuple[Pattern, Tensor]] = {}
 
     def gather(self, weight: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class Pattern:
         """Of the blocked output, for blocked x."""
         return self._known(("forward", x.shape, grid), self._forward)[2]
 
-    def _known(self, key: tuple, find: Callable[..., Call]) -> Call:
+    def _known(self, key: tuple[Any, ...], find: Callable[..., Call]) -> Call:
         """What a kernel needs to know of one shape, found once."""
         if key not in self._calls:
             self._calls[key] = find(*key[1:])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
-from lightning_sparse_cl.kernels.memory import keep_freed_memory
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection

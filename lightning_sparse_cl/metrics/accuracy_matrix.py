@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -48,7 +50,7 @@ class AccuracyMatrix(Metric):
         self.reset()
         return row
 
-    def summary(self) -> dict[str, float | list | None]:
+    def summary(self) -> dict[str, float | list[Any] | None]:
         """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
         figures = {
             "acc": average_accuracy(self.R),
@@ -96,5 +98,5 @@ def _measured(R: Tensor) -> Tensor:
     return R[: int(complete[-1]) + 1] if len(complete) else R.new_full((1, R.shape[1]), torch.nan)
 
 
-def _listed(x: Tensor) -> list:
+def _listed(x: Tensor) -> list[Any]:
     return [_listed(row) for row in x] if x.ndim > 1 else [None if v != v else round(v, 6) for v in x.tolist()]

@@ -112,29 +112,29 @@ class StochasticFrankWolfe(Optimizer):
                 if theta.grad is None:
                     continue
                 if group["constrained"] and theta.ndim >= 2:
-                    self._frank_wolfe(theta, group, self.polytope(group, i))
+                    self._frank_wolfe(theta, theta.grad, group, self.polytope(group, i))
                 else:
-                    self._sgd(theta, group)
+                    self._sgd(theta, theta.grad, group)
             group["started"] = True
         return loss
 
-    def _frank_wolfe(self, theta: Tensor, group: dict[str, Any], polytope: KSparsePolytope) -> None:
+    def _frank_wolfe(self, theta: Tensor, grad: Tensor, group: dict[str, Any], polytope: KSparsePolytope) -> None:
         if not group["started"]:  # here and not in __init__, which a resumed run calls with trained weights
             theta.copy_(polytope.scale_in(theta))
         beta, state = group["momentum"], self.state[theta]
         if "m" not in state:
-            state["m"] = theta.grad.clone()
+            state["m"] = grad.clone()
         elif beta is None:
-            state["m"].add_(theta.grad)  # eq 3.15
+            state["m"].add_(grad)  # eq 3.15
         else:
-            state["m"].lerp_(theta.grad, 1 - beta)
+            state["m"].lerp_(grad, 1 - beta)
         theta.lerp_(polytope.lmo(state["m"]), group["lr"])  # eq 3.12
 
-    def _sgd(self, theta: Tensor, group: dict[str, Any]) -> None:
+    def _sgd(self, theta: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[theta]
         if "m" not in state:
-            state["m"] = theta.grad.clone()
+            state["m"] = grad.clone()
         else:
-            state["m"].mul_(group["sgd_momentum"]).add_(theta.grad)
+            state["m"].mul_(group["sgd_momentum"]).add_(grad)
         scheduled = group["lr"] / group.get("initial_lr", group["lr"])  # a scheduler of lr holds for both
         theta.add_(state["m"], alpha=-group["sgd_lr"] * scheduled)

@@ -38,6 +38,9 @@ class LaMAML(nn.Module, UpdateRule):
         ValueError: if an argument is not positive, a rate negative, or a batch smaller than ``parts``.
     """
 
+    alpha: Tensor
+    """The learning rates of all weights, one after the other (n,); made by :meth:`build`."""
+
     def __init__(
         self, alpha: float = 0.1, lr: float = 0.25, parts: int = 5, clip: float = 2.0, second_order: bool = True
     ) -> None:
@@ -76,14 +79,14 @@ class LaMAML(nn.Module, UpdateRule):
             fast = [_like(w, w0, w - s) for w, w0, s in zip(fast, weights, steps, strict=True)]
             meta.append(at(fast, "descent"))
         total = torch.stack([outputs["loss"] for outputs in meta]).mean()
-        *grads, d_alpha = torch.autograd.grad(total, [*weights, alpha], allow_unused=True, materialize_grads=True)
+        *d_weights, d_alpha = torch.autograd.grad(total, [*weights, alpha], allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             if distributed.is_available() and distributed.is_initialized():
                 distributed.all_reduce(d_alpha)
                 d_alpha /= distributed.get_world_size()
             self.alpha -= self.lr * _clipped([d_alpha], self.clip)[0]
             rates = self.alpha.clamp_min(0).split([w.numel() for w in weights])
-            steps = [a.view_as(g) * g for a, g in zip(rates, _clipped(grads, self.clip), strict=True)]
+            steps = [a.view_as(g) * g for a, g in zip(rates, _clipped(d_weights, self.clip), strict=True)]
         # By a backward pass whose gradient is these steps, which processes average as they do any other.
         module.manual_backward(sum((w * s).sum() for w, s in zip(weights, steps, strict=True)))
         return meta[-1] | {"loss": total}

@@ -54,7 +54,7 @@ def correlation(layer: nn.Module, x: Tensor) -> Tensor:
         layer: :func:`projectable`.
         x: its input, (B, C_in, H, W) or (..., C_in).
     """
-    if isinstance(layer, nn.Linear):
+    if not isinstance(layer, nn.Conv2d) or isinstance(layer.padding, str):
         patches = x.reshape(-1, x.shape[-1])
     else:
         columns = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (B, d, positions)

@@ -78,14 +78,14 @@ def perturbed(params: Iterable[Tensor], rho: float) -> Iterator[None]:
 
     The values are copied back: subtracting the perturbation again would change about 2.5 % of them by rounding.
     """
-    params = list(params)
-    theta = [p.detach().clone() for p in params]
-    grads = [p.grad for p in params]
+    weights = list(params)
+    theta = [p.detach().clone() for p in weights]
+    grads = [p.grad for p in weights if p.grad is not None]
     with torch.no_grad():
         scale = rho / (nn.utils.get_total_norm(grads) + 1e-12)
-        torch._foreach_add_(params, torch._foreach_mul(grads, scale))
+        torch._foreach_add_(weights, torch._foreach_mul(grads, scale))
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(params, theta)
+            torch._foreach_copy_(weights, theta)

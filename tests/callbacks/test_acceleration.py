@@ -1,6 +1,7 @@
 """Sparse kernels under Lightning: the same runs, computed in another way."""
 
 import copy
+import warnings
 from functools import partial
 
 import lightning.pytorch as pl
@@ -10,8 +11,9 @@ from torch.optim import SGD, Adam
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.acceleration import network, runner
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
-from lightning_sparse_cl.kernels import KernelsUnavailable, acceleration, functions, runner
+from lightning_sparse_cl.kernels import KernelsUnavailable, functions
 from lightning_sparse_cl.sparsity import Masks
 
 
@@ -156,7 +158,7 @@ def test_where_there_are_no_kernels_the_run_goes_on_dense(why, monkeypatch):
         raise KernelsUnavailable("sparse kernels: no C++ compiler was found")
 
     if why == "no compiler":
-        monkeypatch.setattr(acceleration, "library", none)
+        monkeypatch.setattr(network, "library", none)
     module = scl.ContinualModule(small(), policies=[scl.SET(0.8)])
     told = "no C\\+\\+ compiler" if why == "no compiler" else "in 32-true precision"
     with pytest.warns(UserWarning, match=told) as warned:
@@ -164,3 +166,27 @@ def test_where_there_are_no_kernels_the_run_goes_on_dense(why, monkeypatch):
         trainer(scl.SparseAcceleration(), precision=precision, epochs=1).fit(module, toy_tasks(2))
     assert len([w for w in warned if "goes on dense" in str(w.message)]) == 1
     assert Masks.of(module).density() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("how", ["wrapped", "its network", "its step"])
+def test_a_compiled_module_is_trained_dense_and_the_same(how):
+    def compile_(module):
+        if how == "its network":
+            module.net = torch.compile(module.net, backend="eager")
+        if how == "its step":
+            module.training_step = torch.compile(module.training_step, backend="eager")
+        return torch.compile(module, backend="eager") if how == "wrapped" else module
+
+    runs = []
+    for fast in ([], [scl.SparseAcceleration(measure=False)]):
+        torch._dynamo.reset()
+        pl.seed_everything(0, verbose=False)
+        module = PlainClassifier()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer(scl.SET(0.8, interval=4), *fast, epochs=1).fit(compile_(module), toy_tasks(2, size=8))
+        dense = [str(w.message) for w in told if "goes on dense" in str(w.message)]
+        assert len(dense) == len(fast) and all("is compiled" in message for message in dense)
+        runs.append(module)
+    assert Masks.of(module).density() == pytest.approx(0.2, abs=0.01)
+    assert all(map(torch.equal, *(m.state_dict().values() for m in runs)))

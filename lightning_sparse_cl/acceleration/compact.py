@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sparse_cl.kernels.layer import Layer
+from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.kernels.pattern import Pattern
 
 ELEMENTWISE = (
@@ -24,11 +24,15 @@ ELEMENTWISE = (
 """Optimisers that treat every element alike, so that they may be given those that are alive and no others."""
 
 
+_Place = tuple[Optimizer, dict[str, Any], int]
+"""An optimiser, its group of parameters, and which of these."""
+
+
 class CompactWeights:
     """Takes the weights of sparse layers out of optimisers and puts their alive values in, with the state they have.
 
-    The weights in the modules are out of date until :meth:`stop`; where their parameters are
-    :class:`Watched`, nobody sees it. Optimiser state of pruned weights is zero afterwards.
+    The weights in the modules are out of date until :meth:`stop`; nobody sees it where their parameters are
+    :class:`~lightning_sparse_cl.acceleration.watched.Watched`. Optimiser state of pruned weights is zero afterwards.
 
     Args:
         layers: with masks; what their weights have outside of these is zeroed.
@@ -45,40 +49,45 @@ class CompactWeights:
     ) -> None:
         self._optimizers = [o for o in optimizers if type(o) in ELEMENTWISE]
         self.given = list(layers)
-        self.layers = [layer for layer in self.given if self._place(layer.weight) is not None]
-        self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self.given_up: list[tuple[Layer, Pattern, Tensor, int]] = []
         """Values that somebody may write to after :meth:`stop`, and their versions when that was last seen: those that
         have gradients, or have been moved since the last step."""
-        self._heirs: list[_Heir] = []
-        self._patterns = [layer.pattern for layer in self.layers]
-        for layer, pattern in zip(self.layers, self._patterns):
-            weight = layer.weight
-            weight.data.masked_fill_(~layer.mask, 0)  # others may have been loaded; passes on their way do not see it
-            values = nn.Parameter(pattern.gather(weight.detach()))
-            if weight.grad is not None:
-                values.grad, weight.grad = pattern.gather(weight.grad), None
-            optimizer, group, i = self._place(weight)
-            group["params"][i] = values
-            state = optimizer.state.pop(weight, {})
-            if state:
-                optimizer.state[values] = {k: pattern.gather(v) if _like(v, weight) else v for k, v in state.items()}
-            where = movable(layer)
-            if where is not None:
-                moves = pattern.gather(torch.empty_like(weight).copy_(where))
-                self._held[layer.name] = moves.bool(), values.detach().clone()
-                values.register_hook(lambda grad, moves=moves: grad * moves)
-            self._heirs.append(_Heir(weight, pattern))
-            values.register_post_accumulate_grad_hook(self._heirs[-1])
-            self._heirs[-1].hook = weight.register_post_accumulate_grad_hook(partial(_pass_on, weakref.ref(layer)))
-            layer.compact = values
+        self._held: dict[str, tuple[Tensor, Tensor]] = {}
+        self._trained: list[_Trained] = []
+        for layer in self.given:
+            place = self._place(layer.weight)
+            if place is not None:
+                self._trained.append(self._take(layer, place, movable(layer)))
+        self.layers = [trained.layer for trained in self._trained]
         self._stepped = self._versions()
+
+    def _take(self, layer: Layer, place: _Place, movable: Tensor | None) -> _Trained:
+        """Put the values of a layer in the place of its weight."""
+        weight, pattern = layer.weight, layer.pattern
+        if layer.mask is not None:  # others may have been loaded; passes on their way do not see it
+            weight.data.masked_fill_(~layer.mask, 0)
+        values = nn.Parameter(pattern.gather(weight.detach()))
+        if weight.grad is not None:
+            values.grad, weight.grad = pattern.gather(weight.grad), None
+        optimizer, group, i = place
+        group["params"][i] = values
+        state = optimizer.state.pop(weight, {})
+        if state:
+            optimizer.state[values] = {k: pattern.gather(v) if _like(v, weight) else v for k, v in state.items()}
+        if movable is not None:
+            moves = pattern.gather(torch.empty_like(weight).copy_(movable))
+            self._held[layer.name] = moves.bool(), values.detach().clone()
+            values.register_hook(lambda grad: grad * moves)
+        heir = _Heir(weight, pattern, weight.register_post_accumulate_grad_hook(partial(_pass_on, weakref.ref(layer))))
+        values.register_post_accumulate_grad_hook(heir)
+        layer.compact = values
+        return _Trained(layer, pattern, values, heir)
 
     @torch.no_grad()
     def stop(self) -> None:
         """The weights, their gradients and their optimiser state are whole again."""
-        for layer, pattern, heir, stepped in zip(self.layers, self._patterns, self._heirs, self._stepped):
-            weight, values = layer.weight, layer.compact
+        for (layer, pattern, values, heir), stepped in zip(self._trained, self._stepped):
+            weight = layer.weight
             layer.forget()
             layer.compact, heir.given_up = None, True
             heir.hook.remove()
@@ -100,6 +109,7 @@ class CompactWeights:
                         k: pattern.whole(v, weight) if _like(v, values) else v for k, v in state.items()
                     }
         self._held.clear()
+        self._trained.clear()  # values that nobody may write to are freed
 
     @torch.no_grad()
     def take_over(self) -> None:
@@ -118,16 +128,16 @@ class CompactWeights:
     @torch.no_grad()
     def hold(self) -> None:
         """To be called after every step of an optimiser."""
-        for layer in self.layers:
+        for layer, _, values, _ in self._trained:
             if layer.name in self._held:
                 moves, kept = self._held[layer.name]
-                layer.compact.copy_(torch.where(moves, layer.compact, kept))
+                values.copy_(torch.where(moves, values, kept))
         self._stepped = self._versions()
 
     def _versions(self) -> list[int]:
-        return [layer.compact._version for layer in self.layers]
+        return [trained.values._version for trained in self._trained]
 
-    def _place(self, parameter: Tensor) -> tuple[Optimizer, dict[str, Any], int] | None:
+    def _place(self, parameter: Tensor) -> _Place | None:
         """Where a parameter is trained, if that is one place."""
         found = [
             (optimizer, group, i)
@@ -146,15 +156,15 @@ class _Heir:
     It is a hook of the values and must not lead back to them: such a ring, through C++, would never be freed.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     pattern: Pattern
-    given_up: bool = False
-    hook: RemovableHandle | None = None
+    hook: RemovableHandle
     """The weight's, for gradients of passes that began before it had values."""
+    given_up: bool = False
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> None:
-        if self.given_up:
+        if self.given_up and values.grad is not None:
             grad, values.grad = self.pattern.whole(values.grad, self.weight), None
             if not self.weight.requires_grad:  # frozen since
                 return
@@ -166,62 +176,26 @@ class _Heir:
                 hook(self.weight)
 
 
+class _Trained(NamedTuple):
+    """A layer whose values are trained in place of its weight."""
+
+    layer: Layer
+    pattern: Pattern
+    values: nn.Parameter
+    heir: _Heir
+
+
 @torch.no_grad()
-def _pass_on(layer: weakref.ref[Layer], weight: nn.Parameter) -> None:
+def _pass_on(layer: weakref.ref[Layer], weight: Tensor) -> None:
     """The gradient of a weight goes to its values, if these are what is trained now."""
     found = layer()
-    if found is not None and found.compact is not None:
+    if found is not None and found.compact is not None and weight.grad is not None:
         _add(found.compact, found.pattern.gather(weight.grad))
         weight.grad = None
 
 
-def _add(parameter: nn.Parameter, grad: Tensor) -> None:
+def _add(parameter: Tensor, grad: Tensor) -> None:
     parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-
-
-class Watched(dict):
-    """The parameters of a layer; whoever reads one calls ``wake`` first. A copy is a plain ``dict``."""
-
-    def __init__(self, parameters: Mapping[str, Tensor | None], wake: Callable[[], None]) -> None:
-        super().__init__(parameters)
-        self._wake = wake
-
-    def __getitem__(self, name: str) -> Tensor | None:
-        self._wake()
-        return super().__getitem__(name)
-
-    def __setitem__(self, name: str, value: Tensor | None) -> None:
-        self._wake()
-        super().__setitem__(name, value)
-
-    def __delitem__(self, name: str) -> None:
-        self._wake()
-        super().__delitem__(name)
-
-    def __iter__(self) -> Any:  # without it, {**parameters} would go past __getitem__
-        return super().__iter__()
-
-    def get(self, *args: Any) -> Any:
-        self._wake()
-        return super().get(*args)
-
-    def pop(self, *args: Any) -> Any:
-        self._wake()
-        return super().pop(*args)
-
-    def items(self) -> Any:
-        self._wake()
-        return super().items()
-
-    def values(self) -> Any:
-        self._wake()
-        return super().values()
-
-    def copy(self) -> dict[str, Tensor | None]:
-        return dict(self.items())
-
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        return dict, (self.copy(),)
 
 
 def _like(value: Any, parameter: Tensor) -> bool:

@@ -55,9 +55,9 @@ def switched() -> Iterator[list[bool]]:
     seen: list[bool] = []
     real = torch._C._set_grad_enabled
 
-    def noted(mode: bool) -> None:
-        seen.append(mode)
-        real(mode)
+    def noted(enabled: bool) -> None:
+        seen.append(enabled)
+        real(enabled)
 
     torch._C._set_grad_enabled = noted
     try:
@@ -70,7 +70,7 @@ def _is_node(value: Any) -> bool:
     return isinstance(value, fx.Node)
 
 
-def plain_state(module: nn.Module) -> tuple:
+def plain_state(module: nn.Module) -> tuple[Any, ...]:
     """What a forward method may ask: flags, numbers and which modules there are."""
     own = module.__dict__
     flags = tuple(v for v in own.values() if type(v) in (bool, int, float, str))
@@ -106,4 +106,4 @@ def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
 def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a value is a tensor of its own, and not another one under a new name."""
     made = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
-    return node.target in ADDS or (node.op == "call_module" and isinstance(modules[node.target], made))
+    return node.target in ADDS or (node.op == "call_module" and isinstance(modules[str(node.target)], made))

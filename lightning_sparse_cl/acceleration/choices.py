@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.kernels.functions import Convolution
-from lightning_sparse_cl.kernels.layer import Layer
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
 MOST = 32  # images that are measured with: with more, both take longer in the same way
@@ -91,7 +91,7 @@ def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, flo
         given = grid.unblock(there) if isinstance(x, Blocked) else there
         return F.linear(given, weight) if linear else grid.block(F.conv2d(given, weight, None, *layer.geometry))
 
-    times: dict[Callable, list[float]] = {sparse: [], dense: []}
+    times: dict[Callable[[], Tensor], list[float]] = {sparse: [], dense: []}
     for _ in range(4):
         for run, taken in times.items():
             start = time.perf_counter()

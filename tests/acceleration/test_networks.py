@@ -9,7 +9,7 @@ from masked_networks import NETWORKS, difference, network
 from torch import nn
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.kernels import choices
+from lightning_sparse_cl.acceleration import choices
 
 
 def passes(net, x, weights=None):

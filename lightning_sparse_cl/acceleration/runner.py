@@ -5,29 +5,40 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_sparse_cl.kernels.layer import Layer
-from lightning_sparse_cl.kernels.program import Program
-from lightning_sparse_cl.kernels.tracing import is_transformed, plain_state, trace
+from lightning_sparse_cl.acceleration.choices import Choices
+from lightning_sparse_cl.acceleration.layer import Layer
+from lightning_sparse_cl.acceleration.program import Program
+from lightning_sparse_cl.acceleration.tracing import is_transformed, plain_state, trace
 
-if TYPE_CHECKING:
-    from lightning_sparse_cl.kernels.acceleration import Acceleration
+
+class Owner(Protocol):
+    """The accelerated model, as far as runners know it."""
+
+    choices: Choices
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers with kernels, by name."""
+
+    def takes_calls(self) -> bool:
+        """Whether calls are computed by kernels now."""
 
 
 class Runner:
     """Stands in for the call of a part of the model: by kernels where these compute the same, else as it is.
 
     Args:
-        owner: whose layers and choices it uses.
+        owner: the model, whose layers and choices it uses.
         part: what is called.
         name: of the part in the model.
     """
 
-    def __init__(self, owner: Acceleration, part: nn.Module, name: str) -> None:
+    def __init__(self, owner: Owner, part: nn.Module, name: str) -> None:
         self.owner, self.part = owner, part
         prefix = f"{name}." if name else ""
         self._layers = {n.removeprefix(prefix): m for n, m in owner.layers.items() if n.startswith(prefix)}
@@ -37,19 +48,26 @@ class Runner:
         self._modules = list(part.modules())
         leaf = fx.Tracer().is_leaf_module
         self._traced = [m for m in self._network.modules() if not leaf(m, "") or m is self._network]
-        self._programs: dict[tuple, Program | None] = {}
+        self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._said: Counter[str] = Counter()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        owner = self.owner
-        owner.follow()
-        if not owner.masked or owner.steps_aside:
+        if torch.compiler.is_compiling():  # the code around: the kernels are no part of its graph
+            return self._uncompiled(args, kwargs)
+        return self._call(args, kwargs)
+
+    @torch.compiler.disable
+    def _uncompiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._call(args, kwargs)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.owner.takes_calls():
             return self.part._call_impl(*args, **kwargs)
         reason = self._unfit(args, kwargs)
         if reason is not None:
             self._said[reason] += 1
             if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
-                warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=2)
+                warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=3)
             return self.part._call_impl(*args, **kwargs)
         changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__
         if changed or args[0].numel() == 0 or is_transformed(args[0]):
@@ -65,7 +83,7 @@ class Runner:
         finally:
             del self.part.forward
 
-    def _unfit(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    def _unfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call cannot be taken, or None."""
         if kwargs or not args or any(type(a) not in (Tensor, nn.Parameter) for a in args):
             return "called with other things than tensors"

@@ -1,4 +1,4 @@
-"""Memory that was freed stays with the process."""
+"""The C library's memory allocator."""
 
 from __future__ import annotations
 

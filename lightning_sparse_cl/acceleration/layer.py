@@ -25,8 +25,9 @@ class Layer:
     def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:
         self.name, self.module = name, module
         self.weight = module.weight
-        conv = isinstance(module, nn.Conv2d)
-        self.geometry = Geometry(module.stride[0], module.padding[0]) if conv else Geometry()
+        self.geometry = Geometry()
+        if isinstance(module, nn.Conv2d) and not isinstance(module.padding, str):  # see unsupported
+            self.geometry = Geometry(module.stride[0], module.padding[0])
         self._form = _form(module)
         self.compact: nn.Parameter | None = None
         """The values that are trained in place of the weight, if they are."""
@@ -146,6 +147,7 @@ class Layer:
             *(None if t is None else (t._version, t.data_ptr()) for t in (bias, gamma, beta, mean, variance)),
         ]
         if kept is None or kept[0] != at:
+            assert mean is not None and variance is not None, "a batch-norm without statistics is not fused"
             scale = torch.rsqrt(variance + norm.eps)
             scale = scale if gamma is None else scale * gamma.detach()
             shift = -mean if bias is None else bias.detach() - mean

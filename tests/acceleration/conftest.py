@@ -1,0 +1,3 @@
+"""Accelerated networks are tested where they can be compiled."""
+
+from compiled_kernels import compiled_kernels  # noqa: F401
