@@ -216,6 +216,21 @@ def test_compile_compiles_the_backbone(monkeypatch):
     assert compiled == ["SmallCNN"]
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--trainer.callbacks=EMAWeightAveraging"],
+        ["--trainer.callbacks=[{class_path: EMAWeightAveraging}, {class_path: RichProgressBar}]"],
+        ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks+=SparseAcceleration"],
+    ],
+)
+def test_a_callback_on_the_command_line_is_added_to_the_others(given):
+    base = CONFIGS / "split_digits" / "finetune.yaml"
+    cli = main(["fit", "-c", str(base), *small(base), "--trainer.limit_train_batches=1", *given])
+    kinds = {type(c).__name__ for c in cli.trainer.callbacks}
+    assert {"EMAWeightAveraging", "TaskSchedule", "RunReport", "FlopsCounter", "SequenceCheckpoint"} <= kinds
+
+
 def test_a_fault_that_is_not_the_users_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lightning_sparse_cl.__main__.main", lambda: {}["a bug"])
     with pytest.raises(KeyError):

@@ -35,12 +35,13 @@ FILES: dict[str, Callable[..., Any]] = {
 NO_RESULT = {
     "where the files are": {"root", "download"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
-        "Objective", "UpdateRule", "Sparsifier", "DropAndGrow", "AccuracyMatrix", "ReservoirMemory",
-        "BalancedMemory", "ImageTransform"},
+        "Objective", "UpdateRule", "Sparsifier", "ScorePruning", "DropAndGrow", "TaskCallback", "AccuracyMatrix",
+        "ReservoirMemory", "BalancedMemory", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
     "how fast it is computed": {"SparseAcceleration"},
     "where it runs, not what comes out": {"num_workers"},
+    "schedulers of foreign modules, tested in test_order_and_hooks": {"TaskSchedule.restart_schedulers"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
         for name in ("Digits", "MNIST", "FashionMNIST")},
@@ -63,8 +64,8 @@ BASE: dict[str, dict[str, Any]] = {
     "SparCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8),
         "masking": scl.TaskAwareDynamicMasking(0.5, 1), "removal": scl.DynamicDataRemoval(0.3, 1, 1),
         "gradients": scl.DynamicGradientMasking(0.1, 2)},
-    "TaskAwareDynamicMasking": {"sparsity": 0.5, "every": 1, "p_intra": 0.2, "p_inter": 0.2},
-    "DynamicDataRemoval": {"cutoff": 2, "every": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
+    "TaskAwareDynamicMasking": {"sparsity": 0.5, "interval": 1, "p_intra": 0.2, "p_inter": 0.2},
+    "DynamicDataRemoval": {"cutoff": 2, "interval": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
     "RigL": {"sparsity": 0.5, "interval": 3}, "SET": {"sparsity": 0.5, "interval": 3},
     "SNFS": {"sparsity": 0.5, "interval": 3}, "SNIP": {"sparsity": 0.5},
     **{name: {"sparsity": 0.5, "interval": 3} for name in ("UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
@@ -93,8 +94,9 @@ OTHER: dict[str, Any] = {
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
-    "DropAndGrow.init": "erk",
-    **{f"{name}.init": "erk" for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
+    "distribution": "erk",
+    "sparse": ["head.weight"],
+    "loss": lambda module, batch: module(batch[0]).square().mean(),
     **{f"{name}.final": 0.2 for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
     "stem": "7x7",
     "batch_norm": "shared",

@@ -7,7 +7,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from foreign_module import PRUNED, Mlp, fit
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -158,6 +163,23 @@ def test_with_averaged_weights_the_report_is_of_what_is_saved(first, tmp_path):
     again = scl.ContinualEvaluation()
     trainer(again).test(Tested(other), toy_tasks(), verbose=False)
     assert torch.equal(again.tested["task_il"].R[0], evaluation.matrices["task_il"].R[-1])
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("policy", [scl.OneShotPruning, scl.SET, scl.RigL])
+@pytest.mark.parametrize("average", [EMAWeightAveraging, WeightAveraging, StochasticWeightAveraging])
+@pytest.mark.filterwarnings("ignore")
+def test_averages_obey_masks_through_tasks(average, policy, first, tmp_path):
+    averaging = average(swa_lrs=0.05, swa_epoch_start=1) if average is StochasticWeightAveraging else average()
+    parts = [averaging, policy(0.8, **({} if policy is scl.OneShotPruning else {"interval": 2, "until": 0.3}))]
+    module, last = PlainClassifier(), ModelCheckpoint(tmp_path, save_last=True)
+    t = trainer(*(parts if first else parts[::-1]), last, epochs=3, enable_checkpointing=True)
+    t.fit(module, toy_tasks())
+    alive = scl.Masks.of(module).alive["net.3.weight"]
+    for state in (module.state_dict(), torch.load(last.last_model_path, weights_only=True)["state_dict"]):
+        weight = state["net.3.weight"]
+        assert not weight[~alive].any() and int(alive.sum()) == round(0.2 * alive.numel())
+        assert int(weight.count_nonzero()) > 0.8 * int(alive.sum())  # what grew to units that never fire stays zero
 
 
 class Tested(pl.LightningModule):

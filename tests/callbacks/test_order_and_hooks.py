@@ -137,6 +137,18 @@ def test_an_objective_that_fits_the_head_afterwards_is_refused_by_isolating_meth
         scl.ContinualDST(scl.SmallCNN(4), objective(60))
 
 
+def test_who_prunes_a_small_part_says_how_small_and_what_stays_dense_once():
+    class Words(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.words = torch.nn.Embedding(1000, 20)
+
+    message = r"SET prunes weights that are 2\d\.\d% of .*Words.* are words\.weight"
+    with pytest.warns(UserWarning, match=message) as said:
+        fit(Words(), scl.SET(0.8, sparse=["net.*"], dense=["net.0.weight", "net.6.weight"]), epochs=2)
+    assert sum("prunes weights that are" in str(w.message) for w in said) == 1
+
+
 # -- time ------------------------------------------------------------------------------------------------------
 
 
