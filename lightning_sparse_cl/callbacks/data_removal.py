@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.sparsity import Masks
@@ -125,7 +126,7 @@ class DynamicDataRemoval(pl.Callback):
             logits = outputs["logits"]
         else:
             with Masks.of(pl_module).scoring(), batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
-                logits = pl_module(x)
+                logits = logits_of(pl_module(x), pl_module)
         hard = DIFFICULTY[self.by](logits.float(), y)
         index = data.indices(batch_idx).to(y.device, non_blocking=True)
         if trainer.world_size > 1:  # the same statistics on every process
