@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.memory import BalancedMemory
@@ -80,7 +81,8 @@ class AGEM(TaskCallback):
         """g_ref: mean over exemplars and processes, of each of ``params``."""
         drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            loss = F.cross_entropy(pl_module(trainer.datamodule.prepare(drawn.images)).float(), drawn.labels)
+            logits = logits_of(pl_module(trainer.datamodule.prepare(drawn.images)), pl_module)
+            loss = F.cross_entropy(logits.float(), drawn.labels)
         with Enforcement.of(pl_module).unrecorded():
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         if trainer.world_size > 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -53,10 +54,12 @@ class DynamicDataRemoval(TaskCallback):
       (the released code);
     * ``"gradient"``: norm of the loss's gradient with respect to the logits (DDR-GSS in Table A4, which does not say
       how; GSS itself compares the directions of gradients, which the paper's remark on redundancy does not need);
-    * ``"loss"``: its cross-entropy (DDR-LARS in Table A4).
+    * ``"loss"``: its loss (DDR-LARS in Table A4): what ``training_step`` returns under ``per_sample``, (B,), if it
+      does; otherwise its cross-entropy.
 
     Works with any LightningModule on a :class:`TaskDataModule`. If ``training_step`` returns ``logits`` (B, C) of the
-    batch they are used, else the batch goes forward once more, without gradient.
+    batch they are used, else the batch goes forward once more, without gradient. Where labels are no classes, only the
+    module's own ``per_sample`` loss can tell.
 
     Args:
         fraction: rho, the fraction of each task's samples that is removed in all, in [0, 1).
@@ -122,14 +125,8 @@ class DynamicDataRemoval(TaskCallback):
         data, at = trainer.datamodule, position(trainer)
         if not self.fraction or at.epoch >= self.cutoff * self.interval:
             return
-        x, y = batch
-        if isinstance(outputs, Mapping) and "logits" in outputs:
-            logits = outputs["logits"]
-        else:
-            apart = Enforcement.of(pl_module).scoring()
-            with apart, batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
-                logits = pl_module(x)
-        hard = DIFFICULTY[self.by](logits.float(), y)
+        y = batch[1]
+        hard = self._hard(trainer, pl_module, outputs if isinstance(outputs, Mapping) else {}, batch)
         index = data.indices(batch_idx).to(y.device, non_blocking=True)
         if trainer.world_size > 1:  # the same statistics on every process
             hard, index = (pl_module.all_gather(part).flatten() for part in (hard, index))
@@ -143,6 +140,24 @@ class DynamicDataRemoval(TaskCallback):
             stage["right"][index] = right
         stage["sum"][index] += hard
         stage["seen"][index] += 1
+
+    def _hard(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Mapping[str, Any], batch: Any
+    ) -> Tensor:
+        """How hard each sample (B,) of the batch is now."""
+        x, y = batch
+        if self.by == "loss" and "per_sample" in outputs:
+            return outputs["per_sample"].detach().float()
+        if y.ndim != 1 or y.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__}(by={self.by!r}): labels of shape {tuple(y.shape)} and {y.dtype} are no "
+                "classes; return each sample's loss (B,) from training_step under 'per_sample', and take by='loss'"
+            )
+        if "logits" in outputs:
+            return DIFFICULTY[self.by](outputs["logits"].float(), y)
+        apart = Enforcement.of(pl_module).scoring()
+        with apart, batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
+            return DIFFICULTY[self.by](logits_of(pl_module(x), pl_module).float(), y)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at, data = position(trainer), trainer.datamodule

@@ -7,9 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse_cl.callbacks.averaging import averaged
+from lightning_sparse_cl.callbacks.outputs import logits_of
+from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.sparsity import Subnetworks
 
@@ -22,18 +24,24 @@ class ContinualEvaluation(pl.Callback):
     Where a callback averages the weights (Lightning's ``WeightAveraging``), the average is measured, as in Lightning's
     own validation, for that is what checkpoints hold.
 
-    Class-IL takes the largest of all logits, of classes not seen yet too; Task-IL the largest among the classes of
-    the sample's task, on the same head and from the same forward pass. (Where each task has a subnetwork of its own,
+    Class-IL takes the largest logit of all the data's classes, of those not seen yet too; Task-IL the largest among the
+    classes of the sample's task, on the same head and from the same forward pass. A head may have more outputs than the
+    data have classes: those beyond are no classes, and never win. (Where each task has a subnetwork of its own,
     by :class:`TaskSubnetworks`, Task-IL asks that of the sample's task, Class-IL all of them.) Before training the
     untrained network is measured on every task, the baseline of forward transfer.
 
-    Works with any LightningModule whose ``forward`` maps images to logits: it runs its own passes over the data
-    module's test loaders, so that neither a ``validation_step`` nor a validation loop is needed, and resuming never
-    meets a half-measured task. ``trainer.test`` and ``trainer.validate`` report the same figures for the weights given.
+    Works with any LightningModule whose ``forward`` maps images to logits (alone, or as
+    :func:`~lightning_sparse_cl.callbacks.outputs.logits_of` finds them): it runs its own passes over the data module's
+    test loaders, so that neither a ``validation_step`` nor a validation loop is needed, and resuming never meets a
+    half-measured task. ``trainer.test`` and ``trainer.validate`` report the same figures for the weights given.
 
     Args:
         before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
         class_il: False measures Task-IL alone, which sends an image through the subnetwork of its task only.
+
+    Raises:
+        TypeError: if the trainer has no :class:`TaskDataModule`, or there are no logits in what ``forward`` returns.
+        ValueError: if there are fewer logits than classes.
     """
 
     def __init__(self, before_pruning: bool = False, class_il: bool = True) -> None:
@@ -48,7 +56,7 @@ class ContinualEvaluation(pl.Callback):
         self._loaded: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data = trainer.datamodule
+        data = _data(trainer)
         if stage == "fit":
             self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
@@ -73,7 +81,7 @@ class ContinualEvaluation(pl.Callback):
 
     def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._measure(trainer, pl_module, task)
-        if trainer.datamodule.val_fraction:
+        if _data(trainer).val_fraction:
             learnt = Subnetworks.of(pl_module)
             known = (lambda x: learnt.combined(x, learnt.answers(x, task), task)) if len(learnt) else pl_module
             self.held_out.append(held_out_accuracy(trainer, pl_module, known))
@@ -84,13 +92,13 @@ class ContinualEvaluation(pl.Callback):
         )  # fmt: skip
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
-        matrices = {s: self.matrices[s + suffix] for s in self.scenarios}
+        data, matrices = _data(trainer), {s: self.matrices[s + suffix] for s in self.scenarios}
         was_training = pl_module.training
         pl_module.eval()
         with averaged(trainer, pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            for task, loader in enumerate(trainer.datamodule.test_dataloader()):
+            for task, loader in enumerate(data.test_dataloader()):
                 for x, y in loader:
-                    x = trainer.datamodule.prepare(x.to(pl_module.device), augment=False)
+                    x = data.prepare(x.to(pl_module.device), augment=False)
                     self._count(pl_module, x, y.to(pl_module.device), task, matrices)
         pl_module.train(was_training)
         for matrix in matrices.values():
@@ -106,7 +114,8 @@ class ContinualEvaluation(pl.Callback):
             known = learnt.combined(x, answers, task)
             logits = learnt.combined(x, answers) if "class_il" in self.scenarios else known
         else:
-            known = logits = pl_module(x) if logits is None else logits
+            known = logits = logits_of(pl_module(x), pl_module) if logits is None else logits
+        known, logits = (_of_classes(part, live.numel(), pl_module) for part in (known, logits))
         for scenario, matrix in matrices.items():
             of_task = scenario.startswith("task_il")
             scores = known.masked_fill(~live, -torch.inf) if of_task else logits
@@ -144,21 +153,40 @@ class ContinualEvaluation(pl.Callback):
         self._loaded = state
 
 
-def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Tensor]) -> float:
+def _data(trainer: pl.Trainer) -> TaskDataModule:
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, TaskDataModule):
+        raise TypeError(
+            f"ContinualEvaluation: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule"
+        )
+    return data
+
+
+def _of_classes(logits: Tensor, classes: int, module: nn.Module) -> Tensor:
+    """The logits (B, classes) of the data's classes, without what a larger head has beyond them."""
+    if logits.shape[1] < classes:
+        raise ValueError(
+            f"{type(module).__name__}: its forward gives {logits.shape[1]} logits, and the data have {classes} classes"
+        )
+    return logits[:, :classes]
+
+
+def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:
     """Accuracy of the running task on its held-out samples, over all processes, among the task's classes.
 
     Args:
         trainer: the trainer, in ``fit``.
         pl_module: put in eval mode for it.
-        logits: maps images (B, C, H, W) to logits (B, num_classes).
+        logits: maps images (B, C, H, W) to logits (B, num_classes), or to what holds them.
     """
-    data, was_training = trainer.datamodule, pl_module.training
+    data, was_training = _data(trainer), pl_module.training
     live, right = data.live().to(pl_module.device), torch.zeros(2, device=pl_module.device, dtype=torch.long)
     pl_module.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         for x, y in data.val_dataloader()[0]:
             x, y = data.prepare(x.to(pl_module.device), augment=False), y.to(pl_module.device)
-            hits = logits(x).masked_fill(~live, -torch.inf).argmax(1) == y
+            known = _of_classes(logits_of(logits(x), pl_module), live.numel(), pl_module)
+            hits = known.masked_fill(~live, -torch.inf).argmax(1) == y
             right += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(y))])
     pl_module.train(was_training)
     if trainer.world_size > 1:

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from lightning_sparse_cl.callbacks.calls import Call, OutermostCalls
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics.accounting import DenseCost
+from lightning_sparse_cl.metrics.plain import weights_of
 from lightning_sparse_cl.objectives.teacher import Teacher
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
-from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.masks import Masks
+
+UNIT = 64  # uses of a weight are counted in this part of one, for a call may use a part of the weight only
+
+
+@dataclass
+class _Passes:
+    """Calls of one cost since the masks last changed."""
+
+    cost: DenseCost
+    samples: int
+    """Of each call."""
+    forward: int = 0
+    backward: int = 0
+    thirds: int = 0
+    """Samples times three, replayed ones and those without a gradient times one."""
 
 
 class FlopsCounter(pl.Callback):
-    """Counts training FLOPs as samples pass through ``pl_module(x)``, without reading anything from the device.
+    """Counts training FLOPs of any module as its forward passes happen, without reading anything from the device.
 
-    Of each convolution and linear layer, with m multiply-accumulates an image (``torch.utils.flop_counter``) and the
-    fractions a of its weights alive and g updated, a sample costs 2ma forward and, if a gradient is taken, 2ma for the
-    error and 2mg for the weights (1 in place of g on steps that need whole gradients, such as RigL's exchanges).
-    Everything is counted at the masks of its moment: removed data, replay, SAM's second pass, ranking passes.
-    Evaluation is not training and does not count. Counts are of all processes together.
+    A product of activations with a weight, of m multiply-accumulates (see
+    :class:`~lightning_sparse_cl.metrics.DenseCost`), costs 2ma FLOPs forward and, if a gradient is taken, 2ma for the
+    error and 2mg for the weight. a and g are the fractions of the weight alive and updated; g is 1 on steps that need
+    whole gradients, such as RigL's exchanges, and 0 for a weight that is not trained. A product of two activations, as
+    attention has them, costs 2m forward and 4m backward. Everything is counted at the masks of its moment: removed
+    data, replay, SAM's second pass, ranking passes. Evaluation is not training and does not count. Counts are of all
+    processes together, each taken to do what this one does.
 
     :meth:`summary` tells, in FLOPs:
 
@@ -36,65 +56,102 @@ class FlopsCounter(pl.Callback):
       :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, a
       gradient mask saves its part in all layers alike, and RigL's whole gradients are not charged;
     * ``dense``: what ``training`` would have been without masks and with no data removed;
-    * ``per_layer``: ``training`` of each layer.
+    * ``per_layer``: ``training`` of each weight, by its name;
+    * ``weightless``: ``training`` of products of activations, which no mask reduces;
+    * ``not_counted``: what is missing in all of these, and why; empty if nothing is known to be.
 
-    A module whose ``training_step`` does not go through its own ``forward``, or whose ``forward`` does not take a batch
-    of images, has its samples counted only. Work in functional calls and in eval mode, as objectives do it at task ends
-    (Fisher information, features for herding and linear heads), is not counted. List it before callbacks that measure
-    importance, or their first pass is missed. Which samples of a pass are replayed is known where the module has an
-    ``objective`` (:class:`Objective`). A :class:`Teacher`'s passes count as forward passes at the masks of the moment.
+    Every module counts that is called from outside of others, so that ``training_step`` need not go through the
+    module's own ``forward``. Work in eval mode, as objectives do it at task ends (features for herding and linear
+    heads), is not counted, nor are products outside of modules, such as a loss's or Fisher information's. Which samples
+    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`). A :class:`Teacher`'s
+    passes count as forward passes at the masks of the moment.
     """
 
     def __init__(self) -> None:
-        self.counts = {"samples": 0, "forward": 0, "backward": 0}
-        """Samples that the loader served; those sent forward, replayed and repeated ones included; those of them
-        through which a gradient is taken."""
-        self.cost: DenseCost | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._calls: OutermostCalls | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self.counts = dict.fromkeys(self.counts, 0)
+        self._served = 0
+        self._sent: dict[str, list[int]] = {}  # see counts
         self._dense = 0.0
+        self._weightless = {"training": 0, "scoring": 0}
         self._done: dict[str, Tensor] = {}
-        """Products of samples and weights of each layer, (layers,), whole numbers; thirds of trained samples' FLOPs."""
-        self._passed = {"training": [0, 0], "scoring": [0, 0], "papers": [0]}  # since the masks last changed
+        """Uses of the alive and of the updated weights, (weights,), in ``UNIT``; FLOPs of ``papers``."""
+        self._layers: dict[str, None] = {}  # in the order of their first use
+        self._missing: dict[str, str] = {}
+        self._passed: dict[tuple[int, bool], _Passes] = {}
         self._version: tuple[int, int] | None = None
         self._whole = 1.0
-        self._tried = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """``samples`` that the loader served; those sent ``forward`` through the module and its teachers, replayed and
+        repeated ones included; those of them through which a gradient is taken (``backward``).
+
+        Where ``training_step`` does not call its own module, those sent through the most costly module that it calls.
+        """
+        most = max(self._sent, key=lambda name: self._sent[name][2], default="")
+        forward, backward, _ = self._sent.get("", self._sent.get(most, [0, 0, 0]))
+        return {"samples": self._served, "forward": forward, "backward": backward}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.cost = None
             self._clear()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._masks, self._enforcement = Masks.of(pl_module), Enforcement.of(pl_module)
-        self._processes = trainer.world_size
-        self._done = {name: value.to(pl_module.device) for name, value in self._done.items()}
+        self._processes, self._device = trainer.world_size, pl_module.device
+        self._sizes = {name: p.numel() for name, p in weights_of(pl_module).items() if p.ndim > 1}
+        self._calls = OutermostCalls(pl_module, self._count)
+        self._calls.watch()  # now: who measures importance may do so before training
+
+    @contextmanager
+    def counting(self, copy: pl.LightningModule) -> Iterator[None]:
+        """Inside, passes through a copy of the module count, too."""
+        calls = OutermostCalls(copy, self._count)
+        calls.watch()
+        try:
+            yield
+        finally:
+            calls.remove()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._whole = self._without_removal(trainer)  # of an epoch that is resumed in its middle
-        teachers = [m for m in pl_module.modules() if isinstance(m, Teacher)]
-        self._hooks = [pl_module.register_forward_pre_hook(self._count)]
-        self._hooks += [teacher.register_forward_pre_hook(self._count_teacher) for teacher in teachers]
+        self._new_epoch = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._whole = self._without_removal(trainer)
+        self._settle()
+        self._version = None  # weights may be trained from now on, or no more
+        self._new_epoch = True
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.cost is None and not self._tried:
-            self._tried, self.cost = True, dense_cost(pl_module, batch)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self._calls is not None and self._new_epoch:
+            self._calls.watch()
+            self._calls.heard = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if isinstance(batch, tuple | list) and torch.is_tensor(batch[-1]):
-            self.counts["samples"] += len(batch[-1]) * self._processes
+        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+        self._served += len(tensors[-1]) * self._processes if tensors else 0
+        if self._calls is not None and self._new_epoch:
+            self._new_epoch = False
+            self._miss(self._calls.failed)
+            if not self._calls.heard:
+                self._miss({f"{type(pl_module).__name__}.training_step": "it calls no module that can be watched"})
+            self._calls.watch(all_modules=False)
+
+    def _miss(self, missing: dict[str, str]) -> None:
+        new = {name: why for name, why in missing.items() if name not in self._missing}
+        self._missing |= new
+        for name, why in new.items():
+            rank_zero_warn(f"FlopsCounter: {name} is not counted: {why}")
 
     def _without_removal(self, trainer: pl.Trainer) -> float:
         """How many batches the epoch would have for each that it has, had no data been removed."""
-        data = trainer.datamodule
+        data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TaskDataModule):
             return 1.0
         limit = trainer.limit_train_batches
@@ -105,49 +162,45 @@ class FlopsCounter(pl.Callback):
         )
         return whole / max(alive, 1)
 
-    def _count(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # Under DDP the training step itself is sent through the module's call, with a batch and not with images.
-        if not module.training or self.cost is None or not inputs or not torch.is_tensor(inputs[0]):
-            return
+    def _count(self, call: Call) -> None:
         if self._now() != self._version:
             self._settle()
             self._look()
-        self._add(len(inputs[0]) * self._processes, torch.is_grad_enabled(), getattr(module, "objective", None))
-
-    def _count_teacher(self, teacher: nn.Module, inputs: tuple[Tensor]) -> None:
-        if teacher.training and self.cost is not None and self._version is not None:
-            self._add(len(inputs[0]) * self._processes, False, None)
-
-    def _add(self, n: int, backward: bool, objective: nn.Module | None) -> None:
-        self.counts["forward"] += n
-        self.counts["backward"] += n * backward
-        passed = self._passed["scoring" if self._enforcement.is_scoring else "training"]
-        passed[0] += n
-        passed[1] += n * backward
-        if not self._enforcement.is_scoring:
-            replayed = getattr(objective, "replayed", 0) * self._processes
-            self._passed["papers"][0] += 3 * (n - replayed) + replayed if backward else n
-            self._dense += 2 * self.cost.total_macs() * n * (1 + 2 * backward) * self._whole
+        cost, scoring, n = call.cost, self._enforcement.is_scoring, call.samples
+        if (passes := self._passed.get((id(cost), scoring))) is None:
+            passes = self._passed[id(cost), scoring] = _Passes(cost, n)
+            self._layers |= dict.fromkeys(cost.macs)
+            self._miss(cost.not_counted)
+        passes.forward += self._processes
+        passes.backward += self._processes * call.backward
+        own = "" if isinstance(call.module, Teacher) else call.name
+        sent = self._sent.setdefault(own, [0, 0, cost.total_macs() // max(n, 1)])
+        sent[0] += n * self._processes
+        sent[1] += n * self._processes * call.backward
+        if not scoring:
+            replayed = min(getattr(getattr(self._masks.module, "objective", None), "replayed", 0), n)
+            passes.thirds += self._processes * (3 * (n - replayed) + replayed if call.backward else n)
+            self._dense += 2 * cost.total_macs() * self._processes * (1 + 2 * call.backward) * self._whole
 
     def _look(self) -> None:
         """The masks of what follows: how many weights of each layer are alive, and how many updated."""
-        masks, device = self._masks, self._masks.module.device
+        masks, device = self._masks, self._device
         self._version = self._now()
-        sizes = {name: masks.module.get_parameter(name).numel() for name in self.cost.macs}
-        alive = {name: masks.alive[name].count_nonzero() if name in masks.alive else n for name, n in sizes.items()}
-        held = {*masks.frozen, *masks.updated}
-        updated = {name: masks.movable(name).count_nonzero() if name in held else n for name, n in alive.items()}
-        masked = torch.tensor([name in masks.alive or name in held for name in sizes], device=device)
+        sizes, held = self._sizes, {*masks.frozen, *masks.updated}
+        trained = {name for name, p in weights_of(masks.module).items() if p.requires_grad}
+        alive = {n: masks.alive[n].count_nonzero() if n in masks.alive else size for n, size in sizes.items()}
+        moved = {n: masks.movable(n).count_nonzero() if n in held else size for n, size in alive.items()}
+        masked = torch.tensor([n in masks.alive or n in held for n in sizes], device=device)
+        whole = torch.tensor([n in self._enforcement.whole for n in sizes], device=device)
         every = torch.tensor(list(sizes.values()), device=device)
-        macs = torch.tensor(list(self.cost.macs.values()), device=device, dtype=torch.float32)
-        whole = torch.tensor([name in self._enforcement.whole for name in sizes], device=device)
         self._alive, updated = (
-            torch.stack([torch.as_tensor(n, device=device) for n in counts.values()]) for counts in (alive, updated)
+            torch.stack([torch.as_tensor(n, device=device) for n in counts.values()] or [every])
+            for counts in (alive, moved)
         )
+        updated = updated * torch.tensor([n in trained for n in sizes], device=device)
+        ratio = (updated * masked).sum().float() / (self._alive * masked).sum().float()
+        self._ratio = torch.where(masked.any(), ratio, 1.0)
         self._updated = torch.where(whole, every, updated)
-        forward = (2 * macs * self._alive.float() / every.float()).sum()
-        ratio = torch.where(masked.any(), (updated * masked).sum().float() / (self._alive * masked).sum().float(), 1.0)
-        self._third = (forward * (2 + ratio) / 3).round().long()
 
     def _now(self) -> tuple[int, int]:
         """Another one whenever masks are others, or other gradients are wanted."""
@@ -155,62 +208,65 @@ class FlopsCounter(pl.Callback):
 
     def _settle(self) -> None:
         """Add up what passed under the masks until now."""
-        if self._version is None:
+        if self._version is None or not self._passed:
             return
-        (forward, backward), (scored, graded), (papers,) = self._passed.values()
-        now = {
-            "training": (forward + backward) * self._alive + backward * self._updated,
-            "scoring": (scored + 2 * graded) * self._alive,
-            "papers": papers * self._third,
-        }
-        self._done = {name: value + self._done.get(name, 0) for name, value in now.items()}
-        self._passed = {name: [0] * len(passed) for name, passed in self._passed.items()}
+        done = self._done or {
+            "training": torch.zeros_like(self._alive), "scoring": torch.zeros_like(self._alive),
+            "papers": torch.zeros((), dtype=torch.long),
+        }  # fmt: skip
+        done = {kind: value.to(self._device) for kind, value in done.items()}
+        for (_, scoring), passes in self._passed.items():
+            cost, forward, backward = passes.cost, passes.forward, passes.backward
+            part = [cost.macs.get(name, 0) / size for name, size in self._sizes.items()]
+            uses = torch.tensor([round(UNIT * each) for each in part], device=self._device)
+            kind = "scoring" if scoring else "training"
+            self._weightless[kind] += 2 * cost.weightless * (forward + 2 * backward)
+            if scoring:
+                done[kind] += uses * self._alive * (forward + 2 * backward)
+                continue
+            done[kind] += uses * (self._alive * (forward + backward) + self._updated * backward)
+            flops = 2 * (uses.float() / UNIT * self._alive).sum() * (2 + self._ratio) / 3 + 2 * cost.weightless
+            done["papers"] += (flops / max(passes.samples, 1)).round().long() * passes.thirds
+        self._done, self._passed = done, {}
 
     def summary(self) -> dict[str, Any]:
         """The figures named above, and the :attr:`counts` of samples. Reads from the device."""
         self._settle()
-        if self.cost is None or not self._done:
-            return dict(self.counts)
-        sizes = {name: self._masks.module.get_parameter(name).numel() for name in self.cost.macs}
+        found = self.counts | {"not_counted": dict(self._missing)}
+        if not self._done:
+            return found
+        at = {name: i for i, name in enumerate(self._sizes)}
         layers = {
-            kind: {n: 2 * m / sizes[n] * v for (n, m), v in zip(self.cost.macs.items(), self._done[kind].tolist())}
-            for kind in ("training", "scoring")
+            kind: {name: 2 * uses[at[name]] / UNIT for name in self._layers}
+            for kind, uses in ((kind, self._done[kind].tolist()) for kind in ("training", "scoring"))
         }
-        return dict(self.counts) | {
-            "training": sum(layers["training"].values()),
-            "scoring": sum(layers["scoring"].values()),
+        return found | {
+            "training": sum(layers["training"].values()) + self._weightless["training"],
+            "scoring": sum(layers["scoring"].values()) + self._weightless["scoring"],
             "papers": float(self._done["papers"]),
             "dense": self._dense,
+            "weightless": float(self._weightless["training"]),
             "per_layer": layers["training"],
         }
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        if self._calls is not None:
+            self._calls.remove()
+            self._calls = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         self._settle()
-        cost = None if self.cost is None else asdict(self.cost)
-        return {"counts": dict(self.counts), "dense": self._dense, "done": dict(self._done), "cost": cost}
+        return {
+            "served": self._served, "sent": {name: list(sent) for name, sent in self._sent.items()},
+            "dense": self._dense, "weightless": dict(self._weightless), "done": dict(self._done),
+            "layers": list(self._layers), "missing": dict(self._missing),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.counts, self._dense, self._done = dict(state["counts"]), state["dense"], dict(state["done"])
-        self.cost = None if state["cost"] is None else DenseCost(**state["cost"])
-
-
-def dense_cost(pl_module: pl.LightningModule, batch: Any) -> DenseCost | None:
-    """What an image of ``batch`` (x, ...) costs ``pl_module`` dense; None, with a warning, where that is not known."""
-    if not (isinstance(batch, tuple | list) and torch.is_tensor(batch[0])):
-        return None
-    try:
-        return DenseCost.of(network_of(pl_module), batch[0].shape[1:])
-    except Exception as error:  # any module may be trained; one that cannot be counted is not to be stopped
-        rank_zero_warn(
-            f"{type(pl_module).__name__}: its FLOPs and footprint are not counted, for its forward does not take "
-            f"images of {tuple(batch[0].shape[1:])} ({type(error).__name__})"
-        )
-        return None
+        self._served, self._sent = state["served"], {name: list(sent) for name, sent in state["sent"].items()}
+        self._dense, self._weightless = state["dense"], dict(state["weightless"])
+        self._done, self._layers = dict(state["done"]), dict.fromkeys(state["layers"])
+        self._missing = dict(state["missing"])

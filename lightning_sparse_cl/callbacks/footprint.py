@@ -10,9 +10,12 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.callbacks.flops import dense_cost
+from lightning_sparse_cl.callbacks.calls import Call, OutermostCalls, batch_size
 from lightning_sparse_cl.metrics.accounting import DenseCost, sparcl_memory
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.metrics.plain import weights_of
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.masks import Masks
 
 
 class MemoryFootprint(pl.Callback):
@@ -25,7 +28,8 @@ class MemoryFootprint(pl.Callback):
         self.cost: DenseCost | None = None
         self.batch_size = 0
         self._version = -1
-        self._tried = False
+        self._calls: OutermostCalls | None = None  # during the first batch
+        self._activations: dict[str, float] = {}
         self._device = torch.device("cpu")
         self._densest: Tensor | None = None
 
@@ -40,12 +44,24 @@ class MemoryFootprint(pl.Callback):
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.cost is None and not self.batch_size:
+            self._calls = OutermostCalls(pl_module, self._note)
+            self._calls.watch()
+
+    def _note(self, call: Call) -> None:
+        if call.backward and not Enforcement.of(self._masks.module).is_scoring:
+            self._activations.setdefault(call.name, call.cost.activations / max(call.samples, 1))
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        if not self._tried and self.cost is None:
-            self._tried, self.cost = True, dense_cost(pl_module, batch)
-            self.batch_size = 0 if self.cost is None else len(batch[0])
+        if self._calls is not None:
+            self._calls.remove()
+            self._calls, self.batch_size = None, batch_size(batch)
+            if self._activations:
+                parameters = sum(p.numel() for p in weights_of(network_of(pl_module)).values())
+                self.cost = DenseCost({}, round(sum(self._activations.values())), parameters)
         if self._masks.version != self._version:
             self._version = self._masks.version
             densest = self._densities()
@@ -62,10 +78,15 @@ class MemoryFootprint(pl.Callback):
         updated = sum(masks.movable(name).sum() for name in names)
         return torch.stack([torch.as_tensor(part, device=self._device) / total for part in (alive, updated)])
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._calls is not None:
+            self._calls.remove()
+
     def summary(self) -> dict[str, Any]:
         """``formula``: bytes by :func:`~lightning_sparse_cl.metrics.sparcl_memory` (SparCL, Appendix B.2) with the
         densest masks that were trained with (two activations of the batch, weights and gradients; a replayed batch,
-        optimiser state, memory and the whole gradients of RigL's and SNFS's steps are not in it); ``dense``: the same
+        optimiser state, memory and the whole gradients of RigL's and SNFS's steps are not in it; of each module that
+        ``training_step`` calls the activations are taken once a sample); ``dense``: the same
         without masks; ``peak``: bytes really allocated at most, on a GPU by the allocator, else of the process,
         everything included (``source``). Masks save none of the latter: tensors stay dense while training.
         """

@@ -9,8 +9,10 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 
-class TaskLRSchedule(pl.Callback):
+
+class TaskLRSchedule(TaskCallback):
     """One learning-rate scheduler a task, from the optimiser's initial learning rate on.
 
     Under manual optimisation Lightning steps no scheduler; under automatic optimisation its schedulers know no tasks.
@@ -18,11 +20,13 @@ class TaskLRSchedule(pl.Callback):
 
     Args:
         scheduler: makes the scheduler from the optimiser, ``partial(CosineAnnealingLR, T_max=20)`` for example.
-        interval: step it after every ``"epoch"`` or every ``"step"``.
+        interval: step it after every ``"epoch"`` or every optimiser ``"step"``.
 
     Raises:
         ValueError: if ``interval`` is neither, or the scheduler waits for a metric (``ReduceLROnPlateau``).
     """
+
+    needs_tasks = True
 
     def __init__(
         self, scheduler: Callable[[Optimizer], LRScheduler], interval: Literal["epoch", "step"] = "epoch"
@@ -31,13 +35,16 @@ class TaskLRSchedule(pl.Callback):
             raise ValueError(f"TaskLRSchedule(interval={interval!r}): interval is 'epoch' or 'step'")
         self.scheduler = scheduler
         self.interval = interval
+        self._steps = 0
         self._running: list[LRScheduler] = []
         self._loaded: list[dict[str, Any]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         self._running, self._loaded = [], []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps = trainer.global_step
         if self._loaded:
             rates = [[group["lr"] for group in o.param_groups] for o in trainer.optimizers]
             self._start(trainer)
@@ -51,7 +58,8 @@ class TaskLRSchedule(pl.Callback):
         self._start(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.interval == "step":
+        if self.interval == "step" and trainer.global_step > self._steps:  # not while batches are accumulated
+            self._steps = trainer.global_step
             self._step()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.flops import FlopsCounter
 
 LossOf = Callable[[pl.LightningModule, Any], Tensor]
 """A loss of a module on a batch: a scalar, the mean over the batch."""
@@ -64,7 +65,11 @@ def own_loss(
         trainer.loggers = [DummyLogger()] if loggers else []
         try:
             quiet = _quiet_copy(trainer, pl_module)
-            yield quiet, _of_step(trainer, quiet)
+            with ExitStack() as counted:
+                for counter in trainer.callbacks:
+                    if isinstance(counter, FlopsCounter):
+                        counted.enter_context(counter.counting(quiet))
+                yield quiet, _of_step(trainer, quiet)
         finally:
             trainer.loggers = loggers
 

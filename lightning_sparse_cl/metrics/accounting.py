@@ -3,61 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+
+from lightning_sparse_cl.metrics.products import ProductCounter
+from lightning_sparse_cl.metrics.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)
 class DenseCost:
-    """What one image costs a dense network.
+    """What a forward pass costs a dense network.
 
     Args:
-        macs: multiply-accumulates of a forward pass, by the name of the weight that takes part in them.
-        activations: elements of all outputs of convolutions and linear layers.
+        macs: multiply-accumulates, by the name of the weight that takes part in them; a shared weight has one name.
+        activations: elements of all outputs of products with weights: convolutions, linear and recurrent layers.
         parameters: all parameters, batch-norm and biases included.
+        weightless: multiply-accumulates of activations with each other, such as attention's QK^T and AV. No mask
+            reduces them.
+        not_counted: operators that multiply and for which there is no formula, and why.
     """
 
     macs: dict[str, int]
     activations: int
     parameters: int
+    weightless: int = 0
+    not_counted: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, network: nn.Module, input_shape: Sequence[int]) -> DenseCost:
-        """Count by sending one image (C, H, W) of zeros through ``network``, with ``torch.utils.flop_counter``.
+        """The cost of one image (C, H, W), of zeros; see :meth:`of_call`."""
+        own = next(network.parameters())
+        return cls.of_call(network, torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype))
+
+    @classmethod
+    def of_call(cls, network: nn.Module, *args: Any, **kwargs: Any) -> DenseCost:
+        """Count by calling ``network`` in eval mode, with the formulas of ``torch.utils.flop_counter`` and our own.
 
         The network is left as it was; modes, buffers and random numbers do not change.
         """
-        elements: list[int] = []
-        hooks = [
-            module.register_forward_hook(lambda _, __, out: elements.append(out.numel()))
-            for module in network.modules()
-            if isinstance(module, nn.modules.conv._ConvNd | nn.Linear)
-        ]
-        training = {module: module.training for module in network.modules()}
-        own = next(network.parameters())
-        image = torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype)
-        try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-                network.eval()(image)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, mode in training.items():
-                module.training = mode
-        flops = {path.partition(".")[2]: sum(ops.values()) for path, ops in counter.get_flop_counts().items()}
-        macs = {
-            f"{name}.weight": flops[name] // 2
-            for name, module in network.named_modules()
-            if isinstance(getattr(module, "weight", None), Tensor) and flops.get(name)
-        }
-        return cls(macs, sum(elements), sum(p.numel() for p in network.parameters()))
+        counter = ProductCounter(network.named_parameters(), network.buffers())
+        fast = torch.backends.mha.get_fastpath_enabled()
+        with undisturbed(network), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            torch.backends.mha.set_fastpath_enabled(False)  # it runs whole Transformer layers as one operator
+            try:
+                network.eval()
+                counter.begin((args, kwargs))
+                with counter:
+                    network(*args, **kwargs)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast)
+        return cls.counted(counter, network)
+
+    @classmethod
+    def counted(cls, counter: ProductCounter, network: nn.Module) -> DenseCost:
+        """What ``counter`` saw of a pass of ``network``."""
+        parameters = sum(p.numel() for p in network.parameters())
+        return cls(dict(counter.macs), counter.activations, parameters, counter.weightless, dict(counter.missing))
 
     def total_macs(self) -> int:
         """Multiply-accumulates of a forward pass."""
-        return sum(self.macs.values())
+        return sum(self.macs.values()) + self.weightless
 
     def share(self, names: Sequence[str]) -> float:
         """Fraction of the multiply-accumulates that the named weights take part in."""

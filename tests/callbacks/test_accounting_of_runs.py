@@ -1,10 +1,14 @@
 """What a run is said to have cost is what the papers' formulas and a sum by hand give for its plan."""
 
 import json
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+import torchmetrics
+from torch import nn
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -128,21 +132,162 @@ def test_footprint_and_size_of_a_run(tmp_path):
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
-def test_a_module_that_cannot_be_counted_is_trained_all_the_same(tmp_path):
+class Foreign(pl.LightningModule):
+    """Knows nothing of this package: ``step`` is what its training step does, and it has no forward of its own."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def training_step(self, batch, batch_idx):
+        return self.step(batch)
+
+
+class Sentences(Foreign):
+    """Dict batches, attention, an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(9, 8)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    def forward(self, batch):
+        return self.encoder(self.words(batch["tokens"]))
+
+    def step(self, batch):
+        return self(batch).square().mean()
+
+
+class Twins(Foreign):
+    """BYOL: two views, a momentum copy without gradient, heads called one by one; in eval mode the copy adds noise."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = (nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Dropout(0.5)) for _ in range(2))
+        self.predict = nn.Linear(6, 6)
+        self.teacher.requires_grad_(False)
+
+    def step(self, batch):
+        with torch.no_grad():
+            target = self.teacher.eval()(batch[1])
+        return (self.predict(self.student(batch[0])) - target).square().mean()
+
+
+def loader(samples):
+    return torch.utils.data.DataLoader(samples, batch_size=4)
+
+
+def fit(module, samples, *callbacks, epochs=2, **kwargs):
+    options = dict(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                   enable_model_summary=False, max_epochs=epochs)  # fmt: skip
+    pl.Trainer(callbacks=list(callbacks), **(options | kwargs)).fit(module, loader(samples))
+
+
+def test_batches_that_are_dicts_and_attention_at_its_masks():
+    """in_proj_weight at half density costs half of its share; QK^T and AV stay whole."""
+    samples = [{"tokens": torch.randint(9, (5,)), "length": torch.tensor(5.0)} for _ in range(8)]
+    flops, footprint, module = scl.FlopsCounter(), scl.MemoryFootprint(), Sentences()
+    name, weight = "encoder.layers.0.self_attn.in_proj_weight", module.encoder.layers[0].self_attn.in_proj_weight
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[::2] = True
+    scl.Masks.of(module).set_alive(name, mask)
+    fit(module, samples, flops, footprint)
+    found, tokens = flops.summary(), 2 * 8 * 5
+    macs = {n: p.numel() for n, p in module.named_parameters() if p.ndim > 1 and "words" not in n}
+    assert found["weightless"] == 6 * 2 * tokens * 5 * 8
+    assert found["per_layer"] == {n: 6 * tokens * size / (1 + (n == name)) for n, size in macs.items()}
+    assert found["dense"] == 6 * tokens * sum(macs.values()) + found["weightless"]
+    assert found["training"] == sum(found["per_layer"].values()) + found["weightless"]
+    assert (found["samples"], found["forward"], found["backward"]) == (16, 16, 16) and not found["not_counted"]
+    assert footprint.cost.activations == 5 * (3 * 8 + 8 + 16 + 8)
+
+
+def test_a_training_step_of_several_forwards():
+    """The student's and the head's passes cost their gradients; the frozen copy's are forward passes alone."""
+    samples = [(torch.randn(8), torch.randn(8)) for _ in range(8)]
+    flops = scl.FlopsCounter()
+    fit(Twins(), samples, flops, epochs=3)
+    found = flops.summary()
+    assert found["per_layer"] == {
+        "student.0.weight": 24 * 6 * 48, "teacher.0.weight": 24 * 2 * 48, "predict.weight": 24 * 6 * 36
+    }  # fmt: skip
+    assert (found["samples"], found["forward"], found["not_counted"]) == (24, 24, {})
+
+
+def test_what_is_not_counted_is_said_and_trained_all_the_same(tmp_path):
     class Inner(PlainClassifier):
         forward = None
 
         def training_step(self, batch, batch_idx):
             return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
+    class Functional(Foreign):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(64, 6))
+
+        def step(self, batch):
+            return nn.functional.cross_entropy(batch[0].flatten(1) @ self.weight, batch[1])
+
     class Unused(PlainClassifier):
         def __init__(self):
             super().__init__()
             self.aux = torch.nn.Linear(16, 16)
 
-    flops, report = scl.FlopsCounter(), scl.RunReport()
-    with pytest.warns(UserWarning, match="Inner: its FLOPs and footprint are not counted"):
-        trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(Inner(), toy_tasks())
-    assert flops.summary() == {"samples": 480, "forward": 0, "backward": 0}
+    flops, report, data = scl.FlopsCounter(), scl.RunReport(), toy_tasks()
+    trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(model := Inner(), data)
+    cost = DenseCost.of(model.net, data.input_shape)
+    assert flops.summary()["training"] == flops.summary()["dense"] == 6 * cost.total_macs() * 480
+    assert flops.counts == {"samples": 480, "forward": 480, "backward": 480}
+    with pytest.warns(UserWarning, match=r"FlopsCounter: Functional.training_step is not counted: it calls no module"):
+        trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(Functional(), data)
+    assert flops.counts == {"samples": 480, "forward": 0, "backward": 0}
+    assert [*flops.summary()["not_counted"]] == ["Functional.training_step"]
     trainer(flops, scl.RigL(0.5, interval=3), report, default_root_dir=tmp_path).fit(Unused(), toy_tasks())
     assert flops.summary()["training"] < flops.summary()["dense"]
+
+
+class Noisy(nn.Module):
+    """Draws noise in eval mode too, from all sources, and counts its calls in all ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.log, self.own = 0, [], torch.Generator().manual_seed(0)
+        self.register_buffer("seen", torch.zeros(()))
+        self.metric = torchmetrics.MeanMetric()
+
+    def forward(self, x):
+        self.calls += 1
+        self.log.append(self.calls)
+        self.seen += 1
+        self.metric.update(x.detach().mean())
+        noise = torch.randn_like(x) + torch.randn(x.shape, generator=self.own) + random.random() + np.random.rand()
+        return x + 0.01 * self.calls * self.seen * self.metric.compute() * noise
+
+
+class Everything(PlainClassifier):
+    def __init__(self, compiled):
+        super().__init__(width=4)
+        self.net.insert(3, nn.Sequential(Noisy(), nn.Dropout(0.1)))
+        self.attention = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        if compiled:
+            self.net[0].compile(backend="eager")
+
+    def forward(self, x):
+        x = self.net[:6](x)
+        return self.net[6:](x) + self.lstm(self.attention(x.flatten(2).transpose(1, 2)))[0].mean()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_counting_changes_no_bit_of_a_training_with_noise(compiled):
+    ends = []
+    for measures in ([], [scl.FlopsCounter(), scl.MemoryFootprint()]):
+        pl.seed_everything(0, verbose=False)
+        module = Everything(compiled)
+        trainer(*measures).fit(module, toy_tasks())
+        noisy = module.net[3][0]
+        assert noisy.log == [*range(1, noisy.calls + 1)]
+        random_states = torch.get_rng_state(), noisy.own.get_state(), noisy.metric.mean_value, noisy.seen
+        ends.append([*module.state_dict().values(), *random_states, random.random(), np.random.rand(), noisy.calls])
+    assert measures[0].summary()["training"] > 0 and not measures[0].summary()["not_counted"]
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*ends, strict=True))

@@ -102,6 +102,32 @@ def test_removal_needs_a_task_sequence_in_the_data():
             PlainClassifier(), DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.arange(4))))  # fmt: skip
 
 
+class OwnLoss(PlainClassifier):
+    """Whose loss is no cross-entropy; it knows best which samples are hard."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = (self(x) - F.one_hot(y, 6)).square().mean(1)
+        return {"loss": loss.mean(), "per_sample": y % 2 + 0 * loss.detach()}
+
+
+class NoClasses(PlainClassifier):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch[0], batch[1].float()
+
+    def training_step(self, batch, batch_idx):
+        return (self(batch[0])[:, 0] - batch[1]).square().mean()
+
+
+def test_the_loss_by_which_samples_are_removed_is_the_modules_own():
+    data = toy_tasks(num_tasks=1)
+    trainer(DynamicDataRemoval(0.5, 1, 1, by="loss"), epochs=2).fit(OwnLoss(), data)
+    assert set(data.train_sets[0].labels[data.alive[0]].tolist()) == {1}
+    for by in ("loss", "misclassification"):
+        with pytest.raises(ValueError, match=rf"by='{by}'\): labels of shape \(16,\) and torch.float32 are no classes"):
+            trainer(DynamicDataRemoval(0.5, 1, 1, by=by), epochs=2).fit(NoClasses(), toy_tasks())
+
+
 def test_data_removal_shortens_epochs_without_a_schedule_too():
     class Steps(pl.Callback):
         def on_train_epoch_end(self, trainer, pl_module):

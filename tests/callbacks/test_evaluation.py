@@ -1,23 +1,27 @@
 """What is measured at task ends, and that measuring changes nothing."""
 
 import json
+from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
 from toy_trainer import trainer
 
 from lightning_sparse_cl import (
+    AGEM,
     ContinualEvaluation,
     ContinualModule,
     DERpp,
+    DynamicDataRemoval,
     EsaCL,
     FlopsCounter,
     RunReport,
     SmallCNN,
     SmallMLP,
 )
-from lightning_sparse_cl.demos import toy_tasks
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
 
 def test_figures_agree_with_a_measurement_by_hand(tmp_path):
@@ -57,3 +61,66 @@ def test_measuring_changes_nothing(measure):
         trainer(*callbacks).fit(model, toy_tasks())
         weights.append(nn.utils.parameters_to_vector(model.parameters()))
     assert torch.equal(*weights)
+
+
+OUTPUTS = {
+    "dict": lambda logits: {"loss": logits.sum(), "logits": logits},
+    "one entry": lambda logits: {"prediction": logits},
+    "object": lambda logits: SimpleNamespace(logits=logits, hidden=None),
+    "tuple": lambda logits: (None, logits, logits.sum()),
+    "larger head": lambda logits: torch.cat([logits, torch.full_like(logits, 1e3)], 1),
+}
+
+
+class Wrapped(PlainClassifier):
+    """Trains as PlainClassifier, and returns its logits in some form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self.net(x))
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_logits_are_found_in_what_forward_returns(name):
+    """The same accuracies, task by task; extra outputs, though the largest, are no classes."""
+    results = []
+    for form in (lambda logits: logits, OUTPUTS[name]):
+        torch.manual_seed(0)
+        evaluation, module, data = ContinualEvaluation(), Wrapped(form), toy_tasks(val_fraction=0.2)
+        others = [AGEM(30, 8), DynamicDataRemoval(0.3, 1, 1)] if name != "larger head" else []
+        t = trainer(evaluation, *others)
+        t.fit(module, data)
+        module.test_step = lambda batch, *_: None
+        figures = t.test(module, data, verbose=False)[0]
+        results.append([*(evaluation.matrices[s].R for s in evaluation.scenarios), figures, evaluation.held_out])
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][2:] == results[1][2:] and results[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        (lambda logits: None, "it returned None"),
+        (lambda logits: {"a": logits, "b": logits}, "it returned a dict of a, b"),
+        (lambda logits: logits[:, None], r"it returned a tensor of shape \(40, 1, 6\)"),
+        (lambda logits: logits[:, :4], "its forward gives 4 logits, and the data have 6 classes"),
+    ],
+)
+def test_what_cannot_be_logits_is_refused(form, said):
+    with pytest.raises((TypeError, ValueError), match=f"^Wrapped: .*{said}") as error:
+        trainer(ContinualEvaluation()).fit(Wrapped(form), toy_tasks())
+    assert "\n" not in str(error.value)
+
+
+def test_evaluation_without_tasks_is_refused():
+    data = pl.LightningDataModule()
+    with pytest.raises(TypeError, match="ContinualEvaluation: the trainer's datamodule is a LightningDataModule"):
+        pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[ContinualEvaluation()]).fit(
+            PlainClassifier(), datamodule=data
+        )

@@ -1,5 +1,7 @@
 """The order of callbacks does not matter, hooks are what they look like, and what is needed is there."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -246,6 +248,19 @@ def test_the_modules_own_schedulers_restart_with_tasks_if_asked(restart, recwarn
     assert rates == ([0.1, 0.05] * 3 if restart else [0.1 * 0.5**i for i in range(6)])
     said = [str(w.message) for w in recwarn if "goes on through all tasks" in str(w.message)]
     assert len(said) == (restart is None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 5])
+def test_a_schedule_of_steps_counts_those_of_the_optimiser(accumulate):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    schedule = scl.TaskLRSchedule(partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5), "step")
+    trainer(schedule, Watch(), epochs=2, accumulate_grad_batches=accumulate).fit(PlainClassifier(), toy_tasks())
+    assert rates == [0.1 * 0.5 ** (i // accumulate) for i in range(10)] * 3
 
 
 # -- layers that are unfrozen later ----------------------------------------------------------------------------

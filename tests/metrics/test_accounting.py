@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sparse_cl import DynamicDataRemoval, ResNet18, SmallCNN
 from lightning_sparse_cl.metrics import (
@@ -100,3 +103,77 @@ def test_counting_leaves_the_network_as_it_was():
     assert network.training and all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert not any(m._forward_hooks for m in network.modules())
     assert cost.macs["0.0.weight"] == 8 * 8 * 9 * 4 and cost.macs["1.weight"] == 4 * 8 * 3
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.words, self.layers, self.head = nn.Embedding(9, 10), kind(10, 12, 2, bidirectional=True), nn.Linear(24, 3)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return self.head(self.layers(self.words(batch["tokens"]))[0]), batch["tokens"]
+
+
+class Tied(nn.Module):
+    """One weight used three times, as it is, transposed and as an einsum; one of a norm; a product of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.normed = nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 5, bias=False))
+        self.low, self.rank = nn.Parameter(torch.randn(8, 2)), nn.Parameter(torch.randn(2, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.einsum("bi,ji->bj", self.lin(x) @ self.lin.weight, self.lin.weight)
+        return self.normed(x @ (self.lin.weight + self.low @ self.rank))
+
+
+IMAGES, VISION = torch.randn(2, 3, 32, 32), torchvision.models
+NETWORKS = {
+    "ViT": (lambda: VISION.VisionTransformer(32, 8, 2, 2, 32, 64), (IMAGES,)),
+    "Swin": (lambda: VISION.SwinTransformer([2, 2], 16, [2, 2], [2, 2], [2, 2]), (IMAGES,)),
+    "EfficientNet": (VISION.efficientnet_b0, (IMAGES,)),
+    "Transformer": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2),
+        (torch.randn(3, 11, 32),),
+    ),
+    "cross-attention": (lambda: nn.MultiheadAttention(32, 4), (torch.randn(11, 3, 32), *2 * [torch.randn(7, 3, 32)])),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.Conv2d(4, 4, 3, groups=2)), (IMAGES,)),
+    "tied": (Tied, (torch.randn(6, 8),)),
+} | {
+    kind.__name__: (lambda kind=kind: Recurrent(kind), ({"tokens": torch.randint(9, (7, 3))},))
+    for kind in (nn.LSTM, nn.GRU, nn.RNN)
+}  # fmt: skip
+
+
+def lstm_flops(x, w_ih, w_hh, *_, **__):
+    return 2 * x[0] * x[1] * (w_ih.numel() + w_hh.numel())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_costs_what_a_training_forward_multiplies(name):
+    make, inputs = NETWORKS[name]
+    network = make()
+    cost = DenseCost.of_call(network, *inputs)
+    lstm = {torch.ops.aten.mkldnn_rnn_layer: lstm_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=lstm) as counter:
+        network.train()(*inputs)
+    assert 2 * cost.total_macs() == counter.get_total_flops() and not cost.not_counted
+    used = {n: p.numel() for n, p in network.named_parameters() if n in cost.macs}
+    if isinstance(network, Recurrent):
+        assert cost.weightless == 0 and cost.macs == {n: 21 * size for n, size in used.items()}
+        assert len(used) == 2 * 2 * 2 + 1
+    if name == "cross-attention":
+        assert cost.macs == {"in_proj_weight": 3 * 32 * 32 * (11 + 2 * 7), "out_proj.weight": 3 * 11 * 32 * 32}
+        assert cost.weightless == 2 * 3 * 11 * 7 * 32
+    if name == "tied":
+        assert cost.macs["lin.weight"] == 4 * 6 * 64 and cost.weightless == 0
+        assert cost.macs["normed.parametrizations.weight.original1"] == 6 * 40
+
+
+def test_what_has_no_formula_is_named():
+    class Fourier(nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.fft.rfft(x).abs())
+
+    cost = DenseCost.of_call(Fourier(5, 3), torch.randn(2, 8))
+    assert cost.macs == {"weight": 30} and cost.not_counted == {"aten._fft_r2c": "an operator without a formula"}

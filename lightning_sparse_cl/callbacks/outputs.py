@@ -1,0 +1,42 @@
+"""Logits out of whatever a module's ``forward`` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def logits_of(output: Any, module: nn.Module) -> Tensor:
+    """The logits (B, C) in what ``module`` returned.
+
+    They are the output itself, its entry or attribute ``logits``, the only tensor of a dict, or the first tensor of a
+    tuple.
+
+    Raises:
+        TypeError: if there are none, or they are not of shape (B, C).
+    """
+    if isinstance(output, Mapping):
+        tensors = [value for value in output.values() if isinstance(value, Tensor)]
+        found = output["logits"] if "logits" in output else tensors[0] if len(tensors) == 1 else None
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, tuple | list):
+        found = next((value for value in output if isinstance(value, Tensor)), None)
+    else:
+        found = output
+    if isinstance(found, Tensor) and found.ndim == 2:
+        return found
+    raise TypeError(
+        f"{type(module).__name__}: its forward must give logits (B, C), alone, as `logits` or first in a tuple; it "
+        f"returned {_described(output if found is None else found)}"
+    )
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {tuple(output.shape)}"
+    if isinstance(output, Mapping):
+        return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
+    return "None" if output is None else f"a {type(output).__name__}"
