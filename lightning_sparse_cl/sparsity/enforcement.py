@@ -41,6 +41,7 @@ class Enforcement:
         self._module: ReferenceType[nn.Module] | None = None  # a module must not be kept alive by its own hooks
         self._optimizers: WeakSet[Optimizer] = WeakSet()
         self._hooked = WeakIdKeyDictionary()  # by identity: tensors compare element by element
+        self._places: list[tuple[str, ReferenceType[nn.Module], str, WeightMask]] = []  # name, layer, own name, record
         self._averages: list[ReferenceType[nn.Module]] = []
         self._whole: dict[str, Tensor | None] = {}
         self._elsewhere: set[str] = set()
@@ -91,9 +92,13 @@ class Enforcement:
             optimizer.register_step_post_hook(self._stepped)
 
     def hook(self) -> None:
-        """Mask the gradients of all weights that are trained by now; layers may have been unfrozen."""
+        """Mask the gradients of all weights that are trained by now; layers may have been added or unfrozen."""
         masks = self.masks
         names = {}
+        self._places = []
+        for name, record in masks.records():
+            path, _, own = name.rpartition(".")
+            self._places.append((name, ref(masks.module.get_submodule(path)), own, record))
         for prefix, layer in masks.layers:
             for own, weight in dict.items(layer._parameters):  # not to wake who trains it in another form
                 if weight is None or isinstance(weight, UninitializedParameter) or weight in self._hooked:
@@ -114,7 +119,15 @@ class Enforcement:
 
     def apply_(self) -> None:
         """Put the held weights of the module back and zero the pruned ones."""
-        self.masks.apply_(skip=self._elsewhere.__contains__)
+        if not self._places:
+            self.hook()
+        for name, place, own, record in self._places:
+            if (record.alive is None and record.values is None) or name in self._elsewhere:
+                continue
+            layer = place()
+            weight = None if layer is None else layer._parameters.get(own)
+            if weight is not None:
+                record.apply_(weight)
 
     def take_away_step(self, optimizer: Optimizer) -> None:
         """The coming step of ``optimizer`` changes nothing: weights and optimiser state are put back after it.

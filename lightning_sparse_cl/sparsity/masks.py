@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,9 @@ class WeightMask:
 
     def to(self, device: torch.device) -> WeightMask:
         """Itself, with its tensors on the device."""
+        held = self.alive if self.alive is not None else self.values
+        if held is None or held.device == device:
+            return self
         for kind in ("alive", "frozen", "updated", "values"):
             tensor = getattr(self, kind)
             if tensor is not None and tensor.device != device:
@@ -70,6 +73,7 @@ class Masks:
         self.module = module
         self.layers = [(f"{name}." if name else "", layer) for name, layer in module.named_modules()]
         """The parts of the module with the prefix of their names, as they were when this view was made."""
+        self._records: list[tuple[str, WeightMask]] = []  # collected when they are first needed
 
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
@@ -196,10 +200,10 @@ class Masks:
         record.version += 1  # now that nobody can see the old mask under the new number
         weight.copy_(whole if record.alive is None else whole.masked_fill(~record.alive, 0))
 
-    def apply_(self, skip: Callable[[str], bool] = lambda name: False) -> None:
-        """Put the held weights back and zero the pruned ones, but for names that ``skip`` says are elsewhere."""
+    def apply_(self) -> None:
+        """Put the held weights back and zero the pruned ones."""
         for name, record in self.records():
-            if (record.alive is not None or record.values is not None) and not skip(name):
+            if record.alive is not None or record.values is not None:
                 record.apply_(self.module.get_parameter(name))
 
     def share_with(self, copy: nn.Module) -> None:
@@ -251,12 +255,10 @@ class Masks:
     # -- where they are ----------------------------------------------------------------------------------------
 
     def records(self) -> list[tuple[str, WeightMask]]:
-        """Each weight of which anything is known, by its first name."""
-        found: dict[int, tuple[str, WeightMask]] = {}
-        for prefix, layer in self.layers:
-            for name, record in layer.__dict__.get(_KEY, {}).items():
-                found.setdefault(id(record), (prefix + name, record))
-        return list(found.values())
+        """What is known of each weight, by its first name."""
+        if not self._records:
+            self.ensure()
+        return self._records
 
     def record(self, name: str) -> WeightMask:
         """What is known of the weight of that name."""
@@ -280,6 +282,11 @@ class Masks:
                 known.setdefault(id(parameter), record)
         for layer, name, parameter in places:
             layer.__dict__.setdefault(_KEY, {}).setdefault(name, known.setdefault(id(parameter), WeightMask()))
+        found: dict[int, tuple[str, WeightMask]] = {}
+        for prefix, layer in self.layers:
+            for name, record in layer.__dict__.get(_KEY, {}).items():
+                found.setdefault(id(record), (prefix + name, record))
+        self._records = list(found.values())
 
     def _weight(self, name: str, mask: Tensor | None) -> nn.Parameter:
         weight = self.module.get_parameter(name)
