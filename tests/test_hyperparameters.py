@@ -35,7 +35,7 @@ FILES: dict[str, Callable[..., Any]] = {
 NO_RESULT = {
     "where the files are": {"root", "download"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
-        "Objective", "UpdateRule", "Sparsifier", "DropAndGrow", "AccuracyMatrix", "ReservoirMemory",
+        "Objective", "UpdateRule", "Sparsifier", "DropAndGrow", "ScorePruning", "AccuracyMatrix", "ReservoirMemory",
         "BalancedMemory", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
@@ -63,8 +63,8 @@ BASE: dict[str, dict[str, Any]] = {
     "SparCL": {"backbone": scl.SmallCNN(4), "objective": scl.DERpp(30, 8),
         "masking": scl.TaskAwareDynamicMasking(0.5, 1), "removal": scl.DynamicDataRemoval(0.3, 1, 1),
         "gradients": scl.DynamicGradientMasking(0.1, 2)},
-    "TaskAwareDynamicMasking": {"sparsity": 0.5, "every": 1, "p_intra": 0.2, "p_inter": 0.2},
-    "DynamicDataRemoval": {"cutoff": 2, "every": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
+    "TaskAwareDynamicMasking": {"sparsity": 0.5, "interval": 1, "p_intra": 0.2, "p_inter": 0.2},
+    "DynamicDataRemoval": {"cutoff": 2, "interval": 1}, "DynamicGradientMasking": {"q": 0.3, "interval": 2},
     "RigL": {"sparsity": 0.5, "interval": 3}, "SET": {"sparsity": 0.5, "interval": 3},
     "SNFS": {"sparsity": 0.5, "interval": 3}, "SNIP": {"sparsity": 0.5},
     **{name: {"sparsity": 0.5, "interval": 3} for name in ("UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
@@ -93,8 +93,9 @@ OTHER: dict[str, Any] = {
     "val_fraction": 0.3, "batch_size": 20, "augment": False, "max_norm": 0.01,
 }  # fmt: skip
 OTHER |= {
-    "DropAndGrow.init": "erk",
-    **{f"{name}.init": "erk" for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
+    "distribution": "erk",
+    "sparse": ["head.weight"],
+    "loss": lambda module, batch: module(batch[0]).square().mean(),
     **{f"{name}.final": 0.2 for name in ("RigL", "SET", "SNFS", "UnfiredGrowth", "MomentumGrowth", "AdaptiveGrowth")},
     "stem": "7x7",
     "batch_norm": "shared",
@@ -129,8 +130,11 @@ OTHER |= {
 }
 
 
-def public(files: bool) -> Iterator[tuple[str, str]]:
-    """Every pair of a public class, which reads files or not, and one of its parameters, the inherited too."""
+def public(files: bool) -> Iterator[Any]:
+    """Every pair of a public class, which reads files or not, and one of its parameters, the inherited too.
+
+    The pairs of a class are compared with the same run: one worker tries them all.
+    """
     skipped = set().union(*NO_RESULT.values())
     for name in sorted(dir(scl)):
         part = getattr(scl, name)
@@ -138,7 +142,8 @@ def public(files: bool) -> Iterator[tuple[str, str]]:
             continue
         takers = part.__mro__[:-1] if issubclass(part, scl.TaskDataModule) else [part]  # they pass kwargs on
         names = [p for taker in takers for p in inspect.signature(taker).parameters if p not in skipped]
-        yield from ((name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped)
+        pairs = [(name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped]
+        yield from (pytest.param(*pair, marks=pytest.mark.xdist_group(name)) for pair in pairs)
 
 
 def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
