@@ -78,7 +78,7 @@ NETWORKS = {
     "cnn": lambda: scl.SmallCNN(8),
     "mlp": lambda: scl.SmallMLP((32, 32)),
     "lenet": lambda: scl.LeNet5(),
-    "mobilenet": lambda: scl.SmallImageMobileNetV2(),
+    "mobilenet": lambda: scl.SmallImageMobileNetV2(0.5),
     "odd": Odd,
     "branches": Branches,
 }

@@ -131,8 +131,11 @@ OTHER |= {
 }
 
 
-def public(files: bool) -> Iterator[tuple[str, str]]:
-    """Every pair of a public class, which reads files or not, and one of its parameters, the inherited too."""
+def public(files: bool) -> Iterator[Any]:
+    """Every pair of a public class, which reads files or not, and one of its parameters, the inherited too.
+
+    The pairs of a class are compared with the same run: one worker tries them all.
+    """
     skipped = set().union(*NO_RESULT.values())
     for name in sorted(dir(scl)):
         part = getattr(scl, name)
@@ -140,7 +143,8 @@ def public(files: bool) -> Iterator[tuple[str, str]]:
             continue
         takers = part.__mro__[:-1] if issubclass(part, scl.TaskDataModule) else [part]  # they pass kwargs on
         names = [p for taker in takers for p in inspect.signature(taker).parameters if p not in skipped]
-        yield from ((name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped)
+        pairs = [(name, p) for p in dict.fromkeys(names) if f"{name}.{p}" not in skipped]
+        yield from (pytest.param(*pair, marks=pytest.mark.xdist_group(name)) for pair in pairs)
 
 
 def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:

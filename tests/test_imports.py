@@ -63,7 +63,8 @@ def test_callbacks_do_not_import_methods():
 def test_the_console_script_ends_with_status_zero(tmp_path):
     script = Path(sys.executable).parent / "sparsecl"
     config = PACKAGE.parent / "configs" / "split_digits" / "finetune.yaml"
-    command = [script, "fit", "-c", config, "--schedule.epochs=1", "--model.init_args.backbone=SmallMLP"]
+    short = ["--schedule.epochs=1", "--trainer.limit_train_batches=2", "--model.init_args.backbone=SmallMLP"]
+    command = [script, "fit", "-c", config, *short]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Class-IL accuracy" in done.stdout and "SparseCLI" not in done.stdout + done.stderr
@@ -77,17 +78,14 @@ def settings():
     return os.getcwd(), torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), list(warnings.filters)
 before, modules = settings(), set(sys.modules)
 state, threads = torch.get_rng_state(), torch.get_num_threads()
-start = time.perf_counter()
+start = time.process_time()  # others may be busy
 import lightning_sparse_cl.__main__
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 assert before == settings()
 assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads()
 assert not os.listdir(".")
 assert not {"sklearn", "matplotlib", "scipy", "pandas", "PIL"} & (set(sys.modules) - modules)
 print(seconds)
 """
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True).stdout)
-        for _ in range(2)
-    ]
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    assert float(done.stdout) < 1.0

@@ -4,20 +4,22 @@ import json
 import os
 import random
 import signal
-import sys
 import time
-import traceback
+from functools import cache
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import forked
 from toy_trainer import shortened
 
 from lightning_sparse_cl.__main__ import main, run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
 EPOCHS = 2
+BATCH_SIZE = 48  # about six steps an epoch
+EVERY = 3  # steps from one checkpoint to the next
 
 
 class Strike(pl.Callback):
@@ -46,27 +48,9 @@ def command(folder, config, *more):
     return [
         "fit", "-c", str(CONFIGS / f"{config}.yaml"), f"--schedule.epochs={EPOCHS}",
         "--model.init_args.backbone.width=4", f"--trainer.default_root_dir={folder}", "--trainer.logger=false",
-        f"--checkpoint.dirpath={folder}", "--checkpoint.every_n_train_steps=3", "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false", *shortened(config), *more,
+        f"--checkpoint.dirpath={folder}", f"--checkpoint.every_n_train_steps={EVERY}", "--trainer.accelerator=cpu",
+        f"--data.init_args.batch_size={BATCH_SIZE}", "--trainer.enable_progress_bar=false", *shortened(config), *more,
     ]  # fmt: skip
-
-
-def forked(args):
-    """Run the command line in a copy of this process; its exit status."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            main(args)
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        except Exception:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def final_state(folder):
@@ -93,6 +77,11 @@ def assert_identical(a, b, where=""):
         assert a == b, where
 
 
+def strike(hook, at, number=signal.SIGKILL):
+    return ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={hook}",
+            f"--trainer.callbacks.at={at}", f"--trainer.callbacks.number={int(number)}"]  # fmt: skip
+
+
 class Counter(pl.Callback):
     """Writes the last step of each task beside the checkpoints."""
 
@@ -111,20 +100,26 @@ def ends_of(folder):
     return json.loads((folder / "ends.json").read_text())
 
 
-def whole_run(folder, config, *more):
-    """The run that is never stopped; the last step of each task."""
-    main(command(folder, config, *more, COUNT))
-    return ends_of(folder)
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of a configuration's run that is never stopped, and the last step of each task."""
+
+    @cache
+    def run(config, *more):
+        folder = tmp_path_factory.mktemp("whole")
+        main(command(folder, config, *more, COUNT))
+        return folder, ends_of(folder)
+
+    return run
 
 
 def kill_and_resume(whole, folder, config, hook, at, *more):
     """Kill at the point, go on from ``last.ckpt`` (anew if there is none), compare everything."""
-    strike = ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={hook}",
-              f"--trainer.callbacks.at={at}"]  # fmt: skip
-    assert forked(command(folder, config, *more, *strike)) == -signal.SIGKILL, f"never reached {hook} {at}"
+    killed = forked(main, command(folder, config, *more, *strike(hook, at)))
+    assert killed == -signal.SIGKILL, f"never reached {hook} {at}"
     assert not (folder / "metrics.json").exists()
     resume = ["--ckpt_path=last"] if (folder / "last.ckpt").exists() else []
-    assert forked(command(folder, config, *more, *resume)) == 0
+    assert forked(main, command(folder, config, *more, *resume)) == 0
     assert_identical(final_state(whole), final_state(folder), f"{config}, {hook} {at}: ")
 
 
@@ -135,11 +130,11 @@ def points(ends, seed):
     if len(ends) == 1:  # joint training knows no transition
         return anywhere | {
             "between pruning and measuring": ("on_task_end", 1),
-            "a checkpoint's write": ("write", 20),
+            "a checkpoint's write": ("write", ends[-1] // 8),
             "the last step": ("on_train_batch_end", ends[-1]),
         }
     return anywhere | {
-        "middle of a task": ("on_train_batch_end", ends[1] - (ends[1] - ends[0]) // 4),
+        "inside an epoch": ("on_train_batch_end", ends[1] - 1),
         "just before a transition": ("on_train_batch_start", ends[1]),
         "between pruning and measuring": ("on_task_end", 2),
         "after the measurement": ("on_after_task_end", 2),
@@ -148,21 +143,24 @@ def points(ends, seed):
         "the next task's start": ("on_task_start", 3),
         "its first batch": ("on_train_batch_start", ends[1] + 1),
         "in its first step": ("on_before_optimizer_step", ends[1] + 1),
-        "a checkpoint's write": ("write", 20),
-        "a checkpoint's write at a transition": ("write", 2 * (ends[1] // 3)),
+        "a checkpoint's write": ("write", ends[-1] // 8),
+        "a checkpoint's write at a transition": ("write", 2 * (ends[1] // EVERY)),
         "the last step": ("on_train_batch_end", ends[-1]),
     }
 
 
-IN_CI = ["middle of a task", "between pruning and measuring", "a checkpoint's write", "its first batch"]
+IN_CI = ["inside an epoch", "between pruning and measuring", "a checkpoint's write", "its first batch"]
 ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measurement", "its first batch"]
 
 
-@pytest.mark.parametrize("config", ["esacl", "derpp", "sparcl", "continual_dst", "cl_lsg"])
-def test_killed_and_resumed(tmp_path, config):
-    ends = whole_run(tmp_path / "whole", config)
+@pytest.mark.parametrize(
+    "config",
+    ["continual_dst", "esacl", "sparcl", "cl_lsg", pytest.param("derpp", marks=pytest.mark.xdist_group("derpp"))],
+)
+def test_killed_and_resumed(tmp_path, whole_run, config):
+    whole, ends = whole_run(config)
     for name in ISOLATING if config in ("continual_dst", "cl_lsg") else IN_CI:
-        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *points(ends, 0)[name])
+        kill_and_resume(whole, tmp_path / name, config, *points(ends, 0)[name])
 
 
 ACCELERATED = ["--trainer.callbacks+=SparseAcceleration", "--trainer.callbacks.measure=false"]
@@ -171,52 +169,52 @@ ACCELERATED = ["--trainer.callbacks+=SparseAcceleration", "--trainer.callbacks.m
 @pytest.mark.parametrize(
     "config", ["sparcl", *(pytest.param(c, marks=pytest.mark.slow) for c in ("rigl_derpp", "esacl", "continual_dst"))]
 )
-def test_killed_and_resumed_with_sparse_kernels(tmp_path, config):
-    ends = whole_run(tmp_path / "whole", config, *ACCELERATED)
+def test_killed_and_resumed_with_sparse_kernels(tmp_path, whole_run, config):
+    whole, ends = whole_run(config, *ACCELERATED)
     chosen = points(ends, 0)
-    for name in ["middle of a task", "its first batch"] if config == "sparcl" else chosen:
-        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *chosen[name], *ACCELERATED)
-    strike = ["--trainer.callbacks+=test_resume.Strike", "--trainer.callbacks.hook=on_train_batch_end"]
+    for name in ["inside an epoch", "its first batch"] if config == "sparcl" else chosen:
+        kill_and_resume(whole, tmp_path / name, config, *chosen[name], *ACCELERATED)
     folder = tmp_path / "stopped"
-    assert forked(command(folder, config, *ACCELERATED, *strike, "--trainer.callbacks.at=40")) == -signal.SIGKILL
+    at = strike("on_train_batch_end", ends[0] + 3)
+    assert forked(main, command(folder, config, *ACCELERATED, *at)) == -signal.SIGKILL
     last = folder / "last.ckpt"
-    assert forked(command(tmp_path / "dense", config, f"--ckpt_path={last}")) == 0  # without the kernels
-    dense, fast = final_state(tmp_path / "dense"), final_state(tmp_path / "whole")
+    assert forked(main, command(tmp_path / "dense", config, f"--ckpt_path={last}")) == 0  # without the kernels
+    dense, fast = final_state(tmp_path / "dense"), final_state(whole)
     assert dense["state_dict"].keys() == fast["state_dict"].keys()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
-def test_killed_anywhere_and_resumed(tmp_path, config):
-    ends = whole_run(tmp_path / "whole", config)
+def test_killed_anywhere_and_resumed(tmp_path, whole_run, config):
+    whole, ends = whole_run(config)
     chosen = points(ends, config)
     for name, point in chosen.items():
-        kill_and_resume(tmp_path / "whole", tmp_path / name, config, *point)
+        kill_and_resume(whole, tmp_path / name, config, *point)
     print(f"{config}: {len(chosen)} of {len(chosen)} kills resumed bit for bit")
 
 
+@pytest.mark.xdist_group("esacl with validation")
 @pytest.mark.parametrize(
-    "point", [("on_validation_batch_end", 3), ("on_validation_end", 3), ("on_train_batch_end", 51)]
+    "point", [("on_validation_batch_end", 3), ("on_validation_end", 3), ("on_train_batch_end", 11)]
 )
-def test_killed_during_validation(tmp_path, point):
+def test_killed_during_validation(tmp_path, whole_run, point):
     held_out = ["--data.init_args.val_fraction=0.2", "--model.init_args.freeze=share"]
-    whole_run(tmp_path / "whole", "esacl", *held_out)
-    kill_and_resume(tmp_path / "whole", tmp_path / "killed", "esacl", *point, *held_out)
+    whole, _ = whole_run("esacl", *held_out)
+    kill_and_resume(whole, tmp_path / "killed", "esacl", *point, *held_out)
 
 
+@pytest.mark.xdist_group("derpp")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("point", [("on_train_batch_start", 31), ("on_after_task_end", 2)])
-def test_signals_finish_the_step_save_and_leave(tmp_path, number, point):
-    whole_run(tmp_path / "whole", "derpp")
-    strike = ["--trainer.callbacks+=test_resume.Strike", f"--trainer.callbacks.hook={point[0]}",
-              f"--trainer.callbacks.at={point[1]}", f"--trainer.callbacks.number={int(number)}"]  # fmt: skip
+@pytest.mark.parametrize("point", [("on_train_batch_start", 15), ("on_after_task_end", 2)])
+def test_signals_finish_the_step_save_and_leave(tmp_path, whole_run, number, point):
+    whole, _ = whole_run("derpp")
     never = ["--checkpoint.every_n_train_steps=1000000"]
     handler = signal.getsignal(number)
-    assert forked(command(tmp_path / "told", "derpp", *never, *strike)) == 128 + number
+    assert forked(main, command(tmp_path / "told", "derpp", *never, *strike(*point, number))) == 128 + number
     assert signal.getsignal(number) is handler
-    assert torch.load(tmp_path / "told" / "last.ckpt", weights_only=True)["global_step"] >= 31
+    assert torch.load(tmp_path / "told" / "last.ckpt", weights_only=True)["global_step"] >= 15
     main(command(tmp_path / "told", "derpp", *never, "--ckpt_path=last"))
-    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "told"))
+    assert_identical(final_state(whole), final_state(tmp_path / "told"))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
@@ -233,7 +231,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as exit:
         run()
     assert "No space left on device; earlier checkpoints are untouched" in exit.value.code
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] in (3, 6)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] in (EVERY, 2 * EVERY)
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -275,7 +273,7 @@ def test_last_is_the_newest_run_of_the_same_configuration():
         ("finetune", ["--model.init_args.backbone.width=5"], r"of another network: backbone\.0\.weight is"),
         ("er", [], r"another network: objective\.memory"),
         ("finetune", ["--data.init_args.class_order=3"], "has samples of each task"),
-        ("finetune", ["--data.init_args.batch_size=32"], "has batch_size over all processes = 16"),
+        ("finetune", ["--data.init_args.batch_size=32"], f"has batch_size over all processes = {BATCH_SIZE}"),
         ("finetune", ["--data.init_args.val_fraction=0.3"], "has val_fraction = 0.0"),
         ("finetune", ["--data=PermutedDigits"], "data = 'SplitDigits' and this run has 'PermutedDigits'"),
     ],

@@ -14,9 +14,17 @@ def trainer(*callbacks, epochs=2, **kwargs):
 
 
 def shortened(config):
-    """What a configuration needs in order to make sense for one or two epochs a task."""
-    interval, cutoff = "--model.init_args.{}.init_args.interval=1", "--model.init_args.removal.init_args.cutoff=1"
-    if "cl_lsg" in str(config):
-        growth = "--model.init_args.growth.init_args."  # one epoch of each stage
-        return [f"{growth}reuse_epochs=1", f"{growth}target=1.1"]
-    return [interval.format("masking"), interval.format("removal"), cutoff] if "sparcl" in str(config) else []
+    """What a configuration needs in order to make sense for one or two epochs of few steps a task."""
+    shorter = {
+        "cl_lsg": {"growth.init_args.reuse_epochs": 1, "growth.init_args.target": 1.1},  # one epoch of each stage
+        "sparcl": {
+            "masking.init_args.interval": 1, "removal.init_args.interval": 1, "removal.init_args.cutoff": 1,
+            "gradients.init_args.interval": 4,
+        },
+        "continual_dst": {"growth.init_args.interval": 4},
+    }  # fmt: skip
+    return [
+        f"--model.init_args.{name}={value}"
+        for method, values in shorter.items() if method in str(config)
+        for name, value in values.items()
+    ]  # fmt: skip

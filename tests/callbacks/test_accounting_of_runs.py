@@ -31,7 +31,7 @@ def test_a_run_of_sparcl_costs_what_the_closed_formula_says(kind):
         data, backbone = scl.SplitDigits(batch_size=batch), scl.SmallCNN(8)
     else:
         backbone = scl.ResNet18(8)
-        data = scl.SplitTensors(images(4, 100, 16), images(4, 4, 16), 2, batch_size=batch)
+        data = scl.SplitTensors(images(4, 50, 8), images(4, 4, 8), 2, batch_size=batch)
     masking = scl.TaskAwareDynamicMasking(s, every, p_inter=p)
     removal, gradients = scl.DynamicDataRemoval(0.3, 4, every), scl.DynamicGradientMasking(q, 7)
     model = scl.SparCL(backbone, scl.DERpp(64, batch), masking, removal, gradients)
