@@ -205,6 +205,10 @@ class FlopsCounter(pl.Callback):
 def dense_cost(pl_module: pl.LightningModule, batch: Any) -> DenseCost | None:
     """What an image of ``batch`` (x, ...) costs ``pl_module`` dense; None, with a warning, where that is not known."""
     if not (isinstance(batch, tuple | list) and torch.is_tensor(batch[0])):
+        rank_zero_warn(
+            f"{type(pl_module).__name__}: its FLOPs and footprint are not counted, for a batch, a "
+            f"{type(batch).__name__}, does not begin with a tensor of images"
+        )
         return None
     try:
         return DenseCost.of(network_of(pl_module), batch[0].shape[1:])
