@@ -44,7 +44,7 @@ def position(trainer: pl.Trainer) -> Position:
     if schedule is None or not isinstance(data, TaskDataModule):
         task, epoch, before = 0, now, 0
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
-        over = now + 1 >= epochs
+        over = now + 1 >= epochs or 0 < trainer.max_steps <= trainer.global_step
     else:
         task, epoch, before, epochs = (
             data.task,
