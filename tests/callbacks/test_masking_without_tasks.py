@@ -42,3 +42,11 @@ def test_nothing_is_exchanged_after_the_last_step_of_max_steps():
     module = fit(max_steps=10)
     ((name, alive),) = Masks.of(module).alive.items()
     assert module.get_parameter(name)[alive].all()
+
+
+def test_what_is_measured_are_the_batches_of_the_training():
+    """In its precision, and after the module's own hook on them."""
+    BATCHES.clear()
+    fit(max_epochs=3, precision="bf16-true")
+    assert len(BATCHES) == 3 * 4 + 2 * 4  # the steps, and the epochs measured between them
+    assert set(BATCHES) == {(torch.bfloat16, 1.0)}
