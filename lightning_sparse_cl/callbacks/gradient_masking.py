@@ -86,7 +86,7 @@ class DynamicGradientMasking(ScorePruning):
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         step, batch = divmod(trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches)
-        return bool(self.q) and batch == 0 and step % self.interval == 0
+        return bool(self.q and self.names(pl_module)) and batch == 0 and step % self.interval == 0
 
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         for name in self.names(pl_module):

@@ -72,6 +72,7 @@ def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator
         for i, batch in enumerate(trainer.train_dataloader):
             if i >= trainer.num_training_batches:
                 break
+            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, pl_module.device)
 
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
@@ -107,7 +108,8 @@ def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightn
     """A copy of the module that logs nothing; callbacks whose hooks are on it stay what they are."""
     kept = {id(each): each for each in (trainer, *trainer.callbacks)}
     try:
-        quiet = copy.deepcopy(pl_module, kept)
+        with _Detached():
+            quiet = copy.deepcopy(pl_module, kept)
     except Exception as error:  # whatever the module holds
         raise ValueError(
             f"{type(pl_module).__name__} cannot be copied ({type(error).__name__}: {error}), so its training_step "
@@ -117,6 +119,17 @@ def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightn
     for name in ("log", "log_dict"):
         quiet.__dict__[name] = lambda *_, **__: None
     return quiet
+
+
+class _Detached(TorchFunctionMode):
+    """Inside, ``copy.deepcopy`` takes tensors that were computed, such as losses that a module collects, too."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            computed, memo = args
+            memo[id(computed)] = found = computed.detach().clone()
+            return found
+        return func(*args, **(kwargs or {}))
 
 
 def _size(batch: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.importance import mean_gradients
@@ -27,7 +28,9 @@ class SNIP(ScorePruning):
         loss: L, a function of (module, batch) that returns a scalar; if None, the loss of ``training_step``.
 
     Raises:
-        ValueError: if an argument is out of range, or the loss cannot be had.
+        ValueError: if an argument is out of range, the loss cannot be had, or its gradient is zero all over a weight,
+            so that there is nothing to rank: behind a layer that starts at zero (LoRA's B, the last batch-norm of
+            residual blocks under ``zero_init_last``), or in one that does not act on the loss.
     """
 
     def __init__(
@@ -49,4 +52,12 @@ class SNIP(ScorePruning):
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         grads = mean_gradients(trainer, pl_module, self.names(pl_module), [batch], loss=self.loss)
-        return {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}
+        scores = {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}
+        ranked = torch.stack([score.any() for score in scores.values()]).tolist()
+        if flat := [name for name, some in zip(scores, ranked) if not some]:
+            raise ValueError(
+                f"{type(self).__name__}: |w dL/dw| is zero all over {', '.join(flat[:3])}{', ...' * (len(flat) > 3)}, "
+                "so there is nothing to rank; weights behind a layer that starts at zero have no gradient yet: "
+                "initialise it otherwise, or keep these weights dense by `dense`"
+            )
+        return scores

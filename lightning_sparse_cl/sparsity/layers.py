@@ -157,9 +157,10 @@ def _matrices(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _first_and_last(network: nn.Module, found: dict[str, nn.Module]) -> tuple[str, str]:
-    """The first layer, which may be an embedding, and the last one that is prunable."""
+    """The first layer, which may be an embedding, and the last one that is prunable and trained."""
     kinds = ((n, m) for n, m in _matrices(network).items() if n in found or isinstance(m, EMBEDDINGS))
-    return next((name for name, _ in kinds), ""), next(reversed(found), "")
+    trained = (name for name in reversed(found) if _is_trained(network, name))  # a frozen copy may stand behind it
+    return next((name for name, _ in kinds), ""), next(trained, "")
 
 
 def _is_shortcut(name: str, layer: nn.Module | None) -> bool:
