@@ -64,6 +64,14 @@ def test_er_ace_like_leaves_old_classes_alone():
     assert not logits.grad[:, :4].any() and logits.grad[:, 4:].all()
 
 
+def test_snippets_of_drop_in_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "drop_in.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "drop_in.md", "exec"), {"__name__": "drop_in"})
+
+
 @pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))
 def test_links_lead_somewhere(page):
     for path in re.findall(r"\]\(([\w./]+)\)", (DOCS / page).read_text()):

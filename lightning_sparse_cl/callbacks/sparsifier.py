@@ -47,7 +47,7 @@ class Sparsifier(TaskCallback):
         self._loaded: dict[str, Any] | None = None
         self._seed: int | None = None
         self._names: list[str] | None = None  # looked up once, and again when other weights are trained
-        self._trained = -1
+        self._trained: tuple[bool, ...] = ()
 
     # -- which weights -----------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Sparsifier(TaskCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._loaded = self._seed = self._names = None
-        self._trained = -1
+        self._trained = ()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._seed is None:
@@ -198,9 +198,9 @@ def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mappi
                     value.masked_fill_(mask, 0)
 
 
-def _trained(masks: Masks) -> int:
-    """How many weights require a gradient, without a look at their values."""
-    return sum(p is not None and p.requires_grad for _, layer in masks.layers for p in dict.values(layer._parameters))
+def _trained(masks: Masks) -> tuple[bool, ...]:
+    """Which weights require a gradient, without a look at their values."""
+    return tuple(p is not None and p.requires_grad for _, x in masks.layers for p in dict.values(x._parameters))
 
 
 def _say_zeros(pl_module: pl.LightningModule) -> None:

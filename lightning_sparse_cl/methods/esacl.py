@@ -62,7 +62,7 @@ class EsaCL(ContinualModule):
             task's pruning keeps: at K above that fraction accuracy collapses.
         selection: None is SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
-        dense: patterns of weight names that are never pruned; None is the first and last layer and 1x1 convolutions.
+        dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
         policies: further callbacks.
 
     Raises:

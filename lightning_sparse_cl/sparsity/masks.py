@@ -44,12 +44,12 @@ class WeightMask:
 
     @torch.no_grad()
     def apply_(self, weight: Tensor) -> None:
-        """Put the held entries of the weight back and zero the pruned ones."""
-        self.to(weight.device)
+        """Put the held entries of the weight back and zero the pruned ones; an average may be on another device."""
+        device = weight.device
         if self.values is not None and (free := self.free()) is not None:
-            weight.copy_(torch.where(free, weight, self.values))
+            weight.copy_(torch.where(free.to(device), weight, self.values.to(device)))
         if self.alive is not None:
-            weight.mul_(self.alive)
+            weight.mul_(self.alive.to(device))
 
 
 class Masks:
@@ -74,6 +74,7 @@ class Masks:
         self.layers = [(f"{name}." if name else "", layer) for name, layer in module.named_modules()]
         """The parts of the module with the prefix of their names, as they were when this view was made."""
         self._records: list[tuple[str, WeightMask]] = []  # collected when they are first needed
+        self._homes: dict[str, tuple[nn.Module, str]] = {}  # the layer of each, and the weight's name there
 
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
@@ -111,17 +112,17 @@ class Masks:
     @property
     def alive(self) -> dict[str, Tensor]:
         """Where each masked weight may be non-zero."""
-        return {name: m.alive for name, m in self.records() if m.alive is not None}
+        return {name: m.alive for name, m in self._here() if m.alive is not None}
 
     @property
     def frozen(self) -> dict[str, Tensor]:
         """Where each weight of which something is frozen is never updated."""
-        return {name: m.frozen for name, m in self.records() if m.frozen is not None}
+        return {name: m.frozen for name, m in self._here() if m.frozen is not None}
 
     @property
     def updated(self) -> dict[str, Tensor]:
         """The gradient masks."""
-        return {name: m.updated for name, m in self.records() if m.updated is not None}
+        return {name: m.updated for name, m in self._here() if m.updated is not None}
 
     @property
     def version(self) -> int:
@@ -262,13 +263,13 @@ class Masks:
 
     def record(self, name: str) -> WeightMask:
         """What is known of the weight of that name."""
-        path, _, own = name.rpartition(".")
-        layer = self.module.get_submodule(path)
-        if own not in layer.__dict__.get(_KEY, {}):
+        self.records()
+        if name not in self._homes:
             self.module.get_parameter(name)  # an error names what is not there
             self.ensure()
+        layer, own = self._homes[name]
         record: WeightMask = layer.__dict__[_KEY][own]
-        weight = dict.get(layer._parameters, own)  # not to wake who trains it in another form
+        weight = dict.get(layer._parameters, own)
         return record if weight is None else record.to(weight.device)
 
     def ensure(self) -> None:
@@ -286,7 +287,16 @@ class Masks:
         for prefix, layer in self.layers:
             for name, record in layer.__dict__.get(_KEY, {}).items():
                 found.setdefault(id(record), (prefix + name, record))
+                self._homes[prefix + name] = layer, name
         self._records = list(found.values())
+
+    def _here(self) -> Iterator[tuple[str, WeightMask]]:
+        """The records that hold something, on the devices of their weights: the module may have been moved."""
+        for name, record in self.records():
+            if record.alive is not None or record.values is not None:
+                layer, own = self._homes[name]
+                weight = dict.get(layer._parameters, own)  # not to wake who trains it in another form
+                yield name, record if weight is None else record.to(weight.device)
 
     def _weight(self, name: str, mask: Tensor | None) -> nn.Parameter:
         weight = self.module.get_parameter(name)
