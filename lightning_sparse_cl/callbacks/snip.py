@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.importance import mean_gradients
@@ -18,6 +19,9 @@ from lightning_sparse_cl.sparsity.layers import Chosen
 class SNIP(ScorePruning):
     """Keep the weights of largest |w dL/dw| on the first batch, and never change the mask again.
 
+    Behind a layer that starts at zero (LoRA's B, the last batch-norm of residual blocks under ``zero_init_last``) there
+    is no gradient yet. Where each layer is ranked by itself, the largest weights are kept there, with a warning.
+
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
         ranking: ``"layer"``, the same sparsity in every layer, as SparCL adapts it to continual learning;
@@ -28,9 +32,8 @@ class SNIP(ScorePruning):
         loss: L, a function of (module, batch) that returns a scalar; if None, the loss of ``training_step``.
 
     Raises:
-        ValueError: if an argument is out of range, the loss cannot be had, or its gradient is zero all over a weight,
-            so that there is nothing to rank: behind a layer that starts at zero (LoRA's B, the last batch-norm of
-            residual blocks under ``zero_init_last``), or in one that does not act on the loss.
+        ValueError: if an argument is out of range, the loss cannot be had, or weights are ranked together and the
+            gradient of some is zero.
     """
 
     def __init__(
@@ -52,12 +55,20 @@ class SNIP(ScorePruning):
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         grads = mean_gradients(trainer, pl_module, self.names(pl_module), [batch], loss=self.loss)
-        scores = {name: (pl_module.get_parameter(name).detach() * grad).abs() for name, grad in grads.items()}
+        weights = {name: pl_module.get_parameter(name).detach() for name in grads}
+        scores = {name: (weight * grads[name]).abs() for name, weight in weights.items()}
         ranked = torch.stack([score.any() for score in scores.values()]).tolist()
         if flat := [name for name, some in zip(scores, ranked) if not some]:
-            raise ValueError(
-                f"{type(self).__name__}: |w dL/dw| is zero all over {', '.join(flat[:3])}{', ...' * (len(flat) > 3)}, "
-                "so there is nothing to rank; weights behind a layer that starts at zero have no gradient yet: "
-                "initialise it otherwise, or keep these weights dense by `dense`"
+            told = f"{', '.join(flat[:3])}{', ...' * (len(flat) > 3)}"
+            if self.ranking == "global":
+                raise ValueError(
+                    f"SNIP(ranking='global'): |w dL/dw| is zero all over {told}, which would lose all weights; weights "
+                    "behind a layer that starts at zero have no gradient yet: initialise it otherwise, keep these "
+                    "weights dense by `dense`, or take ranking='layer'"
+                )
+            rank_zero_warn(
+                f"SNIP: |w dL/dw| is zero all over {told}, as behind a layer that starts at zero; there the largest "
+                "weights are kept"
             )
+            scores |= {name: weights[name].abs() for name in flat}
         return scores

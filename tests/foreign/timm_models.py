@@ -14,7 +14,6 @@ CASES = [
         "timm ResNet",
         "timm",
         lambda: _build("test_resnet"),  # zero_init_last=True is timm's default
-        refused={"SNIP": "|w dL/dw| is zero all over model.layer1.0.conv1.weight"},
     ),
     Case("timm ResNet, zero_init_last=False", "timm", lambda: _build("test_resnet", zero_init_last=False)),
     Case("timm ViT", "timm", lambda: _build("test_vit", img_size=64)),

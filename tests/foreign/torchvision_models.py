@@ -25,7 +25,6 @@ CASES = [
         "torchvision ViT",  # its head starts at zero
         "torchvision",
         _vit,
-        refused={"SNIP": "|w dL/dw| is zero all over model.encoder.layers.encoder_layer_0.self_attention"},
     ),
     Case("torchvision Swin", "torchvision", _swin),
 ]
