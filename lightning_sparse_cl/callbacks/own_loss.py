@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 
 LossOf = Callable[[pl.LightningModule, Any], Tensor]
 """A loss of a module on a batch: a scalar, the mean over the batch."""
@@ -100,7 +101,7 @@ def _of_step(trainer: pl.Trainer, quiet: pl.LightningModule) -> Callable[[Any, T
 
 def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy of the module that logs nothing; callbacks whose hooks are on it stay what they are."""
-    kept = {id(each): each for each in (trainer, *trainer.callbacks)}
+    kept = {id(each): each for each in (trainer, *parts_of(trainer).callbacks)}
     try:
         quiet = copy.deepcopy(pl_module, kept)
     except Exception as error:  # whatever the module holds
