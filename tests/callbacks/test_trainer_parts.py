@@ -2,11 +2,14 @@
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.demos.boring_classes import BoringDataModule
+from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.trainer_parts import TrainerParts, callbacks_of, first_callback, parts_of, task_data
-from lightning_sparse_cl.demos import toy_tasks
+from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
 
 class Early(Callback):
@@ -44,3 +47,10 @@ def test_the_data_module_of_tasks_is_returned_and_any_other_is_named():
 @pytest.mark.parametrize("name", TrainerParts.__annotations__)
 def test_lightning_sets_what_is_declared(name):
     assert hasattr(trainer(), name)
+
+
+@pytest.mark.parametrize("callback", [scl.AGEM(30, 8), scl.GPM()])
+def test_callbacks_that_keep_what_tasks_learnt_refuse_data_without_tasks(callback):
+    loader, name = DataLoader(TensorDataset(torch.rand(8, 1, 8, 8), torch.arange(8))), type(callback).__name__
+    with pytest.raises(TypeError, match=f"^{name}: the trainer's datamodule is a NoneType, not a TaskDataModule$"):
+        trainer(callback).fit(PlainClassifier(), loader)
