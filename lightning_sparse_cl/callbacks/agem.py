@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
-from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.objectives.memory import BalancedMemory
 from lightning_sparse_cl.optim.projection import agem_
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
@@ -56,9 +56,7 @@ class AGEM(TaskCallback):
             self._loaded = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule
-        if not isinstance(data, TaskDataModule):
-            raise TypeError("AGEM: tasks are those of a TaskDataModule; this fit has none")
+        data = task_data(trainer, self)
         self.memory.room_for(data.num_tasks, self)
         self.memory = BalancedMemory(self.memory.size, by="task")
         self.memory.build(data.input_shape, None, 0, data.stored_dtype)
@@ -81,7 +79,7 @@ class AGEM(TaskCallback):
         """g_ref: mean over exemplars and processes, of each of ``params``."""
         drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            logits = logits_of(pl_module(trainer.datamodule.prepare(drawn.images)), pl_module)
+            logits = logits_of(pl_module(task_data(trainer).prepare(drawn.images)), pl_module)
             loss = F.cross_entropy(logits.float(), drawn.labels)
         with Enforcement.of(pl_module).unrecorded():
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -92,7 +90,7 @@ class AGEM(TaskCallback):
         return list(grads)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        raw, labels = trainer.datamodule.stored(self.memory.size)
+        raw, labels = task_data(trainer).stored(self.memory.size)
         self.memory.admit(raw, labels, task)
 
     def state_dict(self) -> dict[str, Any]:

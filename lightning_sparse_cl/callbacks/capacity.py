@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning_sparse_cl.callbacks.averaging import AVERAGING
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.metrics.accounting import capacity
 from lightning_sparse_cl.sparsity import Masks, Subnetworks
 from lightning_sparse_cl.sparsity.export import save_sparse
@@ -33,7 +34,7 @@ class ModelCapacity(TaskCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or parts_of(trainer).fast_dev_run:
             return
         folder.mkdir(parents=True, exist_ok=True)
         network = {

@@ -17,6 +17,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -125,7 +127,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         self._due = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if parts_of(trainer).fast_dev_run:
             return
         super().on_train_end(trainer, pl_module)
         if self.save_last:
@@ -149,7 +151,7 @@ class SequenceCheckpoint(ModelCheckpoint):
             raise SystemExit(128 + (self._signal or signal.SIGTERM))
 
     def _write_last(self, trainer: pl.Trainer) -> None:
-        if self.dirpath and not trainer.fast_dev_run:
+        if self.dirpath and not parts_of(trainer).fast_dev_run:
             trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt", self.save_weights_only)
 
     def _restore_handlers(self) -> None:

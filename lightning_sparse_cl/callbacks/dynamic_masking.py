@@ -19,7 +19,6 @@ from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
-from lightning_sparse_cl.objectives.memory import Exemplars
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import whole_part
 
@@ -150,15 +149,14 @@ class TaskAwareDynamicMasking(ScorePruning):
         names = self.names(pl_module)
         cwi = {name: pl_module.get_parameter(name).detach().abs() for name in names}
         if self.gradients == "training":
-            grads = {name: pl_module.get_parameter(name).grad for name in names}
-            return {n: w if grads[n] is None else w + self.alpha * grads[n].abs() for n, w in cwi.items()}
+            left = {name: pl_module.get_parameter(name).grad for name in names}
+            return {n: w if (grad := left[n]) is None else w + self.alpha * grad.abs() for n, w in cwi.items()}
         live = live_classes(trainer, pl_module)
         batches = task_batches(trainer, pl_module)
         terms = [(self.alpha, mean_gradients(trainer, pl_module, names, batches, live, True, self.loss))]
         memory = memory_of(pl_module)
         if memory is not None:
-            n = len(memory)
-            held = memory_batches(trainer, Exemplars(memory.images[:n], memory.labels[:n], None))
+            held = memory_batches(trainer, memory.contents())
             terms.append((self.beta, mean_gradients(trainer, pl_module, names, held, None, True, self.loss)))
         for weight, grads in terms:
             cwi = {name: value + weight * grads[name].abs() for name, value in cwi.items()}

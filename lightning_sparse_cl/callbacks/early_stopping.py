@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
+
 
 class TaskEarlyStopping(pl.Callback):
     """End the running task when a metric has not improved for ``patience`` epochs; each task starts afresh.
@@ -41,7 +43,7 @@ class TaskEarlyStopping(pl.Callback):
                 "every epoch's metric; leave it at 1"
             )
 
-        if self.monitor.startswith("val/") and getattr(trainer.datamodule, "val_fraction", 1) == 0:
+        if self.monitor.startswith("val/") and getattr(parts_of(trainer).datamodule, "val_fraction", 1) == 0:
             raise ValueError(
                 f"TaskEarlyStopping(monitor={self.monitor!r}): nothing is validated; set the data module's val_fraction"
             )
@@ -62,7 +64,7 @@ class TaskEarlyStopping(pl.Callback):
         else:
             self._waited += 1
         if self._waited >= self.patience:
-            trainer.datamodule.end_task()
+            task_data(trainer).end_task()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self._best, "waited": self._waited}

@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
+
 EVERY = 1000
 """Steps between two looks, if neither a checkpoint nor an epoch's end comes before."""
 
@@ -50,7 +52,7 @@ class FiniteLoss(pl.Callback):
         if not torch.stack([n.isfinite() for n in torch._foreach_norm(weights)]).all():
             wrong.append(trainer.global_step)  # the update itself went wrong; the loss would show it next
         if trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
-            task = getattr(trainer.datamodule, "task", 0)
+            task = getattr(parts_of(trainer).datamodule, "task", 0)
             raise ValueError(
                 "FiniteLoss: loss or weights are not finite any more: "
                 f"task {task}, epoch {trainer.current_epoch}, step {min(wrong, default=trainer.global_step)}; "

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 
 
@@ -27,7 +28,8 @@ class FreezeMasks(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not self.masks.is_pruned() and not any(getattr(c, "makes_masks", False) for c in trainer.callbacks):
+        makers = (c for c in parts_of(trainer).callbacks if getattr(c, "makes_masks", False))
+        if not self.masks.is_pruned() and not any(makers):
             raise ValueError(
                 f"FreezeMasks: {type(pl_module).__name__} has no masks and no callback here makes any, so nothing "
                 "would ever be frozen; add one that prunes, such as OneShotPruning"

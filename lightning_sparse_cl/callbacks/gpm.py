@@ -14,7 +14,7 @@ from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.callbacks.agem import AGEM
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
 from lightning_sparse_cl.optim.projection import correlation, extend_basis, null_space_, projectable
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
@@ -64,8 +64,7 @@ class GPM(pl.Callback):
             self.bases = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not isinstance(trainer.datamodule, TaskDataModule):
-            raise TypeError("GPM: tasks are those of a TaskDataModule; this fit has none")
+        task_data(trainer, self)
         self._refuse_what_leaves_the_null_space(trainer)
         network = network_of(pl_module)
         *layers, (_, last) = weight_layers(network).items()
@@ -82,11 +81,11 @@ class GPM(pl.Callback):
         self.bases = {name: basis.to(pl_module.device) for name, basis in self.bases.items()}
 
     def _refuse_what_leaves_the_null_space(self, trainer: pl.Trainer) -> None:
-        kinds = [type(c) for c in trainer.callbacks]
+        kinds = [type(c) for c in parts_of(trainer).callbacks]
         movers = [k for k in kinds if issubclass(k, Sparsifier) and not issubclass(k, OneShotPruning | Reopen)]
         if any(issubclass(k, AGEM) for k in kinds):
             raise ValueError("GPM: A-GEM's projection adds a direction that GPM takes away; leave one of them out")
-        if any(isinstance(c, Reopen) and c.init != "zero" for c in trainer.callbacks):
+        if any(c.init != "zero" for c in callbacks_of(trainer, Reopen)):
             raise ValueError(
                 'GPM: Reopen(init="random") moves weights in all directions at a task\'s start; use Reopen(init="zero")'
             )
@@ -129,7 +128,7 @@ class GPM(pl.Callback):
 
         hooks = [m.register_forward_pre_hook(partial(look, name=n)) for n, m in self.layers.items()]
         with in_eval(pl_module):
-            for x, _ in trainer.datamodule.samples(self.samples, share=False):
+            for x, _ in task_data(trainer).samples(self.samples, share=False):
                 for part in x.split(25):  # patches take memory
                     pl_module(part)
         for hook in hooks:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.schedule import position
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -121,7 +122,7 @@ class AdaptiveGrowth(RigL):
 
     def late(self, trainer: pl.Trainer) -> bool:
         """Whether the running task grows by the gradient."""
-        return position(trainer).task >= getattr(trainer.datamodule, "num_tasks", 1) / 2
+        return position(trainer).task >= getattr(parts_of(trainer).datamodule, "num_tasks", 1) / 2
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

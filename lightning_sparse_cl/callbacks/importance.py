@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.own_loss import LossOf, own_loss
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
@@ -66,10 +67,10 @@ def mean_gradients(
 
 def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
     """D_t: the samples of the current task that are trained on, once."""
-    if isinstance(trainer.datamodule, TaskDataModule):
-        yield from trainer.datamodule.samples()
+    if isinstance(data := parts_of(trainer).datamodule, TaskDataModule):
+        yield from data.samples()
     else:
-        for i, batch in enumerate(trainer.train_dataloader):
+        for i, batch in enumerate(cast(Iterable[Any], trainer.train_dataloader)):
             if i >= trainer.num_training_batches:
                 break
             batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
@@ -78,7 +79,7 @@ def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator
 
 def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
     """The current task's classes as a mask (C,); None where tasks are not known."""
-    data = trainer.datamodule
+    data = parts_of(trainer).datamodule
     return data.live().to(pl_module.device) if isinstance(data, TaskDataModule) else None
 
 
@@ -90,6 +91,6 @@ def memory_of(pl_module: pl.LightningModule) -> ExemplarMemory | None:
 
 def memory_batches(trainer: pl.Trainer, exemplars: Exemplars, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """Exemplars as the network sees them, not augmented."""
-    data = trainer.datamodule
+    data = parts_of(trainer).datamodule
     for x, y in zip(exemplars.images.split(size), exemplars.labels.split(size), strict=True):
         yield data.prepare(x, augment=False) if isinstance(data, TaskDataModule) else x, y

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 
 LossOf = Callable[[pl.LightningModule, Any], Tensor]
 """A loss of a module on a batch: a scalar, the mean over the batch."""
@@ -106,7 +107,7 @@ def _of_step(trainer: pl.Trainer, quiet: pl.LightningModule) -> Callable[[Any, T
 
 def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy of the module that logs nothing; callbacks whose hooks are on it stay what they are."""
-    kept = {id(each): each for each in (trainer, *trainer.callbacks)}
+    kept = {id(each): each for each in (trainer, *parts_of(trainer).callbacks)}
     try:
         with _Detached():
             quiet = copy.deepcopy(pl_module, kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch.callbacks import RichProgressBar
 
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
+from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
 
 
 class TaskProgressBar(RichProgressBar):
@@ -18,8 +19,8 @@ class TaskProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate)
 
     def _get_train_description(self, current_epoch: int) -> str:
-        data = self.trainer.datamodule
-        schedule = next((c for c in self.trainer.callbacks if isinstance(c, TaskSchedule)), None)
+        schedule = first_callback(self.trainer, TaskSchedule)
         if schedule is None:
             return super()._get_train_description(current_epoch)
+        data = task_data(self.trainer)
         return f"Task {data.task + 1}/{data.num_tasks}, epoch {data.epoch_in_task + 1}/{schedule.epochs_of(data.task)}"

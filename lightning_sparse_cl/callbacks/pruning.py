@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 
@@ -71,7 +72,7 @@ class OneShotPruning(ScorePruning):
         all_ = sum(pl_module.get_parameter(name).numel() for name in group)
         if self.distribution != "uniform":
             density = super().how_many(trainer, pl_module, group, density) / all_
-        of = all_ - sum(frozen.values()) if self.of == "free" else all_ / trainer.datamodule.num_tasks
+        of = all_ - sum(frozen.values()) if self.of == "free" else all_ / task_data(trainer).num_tasks
         return sum(frozen.values()) + round(density * of)
 
     def protected(self, name: str) -> Tensor:
@@ -126,7 +127,7 @@ class Reopen(Sparsifier):
         for i, (name, alive) in enumerate(list(self.masks.alive.items())):
             self.masks.set_alive(name, None)
             if self.init == "random":
-                seed = trainer.datamodule.order_seed + 1000 * task + i
+                seed = task_data(trainer).order_seed + 1000 * task + i
                 redraw(pl_module, name, ~(alive | self.masks.frozen_part(name)), seed)
 
 
@@ -153,4 +154,4 @@ RESETS = ("reset_parameters", "_reset_parameters")
 
 
 def has_schedule(trainer: pl.Trainer) -> bool:
-    return any(isinstance(c, TaskSchedule) for c in trainer.callbacks)
+    return first_callback(trainer, TaskSchedule) is not None

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning
 import lightning.pytorch as pl
@@ -25,10 +25,19 @@ from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of
 
-MEASURES = {
+
+class Measure(Protocol):
+    """A callback that tells in the end what it has measured."""
+
+    def summary(self) -> dict[str, Any]:
+        """Figures by name, as they are written to ``metrics.json``."""
+
+
+MEASURES: dict[str, type[Measure]] = {
     "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
     "growth": SparseGrowth,
 }  # fmt: skip
@@ -77,7 +86,7 @@ class RunReport(TaskCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seconds, self._started = self.seconds, None
         folder = Path(trainer.log_dir or trainer.default_root_dir)  # asked on every process: Lightning broadcasts it
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or parts_of(trainer).fast_dev_run:
             return
         metrics = self.collect(trainer, pl_module)
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +133,7 @@ class RunReport(TaskCallback):
     def collect(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The contents of ``metrics.json``."""
         metrics: dict[str, Any] = {}
-        for callback in trainer.callbacks:
+        for callback in parts_of(trainer).callbacks:
             if isinstance(callback, ContinualEvaluation):
                 metrics |= {name: matrix.summary() for name, matrix in callback.matrices.items()}
                 metrics |= {"held_out": callback.held_out} if callback.held_out else {}

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sparse_cl.callbacks.task_callback import announce, arrange
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import ImageTensors, length
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -40,8 +41,8 @@ def position(trainer: pl.Trainer) -> Position:
 
     ``step`` and ``progress`` are those before the running batch: ask before its step, not after.
     """
-    data, now, loop = trainer.datamodule, trainer.current_epoch, trainer.fit_loop.epoch_loop
-    schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
+    data, now, loop = parts_of(trainer).datamodule, trainer.current_epoch, trainer.fit_loop.epoch_loop
+    schedule = first_callback(trainer, TaskSchedule)
     if schedule is None or not isinstance(data, TaskDataModule):
         task, epoch, before = 0, now, 0
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
@@ -55,7 +56,8 @@ def position(trainer: pl.Trainer) -> Position:
         )
         over = epoch + 1 >= epochs or data.starts[-1] > now
     batches = trainer.num_training_batches  # infinite for a stream of unknown length, which counts by whole epochs
-    inside = loop.batch_progress.current.processed / batches if 0 < batches < math.inf else 0.0
+    running: Any = loop.batch_progress.current  # its annotation is that of a base class, which counts less
+    inside = running.processed / batches if 0 < batches < math.inf else 0.0
     progress = None if math.isinf(epochs) else (epoch + inside) / epochs
     if trainer.max_steps > 0 and schedule is None:
         ends = trainer.global_step / trainer.max_steps
@@ -104,9 +106,7 @@ class TaskSchedule(pl.Callback):
         return self.epochs[task] if isinstance(self.epochs, Sequence) else self.epochs
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data = trainer.datamodule
-        if not isinstance(data, TaskDataModule):
-            raise TypeError(f"TaskSchedule: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
+        data, parts = task_data(trainer, self), parts_of(trainer)
         if stage != "fit":
             return
         self.begun, self.ended, self.steps_before, self._at_start = -1, -1, 0, []
@@ -117,12 +117,12 @@ class TaskSchedule(pl.Callback):
             )
         total = sum(self.epochs_of(t) for t in range(data.num_tasks))
         limit = trainer.max_epochs
-        if limit is not None and 0 <= limit < total and not trainer.fast_dev_run:
+        if limit is not None and 0 <= limit < total and not parts.fast_dev_run:
             raise ValueError(
                 f"Trainer(max_epochs={limit}): the schedule takes {total} epochs ({data.num_tasks} tasks); shorten "
                 "TaskSchedule(epochs=...), or leave the end to the schedule with max_epochs=-1"
             )
-        if trainer.max_steps != -1 and not trainer.fast_dev_run:
+        if trainer.max_steps != -1 and not parts.fast_dev_run:
             raise ValueError(
                 f"Trainer(max_steps={trainer.max_steps}): the schedule decides when the sequence ends; leave "
                 "max_steps out, and shorten TaskSchedule(epochs=...) or use limit_train_batches"
@@ -132,17 +132,17 @@ class TaskSchedule(pl.Callback):
                 f"Trainer(min_epochs={trainer.min_epochs}, min_steps={trainer.min_steps}): the schedule takes {total} "
                 "epochs and decides when the sequence ends; use TaskSchedule(epochs=...)"
             )
-        if any(isinstance(c, Timer) for c in trainer.callbacks):
+        if callbacks_of(trainer, Timer):
             raise ValueError(
                 "Trainer(max_time=...) would end the sequence inside a task; send SIGTERM when time is up "
                 "(SequenceCheckpoint saves and leaves), and go on with ckpt_path='last'"
             )
-        if any(isinstance(c, EarlyStopping) for c in trainer.callbacks):
+        if callbacks_of(trainer, EarlyStopping):
             raise ValueError(
                 "EarlyStopping would end the whole sequence at the first task that no longer improves; "
                 "TaskEarlyStopping(monitor, patience) ends the task"
             )
-        trainer.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
+        parts.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
         arrange(trainer, pl_module)
@@ -163,12 +163,12 @@ class TaskSchedule(pl.Callback):
             )
         if not self._at_start:
             self._at_start = [(copy.deepcopy(s.state_dict()), _rates(s)) for s in schedulers]
-        if trainer.datamodule.finished:
+        if task_data(trainer).finished:
             rank_zero_info("TaskSchedule: all tasks of this run are finished; there is nothing left to train.")
             trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        while self.begun < trainer.datamodule.task:
+        while self.begun < task_data(trainer).task:
             self.begun += 1
             self.steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
             if self.restart_schedulers and self.begun > 0:
@@ -180,7 +180,7 @@ class TaskSchedule(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         # Consolidation happens on the last batch, not at the epoch's end: Lightning validates in between.
-        data = trainer.datamodule
+        data = task_data(trainer)
         if not trainer.is_last_batch:
             return
         if data.epoch_in_task + 1 >= self.epochs_of(data.task):
@@ -191,7 +191,7 @@ class TaskSchedule(pl.Callback):
         self._consolidate(trainer, pl_module)  # a callback may have ended the task after its last batch
 
     def _consolidate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule
+        data = task_data(trainer)
         if data.starts[-1] > trainer.current_epoch and self.ended < self.begun:
             self.ended = self.begun
             if trainer.world_size > 1:  # DDP brings batch-norm statistics in step at the next forward, too late here
@@ -246,13 +246,13 @@ def _rates(scheduler: Any) -> list[Any]:
 
 def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """What must be the same in a run that goes on; ``format`` grows when the state's layout changes."""
-    data = trainer.datamodule
+    data = task_data(trainer)
     return {
         "format": 2,
         "method": type(pl_module).__qualname__,
         "data": type(data).__qualname__,
         "classes of each task": data.classes,
-        "samples of each task": [len(d) for d in data.train_sets],
+        "samples of each task": [length(d) for d in data.train_sets],
         "first image of each task (sum of values)": [  # items that are not in memory may be drawn at random
             float(d.images[0].sum()) for d in data.train_sets if isinstance(d, ImageTensors)
         ],

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,8 +18,18 @@ from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy
 from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.gates import GrowthGates
+
+
+class Growing(Protocol):
+    """A module that grows, as this callback sees it. :class:`~lightning_sparse_cl.CLLSG` is one."""
+
+    gates: GrowthGates
+
+    def running(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes) of images (B, C, H, W) by the network of the running task."""
 
 
 class SparseGrowth(Sparsifier):
@@ -69,12 +79,12 @@ class SparseGrowth(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        data = trainer.datamodule
+        data = task_data(trainer, self)
         if not isinstance(getattr(pl_module, "gates", None), GrowthGates):
             raise TypeError(f"SparseGrowth: {type(pl_module).__name__} has no GrowthGates as `gates`; use CLLSG")
         if not data.val_fraction:
             raise ValueError("SparseGrowth: growth is decided on held-out samples; set the data module's val_fraction")
-        schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
+        schedule = first_callback(trainer, TaskSchedule)
         if schedule is None:
             raise TypeError("SparseGrowth: stages are epochs of tasks; add a TaskSchedule")
         shortest = min(schedule.epochs_of(task) for task in range(data.num_tasks))
@@ -85,7 +95,7 @@ class SparseGrowth(Sparsifier):
         self.targets = targets_of(self.target, data.num_tasks)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        gates = pl_module.gates
+        gates = _growing(pl_module).gates
         gates.begin(self.masks.frozen)
         for name, allocated in gates.allocated_kernels().items():
             weight = pl_module.get_parameter(name)
@@ -99,20 +109,20 @@ class SparseGrowth(Sparsifier):
         if at.over:  # the task ended with its last batch
             return
         self._measure_batch_norm(trainer, pl_module)
-        accuracy = held_out_accuracy(trainer, pl_module, pl_module.running)
+        accuracy = held_out_accuracy(trainer, pl_module, _growing(pl_module).running)
         pl_module.log("growth/held_out", accuracy, rank_zero_only=True)
         if accuracy >= self.targets[at.task]:
-            trainer.datamodule.end_task()
+            task_data(trainer).end_task()
         elif at.epoch + 1 == self.reuse_epochs:
             self.grow(trainer, pl_module)
 
     def grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stage 2 begins: weights of channels that can be grown are drawn, and all gates open."""
-        at, gates = position(trainer), pl_module.gates
+        at, gates = position(trainer), _growing(pl_module).gates
         for i, (name, allocated) in enumerate(gates.allocated_kernels().items()):
             self.masks.set_alive(name, None)
             new = ~_expanded(allocated, pl_module.get_parameter(name))
-            redraw(pl_module, name, new, trainer.datamodule.order_seed + 1000 * at.task + 500 + i)
+            redraw(pl_module, name, new, task_data(trainer).order_seed + 1000 * at.task + 500 + i)
         gates.growing.fill_(True)
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
@@ -120,23 +130,23 @@ class SparseGrowth(Sparsifier):
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._measure_batch_norm(trainer, pl_module)
-        self.reached.append(held_out_accuracy(trainer, pl_module, pl_module.running))
-        for name, mask in pl_module.gates.finish().items():
+        self.reached.append(held_out_accuracy(trainer, pl_module, _growing(pl_module).running))
+        for name, mask in _growing(pl_module).gates.finish().items():
             weight = pl_module.get_parameter(name)
             self.masks.set_alive(name, _expanded(mask.expand(weight.shape[:2]), weight))
         self.allocated.append(self._allocated(pl_module))
 
     def _allocated(self, pl_module: pl.LightningModule) -> float:
         """Weights between allocated channels, of all but the head's, as a fraction of the whole network's."""
-        *kernels, _ = pl_module.gates.allocated_kernels().items()
+        *kernels, _ = _growing(pl_module).gates.allocated_kernels().items()
         weights = {name: pl_module.get_parameter(name) for name, _ in kernels}
         there = sum(int(mask.sum()) * weights[name][0, 0].numel() for name, mask in kernels)
         return there / sum(w.numel() for w in weights.values())
 
     def _measure_batch_norm(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        training = pl_module.training
-        with pl_module.gates.still(), Enforcement.of(pl_module).scoring(), trainer.precision_plugin.forward_context():
-            update_bn(_equal_batches(trainer.datamodule.samples()), pl_module)
+        training, gates = pl_module.training, _growing(pl_module).gates
+        with gates.still(), Enforcement.of(pl_module).scoring(), trainer.precision_plugin.forward_context():
+            update_bn(_equal_batches(task_data(trainer).samples()), pl_module)
         pl_module.train(training)
         if trainer.world_size > 1:  # the mean of what each process has found in its share
             for tensor in norm_tensors(pl_module).values():
@@ -161,6 +171,10 @@ class SparseGrowth(Sparsifier):
         self.grew, self.reached, self.allocated = (list(state[k]) for k in ("grew", "reached", "allocated"))
 
 
+def _growing(pl_module: pl.LightningModule) -> Growing:
+    return cast(Growing, pl_module)  # on_fit_start has looked
+
+
 def _equal_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
     """Images, without a last batch that is smaller: each counts as much as another."""
     size = 0
@@ -177,13 +191,13 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
         FileNotFoundError: if there is no such file.
         ValueError: if there are not as many targets as tasks, or a file has none.
     """
-    given = target if isinstance(target, list | tuple) else [target]
+    given: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
     if not given:
         raise ValueError("SparseGrowth(target=[]): no target")
     if len({isinstance(value, str) for value in given}) > 1:
         raise ValueError(f"SparseGrowth(target={target}): accuracies or files, not both")
     if not isinstance(given[0], str):
-        found = [float(v) for v in (given if isinstance(target, list | tuple) else [target] * num_tasks)]
+        found = [float(v) for v in (given if isinstance(target, list | tuple) else given * num_tasks)]
     else:
         runs = []
         for path in given:

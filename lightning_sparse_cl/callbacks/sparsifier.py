@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.averaging import AVERAGING, averages
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen, prunable, sparse_weights
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -62,9 +63,7 @@ class Sparsifier(TaskCallback):
             try:
                 self._names = sparse_weights(pl_module, self.dense, self.sparse)
             except ValueError as error:
-                later = pl_module._trainer is not None and any(
-                    isinstance(c, BaseFinetuning) for c in pl_module.trainer.callbacks
-                )
+                later = pl_module._trainer is not None and bool(callbacks_of(pl_module.trainer, BaseFinetuning))
                 if not (later and "no weight is left" in str(error)):
                     raise ValueError(f"{type(self).__name__}: {error}") from error
                 return []  # what will be unfrozen
@@ -185,7 +184,7 @@ class Sparsifier(TaskCallback):
         self.on_test_start(trainer, pl_module)
 
     def _is_first(self, trainer: pl.Trainer) -> bool:
-        return next(c for c in trainer.callbacks if isinstance(c, Sparsifier)) is self
+        return first_callback(trainer, Sparsifier) is self
 
 
 def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
-from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
@@ -76,13 +76,12 @@ class TaskSubnetworks(Sparsifier):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self.subnetworks = Subnetworks.of(pl_module)
-        if not isinstance(trainer.datamodule, TaskDataModule):
-            raise TypeError("TaskSubnetworks: tasks are those of a TaskDataModule; this fit has none")
+        data = task_data(trainer, self)
         *_, (name, head) = weight_layers(network_of(pl_module)).items()
-        if not isinstance(head, nn.Linear) or head.out_features < trainer.datamodule.num_classes:
+        if not isinstance(head, nn.Linear) or head.out_features < data.num_classes:
             raise ValueError(
                 f"TaskSubnetworks: {name} of {type(pl_module).__name__}, its last layer, is no linear head of "
-                f"{trainer.datamodule.num_classes} classes; define the layers in the order in which they are used"
+                f"{data.num_classes} classes; define the layers in the order in which they are used"
             )
         if self._saved is not None:
             self.subnetworks.load_state_dict(self._saved)
@@ -96,7 +95,7 @@ class TaskSubnetworks(Sparsifier):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if batch_idx == 0 and trainer.datamodule.epoch_in_task == 0:
+        if batch_idx == 0 and task_data(trainer).epoch_in_task == 0:
             self._refuse_full(trainer, pl_module)
         if self.batch_norm == "frozen" and len(self.subnetworks):
             if not self._norms:
@@ -128,7 +127,7 @@ class TaskSubnetworks(Sparsifier):
         own = [n for n, _ in (*network.named_parameters(), *network.named_buffers()) if n not in masks]
         if self.batch_norm != "per_task":
             own = [n for n in own if n not in norm_tensors(pl_module)]
-        classes = trainer.datamodule.live().nonzero().squeeze(1).tolist()
+        classes = task_data(trainer).live().nonzero().squeeze(1).tolist()
         self.subnetworks.add(classes, masks, own)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -160,7 +159,7 @@ class TaskSubnetworks(Sparsifier):
         if ended is None:
             since = " though some are free: is there a Reopen, and after pruning and this callback?"
         raise ValueError(
-            f"TaskSubnetworks: task {task} of {trainer.datamodule.num_tasks} has no free weight in its mask{since}. "
+            f"TaskSubnetworks: task {task} of {task_data(trainer).num_tasks} has no free weight in its mask{since}. "
             "Take a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
         )
 
@@ -206,7 +205,7 @@ class FromScratch(TaskCallback):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if task > 0:
             with torch.random.fork_rng():  # the same draw on every process
-                torch.manual_seed((trainer.datamodule.order_seed + 1000 * task) % 2**62)
+                torch.manual_seed((task_data(trainer).order_seed + 1000 * task) % 2**62)
                 for layer in pl_module.modules():
-                    if hasattr(layer, "reset_parameters"):
-                        layer.reset_parameters()
+                    if callable(reset := getattr(layer, "reset_parameters", None)):
+                        reset()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of
 from lightning_sparse_cl.task_hooks import TaskHooks, check_task_hooks
 
 
@@ -37,15 +38,16 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         TypeError: if a method looks like a hook of tasks and is none, or a callback needs tasks and there are none.
         ValueError: if what callbacks declare is a circle.
     """
-    announces = [c for c in trainer.callbacks if getattr(c, "announces_tasks", False)]
-    for owner in (*trainer.callbacks, pl_module, getattr(pl_module, "objective", None)):
+    callbacks = parts_of(trainer).callbacks
+    announces = [c for c in callbacks if getattr(c, "announces_tasks", False)]
+    for owner in (*callbacks, pl_module, getattr(pl_module, "objective", None)):
         check_task_hooks(owner)
         if getattr(owner, "needs_tasks", False) and not announces:
             raise TypeError(
                 f"{type(owner).__name__} acts when tasks begin and end; add a TaskSchedule, and a TaskDataModule"
             )
-    checkpoints = [c for c in trainer.callbacks if isinstance(c, Checkpoint)]
-    left = [c for c in trainer.callbacks if c not in announces and c not in checkpoints]
+    checkpoints = callbacks_of(trainer, Checkpoint)
+    left = [c for c in callbacks if c not in announces and c not in checkpoints]
     placed: list[Any] = []
     while left:
         ready = next((c for c in left if not any(o is not c and isinstance(o, _after(c)) for o in left)), None)
@@ -54,7 +56,7 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             raise ValueError(f"callbacks: {circle} are each declared to come after another of them")
         placed.append(ready)
         left.remove(ready)
-    trainer.callbacks = [*placed, *announces, *checkpoints]
+    parts_of(trainer).callbacks = [*placed, *announces, *checkpoints]
 
 
 def _after(callback: pl.Callback) -> tuple[type, ...]:
@@ -64,6 +66,6 @@ def _after(callback: pl.Callback) -> tuple[type, ...]:
 
 def announce(hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
     """Call a hook of tasks of every callback that has it, then of the module, which passes it on to its objective."""
-    for owner in (*trainer.callbacks, pl_module):
+    for owner in (*parts_of(trainer).callbacks, pl_module):
         if callable(method := getattr(owner, hook, None)):
             method(trainer, pl_module, task)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -37,6 +39,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
     """
 
     automatic_optimization = False
+    head: nn.Linear
+    """Maps features (B, D) to logits (B, num_classes). Made by :meth:`build`; None before."""
 
     def __init__(
         self,
@@ -49,7 +53,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head: nn.Linear | None = None
+        self.head = cast(nn.Linear, None)  # until its size is known
         self.objective = objective or CrossEntropy()
         self.update = update or SingleBackward()
         self.optimizer = optimizer or partial(SGD, lr=0.03)
@@ -58,7 +62,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
 
     def configure_model(self) -> None:
         if self.head is None and self._trainer is not None:
-            data = self.trainer.datamodule
+            data = task_data(self.trainer, self)
             seed = self.trainer.strategy.broadcast(torch.initial_seed())
             self.build(data.input_shape, data.num_classes, seed, data.stored_dtype)
 
@@ -111,7 +115,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
             )
         return self.policies
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> Optimizer | list[Optimizer]:
         return self.optimizer(self.parameters())
 
     def on_fit_start(self) -> None:
@@ -128,9 +132,10 @@ class ContinualModule(TaskHooks, pl.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
         x, y = batch
-        data, optimizers = self.trainer.datamodule, self.optimizers()
+        data, optimizers = task_data(self.trainer), self.optimizers()
+        stored = cast(Tensor, data.raw)  # the batch before it was augmented
         if self.objective.views > 1:
-            x = torch.stack([x, *(data.prepare(data.raw) for _ in range(self.objective.views - 1))], 1)
+            x = torch.stack([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))], 1)
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
         replayed, self.objective.replayed = self.objective.replayed, 0
@@ -167,11 +172,12 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         for other in others:
             other.optimizer.step()  # Lightning does not count it: a batch is one step
         if type(self.objective).observe is not Objective.observe:
-            self.objective.observe(*self._from_all(data.raw, y, whole["logits"]), data.task)
-        loss = outputs["loss"].detach()
+            raw, labels, logits = self._from_all(stored, y, whole["logits"])
+            self.objective.observe(raw, labels, logits, data.task)
+        value = outputs["loss"].detach()
         if self._logs():
-            self.log("train/loss", loss, prog_bar=True)
-        return {"loss": loss, "logits": whole["logits"]}
+            self.log("train/loss", value, prog_bar=True)
+        return {"loss": value, "logits": whole["logits"]}
 
     def penalty(self) -> Tensor | float:
         """What a method adds to the loss, once a pass."""
@@ -179,13 +185,14 @@ class ContinualModule(TaskHooks, pl.LightningModule):
 
     def _logs(self) -> bool:
         """Logging costs as much as a small network's step, and is done where somebody looks."""
-        every = self.trainer.log_every_n_steps
+        parts = parts_of(self.trainer)
+        every = parts.log_every_n_steps
         shown = self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0)
-        return shown or any(getattr(c, "monitor", None) == "train/loss" for c in self.trainer.callbacks)
+        return shown or any(getattr(c, "monitor", None) == "train/loss" for c in parts.callbacks)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.trainer.world_size > 1:  # manual optimisation never broadcasts batch-norm buffers by itself
-            self.trainer.model.require_forward_param_sync = True
+            cast(DistributedDataParallel, self.trainer.model).require_forward_param_sync = True
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         """Optimiser state does not outlive a task."""
@@ -261,7 +268,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         for name in own | found:
             shapes = [tuple(s[name].shape) if torch.is_tensor(s.get(name)) else name in s for s in (found, own)]
             if shapes[0] != shapes[1]:
-                there, here = ({True: "present", False: "missing"}.get(s, s) for s in shapes)
+                there, here = (s if isinstance(s, tuple) else "present" if s else "missing" for s in shapes)
                 raise ValueError(
                     f"{type(self).__name__}: the checkpoint is of another network: {name} is {there} in it and "
                     f"{here} in this one"
@@ -273,4 +280,4 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         """What every process has seen, in the same order on each, so that all hold the same memory."""
         if self.trainer.world_size == 1:
             return tensors
-        return tuple(self.all_gather(t).flatten(0, 1) for t in tensors)
+        return tuple(cast(Tensor, self.all_gather(t)).flatten(0, 1) for t in tensors)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
+from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.objectives.replay import DERpp
@@ -108,7 +109,7 @@ class EsaCL(ContinualModule):
         optimizer = self.optimizer([{"params": group, "constrained": key} for key, group in groups.items()])
         kept = 1 - self.sparsity
         if self._reading == "share":  # by one task
-            kept /= self.trainer.datamodule.num_tasks
+            kept /= task_data(self.trainer).num_tasks
         for group in optimizer.param_groups:
             if "k" in group and group["k"] is None:
                 group["k"] = kept / 4

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.optim.sam import UpdateRule
@@ -52,8 +53,14 @@ class IsolatingModule(ContinualModule):
             )
         return super().configure_callbacks()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork."""
+    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+        """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork.
+
+        Raises:
+            ValueError: if ``features`` is True: each task has its own.
+        """
+        if features:
+            raise ValueError(f"{type(self).__name__}: features=True is not offered, each task has its own; use False")
         learnt = Subnetworks.of(self)
         if self.training or not len(learnt):
             return self.running(x)
@@ -75,11 +82,12 @@ class IsolatingModule(ContinualModule):
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Predicted labels (B,); the data module has one loader a task, so that a loader's place is its task."""
-        return self.predict(batch[0], 0 if getattr(self.trainer.datamodule, "joint", False) else dataloader_idx)
+        joint = getattr(parts_of(self.trainer).datamodule, "joint", False)
+        return self.predict(batch[0], 0 if joint else dataloader_idx)
 
     def held_out_logits(self, x: Tensor) -> Tensor:
         """Of the running task alone, among its classes."""
-        live = self.trainer.datamodule.live().to(x.device)
+        live = task_data(self.trainer).live().to(x.device)
         return self.running(x).masked_fill(~live, -torch.inf)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

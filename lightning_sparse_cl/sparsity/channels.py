@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,8 +67,8 @@ class Channels:
         """
         graph = graph_of(network)
         found, modules = cls(), dict(network.named_modules())
-        at: dict[fx.Node, int] = {}
-        flat: dict[fx.Node, bool] = {}  # (B, D) and not (B, C, H, W)
+        at: dict[fx.Node | None, int] = {}
+        flat: dict[fx.Node | None, bool] = {}  # (B, D) and not (B, C, H, W)
         for node in graph.nodes:
             first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             source, flat[node] = at.get(first), flat.get(first, False) or _flattens(node, modules)
@@ -76,7 +77,7 @@ class Channels:
                     at[node] = found._new(0)
             elif node.op == "output":
                 found.output = source if source is not None else 0
-            elif node.op == "call_module":
+            elif node.op == "call_module" and source is not None:
                 at[node] = found._through(node.target, modules[node.target], source, flat[node])
             elif node.op == "call_function" and node.target in ADDING and len(node.all_input_nodes) == 2:
                 one, other = (at[n] for n in node.all_input_nodes)
@@ -220,11 +221,11 @@ def _keeps_channels(node: fx.Node) -> bool:
 def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether what comes out is (B, D)."""
     if node.op == "call_module":
-        return isinstance(modules[node.target], nn.Flatten)
+        return isinstance(modules[str(node.target)], nn.Flatten)
     return node.target in (torch.mean, torch.flatten, "mean", "flatten")
 
 
-def _depthwise(module: nn.Module) -> bool:
+def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
 
 

@@ -144,8 +144,8 @@ class Enforcement:
             self._whole[name] = grad.clone() if before is None else before + grad
         if record.alive is not None:
             grad = grad * record.alive
-        if record.values is not None:
-            grad = grad * record.free()
+        if record.values is not None and (free := record.free()) is not None:
+            grad = grad * free
         return grad
 
     # -- averages of the weights -------------------------------------------------------------------------------

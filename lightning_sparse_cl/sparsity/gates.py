@@ -58,6 +58,8 @@ class GrowthGates(nn.Module):
     """
 
     growing: Tensor
+    first: Tensor
+    """Whether no earlier task owns a kernel."""
 
     def __init__(
         self,

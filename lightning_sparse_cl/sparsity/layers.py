@@ -19,7 +19,7 @@ EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SHORTCUT = re.compile(r"short_?cut|down_?sample|skip|identity|residual", re.IGNORECASE)
 
 
-def weight_layers(module: nn.Module) -> dict[str, nn.Module]:
+def weight_layers(module: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
     """The convolutions and linear layers by the names of their weights, in module order."""
     return {
         f"{name}.weight" if name else "weight": layer
@@ -33,8 +33,9 @@ def network_of(module: nn.Module) -> nn.Module:
     if not isinstance(getattr(type(module), "network", None), property):
         return module
     network, own = module.network, dict(module.named_modules())
-    named = isinstance(network, nn.Module) and all(own.get(n) is m for n, m in network.named_modules() if n)
-    return network if named else module  # another class may call something else so
+    if isinstance(network, nn.Module) and all(own.get(n) is m for n, m in network.named_modules() if n):
+        return network
+    return module  # another class may call something else so
 
 
 def sparse_weights(module: nn.Module, dense: Chosen | None = None, sparse: Chosen | None = None) -> list[str]:

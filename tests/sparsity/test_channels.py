@@ -56,11 +56,16 @@ def test_a_network_that_cannot_be_followed_keeps_its_channels():
         def forward(self, x):
             return self.head(self.conv(x).flip(1).mean((2, 3)))
 
-    odd, x = Odd(), torch.randn(2, 3, 8, 8)
-    with pytest.raises(ValueError, match="channels cannot be followed through"):
-        Channels.of(odd)
-    assert torch.equal(compact(odd)(x), odd(x))
-    torch.testing.assert_close(compact(odd, outputs=[4, 0])(x), odd(x)[:, [4, 0]])
+    class ByName(Odd):
+        def forward(self, x):
+            return self.head(self.conv(input=x).mean((2, 3)))
+
+    for odd in (Odd(), ByName()):
+        x = torch.randn(2, 3, 8, 8)
+        with pytest.raises(ValueError, match="channels cannot be followed through"):
+            Channels.of(odd)
+        assert torch.equal(compact(odd)(x), odd(x))
+        torch.testing.assert_close(compact(odd, outputs=[4, 0])(x), odd(x)[:, [4, 0]])
 
 
 @pytest.mark.parametrize(
