@@ -14,7 +14,7 @@ from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
-from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -99,11 +99,9 @@ class DynamicDataRemoval(TaskCallback):
         return samples - round(self.fraction * samples * stages / self.cutoff)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data, name = trainer.datamodule, type(self).__name__
-        if not isinstance(data, TaskDataModule):
-            raise TypeError(f"{name}: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule")
-        schedule = next((c for c in trainer.callbacks if isinstance(c, TaskSchedule)), None)
-        for task in range(data.num_tasks) if self.fraction and not trainer.fast_dev_run else ():
+        data, name = task_data(trainer, self), type(self).__name__
+        schedule = first_callback(trainer, TaskSchedule)
+        for task in range(data.num_tasks) if self.fraction and not parts_of(trainer).fast_dev_run else ():
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
             if self.cutoff * self.interval > epochs:
                 raise ValueError(
@@ -122,14 +120,14 @@ class DynamicDataRemoval(TaskCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:  # fmt: skip
-        data, at = trainer.datamodule, position(trainer)
+        data, at = task_data(trainer), position(trainer)
         if not self.fraction or at.epoch >= self.cutoff * self.interval:
             return
         y = batch[1]
         hard = self._hard(trainer, pl_module, outputs if isinstance(outputs, Mapping) else {}, batch)
         index = data.indices(batch_idx).to(y.device, non_blocking=True)
         if trainer.world_size > 1:  # the same statistics on every process
-            hard, index = (pl_module.all_gather(part).flatten() for part in (hard, index))
+            hard, index = (torch.as_tensor(pl_module.all_gather(part)).flatten() for part in (hard, index))
         if not self._stage:
             self._stage = self._empty(len(data.train_sets[at.task]), y.device)
         stage = self._stage
@@ -160,7 +158,7 @@ class DynamicDataRemoval(TaskCallback):
             return DIFFICULTY[self.by](logits_of(pl_module(x), pl_module).float(), y)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        at, data = position(trainer), trainer.datamodule
+        at, data = position(trainer), task_data(trainer)
         if not self._stage or (at.epoch + 1) % self.interval:
             return
         alive, stage = data.alive[at.task], (at.epoch + 1) // self.interval
@@ -194,7 +192,7 @@ class DynamicDataRemoval(TaskCallback):
         super().setup(trainer, pl_module, stage)
         self._stage = {}
         if stage == "fit":
-            trainer.reload_dataloaders_every_n_epochs = 1  # a shrunken task is a new loader
+            parts_of(trainer).reload_dataloaders_every_n_epochs = 1  # a shrunken task is a new loader
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stage = {kind: value.to(pl_module.device) for kind, value in self._stage.items()}

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
-from lightning_sparse_cl.callbacks.trainer_parts import parts_of
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of
 
 LossOf = Callable[[pl.LightningModule, Any], Tensor]
 """A loss of a module on a batch: a scalar, the mean over the batch."""
@@ -68,9 +68,8 @@ def own_loss(
         try:
             quiet = _quiet_copy(trainer, pl_module)
             with ExitStack() as counted:
-                for counter in trainer.callbacks:
-                    if isinstance(counter, FlopsCounter):
-                        counted.enter_context(counter.counting(quiet))
+                for counter in callbacks_of(trainer, FlopsCounter):
+                    counted.enter_context(counter.counting(quiet))
                 yield quiet, _of_step(trainer, quiet)
         finally:
             trainer.loggers = loggers
