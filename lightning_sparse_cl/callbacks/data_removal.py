@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sized
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -129,7 +129,7 @@ class DynamicDataRemoval(TaskCallback):
         if trainer.world_size > 1:  # the same statistics on every process
             hard, index = (torch.as_tensor(pl_module.all_gather(part)).flatten() for part in (hard, index))
         if not self._stage:
-            self._stage = self._empty(len(data.train_sets[at.task]), y.device)
+            self._stage = self._empty(len(cast(Sized, data.train_sets[at.task])), y.device)
         stage = self._stage
         if self.by == "forgetting":
             right = 1 - hard
