@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sized
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -15,6 +15,7 @@ from lightning_sparse_cl.callbacks.outputs import logits_of
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
+from lightning_sparse_cl.data.loader import length
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -129,7 +130,7 @@ class DynamicDataRemoval(TaskCallback):
         if trainer.world_size > 1:  # the same statistics on every process
             hard, index = (torch.as_tensor(pl_module.all_gather(part)).flatten() for part in (hard, index))
         if not self._stage:
-            self._stage = self._empty(len(cast(Sized, data.train_sets[at.task])), y.device)
+            self._stage = self._empty(length(data.train_sets[at.task]), y.device)
         stage = self._stage
         if self.by == "forgetting":
             right = 1 - hard
