@@ -50,7 +50,7 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     left = [c for c in callbacks if c not in announces and c not in checkpoints]
     placed: list[Any] = []
     while left:
-        ready = next((c for c in left if not any(o is not c and isinstance(o, _after(c)) for o in left)), None)
+        ready = next((c for c in left if not any(_is_after(c, other) for other in left)), None)
         if ready is None:
             circle = ", ".join(type(c).__name__ for c in left)
             raise ValueError(f"callbacks: {circle} are each declared to come after another of them")
@@ -59,9 +59,9 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     parts_of(trainer).callbacks = [*placed, *announces, *checkpoints]
 
 
-def _after(callback: pl.Callback) -> tuple[type, ...]:
-    """Kinds that it declares to come after; a kind that it is of itself would be a circle."""
-    return tuple(kind for kind in getattr(callback, "after", ()) if not isinstance(callback, kind))
+def _is_after(callback: pl.Callback, other: pl.Callback) -> bool:
+    """Whether it declares to come after another one; among those of its own class the list decides."""
+    return type(other) is not type(callback) and isinstance(other, getattr(callback, "after", ()))
 
 
 def announce(hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:

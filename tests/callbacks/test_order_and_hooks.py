@@ -35,6 +35,18 @@ def test_freezing_comes_after_pruning_whatever_the_list_says():
     assert stays(parts[1], parts[2]) < 0.1
 
 
+def test_gradients_are_masked_after_weights_are_pruned_whatever_the_list_says():
+    ends = []
+    for parts in (
+        [scl.SNIP(0.7), scl.DynamicGradientMasking(0.1, 2)],
+        [scl.DynamicGradientMasking(0.1, 2), scl.SNIP(0.7)],
+    ):
+        pl.seed_everything(0, verbose=False)
+        trainer(*parts, epochs=1).fit(model := PlainClassifier(), toy_tasks())
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[1][name], tensor) for name, tensor in ends[0].items())
+
+
 def test_growth_comes_after_reopening_and_masks_are_there_in_every_task():
     alive = []
 
