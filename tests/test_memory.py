@@ -42,6 +42,7 @@ def test_twenty_tasks_take_the_memory_of_five(tmp_path):
 
 
 def fit_and_watch(tmp_path):
+    gc.freeze()  # what other tests have left is not looked through
     watch = Watch()
     trainer = pl.Trainer(
         accelerator="cpu", max_epochs=-1, logger=False, enable_progress_bar=False, enable_model_summary=False,
