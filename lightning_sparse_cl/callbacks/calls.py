@@ -121,7 +121,8 @@ class OutermostCalls:
         if any(isinstance(a, nn.Module) for a in args):  # an objective, which calls the network itself
             return
         self._met.add(module)
-        name, self._samples = self._names[module], batch_size((args, kwargs))
+        name = self._names[module]
+        self._samples = len(args[0]) if _is_batch(args) else batch_size((args, kwargs))
         self._key = (name, *map(_signature, args), *((k, _signature(v)) for k, v in kwargs.items()))
         if self._key not in self._costs:
             if len(self._costs) > 1000:  # shapes, or numbers, that are always new
@@ -209,6 +210,11 @@ def _nothing(*_: Any) -> None:
 def batch_size(values: Any) -> int:
     """Length of the first tensor in nested containers; 0 if there is none."""
     return next((len(t) for t in _tensors(values) if t.ndim), 0)
+
+
+def _is_batch(values: Any) -> bool:
+    """Whether the usual case is at hand, which need not be searched: a tensor comes first."""
+    return bool(values) and isinstance(values[0], Tensor) and values[0].ndim > 0
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

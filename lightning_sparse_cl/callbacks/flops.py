@@ -31,6 +31,8 @@ class _Passes:
     cost: DenseCost
     samples: int
     """Of each call."""
+    macs: int
+    """Of each call."""
     forward: int = 0
     backward: int = 0
     thirds: int = 0
@@ -134,7 +136,8 @@ class FlopsCounter(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
+        usual = type(batch) in (tuple, list) and all(isinstance(part, Tensor) for part in batch)
+        tensors = [t for t in (batch if usual else tree_leaves(batch)) if isinstance(t, Tensor) and t.ndim]
         self._served += len(tensors[-1]) * self._processes if tensors else 0
         if self._calls is not None and self._new_epoch:
             self._new_epoch = False
@@ -168,19 +171,20 @@ class FlopsCounter(pl.Callback):
             self._look()
         cost, scoring, n = call.cost, self._enforcement.is_scoring, call.samples
         if (passes := self._passed.get((id(cost), scoring))) is None:
-            passes = self._passed[id(cost), scoring] = _Passes(cost, n)
+            passes = self._passed[id(cost), scoring] = _Passes(cost, n, cost.total_macs())
             self._layers |= dict.fromkeys(cost.macs)
             self._miss(cost.not_counted)
         passes.forward += self._processes
         passes.backward += self._processes * call.backward
         own = "" if isinstance(call.module, Teacher) else call.name
-        sent = self._sent.setdefault(own, [0, 0, cost.total_macs() // max(n, 1)])
+        if (sent := self._sent.get(own)) is None:
+            sent = self._sent[own] = [0, 0, passes.macs // max(n, 1)]
         sent[0] += n * self._processes
         sent[1] += n * self._processes * call.backward
         if not scoring:
             replayed = min(getattr(getattr(self._masks.module, "objective", None), "replayed", 0), n)
             passes.thirds += self._processes * (3 * (n - replayed) + replayed if call.backward else n)
-            self._dense += 2 * cost.total_macs() * self._processes * (1 + 2 * call.backward) * self._whole
+            self._dense += 2 * passes.macs * self._processes * (1 + 2 * call.backward) * self._whole
 
     def _look(self) -> None:
         """The masks of what follows: how many weights of each layer are alive, and how many updated."""
