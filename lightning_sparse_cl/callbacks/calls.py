@@ -52,9 +52,10 @@ class OutermostCalls:
         self.heard = 0
         """How many calls have been told."""
         self._hooks: list[RemovableHandle] = []
-        self._names: dict[nn.Module, str] = {}
-        self._fixed: set[nn.Module] = set()  # modules that no gradient trains
-        self._met: set[nn.Module] = set()
+        # by identity: a metric's hash changes with its state
+        self._names: dict[int, str] = {}
+        self._fixed: set[int] = set()  # modules that no gradient trains
+        self._met: set[int] = set()
         self._costs: dict[tuple, DenseCost] = {}
         self._inside: nn.Module | None = None
         self._level = 0
@@ -75,12 +76,12 @@ class OutermostCalls:
         self.remove()
         if all_modules:
             self._met = set()
-        self._names = {module: name for name, module in self.pl_module.named_modules()}
+        self._names = {id(module): name for name, module in self.pl_module.named_modules()}
         self._counter = None
         self._fixed = set()
         for module in dict.fromkeys(self._outer(self.pl_module)):
             if not any(p.requires_grad for p in weights_of(module).values()):
-                self._fixed.add(module)
+                self._fixed.add(id(module))
             self._hooks += [
                 module.register_forward_pre_hook(_Hook(self._before), with_kwargs=True),
                 module.register_forward_hook(_Hook(self._after), prepend=True, always_call=True),
@@ -91,7 +92,7 @@ class OutermostCalls:
         own = module is self.pl_module
         if not closed or own:
             yield module
-        if not closed and (own or module not in self._met):
+        if not closed and (own or id(module) not in self._met):
             for part in module.children():
                 yield from self._outer(part)
 
@@ -112,16 +113,16 @@ class OutermostCalls:
         if torch.compiler.is_compiling():
             return
         if self._inside is not None:
-            self._met.add(module)
+            self._met.add(id(module))
             self._level += self._inside is module
             return
-        evaluates = not self.pl_module.training or not (module.training or module in self._fixed)
+        evaluates = not self.pl_module.training or not (module.training or id(module) in self._fixed)
         if evaluates or torch._C._current_graph_task_id() != -1 or _redirected(module):
             return
         if any(isinstance(a, nn.Module) for a in args):  # an objective, which calls the network itself
             return
-        self._met.add(module)
-        name = self._names[module]
+        self._met.add(id(module))
+        name = self._names[id(module)]
         self._samples = len(args[0]) if _is_batch(args) else batch_size((args, kwargs))
         self._key = (name, *map(_signature, args), *((k, _signature(v)) for k, v in kwargs.items()))
         if self._key not in self._costs:
@@ -150,14 +151,14 @@ class OutermostCalls:
         if counter is not None:
             self._costs[self._key] = DenseCost.counted(counter, module)
         if self._key in self._costs:
-            trained = module not in self._fixed or any(t.requires_grad for t in _tensors(args))
+            trained = id(module) not in self._fixed or any(t.requires_grad for t in _tensors(args))
             backward = torch.is_grad_enabled() and trained
             self.heard += 1
             self.told(Call(self._key[0], module, self._samples, self._costs[self._key], backward))
 
     def _count_apart(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Of a module that would not be itself while it is looked at, by a copy; per sample of any batch."""
-        name, n = self._names[module], self._samples
+        name, n = self._names[id(module)], self._samples
         each = (name, *(_signature(t, batch=False) for t in (*args, *kwargs.values())), *kwargs)
         if each not in self._apart:
             network = network_of(module)
@@ -181,7 +182,7 @@ class OutermostCalls:
         """The weights by name, those of a teacher, which are copies, under the names of the originals."""
         own = weights_of(self.pl_module)
         yield from own.items()
-        for teacher in (m for m in self._names if isinstance(m, Teacher)):
+        for teacher in (m for m in self.pl_module.modules() if isinstance(m, Teacher)):
             for name, copied in teacher.named_buffers():
                 path = name.replace("/", ".")
                 ends = (f".{path}", f".{path.partition('.')[2]}")

@@ -291,3 +291,24 @@ def test_counting_changes_no_bit_of_a_training_with_noise(compiled):
         ends.append([*module.state_dict().values(), *random_states, random.random(), np.random.rand(), noisy.calls])
     assert measures[0].summary()["training"] > 0 and not measures[0].summary()["not_counted"]
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(*ends, strict=True))
+
+
+class WithMetric(PlainClassifier):
+    """A metric inside of it is hashed by its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.metric = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.metric(loss.detach())
+        return loss
+
+
+def test_a_metric_in_the_module_does_not_disturb_the_count():
+    flops = [scl.FlopsCounter(), scl.FlopsCounter()]
+    for count, model in zip(flops, (PlainClassifier(), WithMetric())):
+        trainer(count, epochs=1).fit(model, toy_tasks(num_tasks=1))
+    plain, metric = (count.summary() for count in flops)
+    assert plain["training"] == metric["training"] > 0 and not metric["not_counted"]
