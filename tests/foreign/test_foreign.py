@@ -21,8 +21,11 @@ from foreign import (
 )
 from foreign.policies import POLICIES, SPARSITY
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_sparse_cl import Masks
+from lightning_sparse_cl.metrics import DenseCost
 
 FAMILIES = (
     timm_models, torchvision_models, segmentation_models, transformers_models, lightly_models, geometric_models,
@@ -189,3 +192,14 @@ def counted(measure, said):
     words = {w for w in said if "not counted" in w}
     assert len(words) == 1, "no figures, and not a word"
     return words.pop()
+
+
+@pytest.mark.foreign
+@pytest.mark.parametrize("build", [transformers_models.build_bert, transformers_models.build_gpt2])
+def test_flops_are_those_of_a_training_forward(build):
+    module, loader = build()
+    batch = next(iter(loader))
+    cost = DenseCost.of_call(module, **batch)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module.train()(**batch)
+    assert 2 * cost.total_macs() == pytest.approx(counter.get_total_flops(), rel=0.01) and not cost.not_counted

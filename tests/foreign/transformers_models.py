@@ -51,11 +51,11 @@ def _bert() -> nn.Module:
     return transformers.BertForSequenceClassification(config)
 
 
-def _build_bert():
+def build_bert():
     return FromOutput(_bert()), _tokens("class")
 
 
-def _build_gpt2():
+def build_gpt2():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
@@ -70,8 +70,8 @@ def _build_lora():
 
 
 CASES = [
-    Case("transformers BERT", "transformers", _build_bert),
-    Case("transformers GPT-2", "transformers", _build_gpt2),
+    Case("transformers BERT", "transformers", build_bert),
+    Case("transformers GPT-2", "transformers", build_gpt2),
     Case(
         "peft LoRA on BERT",
         "peft",
