@@ -61,7 +61,8 @@ def data_of(images: str, **kwargs: Any) -> scl.SplitTensors:
 def run(init: str, growth: str, sparsity: float, seed: int, images: str, epochs: int, width: int) -> dict[str, Any]:
     """One sequence."""
     pl.seed_everything(seed, verbose=False)
-    rule = GROWTH[growth](sparsity, interval=25, fraction=0.5, until=1.0, final=0.005, init=init, dense=["head.weight"])
+    about = dict(interval=25, fraction=0.5, until=1.0, final=0.005, distribution=init, dense=["head.weight"])
+    rule = GROWTH[growth](sparsity, **about)
     drops = scl.TaskLRSchedule(partial(MultiStepLR, milestones=[epochs // 2, 3 * epochs // 4], gamma=0.1))
     module = scl.ContinualDST(scl.ResNet18(width, "7x7"), growth=rule, policies=[drops])
     metrics = harness.fit(module, data_of(images), epochs, task_il_only=True)

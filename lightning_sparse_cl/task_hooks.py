@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -36,11 +37,18 @@ class TaskHooks:
 
 
 def check_task_hooks(owner: object) -> None:
-    """Refuse a method that looks like a hook of tasks and is none, which nobody would ever call.
+    """Refuse a method that looks like a hook of tasks and is none, or takes other arguments.
 
     Raises:
-        TypeError: with the name of the method and those of the hooks.
+        TypeError: with the name of the method, and those of the hooks or of their arguments.
     """
     for name in dir(type(owner)):
-        if re.fullmatch(r"on_\w*task\w*", name) and name not in HOOKS:
-            raise TypeError(f"{type(owner).__name__}.{name} is no hook of tasks; they are {', '.join(HOOKS)}")
+        if not re.fullmatch(r"on_((before|after)_)?task_\w+", name):
+            continue
+        where = f"{type(owner).__name__}.{name}"
+        if name not in HOOKS:
+            raise TypeError(f"{where} is no hook of tasks; they are {', '.join(HOOKS)}")
+        try:
+            inspect.signature(getattr(owner, name)).bind(None, None, 0)
+        except TypeError:
+            raise TypeError(f"{where}: a hook of tasks takes (trainer, pl_module, task)") from None

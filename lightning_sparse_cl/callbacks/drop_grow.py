@@ -16,10 +16,12 @@ from lightning_sparse_cl.callbacks.pruning import Reopen
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
+from lightning_sparse_cl.callbacks.steps import StepCounter
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
-from lightning_sparse_cl.sparsity.scores import whole_part
+from lightning_sparse_cl.sparsity.scores import check_number, whole_part
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
@@ -67,6 +69,9 @@ class DropAndGrow(ScorePruning):
     ) -> None:
         super().__init__(sparsity, distribution=distribution, dense=dense, sparse=sparse)
         name = type(self).__name__
+        check_number(name, "interval", interval, whole=True)
+        for field, value in (("fraction", fraction), ("until", until), ("final", final)):
+            check_number(name, field, value)
         if not 0 <= fraction <= 1:
             raise ValueError(f"{name}(fraction={fraction}): the fraction of alive weights exchanged, in [0, 1]")
         if interval < 1:
@@ -76,6 +81,8 @@ class DropAndGrow(ScorePruning):
         if not 0 <= final <= fraction:
             raise ValueError(f"{name}(final={final}): the fraction exchanged at last, in [0, fraction={fraction}]")
         self.fraction, self.interval, self.until, self.final = fraction, interval, until, final
+        self._steps = StepCounter()
+        self._exchanged: dict[Optimizer, int] = {}  # at which step of each optimiser, which may ask for it repeatedly
 
     @abstractmethod
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
@@ -91,6 +98,14 @@ class DropAndGrow(ScorePruning):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._exchanged = {}
+        others = callbacks_of(trainer, pl.Callback)
+        rivals = [c for c in others if isinstance(c, DropAndGrow) and c is not self]
+        if any(set(self.names(pl_module)) & set(other.names(pl_module)) for other in rivals):
+            raise ValueError(
+                f"{type(self).__name__}: {type(rivals[0]).__name__} drops and grows the same weights; divide them by "
+                "`sparse` and `dense`"
+            )
         if position(trainer).progress is None:
             raise ValueError(
                 f"{type(self).__name__}(until={self.until}): the end of the training is not known, of which that is a "
@@ -98,8 +113,21 @@ class DropAndGrow(ScorePruning):
             )
         self.draw(trainer, pl_module)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps.begin(trainer, Enforcement.of(pl_module))
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._steps.restart()
+        self._exchanged = {}
         self.draw(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self._steps.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._steps.load_state_dict(state["steps"])
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A task's first masks, where there are none."""
@@ -113,13 +141,15 @@ class DropAndGrow(ScorePruning):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self.moves(trainer):
+        if self.moves(trainer, optimizer):
+            self._exchanged[optimizer] = self._steps.taken(optimizer)
             self.exchange(trainer, pl_module, self.stepped_by(pl_module, optimizer))
 
-    def moves(self, trainer: pl.Trainer) -> bool:
-        """Whether weights are exchanged at this step; steps count from the task's start."""
-        step = position(trainer).step
-        return step > 0 and step % self.interval == 0 and self.exchanged(trainer) > 0
+    def moves(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
+        """Whether the weights of an optimiser are exchanged at its coming step; steps count from the task's start."""
+        step = self._steps.taken(optimizer)
+        due = step > 0 and step % self.interval == 0 and self._exchanged.get(optimizer) != step
+        return due and self.exchanged(trainer) > 0
 
     def exchanged(self, trainer: pl.Trainer) -> float:
         """f, the fraction of alive weights that is exchanged now; 0 once the mask rests."""
@@ -180,16 +210,22 @@ class RigL(DropAndGrow):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.moves(trainer):
-            Enforcement.of(pl_module).ask_whole(self.names(pl_module))
+        for optimizer in trainer.optimizers:
+            if self.moves(trainer, optimizer):
+                Enforcement.of(pl_module).ask_whole(self.stepped_by(pl_module, optimizer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        asked = Enforcement.of(pl_module).whole  # decided when the batch began, whatever the steps of it
-        if asked and (names := [name for name in self.stepped_by(pl_module, optimizer) if name in asked]):
-            self.exchange(trainer, pl_module, names)
+        if Enforcement.of(pl_module).whole and self.moves(trainer, optimizer):
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
             Enforcement.of(pl_module).take_away_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        Enforcement.of(pl_module).forget_steps()
 
     def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
         self._gradients = Enforcement.of(pl_module).take_whole(names)
@@ -197,7 +233,7 @@ class RigL(DropAndGrow):
         self._gradients = {}
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        return {name: grad.abs() for name, grad in self._gradients.items()}
+        return {name: grad.abs().nan_to_num(0, 0) for name, grad in self._gradients.items()}  # scaled, it may overflow
 
 
 def cosine(t: float, start: float, end: float) -> float:

@@ -20,7 +20,7 @@ from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
 from lightning_sparse_cl.sparsity.layers import Chosen
-from lightning_sparse_cl.sparsity.scores import whole_part
+from lightning_sparse_cl.sparsity.scores import check_number, whole_part
 
 
 class TaskAwareDynamicMasking(ScorePruning):
@@ -84,6 +84,7 @@ class TaskAwareDynamicMasking(ScorePruning):
     ) -> None:
         super().__init__(sparsity, ranking, dense=dense, sparse=sparse)
         name = type(self).__name__
+        check_number(name, "interval", interval, whole=True)
         if interval < 1:
             raise ValueError(f"{name}(interval={interval}): epochs between adjustments, at least 1")
         if sparsity and not 0 <= p_intra < 1 - sparsity:

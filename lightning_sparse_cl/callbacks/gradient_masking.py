@@ -11,8 +11,10 @@ from torch.optim import Optimizer
 from lightning_sparse_cl.callbacks.importance import live_classes, mean_gradients, memory_batches, memory_of
 from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.callbacks.steps import StepCounter
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
-from lightning_sparse_cl.sparsity.scores import whole_part
+from lightning_sparse_cl.sparsity.scores import check_number, whole_part
 
 
 class DynamicGradientMasking(ScorePruning):
@@ -62,6 +64,8 @@ class DynamicGradientMasking(ScorePruning):
         loss: LossOf | None = None,
     ) -> None:
         name = type(self).__name__
+        check_number(name, "q", q)
+        check_number(name, "interval", interval, whole=True)
         if not 0 <= q < 1:
             raise ValueError(f"{name}(q={q}): the fraction of gradients dropped, in [0, 1)")
         super().__init__(q, dense=dense, sparse=sparse)
@@ -74,6 +78,7 @@ class DynamicGradientMasking(ScorePruning):
         self.q, self.interval = q, interval
         self.alpha, self.beta, self.gradients, self.loss = alpha, beta, gradients, loss
         self._due = False
+        self._steps, self._chosen = StepCounter(), -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -85,10 +90,28 @@ class DynamicGradientMasking(ScorePruning):
         self._due = False
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        step, batch = divmod(trainer.fit_loop.epoch_loop.batch_idx, trainer.accumulate_grad_batches)
-        return bool(self.q and self.names(pl_module)) and batch == 0 and step % self.interval == 0
+        step = self._steps.most()
+        return bool(self.q and self.names(pl_module)) and step % self.interval == 0 and step != self._chosen
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._steps.begin(trainer, Enforcement.of(pl_module))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._steps.restart()
+        self._chosen = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self._steps.state_dict(), "chosen": self._chosen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._chosen = state["chosen"]
+        self._steps.load_state_dict(state["steps"])
 
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+        self._chosen = self._steps.most()
         for name in self.names(pl_module):
             self.masks.set_updated(name, None)
         self._due = self.gradients == "training"

@@ -78,7 +78,10 @@ class MomentumGrowth(_Remembering):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
         for name, grad in Enforcement.of(pl_module).take_whole(self.stepped_by(pl_module, optimizer)).items():
+            grad = grad.nan_to_num(0, 0, 0) / scale  # an overflow under a gradient scaler is no step
             self._kept[name] = 0.1 * grad if name not in self._kept else self._kept[name].lerp(grad, 0.1)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 

@@ -48,14 +48,21 @@ def mean_gradients(
     asked, count = [name for name, w in weights.items() if w.requires_grad], 0
     with Enforcement.of(pl_module).scoring(alive_only), own_loss(trainer, pl_module, loss) as (module, compute):
         tensors = [module.get_parameter(name) for name in asked]
+        reached = False
         for batch in batches:
             with torch.enable_grad():
                 total, samples = compute(batch, live)
             grads = torch.autograd.grad(total, tensors, allow_unused=True)
+            reached = reached or any(grad is not None for grad in grads)
             for name, grad in zip(asked, grads, strict=True):
                 if grad is not None:
                     sums[name] += grad
             count += samples
+        if count and asked and not reached:
+            raise ValueError(
+                f"{type(pl_module).__name__}: its loss has no gradient of {', '.join(asked[:3])}, as where functions "
+                "that it holds compute with another copy of its weights; give a function of (module, batch) as `loss`"
+            )
     if trainer.world_size > 1:
         over = torch.tensor(count, device=pl_module.device)
         for value in (*sums.values(), over):

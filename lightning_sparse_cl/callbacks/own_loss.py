@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +11,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -36,8 +37,11 @@ def check_loss(owner: object, pl_module: pl.LightningModule, loss: LossOf | None
     """Refuse, when a fit is set up, a module whose loss cannot be had.
 
     Raises:
-        ValueError: if the module optimises by itself, so that its ``training_step`` cannot be asked for a loss alone.
+        ValueError: if ``loss`` is no function, or the module optimises by itself, so that its ``training_step`` cannot
+            be asked for a loss alone.
     """
+    if loss is not None and not callable(loss):
+        raise ValueError(f"{type(owner).__name__}(loss={loss!r}): a function of (module, batch) that returns a scalar")
     if loss is None and not isinstance(pl_module, ScoresItself) and not pl_module.automatic_optimization:
         raise ValueError(
             f"{type(owner).__name__}: {type(pl_module).__name__} optimises by itself, so its training_step cannot be "
@@ -53,12 +57,11 @@ def own_loss(
     """Gives a module and a function of (batch, live) that computes the sum of its loss, and the number of samples.
 
     The loss is ``loss`` if it is given, else the module's ``scoring_loss`` if it has one, else that of its
-    ``training_step``. The last runs on a copy of the module, whose logging goes nowhere: batch-norm, metrics, teachers,
-    and whatever else a step moves are the copy's, and random numbers are drawn again by the step itself. Gradients are
-    to be taken with respect to the parameters of the module that is given.
+    ``training_step``. The last runs on a copy of the module, whose logging goes nowhere: batch-norm, metrics, teachers
+    and whatever else of the module a step moves are the copy's. Random generators and learning-rate schedulers are put
+    back. Gradients are to be taken with respect to the parameters of the module that is given.
     """
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), trainer.precision_plugin.train_step_context():
+    with isolate_rng(), _put_back(trainer), trainer.precision_plugin.train_step_context():
         if loss is not None or isinstance(pl_module, ScoresItself):
             with batch_norm_still(pl_module):
                 yield pl_module, _given(pl_module, loss)
@@ -70,7 +73,7 @@ def own_loss(
             with ExitStack() as counted:
                 for counter in callbacks_of(trainer, FlopsCounter):
                     counted.enter_context(counter.counting(quiet))
-                yield quiet, _of_step(trainer, quiet)
+                yield quiet, _of_step(quiet)
         finally:
             trainer.loggers = loggers
 
@@ -80,18 +83,36 @@ def _given(pl_module: pl.LightningModule, loss: LossOf | None) -> Callable[[Any,
         if loss is None:
             assert isinstance(pl_module, ScoresItself)
             return pl_module.scoring_loss(batch, live)
-        size = _size(batch)
-        return loss(pl_module, batch) * size, size
+        size, found = _size(batch), loss(pl_module, batch)
+        if not torch.is_tensor(found) or found.numel() != 1 or not found.requires_grad:
+            raise ValueError(
+                f"loss={loss!r}: it returned {_told(found)}; a function of (module, batch) returns a scalar with one"
+            )
+        return found.reshape(()) * size, size
 
     return compute
 
 
-def _of_step(trainer: pl.Trainer, quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[Tensor, int]]:
-    takes = inspect.signature(quiet.training_step).parameters
+@contextmanager
+def _put_back(trainer: pl.Trainer) -> Iterator[None]:
+    """Afterwards schedulers and learning rates are as they were: a step may move them."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
+    rates = [(group, group["lr"]) for o in trainer.optimizers for group in o.param_groups if "lr" in group]
+    try:
+        yield
+    finally:
+        for scheduler, state in zip(schedulers, states):
+            scheduler.load_state_dict(state)
+        for group, rate in rates:
+            group["lr"] = rate
+
+
+def _of_step(quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[Tensor, int]]:
+    args = [0] if is_param_in_hook_signature(quiet.training_step, "batch_idx", min_args=2) else []  # as Lightning does
 
     def compute(batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
-        args = {"batch_idx": 0} if "batch_idx" in takes else {}
-        outputs = quiet.training_step(batch, **args)
+        outputs = quiet.training_step(batch, *args)
         found = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not torch.is_tensor(found):
             raise ValueError(
@@ -116,6 +137,9 @@ def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightn
             "cannot be run without a trace; give a function of (module, batch) as `loss`"
         ) from error
     quiet.trainer = trainer
+    if quiet._compiler_ctx is not None:  # what was compiled computes with the weights of the original
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            quiet.__dict__.pop(name, None)
     for name in ("log", "log_dict"):
         quiet.__dict__[name] = lambda *_, **__: None
     return quiet
@@ -130,6 +154,12 @@ class _Detached(TorchFunctionMode):
             memo[id(computed)] = found = computed.detach().clone()
             return found
         return func(*args, **(kwargs or {}))
+
+
+def _told(value: Any) -> str:
+    if not torch.is_tensor(value):
+        return f"a {type(value).__name__}"
+    return f"a tensor of shape {tuple(value.shape)} {'with' if value.requires_grad else 'without'} a gradient"
 
 
 def _size(batch: Any) -> int:

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
-from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, task_data
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 
@@ -24,7 +25,7 @@ class OneShotPruning(ScorePruning):
     Per layer and not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between layers, so
     that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept, ties broken
     by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit, so that the
-    checkpoints of its end are pruned; a fit that is stopped early is pruned after its last checkpoint, and says so.
+    checkpoints of its end are pruned. Where the last checkpoint was written earlier, a warning says so.
 
     Args:
         sparsity: zero fraction, in [0, 1).
@@ -73,7 +74,13 @@ class OneShotPruning(ScorePruning):
         if self.distribution != "uniform":
             density = super().how_many(trainer, pl_module, group, density) / all_
         of = all_ - sum(frozen.values()) if self.of == "free" else all_ / task_data(trainer).num_tasks
-        return sum(frozen.values()) + round(density * of)
+        kept = sum(frozen.values()) + round(density * of)
+        if kept < 1:
+            raise ValueError(
+                f"OneShotPruning(sparsity={self.sparsity}): leaves no weight in {group[0]}, which has {all_}; lower "
+                "the sparsity or keep the layer dense"
+            )
+        return kept
 
     def protected(self, name: str) -> Tensor:
         return self.masks.frozen_part(name)
@@ -93,12 +100,17 @@ class OneShotPruning(ScorePruning):
             self.on_task_end(trainer, pl_module, 0)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not has_schedule(trainer) and not self._pruned:
+        if has_schedule(trainer):
+            return
+        early = not self._pruned
+        if early:
             self._pruned = True
             self.on_task_end(trainer, pl_module, 0)
+        saved = [c for c in callbacks_of(trainer, ModelCheckpoint) if c.last_model_path or c.best_model_path]
+        if any(early or c._last_global_step_saved < trainer.global_step for c in saved):
             rank_zero_warn(
-                "OneShotPruning: the fit ended early, after its last checkpoint; the module is pruned now, the "
-                "checkpoint is not: save it with trainer.save_checkpoint"
+                "OneShotPruning: the last checkpoint was written before the weights were pruned; the module is pruned, "
+                "the checkpoint is not: save it with trainer.save_checkpoint"
             )
 
 

@@ -29,9 +29,6 @@ class Position(NamedTuple):
     """Epochs planned for the task; infinite where nobody has said."""
     over: bool
     """The running epoch is the task's last, as planned or because it was ended; so far as that is known by now."""
-    step: int
-    """Optimiser steps that the task has taken. Accumulated batches make one; several optimisers that step in one batch
-    make one together."""
     progress: float | None
     """The part of the task that is trained, in [0, 1]; None where its end is not known."""
 
@@ -39,21 +36,16 @@ class Position(NamedTuple):
 def position(trainer: pl.Trainer) -> Position:
     """Asked anew by everything that depends on time, so that nothing has a counter of its own to forget.
 
-    ``step`` and ``progress`` are those before the running batch: ask before its step, not after.
+    ``progress`` is that before the running batch: ask before its step, not after.
     """
     data, now, loop = parts_of(trainer).datamodule, trainer.current_epoch, trainer.fit_loop.epoch_loop
     schedule = first_callback(trainer, TaskSchedule)
     if schedule is None or not isinstance(data, TaskDataModule):
-        task, epoch, before = 0, now, 0
+        task, epoch = 0, now
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else math.inf
         over = now + 1 >= epochs or 0 < trainer.max_steps <= trainer.global_step or trainer.should_stop
     else:
-        task, epoch, before, epochs = (
-            data.task,
-            data.epoch_in_task,
-            schedule.steps_before,
-            schedule.epochs_of(data.task),
-        )
+        task, epoch, epochs = data.task, data.epoch_in_task, schedule.epochs_of(data.task)
         over = epoch + 1 >= epochs or data.starts[-1] > now
     batches = trainer.num_training_batches  # infinite for a stream of unknown length, which counts by whole epochs
     running: Any = loop.batch_progress.current  # its annotation is that of a base class, which counts less
@@ -62,7 +54,7 @@ def position(trainer: pl.Trainer) -> Position:
     if trainer.max_steps > 0 and schedule is None:
         ends = trainer.global_step / trainer.max_steps
         progress = ends if progress is None else max(ends, progress)
-    return Position(task, epoch, epochs, over, loop._batches_that_stepped - before, progress)
+    return Position(task, epoch, epochs, over, progress)
 
 
 class TaskSchedule(pl.Callback):
@@ -92,12 +84,12 @@ class TaskSchedule(pl.Callback):
     def __init__(self, epochs: int | list[int] = 1, restart_schedulers: bool | None = None) -> None:
         if min(epochs if isinstance(epochs, Sequence) else [epochs], default=0) < 1:
             raise ValueError(f"TaskSchedule(epochs={epochs}): a task takes at least one epoch")
+        if restart_schedulers not in (None, True, False):
+            raise ValueError(f"TaskSchedule(restart_schedulers={restart_schedulers!r}): True, False or None")
         self.epochs, self.restart_schedulers = epochs, restart_schedulers
         self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # of each scheduler: its state, learning rates
         self.begun = self.ended = -1
         """The last tasks that were started and consolidated."""
-        self.steps_before = 0
-        """Optimiser steps of the tasks before the running one."""
 
     announces_tasks = True
 
@@ -109,7 +101,7 @@ class TaskSchedule(pl.Callback):
         data, parts = task_data(trainer, self), parts_of(trainer)
         if stage != "fit":
             return
-        self.begun, self.ended, self.steps_before, self._at_start = -1, -1, 0, []
+        self.begun, self.ended, self._at_start = -1, -1, []
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
@@ -170,7 +162,6 @@ class TaskSchedule(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         while self.begun < task_data(trainer).task:
             self.begun += 1
-            self.steps_before = trainer.fit_loop.epoch_loop._batches_that_stepped
             if self.restart_schedulers and self.begun > 0:
                 for config, (state, rates) in zip(trainer.lr_scheduler_configs, self._at_start):
                     config.scheduler.load_state_dict(copy.deepcopy(state))
@@ -210,12 +201,10 @@ class TaskSchedule(pl.Callback):
             trainer.limit_val_batches = self._limit_val_batches
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "begun": self.begun, "ended": self.ended, "steps_before": self.steps_before, "schedulers": self._at_start,
-        }  # fmt: skip
+        return {"begun": self.begun, "ended": self.ended, "schedulers": self._at_start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.begun, self.ended, self.steps_before = state["begun"], state["ended"], state["steps_before"]
+        self.begun, self.ended = state["begun"], state["ended"]
         self._at_start = list(state["schedulers"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:

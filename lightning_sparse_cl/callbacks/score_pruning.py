@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.sparsity.distributions import Distribution, check_distribution, counts
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
-from lightning_sparse_cl.sparsity.scores import check_sparsity, top_k_masks
+from lightning_sparse_cl.sparsity.scores import check_number, check_sparsity, top_k_masks
 
 
 class ScorePruning(Sparsifier):
@@ -64,6 +65,7 @@ class ScorePruning(Sparsifier):
             raise ValueError(
                 f"{name}(distribution={distribution!r}): weights that are ranked together are not divided among layers"
             )
+        check_number(name, "rounds", rounds, whole=True)
         if rounds < 1:
             raise ValueError(f"{name}(rounds={rounds}): at least one round")
         self.sparsity, self.ranking, self.distribution, self.rounds = sparsity, ranking, distribution, rounds
@@ -94,12 +96,20 @@ class ScorePruning(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        for group in self.groups(
-            pl_module
-        ):  # what matches nothing, or leaves a layer without a weight, is an error now
-            self.how_many(trainer, pl_module, group, 1 - self.sparsity)
-        if self.makes_masks:
-            self._say_how_much(pl_module)
+        groups = self.groups(pl_module)  # what matches nothing, or leaves a layer without a weight, is an error now
+        asked = sum(self.how_many(trainer, pl_module, group, 1 - self.sparsity) for group in groups)
+        if not self.makes_masks:
+            return
+        self._say_how_much(pl_module)
+        alive = self.masks.alive
+        names = [name for group in groups for name in group]
+        kept = sum(int(alive[name].sum()) for name in names if name in alive)
+        if self._loaded is None and names and all(n in alive for n in names) and abs(kept - asked) > 0.02 * asked:
+            total = sum(alive[name].numel() for name in names)
+            rank_zero_warn(
+                f"{type(self).__name__}(sparsity={self.sparsity}): the weights have masks already, of sparsity "
+                f"{1 - kept / total:.3g}, with which it goes on; Masks.of(module).set_alive(name, None) takes one away"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -16,7 +16,7 @@ from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
-from lightning_sparse_cl.sparsity.layers import Chosen, prunable, sparse_weights
+from lightning_sparse_cl.sparsity.layers import Chosen, NothingToPrune, prunable, sparse_weights
 from lightning_sparse_cl.sparsity.masks import Masks
 
 SMALL_PART = 0.5
@@ -64,9 +64,9 @@ class Sparsifier(TaskCallback):
                 self._names = sparse_weights(pl_module, self.dense, self.sparse)
             except ValueError as error:
                 later = pl_module._trainer is not None and bool(callbacks_of(pl_module.trainer, BaseFinetuning))
-                if not (later and "no weight is left" in str(error)):
-                    raise ValueError(f"{type(self).__name__}: {error}") from error
-                return []  # what will be unfrozen
+                if later and isinstance(error, NothingToPrune):
+                    return []  # until layers are unfrozen
+                raise ValueError(f"{type(self).__name__}: {error}") from error
         return self._names
 
     def unmasked(self, pl_module: pl.LightningModule) -> list[str]:
@@ -86,7 +86,14 @@ class Sparsifier(TaskCallback):
         return {n: torch.rand(w.shape, generator=generator).to(w.device) for n, w in weights.items()}
 
     def _say_how_much(self, pl_module: pl.LightningModule) -> None:
-        names = self.names(pl_module)
+        """Once a fit: weights that are left alone, and a small part of the network."""
+        names, weights = self.names(pl_module), dict(pl_module.named_parameters())
+        fixed = [n for n in prunable(pl_module) if n in weights and not weights[n].requires_grad and n not in names]
+        if fixed and self._is_first(pl_module.trainer):
+            rank_zero_warn(
+                f"{type(self).__name__}: {len(fixed)} weights require no gradient ({', '.join(fixed[:3])}"
+                f"{', ...' * (len(fixed) > 3)}) and are left alone; `sparse` takes them by a pattern of their names"
+            )
         pruned = {pl_module.get_parameter(name) for name in names}
         others = sorted(
             ((p.numel(), n) for n, p in pl_module.named_parameters() if p not in pruned and p.requires_grad),
@@ -118,14 +125,14 @@ class Sparsifier(TaskCallback):
         elif self._is_first(trainer) and not self.masks.is_pruned():
             _say_zeros(pl_module)
         self._trained = _trained(self.masks)
+        for average in averages(trainer):
+            Enforcement.of(pl_module).follow(average)
+        Enforcement.of(pl_module).apply_to_averages()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         enforcement = Enforcement.of(pl_module)
         for optimizer in trainer.optimizers:
             enforcement.attach(optimizer)
-        for average in averages(trainer):
-            enforcement.follow(average)
-        enforcement.apply_to_averages()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -146,6 +153,11 @@ class Sparsifier(TaskCallback):
         Enforcement.of(pl_module).apply_to_averages()
 
     # -- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Two of a kind may act on different weights."""
+        return self._generate_state_key(dense=str(self.dense), sparse=str(self.sparse))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self._seed}

@@ -40,11 +40,13 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """
     callbacks = parts_of(trainer).callbacks
     announces = [c for c in callbacks if getattr(c, "announces_tasks", False)]
-    for owner in (*callbacks, pl_module, getattr(pl_module, "objective", None)):
+    own = callbacks_of(trainer, TaskCallback)
+    for owner in (*callbacks, pl_module, getattr(pl_module, "objective", None)) if announces else own:
         check_task_hooks(owner)
-        if getattr(owner, "needs_tasks", False) and not announces:
+    for callback in own:
+        if callback.needs_tasks and not announces:
             raise TypeError(
-                f"{type(owner).__name__} acts when tasks begin and end; add a TaskSchedule, and a TaskDataModule"
+                f"{type(callback).__name__} acts when tasks begin and end; add a TaskSchedule, and a TaskDataModule"
             )
     checkpoints = callbacks_of(trainer, Checkpoint)
     left = [c for c in callbacks if c not in announces and c not in checkpoints]
@@ -61,7 +63,9 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def _is_after(callback: pl.Callback, other: pl.Callback) -> bool:
     """Whether it declares to come after another one; among those of its own class the list decides."""
-    return type(other) is not type(callback) and isinstance(other, getattr(callback, "after", ()))
+    if not isinstance(callback, TaskCallback) or type(other) is type(callback):
+        return False
+    return isinstance(other, callback.after)
 
 
 def announce(hook: str, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:

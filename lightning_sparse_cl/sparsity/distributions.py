@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 
+from lightning_sparse_cl.sparsity.scores import check_number
+
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -43,9 +45,10 @@ def check_distribution(owner: str, distribution: Distribution) -> None:
     """Raises ValueError unless it is the name of one, or sparsities in [0, 1) by pattern."""
     if isinstance(distribution, Mapping):
         for pattern, sparsity in distribution.items():
+            check_number(owner, f"distribution[{pattern!r}]", sparsity)
             if not 0 <= sparsity < 1:
                 raise ValueError(f"{owner}(distribution[{pattern!r}]={sparsity}): a sparsity is in [0, 1)")
-    elif distribution not in DISTRIBUTIONS:
+    elif not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"{owner}(distribution={distribution!r}): distribution is one of {', '.join(DISTRIBUTIONS)}, or a sparsity "
             "by pattern"

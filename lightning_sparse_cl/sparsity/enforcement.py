@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ReferenceType, WeakSet, ref
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, distributed, nn
@@ -46,6 +46,7 @@ class Enforcement:
         self._whole: dict[str, Tensor | None] = {}
         self._elsewhere: set[str] = set()
         self._taken_away: dict[Optimizer, _Before] = {}
+        self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self.version = 0
         """Grows when whole gradients are asked for or taken."""
         self.is_scoring = False
@@ -113,9 +114,14 @@ class Enforcement:
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        self._steps[optimizer] = self.steps(optimizer) + 1
         if optimizer in self._taken_away:
             self._taken_away.pop(optimizer).restore(optimizer)
         self.apply_()
+
+    def steps(self, optimizer: Optimizer) -> int:
+        """How many steps of an optimiser were taken since it was attached."""
+        return self._steps.get(optimizer, 0)
 
     def apply_(self) -> None:
         """Put the held weights of the module back and zero the pruned ones."""
@@ -132,9 +138,14 @@ class Enforcement:
     def take_away_step(self, optimizer: Optimizer) -> None:
         """The coming step of ``optimizer`` changes nothing: weights and optimiser state are put back after it.
 
-        Gradients stay where they are, for whoever clips or logs them.
+        Gradients stay where they are, for whoever clips or logs them. For the step, the optimiser's weights and state
+        are held twice.
         """
         self._taken_away[optimizer] = _Before(optimizer)
+
+    def forget_steps(self) -> None:
+        """A step that was to be taken away has not come, because a gradient scaler has skipped it."""
+        self._taken_away.clear()
 
     def _masked(self, name: str, record: WeightMask, grad: Tensor) -> Tensor:
         if self.is_scoring:

@@ -13,10 +13,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 Chosen = Sequence[str | type[nn.Module]]
-"""Weights by shell patterns of their names, or by the type of their layer or its name."""
+"""Weights, by shell patterns of their names, or by the type of their layer or its name."""
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SHORTCUT = re.compile(r"short_?cut|down_?sample|skip|identity|residual", re.IGNORECASE)
+
+
+class NothingToPrune(ValueError):
+    """No weight is left to prune."""
 
 
 def weight_layers(module: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
@@ -70,16 +74,24 @@ def sparse_weights(module: nn.Module, dense: Chosen | None = None, sparse: Chose
     chosen: dict[int | str, str] = {}
     for name in names:
         tensor = aliases.get(name, name)
-        if name in kept or tensor in kept_tensors or (sparse is None and not _is_trained(network, name)):
+        if name in kept or tensor in kept_tensors:
+            continue
+        if not _is_trained(network, name) and not _is_named(name, sparse or ()):
             continue
         chosen.setdefault(tensor, name)
     if not chosen:
         why = "all stay dense or require no gradient" if names else "there is none"
-        raise ValueError(
+        raise NothingToPrune(
             f"no weight is left to prune: of {', '.join(names) or 'linear, convolutional, recurrent weights'} {why}; "
             "`sparse` takes others by a pattern of their names"
         )
     for name in chosen.values():
+        path, _, own = name.rpartition(".")
+        weight = dict.get(network.get_submodule(path)._parameters, own)
+        if isinstance(weight, UninitializedParameter):
+            raise ValueError(
+                f"{name} has no size yet, as its layer is lazy; send a batch through the module before the fit"
+            )
         if (how := reparametrised(network, name)) is not None:
             raise ValueError(
                 f"{name} is {how}, and has no plain weight to prune; undo it before the fit (by {UNDO[how]}), or keep "
@@ -139,7 +151,11 @@ def _matching(field: str, wanted: Chosen, weights: dict[str, nn.Module]) -> list
             return fnmatch(name, entry) or fnmatch(type(layer).__name__, entry)
         return isinstance(layer, entry)
 
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence):
+        raise ValueError(f"{field}={wanted!r}: a list of patterns and types of layers")
     for entry in wanted:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise ValueError(f"{field}={list(wanted)!r}: {entry!r} is neither a pattern nor a type of layers")
         if not any(fits(entry, *weight) for weight in weights.items()):
             raise ValueError(f"{field}={entry!r} matches none of the weights: {', '.join(weights)}")
     return [name for name, layer in weights.items() if any(fits(entry, name, layer) for entry in wanted)]
@@ -162,6 +178,10 @@ def _first_and_last(network: nn.Module, found: dict[str, nn.Module]) -> tuple[st
     kinds = ((n, m) for n, m in _matrices(network).items() if n in found or isinstance(m, EMBEDDINGS))
     trained = (name for name in reversed(found) if _is_trained(network, name))  # a frozen copy may stand behind it
     return next((name for name, _ in kinds), ""), next(trained, "")
+
+
+def _is_named(name: str, entries: Chosen) -> bool:
+    return any(isinstance(entry, str) and fnmatch(name, entry) for entry in entries)
 
 
 def _is_shortcut(name: str, layer: nn.Module | None) -> bool:

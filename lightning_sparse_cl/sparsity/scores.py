@@ -50,5 +50,12 @@ def whole_part(fraction: float, n: int) -> int:
 
 def check_sparsity(owner: str, sparsity: float) -> None:
     """Raises ValueError unless ``sparsity`` is a zero fraction, in [0, 1)."""
+    check_number(owner, "sparsity", sparsity)
     if not 0 <= sparsity < 1:
         raise ValueError(f"{owner}(sparsity={sparsity}): sparsity is the zero fraction, in [0, 1)")
+
+
+def check_number(owner: str, field: str, value: object, whole: bool = False) -> None:
+    """Raises ValueError unless ``value`` is a number, or a whole one."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{owner}({field}={value!r}): {field} is a {'whole ' * whole}number")
