@@ -49,7 +49,7 @@ class DynamicGradientMasking(ScorePruning):
         ValueError: if an argument is out of range, or q leaves nothing to update.
     """
 
-    makes_masks = False
+    makes_masks = goes_on = False
     after = (*ScorePruning.after, ScorePruning)
 
     def __init__(

@@ -41,6 +41,8 @@ class OneShotPruning(ScorePruning):
         ValueError: if an argument is out of range.
     """
 
+    goes_on = False
+
     def __init__(
         self,
         sparsity: float,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,8 @@ class ScorePruning(Sparsifier):
     """
 
     makes_masks = True
+    goes_on: ClassVar[bool] = True
+    """Whether it keeps masks that it finds."""
 
     def __init__(
         self,
@@ -98,14 +100,15 @@ class ScorePruning(Sparsifier):
         super().on_fit_start(trainer, pl_module)
         groups = self.groups(pl_module)  # what matches nothing, or leaves a layer without a weight, is an error now
         asked = sum(self.how_many(trainer, pl_module, group, 1 - self.sparsity) for group in groups)
-        if not self.makes_masks:
-            return
-        self._say_how_much(pl_module)
-        alive = self.masks.alive
-        names = [name for group in groups for name in group]
-        kept = sum(int(alive[name].sum()) for name in names if name in alive)
-        if self._loaded is None and names and all(n in alive for n in names) and abs(kept - asked) > 0.02 * asked:
-            total = sum(alive[name].numel() for name in names)
+        if self.makes_masks:
+            self._say_how_much(pl_module)
+        if self.goes_on and self._loaded is None:
+            self._say_other_sparsity([name for group in groups for name in group], asked)
+
+    def _say_other_sparsity(self, names: list[str], asked: int) -> None:
+        masks = [mask for name, mask in self.masks.alive.items() if name in names]
+        kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+        if names and len(masks) == len(names) and abs(kept - asked) > 0.02 * asked:
             rank_zero_warn(
                 f"{type(self).__name__}(sparsity={self.sparsity}): the weights have masks already, of sparsity "
                 f"{1 - kept / total:.3g}, with which it goes on; Masks.of(module).set_alive(name, None) takes one away"

@@ -100,6 +100,16 @@ def test_zeros_without_masks_are_said_and_from_zeros_takes_them(tmp_path):
     assert zeros(again) == zeros(module) and set(scl.Masks.of(again)) == set(PRUNED)
 
 
+def test_a_sparsifier_without_a_policy_keeps_the_masks():
+    module = Mlp()
+    fit(module, scl.OneShotPruning(0.8), epochs=1, enable_checkpointing=False)
+    other = copy.deepcopy(module)
+    fit(other, scl.Sparsifier(), epochs=1, enable_checkpointing=False)
+    assert zeros(other) == zeros(module)
+    fit(other, scl.OneShotPruning(0.5), epochs=1, enable_checkpointing=False)
+    assert zeros(other) == [4096 - 819] * 2  # what is pruned stays pruned
+
+
 def test_masks_from_zeros_leaves_alone_what_is_dense_all_zero_or_masked():
     module = Mlp()
     with torch.no_grad():
