@@ -75,12 +75,11 @@ def test_all_layers_ranked_together_keep_the_total():
 
 
 def test_importance_is_that_of_equations_1_and_3():
-    pl.seed_everything(0, verbose=False)
     """Against autograd by hand, over the whole task and the whole memory."""
+    pl.seed_everything(0, verbose=False)
     seen = []
 
     class Check(TaskAwareDynamicMasking):
-    pl.seed_everything(0, verbose=False)
         def importance(self, trainer, pl_module):
             found, data = super().importance(trainer, pl_module), trainer.datamodule
             at, memory = data.task, pl_module.objective.memory
