@@ -28,7 +28,7 @@ class Position(NamedTuple):
     epochs: float
     """Epochs planned for the task; infinite where nobody has said."""
     over: bool
-    """The running epoch is the task's last, as planned or because it was ended; so far as that is known by now."""
+    """The running epoch is the task's last: as planned, or because something has ended it already."""
     progress: float | None
     """The part of the task that is trained, in [0, 1]; None where its end is not known."""
 

@@ -101,7 +101,7 @@ class Enforcement:
             path, _, own = name.rpartition(".")
             self._places.append((name, ref(masks.module.get_submodule(path)), own, record))
         for prefix, layer in masks.layers:
-            for own, weight in dict.items(layer._parameters):  # not to wake who trains it in another form
+            for own, weight in dict.items(layer._parameters):  # a plain look-up would end compact training
                 if weight is None or isinstance(weight, UninitializedParameter) or weight in self._hooked:
                     continue
                 if weight.ndim > 1 and weight.requires_grad:
@@ -109,7 +109,7 @@ class Enforcement:
         for name, weight in names.items():
             if weight not in self._hooked:
                 self._hooked[weight] = True
-                record = masks.record(name)  # and no way from the hook back to the weight, a ring that is never freed
+                record = masks.record(name)  # the hook must not lead back to the weight: such a cycle is never freed
                 weight.register_hook(lambda grad, name=name, record=record: self._masked(name, record, grad))
 
     @torch.no_grad()
@@ -208,7 +208,7 @@ class Enforcement:
         return bool(self._whole) or self.is_scoring_pruned
 
     def ask_whole(self, names: Iterable[str]) -> None:
-        """Keep the unmasked gradients of the backward passes that follow, for who grows weights by gradient."""
+        """Keep the unmasked gradients of the backward passes that follow: policies grow weights by them."""
         missing = [name for name in names if name not in self._whole]
         self._whole |= dict.fromkeys(missing)
         self.version += bool(missing)

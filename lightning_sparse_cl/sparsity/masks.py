@@ -295,7 +295,7 @@ class Masks:
         for name, record in self.records():
             if record.alive is not None or record.values is not None:
                 layer, own = self._homes[name]
-                weight = dict.get(layer._parameters, own)  # not to wake who trains it in another form
+                weight = dict.get(layer._parameters, own)  # a plain look-up would end compact training
                 yield name, record if weight is None else record.to(weight.device)
 
     def _weight(self, name: str, mask: Tensor | None) -> nn.Parameter:
