@@ -80,7 +80,7 @@ class Sparsifier(TaskCallback):
         return frozen if alive is None else frozen & alive
 
     def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
-        """Uniform scores of the named weights: the same on every process and after a resume; ``at`` tells draws apart."""
+        """Uniform scores of the weights, the same on every process and after a resume; ``at`` tells draws apart."""
         generator = torch.Generator().manual_seed(hash((self._seed, *at)) % 2**63)
         weights = {name: pl_module.get_parameter(name) for name in names}
         return {n: torch.rand(w.shape, generator=generator).to(w.device) for n, w in weights.items()}
