@@ -120,10 +120,11 @@ class Sparsifier(TaskCallback):
         if self._seed is None:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
         self.masks = Masks.of(pl_module)
-        if self._loaded is not None:
-            self.masks.load_state_dict(self._loaded)
-        elif self._is_first(trainer) and not self.masks.is_pruned():
-            _say_zeros(pl_module)
+        if self._is_first(trainer):
+            if self._loaded is not None:
+                self.masks.load_state_dict(self._loaded)
+            elif not self.masks.is_pruned():
+                _say_zeros(pl_module)
         self._trained = _trained(self.masks)
         for average in averages(trainer):
             Enforcement.of(pl_module).follow(average)
@@ -182,7 +183,7 @@ class Sparsifier(TaskCallback):
         saved = trainer.strategy.load_checkpoint(trainer.ckpt_path).get("masks")
         if saved is not None:
             Masks.of(pl_module).load_state_dict(saved | {"updated": {}})
-            if not saved["alive"]:
+            if not saved["alive"] and any(c.makes_masks for c in callbacks_of(trainer, Sparsifier)):
                 rank_zero_warn(
                     f"{type(self).__name__}: {trainer.ckpt_path} was written before the weights were pruned; it is "
                     "dense, and so is what is measured now"
