@@ -192,6 +192,44 @@ def test_averages_obey_masks_through_tasks(average, policy, first, tmp_path):
         assert int(weight.count_nonzero()) > 0.8 * int(alive.sum())  # what grew to units that never fire stays zero
 
 
+class Tied(Mlp):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[4].weight = self.net[2].weight
+
+
+TIED = {
+    "OneShotPruning": lambda: scl.OneShotPruning(0.8),
+    "SNIP": lambda: scl.SNIP(0.8),
+    "TDM": lambda: scl.TaskAwareDynamicMasking(0.8, interval=2),
+    **{
+        rule.__name__: lambda rule=rule: rule(0.8, interval=3, until=0.4)
+        for rule in (scl.SET, scl.RigL, scl.SNFS, scl.UnfiredGrowth)
+    },
+}
+
+
+@pytest.mark.parametrize("policy", TIED)
+def test_a_weight_of_two_layers_has_one_mask_exactly_and_resumes(policy, tmp_path):
+    def run(epochs, **kwargs):
+        pl.seed_everything(0, verbose=False)
+        last = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        module = Tied()
+        pl.Trainer(
+            accelerator="cpu", max_epochs=epochs, callbacks=[TIED[policy](), last], logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(module, **kwargs)  # fmt: skip
+        return module
+
+    whole = run(4)
+    assert list(scl.Masks.of(whole)) == ["net.2.weight"]
+    assert zeros(whole, ["net.2.weight"]) == [4096 - 819] and whole.net[2].weight is whole.net[4].weight
+    resumed = run(4, ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
 class Tested(pl.LightningModule):
     def __init__(self, network):
         super().__init__()
