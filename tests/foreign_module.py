@@ -70,9 +70,9 @@ class TwoOptimizers(Mlp):
         return [torch.optim.Adam(half.parameters(), 1e-2) for half in halves]
 
 
-def fit(module, *callbacks, epochs=4, **options):
+def fit(module, *callbacks, epochs=4, ckpt_path=None, **options):
     """A fit with checkpoints; the Trainer."""
     quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = pl.Trainer(callbacks=list(callbacks), **(dict(max_epochs=epochs) | quiet | options))
-    trainer.fit(module)
+    trainer.fit(module, ckpt_path=ckpt_path)
     return trainer

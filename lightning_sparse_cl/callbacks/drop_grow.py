@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -17,7 +18,6 @@ from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
 from lightning_sparse_cl.callbacks.steps import StepCounter
-from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -84,6 +84,10 @@ class DropAndGrow(ScorePruning):
         self._steps = StepCounter()
         self._exchanged: dict[Optimizer, int] = {}  # at which step of each optimiser, which may ask for it repeatedly
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._steps, self._exchanged = StepCounter(), {}
+
     @abstractmethod
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """What the growth ranks: a score for each masked weight."""
@@ -98,14 +102,6 @@ class DropAndGrow(ScorePruning):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._exchanged = {}
-        others = callbacks_of(trainer, pl.Callback)
-        rivals = [c for c in others if isinstance(c, DropAndGrow) and c is not self]
-        if any(set(self.names(pl_module)) & set(other.names(pl_module)) for other in rivals):
-            raise ValueError(
-                f"{type(self).__name__}: {type(rivals[0]).__name__} drops and grows the same weights; divide them by "
-                "`sparse` and `dense`"
-            )
         if position(trainer).progress is None:
             raise ValueError(
                 f"{type(self).__name__}(until={self.until}): the end of the training is not known, of which that is a "
@@ -143,11 +139,20 @@ class DropAndGrow(ScorePruning):
     ) -> None:
         if self.moves(trainer, optimizer):
             self._exchanged[optimizer] = self._steps.taken(optimizer)
-            self.exchange(trainer, pl_module, self.stepped_by(pl_module, optimizer))
+            if names := self.stepped_by(pl_module, optimizer):
+                self.exchange(trainer, pl_module, names)
 
-    def moves(self, trainer: pl.Trainer, optimizer: Optimizer) -> bool:
-        """Whether the weights of an optimiser are exchanged at its coming step; steps count from the task's start."""
-        step = self._steps.taken(optimizer)
+    def moves(self, trainer: pl.Trainer, optimizer: Optimizer, ahead: int = 0) -> bool:
+        """Whether the weights of an optimiser are exchanged at its coming step; steps count from the task's start.
+
+        Args:
+            trainer: the trainer.
+            optimizer: of the weights.
+            ahead: how many steps after the coming one.
+        """
+        if trainer.fit_loop._skip_backward:  # an epoch of Lightning's SWA that measures batch-norm alone
+            return False
+        step = self._steps.taken(optimizer) + ahead
         due = step > 0 and step % self.interval == 0 and self._exchanged.get(optimizer) != step
         return due and self.exchanged(trainer) > 0
 
@@ -156,17 +161,11 @@ class DropAndGrow(ScorePruning):
         t = position(trainer).progress or 0.0
         return 0.0 if t >= self.until else cosine(t / self.until, self.fraction, self.final)
 
-    def stepped_by(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[str]:
-        """Which of the weights are those of ``optimizer``."""
-        weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)}
-        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [name for name, weight in weights.items() if id(weight) in own]
-
     @torch.no_grad()
     def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
         """Drop and grow. Weights that are dropped and grown again keep their value; protected ones are not dropped."""
         if self.unmasked(pl_module):
-            raise ValueError(f"{type(self).__name__}: its masks were taken away inside the task")
+            raise ValueError(f"{type(self).__name__}: its masks were taken away inside of a task, not between two")
         found, part = self.grow_scores(trainer, pl_module), self.exchanged(trainer)
         scores = {name: found[name] for name in names if name in found}
         before, kept, dropped, free = self.masks.alive, {}, {}, {}
@@ -198,8 +197,8 @@ class SET(DropAndGrow):
 class RigL(DropAndGrow):
     """RigL (Evci et al., 2020): grows where the gradient, also that of pruned weights, is largest.
 
-    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper: nothing else moves. Where a
-    step makes several backward passes (SAM, accumulated batches), their gradients are added.
+    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper: nothing else moves. Gradients
+    of several backward passes are summed as ``.grad`` sums them. A gradient that is not finite exchanges nothing.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -217,9 +216,11 @@ class RigL(DropAndGrow):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if Enforcement.of(pl_module).whole and self.moves(trainer, optimizer):
+        enforcement = Enforcement.of(pl_module)
+        if enforcement.whole and self.moves(trainer, optimizer):
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
-            Enforcement.of(pl_module).take_away_step(optimizer)
+        if self.moves(trainer, optimizer, ahead=1):  # it may come in the same batch
+            enforcement.ask_whole(self.stepped_by(pl_module, optimizer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -229,11 +230,19 @@ class RigL(DropAndGrow):
 
     def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
         self._gradients = Enforcement.of(pl_module).take_whole(names)
-        super().exchange(trainer, pl_module, names)
+        if not self._gradients:
+            rank_zero_warn(
+                f"{type(self).__name__}: no gradient of {', '.join(names[:3])} has come by a backward pass, so nothing "
+                "is exchanged; gradients that are set by hand are not seen"
+            )
+        elif torch.stack([grad.isfinite().all() for grad in self._gradients.values()]).all():  # no overflow
+            super().exchange(trainer, pl_module, names)
+            optimizer = next(o for o in trainer.optimizers if names[0] in self.stepped_by(pl_module, o))
+            Enforcement.of(pl_module).take_away_step(optimizer)
         self._gradients = {}
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        return {name: grad.abs().nan_to_num(0, 0) for name, grad in self._gradients.items()}  # scaled, it may overflow
+        return {name: grad.abs() for name, grad in self._gradients.items()}
 
 
 def cosine(t: float, start: float, end: float) -> float:

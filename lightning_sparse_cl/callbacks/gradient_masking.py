@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -26,9 +27,9 @@ class DynamicGradientMasking(ScorePruning):
 
     with L~ the cross-entropy among the current task's classes over the batch B, and L that among all classes over as
     many exemplars drawn from the memory M, if there is one. (Of a module that knows no such loss, L~ and L are its
-    own.) The mask is chosen anew at every ``interval``-th optimiser step, the first of each epoch included (after
-    weights may have been exchanged), and holds in between: weights outside it stay bit-identical, whatever the
-    optimiser's momentum or weight decay.
+    own.) The mask is chosen anew at every ``interval``-th step of the optimiser that steps most often, the first of
+    each epoch included (after weights may have been exchanged), and holds in between: weights outside it stay
+    bit-identical, whatever the optimiser's momentum or weight decay.
 
     Works with any LightningModule, with or without pruned weights.
 
@@ -50,6 +51,7 @@ class DynamicGradientMasking(ScorePruning):
     """
 
     makes_masks = goes_on = False
+    masks_gradients = True
     after = (*ScorePruning.after, ScorePruning)
 
     def __init__(
@@ -77,17 +79,18 @@ class DynamicGradientMasking(ScorePruning):
             raise ValueError(f"{name}(gradients={gradients!r}): gradients is 'measured' or 'training'")
         self.q, self.interval = q, interval
         self.alpha, self.beta, self.gradients, self.loss = alpha, beta, gradients, loss
-        self._due = False
+        self._due: set[str] = set()  # weights whose gradient in the coming step decides
         self._steps, self._chosen = StepCounter(), -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._steps, self._chosen = StepCounter(), -1
         if stage == "fit" and self.q and self.gradients == "measured":
             check_loss(self, pl_module, self.loss)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        self._due = False
+        self._due = set()
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         step = self._steps.most()
@@ -114,17 +117,20 @@ class DynamicGradientMasking(ScorePruning):
         self._chosen = self._steps.most()
         for name in self.names(pl_module):
             self.masks.set_updated(name, None)
-        self._due = self.gradients == "training"
-        if not self._due:
+        if self.gradients == "training":
+            self._due = set(self.names(pl_module))
+        else:
             self._choose(self.scores(trainer, pl_module, batch))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)} if self._due else {}
+        if not self._due:
+            return
+        weights = {n: pl_module.get_parameter(n) for n in self.stepped_by(pl_module, optimizer) if n in self._due}
         grads = {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
-        if grads:  # none: the step is that of an optimiser of other weights
-            self._due = False
+        if grads and torch.stack([grad.isfinite().all() for grad in grads.values()]).all():  # no overflow
+            self._due -= grads.keys()
             self._choose({name: grad.abs() for name, grad in grads.items()})
             for name, grad in grads.items():
                 grad.mul_(self.masks.updated[name])

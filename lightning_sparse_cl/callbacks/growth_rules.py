@@ -81,7 +81,7 @@ class MomentumGrowth(_Remembering):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         for name, grad in Enforcement.of(pl_module).take_whole(self.stepped_by(pl_module, optimizer)).items():
-            grad = grad.nan_to_num(0, 0, 0) / scale  # an overflow under a gradient scaler is no step
+            grad = grad.nan_to_num(0, 0, 0) / scale  # what has overflowed under a gradient scaler counts as zero
             self._kept[name] = 0.1 * grad if name not in self._kept else self._kept[name].lerp(grad, 0.1)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -142,6 +142,12 @@ class AdaptiveGrowth(RigL):
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
         else:
             DropAndGrow.on_before_optimizer_step(self, trainer, pl_module, optimizer)
+
+    def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
+        if self.late(trainer):
+            super().exchange(trainer, pl_module, names)
+        else:
+            DropAndGrow.exchange(self, trainer, pl_module, names)
 
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         if self.late(trainer):

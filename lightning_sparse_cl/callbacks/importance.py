@@ -60,8 +60,8 @@ def mean_gradients(
             count += samples
         if count and asked and not reached:
             raise ValueError(
-                f"{type(pl_module).__name__}: its loss has no gradient of {', '.join(asked[:3])}, as where functions "
-                "that it holds compute with another copy of its weights; give a function of (module, batch) as `loss`"
+                f"{type(pl_module).__name__}: its loss has no gradient of {', '.join(asked[:3])}; a function that it "
+                "holds may compute with the weights of another module. Give a function of (module, batch) as `loss`"
             )
     if trainer.world_size > 1:
         over = torch.tensor(count, device=pl_module.device)

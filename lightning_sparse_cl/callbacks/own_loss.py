@@ -86,7 +86,7 @@ def _given(pl_module: pl.LightningModule, loss: LossOf | None) -> Callable[[Any,
         size, found = _size(batch), loss(pl_module, batch)
         if not torch.is_tensor(found) or found.numel() != 1 or not found.requires_grad:
             raise ValueError(
-                f"loss={loss!r}: it returned {_told(found)}; a function of (module, batch) returns a scalar with one"
+                f"loss={loss!r} returned {_told(found)}; it must return a scalar tensor that has a gradient"
             )
         return found.reshape(()) * size, size
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -97,7 +97,8 @@ class OneShotPruning(ScorePruning):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         last_step = 0 < trainer.max_steps <= trainer.global_step
-        if not has_schedule(trainer) and (last_step or (trainer.is_last_batch and position(trainer).over)):
+        over = position(trainer).over or _averaging_ends(trainer)
+        if not has_schedule(trainer) and not self._pruned and (last_step or (trainer.is_last_batch and over)):
             self._pruned = True
             self.on_task_end(trainer, pl_module, 0)
 
@@ -114,6 +115,12 @@ class OneShotPruning(ScorePruning):
                 "OneShotPruning: the last checkpoint was written before the weights were pruned; the module is pruned, "
                 "the checkpoint is not: save it with trainer.save_checkpoint"
             )
+
+
+def _averaging_ends(trainer: pl.Trainer) -> bool:
+    """Whether Lightning's SWA measures batch-norm in the next epoch, which is to see the pruned network."""
+    found = callbacks_of(trainer, StochasticWeightAveraging)
+    return any(c._model_contains_batch_norm and trainer.current_epoch == c.swa_end for c in found)
 
 
 class Reopen(Sparsifier):

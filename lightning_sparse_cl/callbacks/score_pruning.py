@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of
 from lightning_sparse_cl.sparsity.distributions import Distribution, check_distribution, counts
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -102,6 +103,14 @@ class ScorePruning(Sparsifier):
         asked = sum(self.how_many(trainer, pl_module, group, 1 - self.sparsity) for group in groups)
         if self.makes_masks:
             self._say_how_much(pl_module)
+        others = callbacks_of(trainer, Sparsifier)
+        rivals = [c for c in others if isinstance(c, ScorePruning) and c.goes_on and c is not self]
+        for rival in rivals if self.goes_on else ():
+            if set(self.names(pl_module)) & set(rival.names(pl_module)):
+                raise ValueError(
+                    f"{type(self).__name__}: {type(rival).__name__} makes masks of the same weights; divide them by "
+                    "`sparse` and `dense`"
+                )
         if self.goes_on and self._loaded is None:
             self._say_other_sparsity([name for group in groups for name in group], asked)
 
@@ -111,7 +120,8 @@ class ScorePruning(Sparsifier):
         if names and len(masks) == len(names) and abs(kept - asked) > 0.02 * asked:
             rank_zero_warn(
                 f"{type(self).__name__}(sparsity={self.sparsity}): the weights have masks already, of sparsity "
-                f"{1 - kept / total:.3g}, with which it goes on; Masks.of(module).set_alive(name, None) takes one away"
+                f"{1 - kept / total:.3g}, with which it goes on; Masks.of(module).set_alive(name, None) removes "
+                "that of a weight"
             )
 
     def on_train_batch_start(
@@ -128,6 +138,12 @@ class ScorePruning(Sparsifier):
             scores = dict(self.scores(trainer, pl_module, batch))
             if missing := [name for name in self.names(pl_module) if name not in scores]:
                 raise ValueError(f"{type(self).__name__}.scores() has no score of {', '.join(missing)}")
+            finite = torch.stack([score.isnan().logical_not().all() for score in scores.values()]).tolist()
+            if not all(finite):
+                name = next(name for name, is_finite in zip(scores, finite) if not is_finite)
+                raise ValueError(
+                    f"{type(self).__name__}: scores of {name} are not numbers, as of a loss that is NaN; none is pruned"
+                )
             if trainer.world_size > 1:  # the same masks on every process
                 for name, score in scores.items():
                     scores[name] = score = score.clone()

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sparse_cl.callbacks.averaging import AVERAGING, averages
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
@@ -41,6 +42,8 @@ class Sparsifier(TaskCallback):
     after: ClassVar[tuple[type, ...]] = (FlopsCounter, *AVERAGING)
     makes_masks: ClassVar[bool] = False
     """Whether it prunes: whoever freezes needs one that does."""
+    masks_gradients: ClassVar[bool] = False
+    """Whether it sets gradient masks, which hold until it sets others."""
     masks: Masks
 
     def __init__(self, dense: Chosen | None = None, sparse: Chosen | None = None) -> None:
@@ -78,6 +81,12 @@ class Sparsifier(TaskCallback):
         """Where whoever drops weights has to keep them: frozen and alive; of the weight's shape."""
         frozen, alive = self.masks.frozen_part(name), self.masks.record(name).alive
         return frozen if alive is None else frozen & alive
+
+    def stepped_by(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[str]:
+        """Which of the weights are those of ``optimizer``."""
+        weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)}
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, weight in weights.items() if id(weight) in own]
 
     def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
         """Uniform scores of the weights, the same on every process and after a resume; ``at`` tells draws apart."""
@@ -121,8 +130,12 @@ class Sparsifier(TaskCallback):
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
         self.masks = Masks.of(pl_module)
         if self._is_first(trainer):
+            Enforcement.of(pl_module).begin()
+            for name in list(self.masks.updated):  # gradient masks are those of a fit that is over
+                self.masks.set_updated(name, None)
             if self._loaded is not None:
-                self.masks.load_state_dict(self._loaded)
+                goes_on = any(c.masks_gradients for c in callbacks_of(trainer, Sparsifier))
+                self.masks.load_state_dict(self._loaded if goes_on else self._loaded | {"updated": {}})
             elif not self.masks.is_pruned():
                 _say_zeros(pl_module)
         self._trained = _trained(self.masks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ class Enforcement:
         self._elsewhere: set[str] = set()
         self._taken_away: dict[Optimizer, _Before] = {}
         self._steps: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._depth: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # a step may call its base class's step
         self.version = 0
         """Grows when whole gradients are asked for or taken."""
         self.is_scoring = False
@@ -90,7 +92,14 @@ class Enforcement:
         self.hook()
         if optimizer not in self._optimizers:
             self._optimizers.add(optimizer)
+            optimizer.register_step_pre_hook(self._steps_now)
             optimizer.register_step_post_hook(self._stepped)
+
+    def begin(self) -> None:
+        """Training begins: what an earlier one has left, ended or broken off, is forgotten."""
+        self._whole, self._elsewhere = {}, set()
+        self._taken_away.clear()
+        self._depth.clear()
 
     def hook(self) -> None:
         """Mask the gradients of all weights that are trained by now; layers may have been added or unfrozen."""
@@ -110,13 +119,19 @@ class Enforcement:
             if weight not in self._hooked:
                 self._hooked[weight] = True
                 record = masks.record(name)  # the hook must not lead back to the weight: such a cycle is never freed
-                weight.register_hook(lambda grad, name=name, record=record: self._masked(name, record, grad))
+                at = ref(weight)
+                weight.register_hook(lambda grad, *, n=name, r=record, at=at: self._masked(n, r, at, grad))
+
+    def _steps_now(self, optimizer: Optimizer, *_: Any) -> None:
+        self._depth[optimizer] = self._depth.get(optimizer, 0) + 1
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, *_: Any) -> None:
-        self._steps[optimizer] = self.steps(optimizer) + 1
-        if optimizer in self._taken_away:
-            self._taken_away.pop(optimizer).restore(optimizer)
+        self._depth[optimizer] = max(self._depth.get(optimizer, 0) - 1, 0)
+        if not self._depth[optimizer]:
+            self._steps[optimizer] = self.steps(optimizer) + 1
+            if optimizer in self._taken_away:
+                self._taken_away.pop(optimizer).restore(optimizer)
         self.apply_()
 
     def steps(self, optimizer: Optimizer) -> int:
@@ -144,15 +159,19 @@ class Enforcement:
         self._taken_away[optimizer] = _Before(optimizer)
 
     def forget_steps(self) -> None:
-        """A step that was to be taken away has not come, because a gradient scaler has skipped it."""
+        """Steps that come later are not taken away: a gradient scaler may have skipped the one that was to be."""
         self._taken_away.clear()
+        self._depth.clear()
 
-    def _masked(self, name: str, record: WeightMask, grad: Tensor) -> Tensor:
+    def _masked(self, name: str, record: WeightMask, at: ReferenceType[Tensor], grad: Tensor) -> Tensor:
         if self.is_scoring:
             return grad
         if name in self._whole:
-            before = self._whole[name]
-            self._whole[name] = grad.clone() if before is None else before + grad
+            before, weight = self._whole[name], at()
+            if before is None or weight is None or weight.grad is None:  # the first since gradients were set to None
+                self._whole[name] = grad.clone()
+            else:
+                self._whole[name] = before + grad
         if record.alive is not None:
             grad = grad * record.alive
         if record.values is not None and (free := record.free()) is not None:
@@ -214,7 +233,7 @@ class Enforcement:
         self.version += bool(missing)
 
     def take_whole(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The sums of these gradients since they were asked for, mean over processes; they are kept no more.
+        """The sums of these gradients, as ``.grad`` sums them, mean over processes; they are kept no more.
 
         Args:
             names: of the weights; None takes all.
@@ -245,8 +264,11 @@ class _Before:
     def __init__(self, optimizer: Optimizer) -> None:
         self.weights = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
         self.state = {p: {k: _copied(v) for k, v in state.items()} for p, state in optimizer.state.items()}
+        self.groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
     def restore(self, optimizer: Optimizer) -> None:
+        for group, before in zip(optimizer.param_groups, self.groups):
+            group.update(before)
         for weight, value in self.weights:
             weight.copy_(value)
         optimizer.state.clear()
@@ -254,4 +276,4 @@ class _Before:
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else value
+    return value.clone() if torch.is_tensor(value) else copy.deepcopy(value)
