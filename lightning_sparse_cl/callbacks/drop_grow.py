@@ -209,9 +209,12 @@ class RigL(DropAndGrow):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        for optimizer in trainer.optimizers:
-            if self.moves(trainer, optimizer):
-                Enforcement.of(pl_module).ask_whole(self.stepped_by(pl_module, optimizer))
+        enforcement = Enforcement.of(pl_module)
+        moving = [optimizer for optimizer in trainer.optimizers if self.moves(trainer, optimizer)]
+        if enforcement.whole and not moving:  # asked for a step that has not come, for the task is over
+            enforcement.forget_whole(self.names(pl_module))
+        for optimizer in moving:
+            enforcement.ask_whole(self.stepped_by(pl_module, optimizer))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer

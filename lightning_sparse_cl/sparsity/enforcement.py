@@ -247,6 +247,13 @@ class Enforcement:
             torch._foreach_div_(list(taken.values()), distributed.get_world_size())
         return taken
 
+    def forget_whole(self, names: Iterable[str]) -> None:
+        """Whole gradients of these names are not wanted after all."""
+        asked = [name for name in names if name in self._whole]
+        for name in asked:
+            del self._whole[name]
+        self.version += bool(asked)
+
     # -- weights that are trained in another form --------------------------------------------------------------
 
     def leave_to_others(self, names: Iterable[str]) -> None:

@@ -200,6 +200,20 @@ def test_gradients_that_decide_are_those_of_the_step(module):
     )
 
 
+def test_whole_gradients_are_taken_in_the_steps_of_exchanges_alone():
+    asked = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            asked.append(bool(scl.Enforcement.of(pl_module).whole))
+
+    trainer(scl.RigL(0.5, interval=5, until=1.0), Look(), epochs=1).fit(PlainClassifier(), toy_tasks())
+    assert len(asked) == 15 and not any(asked)  # each task has five steps, and would exchange at its sixth
+    asked.clear()
+    trainer(scl.RigL(0.5, interval=2, until=1.0), Look(), epochs=1).fit(PlainClassifier(), toy_tasks())
+    assert asked == [False, False, True, False, True] * 3
+
+
 def test_gradients_that_are_set_by_hand_are_not_seen_and_that_is_said():
     class Functional(Mlp):
         automatic_optimization = False
