@@ -16,7 +16,7 @@ What happens when each policy is used on modules of other packages, with random 
 and three epochs of four batches on the CPU. This page is generated from the tests:
 
 ```bash
-pip install -e ".[test,foreign]"
+pip install -e ".[foreign]"
 pytest -m foreign --junitxml=seen.xml
 python tests/foreign/table.py seen.xml
 ```
