@@ -118,7 +118,7 @@ class Layer:
             return Gather.apply(self.weight, pattern)
         kept = self._still.get(pattern)
         if kept is None or kept[0] != self._at:
-            with torch.inference_mode(False):  # they are kept for who takes gradients
+            with torch.inference_mode(False):  # they are kept, and a later call may take gradients
                 kept = self._still[pattern] = self._at, pattern.gather(self.weight.detach())
         return kept[1]
 

@@ -24,7 +24,7 @@ class Program:
         module: the network.
         graph: of it, see :func:`~lightning_sparse_cl.acceleration.tracing.trace`.
         layers: those with kernels, by name.
-        choices: which of them use the kernels; None is all.
+        choices: which of them use the kernels. If None, all do.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class SparseAcceleration(pl.Callback):
         self._choices: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module, Masks.of(pl_module))  # for who measures before training
+        self._begin(trainer, pl_module, Masks.of(pl_module))  # a measurement may come before training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.acceleration is not None:  # anew: with what other callbacks have made of the network, and to train it

@@ -35,7 +35,7 @@ def mean_gradients(
         pl_module: whose loss it is.
         names: of the weights.
         batches: what to take the mean over; each process may have other ones.
-        live: classes (C,) that compete in the loss, where the module tells its loss by ``scoring_loss``; None is all.
+        live: classes (C,) that compete in the loss, where the module tells its loss by ``scoring_loss``. If None, all.
             The current task's make it *single-head*.
         alive_only: gradients of pruned weights are not looked at, and may be anything.
         loss: a function of (module, batch) that is used instead.

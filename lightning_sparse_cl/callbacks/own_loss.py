@@ -30,7 +30,7 @@ class ScoresItself(Protocol):
 
     def scoring_loss(self, batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
         """The sum of the loss over a batch, and of how many samples it is; ``live`` (C,) are the classes that compete
-        in it, None is all."""
+        in it; if None, all do."""
 
 
 def check_loss(owner: object, pl_module: pl.LightningModule, loss: LossOf | None) -> None:

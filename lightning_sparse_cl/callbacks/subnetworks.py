@@ -14,6 +14,7 @@ from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
+from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
@@ -45,8 +46,8 @@ class TaskSubnetworks(Sparsifier):
             starting from the last one's weights (fine-tuning) or, with :class:`FromScratch`, anew.
 
     Raises:
-        ValueError: if an argument is none of these, no weight is free, the last layer is no head of all classes, or
-            the module has already learnt tasks.
+        ValueError: if an argument is none of these, no weight is free, the last layer is no head of all classes,
+            the objective does not train the head by its loss, or the module has already learnt tasks.
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
@@ -77,6 +78,13 @@ class TaskSubnetworks(Sparsifier):
         super().on_fit_start(trainer, pl_module)
         self.subnetworks = Subnetworks.of(pl_module)
         data = task_data(trainer, self)
+        objective = getattr(pl_module, "objective", None)
+        if isinstance(objective, Objective) and not objective.trains_head:
+            raise ValueError(
+                f"{type(pl_module).__name__}(objective={type(objective).__name__}()): a task's subnetwork is stored "
+                "with its head when the task ends, before this objective has fitted its classifier; take one whose "
+                "loss trains the head, such as CrossEntropy, ER or DERpp"
+            )
         *_, (name, head) = weight_layers(network_of(pl_module)).items()
         if not isinstance(head, nn.Linear) or head.out_features < data.num_classes:
             raise ValueError(

@@ -36,7 +36,7 @@ def task_data(trainer: pl.Trainer, asker: object = None) -> TaskDataModule:
 
     Args:
         trainer: the trainer.
-        asker: who needs tasks; its class is named in the error.
+        asker: the callback that needs tasks; the error names its class.
 
     Raises:
         TypeError: if it is no :class:`TaskDataModule`.

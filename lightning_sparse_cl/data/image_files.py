@@ -117,7 +117,7 @@ class ImageFolderSource(ImageSource):
 
     Args:
         root: the folder.
-        size: side in pixels that images are resized to; None keeps them, and all must be equal.
+        size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`.
     """
 

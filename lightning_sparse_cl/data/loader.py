@@ -50,8 +50,14 @@ class TaskSampler(DistributedSampler):
     """
 
     def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int) -> None:
-        # of the "dataset" only the length is asked for
-        super().__init__(alive, num_replicas, rank, shuffle=True, seed=seed, drop_last=True)  # type: ignore[arg-type]
+        super().__init__(
+            alive,  # type: ignore[arg-type]  # torch's types ask for a Dataset, of which only the length is read
+            num_replicas,
+            rank,
+            shuffle=True,
+            seed=seed,
+            drop_last=True,
+        )
         self.alive = alive
         self.skip = 0
         self._order: tuple[int, Tensor] | None = None
@@ -70,8 +76,12 @@ class ShareSampler(DistributedSampler):
     """Every index in exactly one process, in order, none repeated: what an exact evaluation needs."""
 
     def __init__(self, indices: Tensor, num_replicas: int, rank: int) -> None:
-        # of the "dataset" only the length is asked for
-        super().__init__(indices, num_replicas, rank, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(
+            indices,  # type: ignore[arg-type]  # as above
+            num_replicas,
+            rank,
+            shuffle=False,
+        )
         self.share = indices[rank::num_replicas].tolist()
 
     def __iter__(self) -> Iterator[int]:

@@ -18,7 +18,7 @@ class SourceTasks(TaskDataModule):
     Args:
         source: the images.
         num_tasks: tasks to make of them.
-        transform: from stored to network input; None takes the source's, or else normalises by the mean and deviation
+        transform: from stored to network input. If None, the source's, or else normalisation by the mean and deviation
             of the first task's training images (a sample, see :class:`TaskDataModule`).
         kwargs: see :class:`TaskDataModule`.
     """

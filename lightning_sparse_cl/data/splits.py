@@ -28,8 +28,8 @@ class ClassSplit(SourceTasks):
     Args:
         source: the images.
         num_tasks: a divisor of the number of classes.
-        class_order: the source's classes in the order in which they are met: None is the natural one, an integer the
-            seed of a random one, a list the order itself.
+        class_order: the source's classes in the order in which they are met. If None, the natural one; an integer is
+            the seed of a random one, a list the order itself.
         kwargs: see :class:`TaskDataModule`.
 
     Raises:
@@ -122,7 +122,7 @@ class SplitCIFAR100(ClassSplit):
     """:class:`ClassSplit` of :class:`CIFAR100Source`: 10 tasks of 10 classes, or one task of 5 for each superclass.
 
     Args:
-        num_tasks: a divisor of 100; None is 10, with superclasses 20.
+        num_tasks: a divisor of 100. If None, 10, with superclasses 20.
         root: folder of the data.
         download: fetch what is missing.
         superclasses: task t has the classes of superclass t. It fixes ``num_tasks`` and ``class_order``.
@@ -176,7 +176,7 @@ class SplitImageFolder(ClassSplit):
 
     Args:
         root: the folder.
-        size: side in pixels that images are resized to; None keeps them, and all must be equal.
+        size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
         crop: zero padding in pixels before a random crop in training; 0 is none.
         flip: mirror half of the training images.
     """

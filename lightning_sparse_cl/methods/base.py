@@ -31,10 +31,10 @@ class ContinualModule(TaskHooks, pl.LightningModule):
 
     Args:
         backbone: images (B, C, H, W) to features (B, D); lazy layers take their sizes from the data.
-        objective: loss and memory; None is cross-entropy (fine-tuning).
-        update: how the loss becomes gradients; None is one backward pass.
-        optimizer: makes the optimiser from the parameters; None is SGD with learning rate 0.03.
-        selection: which samples of a batch each pass keeps; None keeps all.
+        objective: loss and memory. If None, cross-entropy (fine-tuning).
+        update: how the loss becomes gradients. If None, one backward pass.
+        optimizer: makes the optimiser from the parameters. If None, SGD with learning rate 0.03.
+        selection: which samples of a batch each pass keeps. If None, all.
         policies: callbacks that go with the method (pruning, freezing, ...), in the order in which they act.
     """
 

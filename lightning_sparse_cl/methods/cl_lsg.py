@@ -44,12 +44,12 @@ class CLLSG(IsolatingModule):
     Args:
         backbone: images (B, C, H, W) to features (B, D), of plain convolutions, linear layers and batch-norm.
         growth: when to grow.
-        gates: what to grow, and the masks; None is the paper's.
-        objective: None is cross-entropy among the task's classes.
+        gates: what to grow, and the masks. If None, the paper's.
+        objective: if None, cross-entropy among the task's classes.
         subnetworks: how tasks are kept apart; None gives each its own batch-norm.
-        update: None is one backward pass. Under SAM each pass draws masks of its own.
-        optimizer: of the weights; None is SGD with learning rate 0.01.
-        mask_optimizer: of the real-valued masks; None is Adam with learning rate 0.0005. In runs much shorter than the
+        update: if None, one backward pass. Under SAM each pass draws masks of its own.
+        optimizer: of the weights. If None, SGD with learning rate 0.01.
+        mask_optimizer: of the real-valued masks. If None, Adam with learning rate 0.0005. In runs much shorter than the
             paper's 4,000 steps a task masks need a larger one to change sign at all.
         policies: further callbacks.
 

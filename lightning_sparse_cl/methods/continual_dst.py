@@ -38,13 +38,13 @@ class ContinualDST(IsolatingModule):
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).
-        objective: None is cross-entropy among the task's classes.
-        growth: drop and growth, with sparsity and initialisation; None is gradient growth from a uniform start at
+        objective: if None, cross-entropy among the task's classes.
+        growth: drop and growth, with sparsity and initialisation. If None, gradient growth from a uniform start at
             sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.
         subnetworks: how tasks are kept apart; None gives each its own batch-norm.
-        reopen: where unused weights start from; None is zero.
-        update: None is one backward pass.
-        optimizer: None is Adam with learning rate 0.001. (The paper divides it by ten at half and three quarters of a
+        reopen: where unused weights start from. If None, zero.
+        update: if None, one backward pass.
+        optimizer: if None, Adam with learning rate 0.001. (The paper divides it by ten at half and three quarters of a
             task: policy ``TaskLRSchedule``.)
         policies: further callbacks.
     """

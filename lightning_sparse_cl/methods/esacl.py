@@ -41,7 +41,7 @@ class EsaCL(ContinualModule):
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).
-        objective: the base method, ER, DER++, ...; None is DER++ with 500 exemplars, the paper's main variant.
+        objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars, the paper's main variant.
         sparsity: fraction S of the weights of every pruned layer that each task's end removes, in [0, 1).
         freeze: how lines 11-12 are read, for "freeze the pruned parameters" contradicts the paper's own capacity
             column (20 % for any number of tasks at S = 80 %):
@@ -57,11 +57,11 @@ class EsaCL(ContinualModule):
             of the weights in use. C is the default: it holds the sparsity for any number of tasks, which need not be
             known in advance.
 
-        update: None is SAM with rho = 0.05.
-        optimizer: None is stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
+        update: if None, SAM with rho = 0.05.
+        optimizer: if None, stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
             pruned and takes SGD steps for the others. Where its ``k`` is None, K is a quarter of the fraction that a
             task's pruning keeps: at K above that fraction accuracy collapses.
-        selection: None is SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
+        selection: if None, SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
         dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
         policies: further callbacks.

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.base import ContinualModule
-from lightning_sparse_cl.objectives.base import Objective
-from lightning_sparse_cl.optim.sam import UpdateRule
-from lightning_sparse_cl.optim.selection import LossSelection
 from lightning_sparse_cl.sparsity import Subnetworks
 
 
@@ -26,25 +21,8 @@ class IsolatingModule(ContinualModule):
     :class:`TaskSubnetworks`. In ``fit``, ``val/acc`` and ``val/loss`` are Task-IL figures of the running task.
 
     Raises:
-        ValueError: if no policy is a :class:`TaskSubnetworks`, or the objective does not train the head by its loss.
+        ValueError: if no policy is a :class:`TaskSubnetworks`.
     """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        objective: Objective | None = None,
-        update: UpdateRule | None = None,
-        optimizer: Callable[[Iterable], Optimizer] | None = None,
-        selection: LossSelection | None = None,
-        policies: Sequence[pl.Callback] = (),
-    ) -> None:
-        if objective is not None and not objective.trains_head:
-            raise ValueError(
-                f"{type(self).__name__}(objective={type(objective).__name__}()): a task's subnetwork is stored with "
-                "its head when the task ends, before this objective has fitted its classifier; take one whose loss "
-                "trains the head, such as CrossEntropy, ER or DERpp"
-            )
-        super().__init__(backbone, objective, update, optimizer, selection, policies)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         if not any(isinstance(p, TaskSubnetworks) for p in self.policies):

@@ -29,12 +29,12 @@ class SparCL(ContinualModule):
 
     Args:
         backbone: images (B, C, H, W) to features (B, D).
-        objective: the base method, ER, DER++, ...; None is DER++ with 500 exemplars.
-        masking: TDM; None is the paper's at sparsity 0.75.
-        removal: DDR; None is the paper's, 30 % in four stages of five epochs.
-        gradients: DGM; None is the paper's at sparsity 0.75, q = 0.05, every 30 batches.
-        update: None is one backward pass.
-        optimizer: None is SGD with learning rate 0.03, as in the released code.
+        objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars.
+        masking: TDM. If None, the paper's at sparsity 0.75.
+        removal: DDR. If None, the paper's, 30 % in four stages of five epochs.
+        gradients: DGM. If None, the paper's at sparsity 0.75, q = 0.05, every 30 batches.
+        update: if None, one backward pass.
+        optimizer: if None, SGD with learning rate 0.03, as in the released code.
         policies: further callbacks.
     """
 

@@ -91,7 +91,7 @@ def sparcl_flops(
         samples: images times epochs.
         draws: replayed batches of the current batch's size a step: 1 for ER, 2 for DER++.
         sparsity: s, zero fraction of the pruned weights.
-        gradient_sparsity: g = s + q, zero fraction of the weight gradient; None is s.
+        gradient_sparsity: g = s + q, zero fraction of the weight gradient. If None, s.
         dense_share: d, share of ``macs`` in layers that are not pruned.
         kept: mean fraction of the samples that are trained on, see :func:`mean_kept`.
     """

@@ -17,7 +17,7 @@ def steps_aside(module: nn.Module) -> bool:
 
 
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """``dict(module.named_parameters())``, in a way that is not noticed by who trains their values for now."""
+    """``dict(module.named_parameters())``, unnoticed by code that has swapped their values for the moment."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, part in module.named_modules():
         for name, parameter in _own(part).items():

@@ -31,7 +31,7 @@ class EWC(LooksBack, CrossEntropy):
         alpha: weight of the penalty, the paper's lambda.
         bound: the largest value of alpha F_i, > 0; steps are stable for learning rates below 1 / bound.
         gamma: how much of earlier tasks' information stays, in [0, 1].
-        samples: of each task, drawn at random, for the Fisher information; None takes all.
+        samples: of each task, drawn at random, for the Fisher information. If None, all.
         single_head: see :class:`CrossEntropy`.
 
     Raises:
@@ -95,7 +95,7 @@ def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], among: 
     Args:
         network: maps images to logits; in eval mode for it, and left as it was.
         batches: (x, y), images (B, C, H, W) and labels (B,); each process its own.
-        among: classes (num_classes,) that compete in p(y|x); None is all.
+        among: classes (num_classes,) that compete in p(y|x). If None, all.
     """
     theta = {name: p.detach() for name, p in network.named_parameters()}
     at_once = max(1, min(256, 2**27 // sum(p.numel() for p in theta.values())))  # half a gigabyte of gradients

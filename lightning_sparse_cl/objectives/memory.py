@@ -45,7 +45,7 @@ class ExemplarMemory(nn.Module):
     def build(
         self, input_shape: Sequence[int], num_classes: int | None, seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
-        """Allocate for images of a shape and type as stored; ``num_classes`` None keeps no logits."""
+        """Allocate for images of a shape and type as stored; if ``num_classes`` is None, no logits are kept."""
         self.seed = seed
         self.register_buffer("images", torch.zeros(self.size, *input_shape, dtype=dtype))
         self.register_buffer("labels", torch.zeros(self.size, dtype=torch.long))

@@ -149,8 +149,8 @@ def compact(
 
     Args:
         network: maps images (B, C, H, W) to (B, D).
-        masks: of weights by name, True where alive; None takes the weights that are not zero. (``Masks.alive``)
-        outputs: which of the D outputs to keep, in this order; None is all.
+        masks: of weights by name, True where alive. If None, the weights that are not zero. (``Masks.alive``)
+        outputs: which of the D outputs to keep, in this order. If None, all.
 
     Returns:
         The smaller network. One that cannot be followed (see :meth:`Channels.of`) is returned with all channels but

@@ -236,7 +236,7 @@ class Enforcement:
         """The sums of these gradients, as ``.grad`` sums them, mean over processes; they are kept no more.
 
         Args:
-            names: of the weights; None takes all.
+            names: of the weights. If None, all.
         """
         asked = list(self._whole) if names is None else [name for name in names if name in self._whole]
         taken = {name: grad for name in asked if (grad := self._whole.pop(name)) is not None}

@@ -87,7 +87,7 @@ class Masks:
 
         Args:
             module: with weights that have zeros.
-            names: of the weights; None takes each of two or more dimensions of which at least ``least``, but not all,
+            names: of the weights. If None, each of two or more dimensions of which at least ``least``, but not all,
                 is zero.
             least: fraction of zeros.
 
@@ -168,7 +168,7 @@ class Masks:
     # -- changes -----------------------------------------------------------------------------------------------
 
     def set_alive(self, name: str, mask: Tensor | None) -> None:
-        """Prune: zero the weights where ``mask`` is False. None takes the mask away.
+        """Prune: zero the weights where ``mask`` is False. If None, the mask is taken away.
 
         Raises:
             ValueError: if the mask does not have the weight's shape.

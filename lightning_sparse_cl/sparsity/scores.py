@@ -14,7 +14,7 @@ def top_k_mask(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     Args:
         scores: any shape.
         k: how many to keep; the whole pool if it is smaller.
-        among: boolean pool of the same shape to choose from; None is everywhere.
+        among: boolean pool of the same shape to choose from. If None, everywhere.
 
     Returns:
         A boolean mask of the scores' shape.

@@ -99,7 +99,7 @@ class Subnetworks:
         return unpack(self._task(task).masks[name].to(weight.device), weight.shape)
 
     def used(self, name: str, tasks: int | None = None) -> Tensor:
-        """Which entries the first ``tasks`` tasks use together, of the weight's shape; None is all tasks."""
+        """Which entries the first ``tasks`` tasks use together, of the weight's shape. If None, all tasks."""
         weight = self.module.get_parameter(name)
         found = torch.zeros_like(weight, dtype=torch.bool)
         for task in self.tasks[:tasks]:

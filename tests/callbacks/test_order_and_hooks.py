@@ -148,7 +148,7 @@ def test_freeze_is_the_method_of_lightning():
 @pytest.mark.parametrize("objective", [scl.CO2L, scl.ICaRL])
 def test_an_objective_that_fits_the_head_afterwards_is_refused_by_isolating_methods(objective):
     with pytest.raises(ValueError, match=rf"ContinualDST\(objective={objective.__name__}\(\)\).*CrossEntropy, ER"):
-        scl.ContinualDST(scl.SmallCNN(4), objective(60))
+        trainer().fit(scl.ContinualDST(scl.SmallCNN(4), objective(60)), toy_tasks())
 
 
 def test_who_prunes_a_small_part_says_how_small_and_what_stays_dense_once():

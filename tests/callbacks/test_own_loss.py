@@ -1,6 +1,7 @@
 """The loss by which weights are ranked is the module's own, and asking for it leaves no trace in the run."""
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -174,6 +175,75 @@ def test_nothing_is_ranked_before_there_is_something_to_mask():
     look = LambdaCallback(on_train_epoch_end=lambda trainer, module: held.append(list(scl.Masks.of(module).updated)))
     short(Later(), policy, look, max_epochs=2).fit(module)
     assert held == [[], ["layer.1.weight"]]
+
+
+class OtherNames(Mlp):
+    def training_step(self, b, _):
+        return F.cross_entropy(self(b[0]), b[1])
+
+
+class NoIndex(Mlp):
+    def training_step(self, b):
+        return F.cross_entropy(self(b[0]), b[1])
+
+
+POLICIES = [
+    lambda: scl.SNIP(0.8),
+    lambda: scl.TaskAwareDynamicMasking(0.8, 1),
+    lambda: scl.DynamicGradientMasking(0.1, 3),
+]
+
+
+@pytest.mark.parametrize("module", [OtherNames, NoIndex])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_training_step_may_name_its_arguments_as_it_likes(policy, module):
+    fit(module(), policy(), epochs=2)
+
+
+def test_a_compiled_module_is_ranked_by_its_own_gradients(monkeypatch):
+    found = []
+    rank = scl.SNIP.scores
+    monkeypatch.setattr(scl.SNIP, "scores", lambda *args: found.append(rank(*args)) or found[-1])
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = Mlp()
+        fit(torch.compile(module, backend="eager") if compiled else module, scl.SNIP(0.8), epochs=1)
+    plain, ranked = found
+    assert all(torch.allclose(score, ranked[name], rtol=1e-4) and score.any() for name, score in plain.items())
+
+
+def test_a_loss_that_reaches_no_weight_is_refused():
+    class Held(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.compute = lambda x: self.net(x)  # a copy computes with the weights of the original
+
+        def forward(self, x):
+            return self.compute(x)
+
+    with pytest.raises(ValueError, match=r"Held: its loss has no gradient of net\.2\.weight.*Give a function"):
+        fit(Held(), scl.SNIP(0.8))
+
+
+def test_asking_for_the_loss_moves_no_scheduler_and_no_generator():
+    class Moves(Mlp):
+        def training_step(self, batch, batch_idx):
+            self.lr_schedulers().step()
+            return super().training_step(batch, batch_idx) * float(np.random.rand())
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": schedule, "interval": "epoch", "frequency": 1000}]
+
+    ends = []
+    for parts in ([], [scl.SNIP(0.0)]):
+        pl.seed_everything(0, verbose=False)
+        t = fit(module := Moves(), *parts, epochs=1)
+        ends.append((t.optimizers[0].param_groups[0]["lr"], module.state_dict(), np.random.rand()))
+    (rate, plain, draw), (ranked_rate, ranked, ranked_draw) = ends
+    assert rate == ranked_rate and draw == ranked_draw
+    assert all(torch.equal(ranked[name], tensor) for name, tensor in plain.items())
 
 
 # -- a policy, a method and an objective of one's own --------------------------------------------------------

@@ -1,11 +1,10 @@
-"""Steps, losses and modules as people write them: by hand, in closures, compiled, with other names and arguments."""
+"""Optimiser steps as people write them, by hand, in closures, several in a batch: policies count and see each."""
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from foreign_module import PRUNED, Mlp, fit
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
@@ -29,9 +28,6 @@ def watched(policy, *args, **kwargs):
             super().exchange(trainer, pl_module, names)
 
     return Watched(*args, **kwargs), seen
-
-
-# -- time ------------------------------------------------------------------------------------------------------
 
 
 class ByHand(Mlp):
@@ -283,194 +279,3 @@ def test_batch_norm_is_measured_for_the_pruned_network():
     mean = module.net[:3](x).mean(0)
     assert torch.allclose(module.net[3].running_mean, mean, atol=5e-3)
     assert float((module.net[2].weight == 0).float().mean()) == pytest.approx(0.9, abs=1e-3)
-
-
-# -- the loss --------------------------------------------------------------------------------------------------
-
-
-class OtherNames(Mlp):
-    def training_step(self, b, _):
-        return F.cross_entropy(self(b[0]), b[1])
-
-
-class NoIndex(Mlp):
-    def training_step(self, b):
-        return F.cross_entropy(self(b[0]), b[1])
-
-
-POLICIES = [
-    lambda: scl.SNIP(0.8),
-    lambda: scl.TaskAwareDynamicMasking(0.8, 1),
-    lambda: scl.DynamicGradientMasking(0.1, 3),
-]
-
-
-@pytest.mark.parametrize("module", [OtherNames, NoIndex])
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_training_step_may_name_its_arguments_as_it_likes(policy, module):
-    fit(module(), policy(), epochs=2)
-
-
-def test_a_compiled_module_is_ranked_by_its_own_gradients(monkeypatch):
-    found = []
-    rank = scl.SNIP.scores
-    monkeypatch.setattr(scl.SNIP, "scores", lambda *args: found.append(rank(*args)) or found[-1])
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        module = Mlp()
-        fit(torch.compile(module, backend="eager") if compiled else module, scl.SNIP(0.8), epochs=1)
-    plain, ranked = found
-    assert all(torch.allclose(score, ranked[name], rtol=1e-4) and score.any() for name, score in plain.items())
-
-
-def test_a_loss_that_reaches_no_weight_is_refused():
-    class Held(Mlp):
-        def __init__(self):
-            super().__init__()
-            self.compute = lambda x: self.net(x)  # a copy computes with the weights of the original
-
-        def forward(self, x):
-            return self.compute(x)
-
-    with pytest.raises(ValueError, match=r"Held: its loss has no gradient of net\.2\.weight.*Give a function"):
-        fit(Held(), scl.SNIP(0.8))
-
-
-def test_asking_for_the_loss_moves_no_scheduler_and_no_generator():
-    class Moves(Mlp):
-        def training_step(self, batch, batch_idx):
-            self.lr_schedulers().step()
-            return super().training_step(batch, batch_idx) * float(np.random.rand())
-
-        def configure_optimizers(self):
-            optimizer = super().configure_optimizers()
-            schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-            return [optimizer], [{"scheduler": schedule, "interval": "epoch", "frequency": 1000}]
-
-    ends = []
-    for parts in ([], [scl.SNIP(0.0)]):
-        pl.seed_everything(0, verbose=False)
-        t = fit(module := Moves(), *parts, epochs=1)
-        ends.append((t.optimizers[0].param_groups[0]["lr"], module.state_dict(), np.random.rand()))
-    (rate, plain, draw), (ranked_rate, ranked, ranked_draw) = ends
-    assert rate == ranked_rate and draw == ranked_draw
-    assert all(torch.equal(ranked[name], tensor) for name, tensor in plain.items())
-
-
-# -- what is said ----------------------------------------------------------------------------------------------
-
-
-def test_weights_that_are_not_trained_are_left_alone_and_that_is_said_once():
-    module = Mlp()
-    module.net[2].weight.requires_grad_(False)
-    with pytest.warns(UserWarning) as said:
-        fit(module, scl.OneShotPruning(0.8), scl.DynamicGradientMasking(0.1), epochs=1)
-    told = [str(w.message) for w in said if "require no gradient" in str(w.message)]
-    assert len(told) == 1 and "1 weights require no gradient (net.2.weight)" in told[0]
-    assert module.net[2].weight.all() and list(scl.Masks.of(module)) == ["net.4.weight"]
-    other = Mlp()
-    other.net[2].weight.requires_grad_(False)
-    assert scl.sparse_weights(other, sparse=[nn.Linear]) == scl.sparse_weights(other, sparse=["Linear"])
-    assert "net.2.weight" not in scl.sparse_weights(other, sparse=[nn.Linear])
-
-
-def test_masks_of_another_sparsity_are_kept_and_that_is_said():
-    module = Mlp()
-    fit(module, scl.SET(0.8), epochs=1)
-    with pytest.warns(UserWarning, match=r"RigL\(sparsity=0.9\): the weights have masks already, of sparsity 0.8"):
-        fit(module, scl.RigL(0.9), epochs=1)
-
-
-def test_a_checkpoint_from_before_the_pruning_is_said_in_the_fit(tmp_path):
-    with pytest.warns(UserWarning, match="the last checkpoint was written before the weights were pruned"):
-        fit(Mlp(), scl.OneShotPruning(0.8), ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=7))
-
-
-def test_two_policies_of_a_kind_act_on_weights_of_their_own(tmp_path):
-    module, last = Mlp(), ModelCheckpoint(tmp_path, save_last=True)
-    parts = [scl.OneShotPruning(0.8, sparse=["net.2.*"]), scl.OneShotPruning(0.5, sparse=["net.4.*"])]
-    fit(module, *parts, last)
-    assert [int((module.get_parameter(n) == 0).sum()) for n in PRUNED] == [4096 - 819, 2048]
-    with pytest.raises(ValueError, match="makes masks of the same weights; divide them by"):
-        fit(Mlp(), scl.RigL(0.8), scl.SNFS(0.8))
-
-
-def test_an_average_obeys_the_masks_before_training_begins(tmp_path):
-    seen = []
-
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, pl_module):
-            average = next(c for c in trainer.callbacks if isinstance(c, EMAWeightAveraging))._average_model.module
-            seen.append(int((average.net[2].weight == 0).sum()))
-
-    fit(Mlp(), Look(), EMAWeightAveraging(), scl.RigL(0.8), epochs=1)
-    assert seen == [4096 - 819]
-
-
-class Foreign(pl.Callback):
-    """Attributes and methods that only look like ours."""
-
-    after = 3
-    needs_tasks = True
-
-    def on_multitask_loss(self):
-        pass
-
-
-def test_other_peoples_attributes_are_not_taken_for_declarations():
-    fit(Mlp(), Foreign(), scl.SET(0.8), epochs=1)
-
-
-class OldArguments(pl.Callback):
-    def on_task_start(self, trainer, task):
-        pass
-
-
-LAZY = nn.Sequential(nn.Linear(20, 64), nn.LazyLinear(64), nn.Linear(64, 4))
-
-
-def lazy():
-    module = Mlp()
-    module.net = LAZY
-    return module
-
-
-class Rounds(scl.ScorePruning):
-    def scores(self, trainer, pl_module, batch):
-        return {}
-
-
-BAD = {
-    "rounds": (lambda: Rounds(0.5, rounds=1.5), r"Rounds\(rounds=1\.5\): rounds is a whole number"),
-    "sparsity": (lambda: scl.SET("0.8"), r"SET\(sparsity='0\.8'\): sparsity is a number"),
-    "interval": (lambda: scl.SET(0.8, interval=2.5), r"SET\(interval=2\.5\): interval is a whole number"),
-    "until": (lambda: scl.RigL(0.8, until=None), r"RigL\(until=None\): until is a number"),
-    "q": (lambda: scl.DynamicGradientMasking(None), r"DynamicGradientMasking\(q=None\)"),
-    "a list": (lambda: scl.SET(0.8, distribution=["x"]), r"SET\(distribution=\['x'\]\)"),
-    "a text": (lambda: scl.SET(0.8, distribution={"*": "0.5"}), r"SET\(distribution\['\*'\]='0\.5'\): .* is a number"),
-    "one pattern": (lambda: fit(Mlp(), scl.SET(0.8, dense="net.2.weight")), r"dense='net\.2\.weight': a list of"),
-    "one type": (lambda: fit(Mlp(), scl.SET(0.8, sparse=nn.Linear)), r"sparse=<class .*Linear'>: a list of patterns"),
-    "a number": (lambda: fit(Mlp(), scl.SET(0.8, sparse=[5])), r"sparse=\[5\]: 5 is neither a pattern nor a type"),
-    "loss": (lambda: fit(Mlp(), scl.SNIP(0.8, loss="ce")), r"SNIP\(loss='ce'\): a function of \(module, batch\)"),
-    "no tensor": (lambda: fit(Mlp(), scl.SNIP(0.8, loss=lambda m, b: 1.0)), "returned a float"),
-    "a vector": (lambda: fit(Mlp(), scl.SNIP(0.8, loss=lambda m, b: m(b[0]))), r"a tensor of shape \(8, 4\) with"),
-    "restart": (lambda: scl.TaskSchedule(1, restart_schedulers="yes"), r"restart_schedulers='yes'\): True, False"),
-    "nothing left": (lambda: fit(Mlp(), scl.OneShotPruning(0.9999)), "leaves no weight in net.2.weight, which"),
-    "lazy": (lambda: fit(lazy(), scl.SET(0.8)), r"SET: net\.1\.weight has no size yet"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_are_one_line(case):
-    make, message = BAD[case]
-    with pytest.raises(ValueError, match=message) as error:
-        make()
-    assert "\n" not in str(error.value)
-
-
-def test_a_hook_with_other_arguments_is_refused_by_name():
-
-    with pytest.raises(
-        TypeError, match=r"OldArguments\.on_task_start: a hook of tasks takes \(trainer, pl_module, task\)"
-    ):
-        trainer(OldArguments()).fit(PlainClassifier(), toy_tasks())
