@@ -66,7 +66,7 @@ class Runner:
         reason = self._unfit(args, kwargs)
         if reason is not None:
             self._said[reason] += 1
-            if self._said[reason] == 10:  # who measures something hooks into a module for a call or two
+            if self._said[reason] == 10:  # a measurement hooks into a module for a call or two
                 warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=3)
             return self.part._call_impl(*args, **kwargs)
         changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__

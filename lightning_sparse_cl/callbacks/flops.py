@@ -106,7 +106,7 @@ class FlopsCounter(pl.Callback):
         self._processes, self._device = trainer.world_size, pl_module.device
         self._sizes = {name: p.numel() for name, p in weights_of(pl_module).items() if p.ndim > 1}
         self._calls = OutermostCalls(pl_module, self._count)
-        self._calls.watch()  # now: who measures importance may do so before training
+        self._calls.watch()  # now: a measurement of importance may come before training
 
     @contextmanager
     def counting(self, copy: pl.LightningModule) -> Iterator[None]:
