@@ -172,7 +172,8 @@ class _Heir:
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             _add(self.weight, grad)
-            for hook in list((self.weight._post_accumulate_grad_hooks or {}).values()):  # of code that trains its values now
+            # hooks of code that trains its values now
+            for hook in list((self.weight._post_accumulate_grad_hooks or {}).values()):
                 hook(self.weight)
 
 

@@ -59,7 +59,7 @@ def counts(owner: str, distribution: Distribution, shapes: Shapes, density: floa
     """Weights of each layer, whole numbers that differ from its density by less than one; round(density * N) in all.
 
     Args:
-        owner: the object that asks; the error names it.
+        owner: name of the class that asks, for the error.
         distribution: a name in ``DISTRIBUTIONS``, or sparsities by pattern.
         shapes: of the weights, by name.
         density: fraction kept of all N weights; with patterns, of those that match none.
