@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/*.json: python benchmarks/readme_tables.py"""
+"""Writes the tables of README and docs from benchmarks/results/*.json: python benchmarks/result_tables.py"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 COLUMNS = {
     "split_digits_sparsity": {
@@ -211,7 +212,7 @@ def table(name: str) -> str:
 
 
 def render(text: str) -> str:
-    """The README with every table brought up to date."""
+    """A page with every table brought up to date."""
     return re.sub(
         r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
         lambda m: f"{m[1]}{table(m[2])}\n{m[3]}",
@@ -221,5 +222,5 @@ def render(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
