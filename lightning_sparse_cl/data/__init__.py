@@ -20,7 +20,6 @@ from lightning_sparse_cl.data.sources import (
     FashionMNISTSource,
     ImageSource,
     MNISTSource,
-    TensorSource,
 )
 from lightning_sparse_cl.data.splits import (
     ClassSplit,
@@ -35,6 +34,7 @@ from lightning_sparse_cl.data.splits import (
     SplitTinyImageNet,
 )
 from lightning_sparse_cl.data.task_datasets import TaskDatasets
+from lightning_sparse_cl.data.tensor_source import TensorSource
 
 __all__ = [
     "CIFAR10Source",

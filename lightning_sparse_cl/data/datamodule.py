@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.checks import check_images, check_labels, refuse_empty, warn_of_untested
+from lightning_sparse_cl.data.fingerprint import combined, fingerprints
+from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
 
 
@@ -73,6 +76,11 @@ class TaskDataModule(pl.LightningDataModule):
         self.classes: list[list[int]] = []
         """Labels that occur in each task."""
         self.num_classes = 0
+        self.class_names: list[str] = []
+        """Name of each label (num_classes,): what the data call the class."""
+        self.fingerprints: list[str] = []
+        """Of each task a digest of all its stored samples and labels, see :mod:`lightning_sparse_cl.data.fingerprint`.
+        With ``joint`` there is one of everything."""
         self.input_shape: tuple[int, ...] = ()
         self.stored_dtype = torch.uint8
         self.raw: Tensor | None = None
@@ -84,8 +92,9 @@ class TaskDataModule(pl.LightningDataModule):
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
         """The training and test data sets, one a task. Called once, in :meth:`setup`, on every process.
 
-        Items are (image, label): images are tensors (C, H, W), uint8 in 0-255 or float, labels integers in
-        ``range(num_classes)``, counted over all tasks.
+        Items are pairs (image, label): images are tensors (C, H, W), uint8 in 0-255 or float, labels integers from 0
+        on. If this method sets :attr:`class_names`, labels are positions in it. Else the classes of all tasks are
+        counted: in ascending order their labels become 0, 1, ..., and their names are the old labels as text.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override load()")
 
@@ -167,38 +176,40 @@ class TaskDataModule(pl.LightningDataModule):
             self.transform.to(self.trainer.strategy.root_device)
 
     def _load(self) -> None:
-        """Read the data and take their sizes from them."""
-        train, test = map(list, self.load())
-        _refuse_empty(type(self).__name__, train, test)
-        labels = [torch.cat([_labels(a), _labels(b)]) for a, b in zip(train, test, strict=True)]
-        for task, y in enumerate(labels):
-            if y.min() < 0:
-                raise ValueError(
-                    f"{type(self).__name__}: task {task} has the label {int(y.min())}; labels count from 0"
-                )
-        self._refuse_mixed(train, test)
-        self.classes = [sorted(set(y.tolist())) for y in labels]
-        self.num_classes = max(int(y.max()) for y in labels) + 1
+        """Read the data, refuse what is not a task sequence, and take the sizes from the data."""
+        name = type(self).__name__
+        self.class_names = []
+        given = list(map(list, self.load()))
+        refuse_empty(name, *given)
+        train, test = (
+            [
+                d if isinstance(d, ImageTensors | Items) else Items(d, f"{name}: {part} of task {t}")
+                for t, d in enumerate(s)
+            ]
+            for part, s in zip(("training", "test"), given, strict=True)
+        )
+        check_images(name, train, test)
+        check_labels(name, [_labels(d) for d in train], [_labels(d) for d in test])
+        ids = torch.cat([_labels(d) for d in train]).unique()
+        if not self.class_names:
+            self.class_names = [str(i) for i in ids.tolist()]
+            if len(ids) <= ids[-1]:
+                train, test = ([_renumbered(d, ids) for d in sets] for sets in (train, test))
+        elif len(self.class_names) <= ids[-1]:
+            raise ValueError(f"{name}: load() names {len(self.class_names)} classes, and there is the label {ids[-1]}")
+        learnt, tested = ([_labels(d) for d in sets] for sets in (train, test))
+        warn_of_untested(name, learnt, tested, self.class_names)
+        self.fingerprints = fingerprints(train, test)
+        self.classes = [torch.cat(y).unique().tolist() for y in zip(learnt, tested, strict=True)]
+        self.num_classes = len(self.class_names)
+        joined: Sequence[Dataset] = [_union(train)] if self.joint else train
         if self.joint:
-            train = [_union(train)]
-        image = torch.as_tensor(train[0][0][0])
+            self.fingerprints = [combined(self.fingerprints)]
+        image = joined[0][0][0]
         self.input_shape, self.stored_dtype = tuple(image.shape), image.dtype
         if self.transform is None:
-            self.transform = _standardise(train[0])
-        self.train_sets, self.test_sets = train, test
-
-    def _refuse_mixed(self, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
-        """One network is for all tasks: images of one shape, and test labels that can be learnt."""
-        learnt = torch.cat([_labels(d) for d in train]).unique()
-        shapes = [[tuple(torch.as_tensor(d[0][0]).shape) for d in sets] for sets in (train, test)]
-        for task, (data, *found) in enumerate(zip(test, *shapes, strict=True)):
-            if any(shape != shapes[0][0] for shape in found):
-                raise ValueError(f"{type(self).__name__}: images of task {task} are {found}, of task 0 {shapes[0][0]}")
-            if unknown := set(_labels(data).unique().tolist()) - set(learnt.tolist()):
-                raise ValueError(
-                    f"{type(self).__name__}: task {task} is tested on the label {min(unknown)}, which no training "
-                    "sample has"
-                )
+            self.transform = _standardise(joined[0])
+        self.train_sets, self.test_sets = list(joined), list(test)
 
     def _begin(self) -> None:
         """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""
@@ -207,6 +218,11 @@ class TaskDataModule(pl.LightningDataModule):
         for t, data in enumerate(self.train_sets):
             order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same for every run
             held_out = round(self.val_fraction * length(data))
+            if self.val_fraction and not held_out:
+                raise ValueError(
+                    f"{type(self).__name__}(val_fraction={self.val_fraction}): of the {length(data)} training samples "
+                    f"of task {t} none is set aside; use a larger fraction, or 0"
+                )
             self._held_out.append(order[:held_out].sort().values)
             self.alive.append(order[held_out:].sort().values)
             if len(self.alive[t]) < self.batch_size * self._world_size:
@@ -292,18 +308,15 @@ class TaskDataModule(pl.LightningDataModule):
         )  # fmt: skip
 
 
-def _labels(data: Dataset) -> Tensor:
-    if isinstance(data, ImageTensors):
-        return data.labels
-    targets = getattr(data, "targets", None)
-    return torch.as_tensor(targets if targets is not None else [data[i][1] for i in range(length(data))])
+def _labels(data: ImageTensors | Items) -> Tensor:
+    return data.labels.cpu() if isinstance(data, ImageTensors) else data.targets
 
 
-def _refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
-    for part, sets in {"training": train, "test": test}.items():
-        for t, data in enumerate(sets):
-            if not length(data):
-                raise ValueError(f"{name}: task {t} has no {part} images")
+def _renumbered(data: ImageTensors | Items, ids: Tensor) -> ImageTensors | Items:
+    """The same samples, with each label's position in ``ids``, which are sorted."""
+    if isinstance(data, Items):
+        return data.renumbered({label: i for i, label in enumerate(ids.tolist())})
+    return ImageTensors(data.images, torch.searchsorted(ids.to(data.labels.device), data.labels))
 
 
 def _union(sets: Sequence[Dataset]) -> Dataset:

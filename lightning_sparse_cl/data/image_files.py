@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_sparse_cl.data.pictures import decode, image_paths, read_rgb, unread
 from lightning_sparse_cl.data.sources import ImageSource
 
 
@@ -41,6 +41,9 @@ class TinyImageNetSource(ImageSource):
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return len(self._wnids()) if (self.folder / "wnids.txt").exists() else 200
 
+    def names(self) -> list[str]:
+        return self._wnids()
+
     def fetch(self) -> None:
         if self.download and not self.folder.exists():
             from torchvision.datasets.utils import download_and_extract_archive
@@ -51,12 +54,12 @@ class TinyImageNetSource(ImageSource):
         self.fetch()
         label = {wnid: i for i, wnid in enumerate(self._wnids())}
         if train:
-            found = [(path, i) for wnid, i in label.items() for path in _images(self.folder / "train" / wnid)]
+            found = [(path, i) for wnid, i in label.items() for path in image_paths(self.folder / "train" / wnid)]
         else:
             lines = self._lines("val", "val_annotations.txt")
             rows = [line.split("\t")[:2] for line in lines]
             found = [(self.folder / "val" / "images" / name, label[wnid]) for name, wnid in rows if wnid in label]
-        return _decode(self, [path for path, _ in found], (64, 64)), _labels(found)
+        return decode([path for path, _ in found], str(self), (64, 64)), _labels(found)
 
     def _wnids(self) -> list[str]:
         return self._lines("wnids.txt")
@@ -87,7 +90,18 @@ class MiniImageNetSource(ImageSource):
     num_classes = 100
     crop, flip = 4, True
 
+    def names(self) -> list[str]:
+        return list(self._members())
+
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        found = []
+        for label, paths in enumerate(self._members().values()):
+            kept = len(paths) * 5 // 6
+            found += [(path, label) for path in (paths[:kept] if train else paths[kept:])]
+        return decode([path for path, _ in found], str(self), (self.size, self.size), resize=True), _labels(found)
+
+    def _members(self) -> dict[str, list[Path]]:
+        """The images of each class."""
         folder = Path(self.root, "mini-imagenet")
         members: dict[str, list[Path]] = {}
         for part in ("train", "val", "test"):
@@ -102,18 +116,16 @@ class MiniImageNetSource(ImageSource):
                     members.setdefault(row["label"], []).append(folder / "images" / row["filename"])
         if len(members) != self.num_classes:
             raise ValueError(f"{self}: the csv files in {str(folder)!r} name {len(members)} classes instead of 100")
-        found = []
-        for label, paths in enumerate(members.values()):
-            kept = len(paths) * 5 // 6
-            found += [(path, label) for path in (paths[:kept] if train else paths[kept:])]
-        return _decode(self, [path for path, _ in found], (self.size, self.size), resize=True), _labels(found)
+        return members
 
 
 @dataclass(frozen=True)
 class ImageFolderSource(ImageSource):
     """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``), read as RGB.
 
-    Classes are the folders of the training part, numbered alphabetically.
+    Classes are the folders of the training part, numbered alphabetically. Files of JPEG, PNG, BMP, PPM, WebP and TIFF
+    are read, 16-bit grey ones scaled to 8 bits; a warning counts other files, and files that lie beside the classes.
+    Hidden files and notes (.txt, .md, .json, .csv, .xml, .yaml, .html, .ini, .db) are passed over.
 
     Args:
         root: the folder.
@@ -135,22 +147,27 @@ class ImageFolderSource(ImageSource):
         """Names of the classes."""
         return _folders(self._part(train=True))
 
+    def names(self) -> list[str]:
+        return self.classes
+
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         part, found = self._part(train), []
+        if others := unread(part):
+            rank_zero_warn(f"{self}: files of {str(part)!r} that are not read: {others}")
         for name in _folders(part):
             if name not in self.classes:
                 raise ValueError(f"{self}: class {name!r} of {str(part)!r} is not among the training classes")
-            paths = _images(part / name)
+            paths = image_paths(part / name)
             if not paths:
                 raise ValueError(f"{self}: the folder {str(part / name)!r} has no images")
             found += [(path, self.classes.index(name)) for path in paths]
         size = (self.size, self.size) if self.size else self._first_size
-        return _decode(self, [path for path, _ in found], size, resize=self.size is not None), _labels(found)
+        return decode([path for path, _ in found], str(self), size, resize=self.size is not None), _labels(found)
 
     @cached_property
     def _first_size(self) -> tuple[int, int]:
-        first = next(path for name in self.classes for path in _images(self._part(train=True) / name))
-        return _rgb(self, first).shape[:2]
+        first = next(path for name in self.classes for path in image_paths(self._part(train=True) / name))
+        return read_rgb(first, str(self)).shape[:2]
 
     def _part(self, train: bool) -> Path:
         names = ["train"] if train else ["test", "val"]
@@ -165,41 +182,5 @@ def _folders(path: Path) -> list[str]:
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
-    suffixes = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp"}
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in suffixes and not p.name.startswith("."))
-
-
 def _labels(found: Sequence[tuple[Path, int]]) -> Tensor:
     return torch.tensor([label for _, label in found], dtype=torch.long)
-
-
-def _rgb(source: ImageSource, path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The image (H, W, 3), resized if asked."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{source}: cannot read the image {str(path)!r}: {error}") from error
-    return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
-
-
-def _decode(source: ImageSource, paths: Sequence[Path], size: tuple[int, int], resize: bool = False) -> Tensor:
-    """The images (N, 3, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter."""
-    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
-
-    def fill(i: int) -> None:
-        image = _rgb(source, paths[i], size if resize else None)
-        if image.shape[:2] != size:
-            raise ValueError(
-                f"{source}: {str(paths[i])!r} has {image.shape[0]}x{image.shape[1]} pixels instead of "
-                f"{size[0]}x{size[1]}"
-            )
-        images[i] = image.transpose(2, 0, 1)
-
-    with ThreadPoolExecutor() as pool:
-        for _ in pool.map(fill, range(len(paths))):
-            pass
-    return torch.from_numpy(images)

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_sparse_cl.data.labels import whole_labels
+
 
 class ImageTensors(Dataset):
     """Images (N, C, H, W) and labels (N,) in memory; whole batches are gathered at once.
 
     Raises:
-        ValueError: if the lengths differ or images do not have four dimensions.
+        ValueError: if the lengths differ, images do not have four dimensions, or a label is not a whole number.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -23,7 +25,8 @@ class ImageTensors(Dataset):
                 f"ImageTensors: images are (N, C, H, W) and labels (N,), got {tuple(images.shape)} "
                 f"and {tuple(labels.shape)}"
             )
-        self.images, self.labels = images, labels.long()
+        self.images = images.detach()
+        self.labels = whole_labels(labels, "ImageTensors").to(images.device)
 
     def to(self, device: torch.device) -> ImageTensors:
         self.images, self.labels = self.images.to(device), self.labels.to(device)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_sparse_cl.data.augment import ImageTransform
-from lightning_sparse_cl.data.datamodule import TaskDataModule, _refuse_empty, _standardise
+from lightning_sparse_cl.data.checks import refuse_empty
+from lightning_sparse_cl.data.datamodule import TaskDataModule, _standardise
+from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.sources import ImageSource
 
@@ -41,8 +44,21 @@ class SourceTasks(TaskDataModule):
         self.source.fetch()
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
-        train, test = self.divide(*self.source.read(train=True)), self.divide(*self.source.read(train=False))
-        _refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
+        train, test = (self.divide(*self._read(train=part)) for part in (True, False))
+        self.class_names = self.source.names()
+        refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         if self.transform is None:
             self.transform = _standardise(train[0], self.source.crop, self.source.flip)
         return train, test
+
+    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+        """A part of the source, with labels in ``range(source.num_classes)``."""
+        name = f"{type(self).__name__} of {self.source}"
+        images, labels = map(torch.as_tensor, self.source.read(train))
+        labels = whole_labels(labels, name)  # uint8 would choose like a mask where it is an index
+        if (wrong := labels[(labels < 0) | (labels >= self.source.num_classes)]).numel():
+            raise ValueError(
+                f"{name}: a source of {self.source.num_classes} classes labels them 0-{self.source.num_classes - 1}, "
+                f"got {int(wrong[0])}"
+            )
+        return images, labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,8 +36,12 @@ class ImageSource:
         """Download what is missing, if the source was told to. Called by one process, before any of them reads."""
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W), uint8, and labels (N,), int64, of the training or the test part."""
+        """Images (N, C, H, W), uint8 or float, and labels (N,), whole numbers, of the training or the test part."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its images are: override read()")
+
+    def names(self) -> list[str]:
+        """Names of the classes, by label. If not overridden, the labels as text."""
+        return [str(c) for c in range(self.num_classes)]
 
     def image_transform(self) -> ImageTransform | None:
         """From stored images to network input; None if the source has no mean and deviation."""
@@ -120,8 +124,32 @@ class FashionMNISTSource(_TorchvisionSource):
     num_classes = 10
     mean, std = (0.2860,), (0.3530,)
 
+    def names(self) -> list[str]:
+        from torchvision import datasets
 
-class CIFAR10Source(_TorchvisionSource):
+        return list(datasets.FashionMNIST.classes)
+
+
+class _CIFARSource(_TorchvisionSource):
+    """CIFAR-10 or CIFAR-100, which keep the names of their classes in a file of their own."""
+
+    key: ClassVar[str] = ""
+    """Of the names in that file. If empty, torchvision's."""
+
+    def names(self) -> list[str]:
+        from torchvision import datasets
+        from torchvision.datasets.utils import check_integrity
+
+        kind = getattr(datasets, self.dataset)
+        path = Path(self.root, kind.base_folder, kind.meta["filename"])
+        if not check_integrity(str(path), kind.meta["md5"]):  # it is unpickled below
+            raise FileNotFoundError(f"{self}: {str(path)!r} is missing or damaged")
+        with path.open("rb") as file:
+            names = pickle.load(file, encoding="latin1").get(self.key or kind.meta["key"])
+        return super().names() if names is None else list(names)
+
+
+class CIFAR10Source(_CIFARSource):
     """CIFAR-10, 60,000 colour images, 32x32, 10 classes (Krizhevsky, 2009)."""
 
     dataset = "CIFAR10"
@@ -131,7 +159,7 @@ class CIFAR10Source(_TorchvisionSource):
 
 
 @dataclass(frozen=True)
-class CIFAR100Source(_TorchvisionSource):
+class CIFAR100Source(_CIFARSource):
     """CIFAR-100, 60,000 colour images, 32x32, 100 classes in 20 superclasses (Krizhevsky, 2009).
 
     Args:
@@ -146,6 +174,10 @@ class CIFAR100Source(_TorchvisionSource):
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return 20 if self.coarse else 100
+
+    @property
+    def key(self) -> str:  # type: ignore[override]  # computed here, a constant there
+        return "coarse_label_names" if self.coarse else ""
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         images, labels = super().read(train)
@@ -162,44 +194,3 @@ class CIFAR100Source(_TorchvisionSource):
         ((name, _),) = data.train_list if train else data.test_list
         with Path(data.root, data.base_folder, name).open("rb") as file:
             return torch.tensor(pickle.load(file, encoding="latin1")["coarse_labels"])
-
-
-@dataclass(frozen=True, eq=False)
-class TensorSource(ImageSource):
-    """Images and labels of your own.
-
-    Args:
-        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on.
-        crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`; for uint8 images.
-    """
-
-    train: tuple[Tensor, Tensor] = field(repr=False)
-    test: tuple[Tensor, Tensor] = field(repr=False)
-    crop: int = 0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("train", "test"):
-            images, labels = getattr(self, name)
-            if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
-                raise ValueError(
-                    f"TensorSource({name}=...): images are (N, C, H, W) and labels (N,), N > 0, got "
-                    f"{tuple(images.shape)} and {tuple(labels.shape)}"
-                )
-            if images.dtype != torch.uint8 and not images.is_floating_point():
-                raise ValueError(f"TensorSource({name}=...): images are uint8 or float, got {images.dtype}")
-            if labels.is_floating_point() or labels.min() < 0:
-                raise ValueError(f"TensorSource({name}=...): labels are integers from 0 on")
-            if (self.crop or self.flip) and images.is_floating_point():
-                raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, floats pass unchanged")
-        if self.train[0].shape[1:] != self.test[0].shape[1:]:
-            shapes = [tuple(images.shape[1:]) for images, _ in (self.train, self.test)]
-            raise ValueError(f"TensorSource: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
-
-    @property
-    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
-        return 1 + max(int(labels.max()) for _, labels in (self.train, self.test))
-
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        images, labels = self.train if train else self.test
-        return images, labels.long()

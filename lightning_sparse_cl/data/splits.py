@@ -18,8 +18,8 @@ from lightning_sparse_cl.data.sources import (
     FashionMNISTSource,
     ImageSource,
     MNISTSource,
-    TensorSource,
 )
+from lightning_sparse_cl.data.tensor_source import TensorSource
 
 
 class ClassSplit(SourceTasks):
@@ -56,6 +56,11 @@ class ClassSplit(SourceTasks):
             )
         self.class_order: list[int] = order
         """The source's class behind each label."""
+
+    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+        train, test = super().load()
+        self.class_names = [self.class_names[c] for c in self.class_order]
+        return train, test
 
     def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
         labels = torch.tensor(self.class_order).argsort()[labels]
@@ -197,8 +202,11 @@ class SplitImageFolder(ClassSplit):
 class SplitTensors(ClassSplit):
     """:class:`ClassSplit` of images and labels of your own: :class:`TensorSource`.
 
+    Labels may have gaps: classes are those that occur, counted in ascending order, also in ``class_order``.
+
     Args:
-        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on.
+        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on; tensors or
+            numpy arrays.
         crop: zero padding in pixels before a random crop in training; 0 is none. For uint8 images.
         flip: mirror half of the training images. For uint8 images.
     """

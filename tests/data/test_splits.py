@@ -229,6 +229,17 @@ def broken_folder(root: Path, change: Callable[[Path], Any], **kwargs: Any) -> s
 
 
 X, Y = torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
+
+
+class OneClass(scl.ImageSource):
+    """Two classes, and no image of the first."""
+
+    num_classes = 2
+
+    def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        return X, Y + 1
+
+
 ERRORS: list[tuple[Callable[[Path], scl.TaskDataModule], str]] = [
     (lambda _: scl.SplitDigits(num_tasks=3), r"SplitDigits\(num_tasks=3\): 10 classes divide into 1, 2, 5 or 10 tasks"),
     (lambda _: scl.PermutedDigits(num_tasks=0), r"PermutedDigits\(num_tasks=0\): .* at least one task"),
@@ -265,7 +276,7 @@ ERRORS: list[tuple[Callable[[Path], scl.TaskDataModule], str]] = [
     (lambda _: scl.SplitTensors((X, Y - 1), (X, Y), 1), "integers from 0 on"),
     (lambda _: scl.SplitTensors((X.float(), Y), (X.float(), Y), 1, flip=True), "only uint8 images are augmented"),
     (lambda _: scl.SplitTensors((X, Y), (X[..., :2], Y), 1), "differ in shape"),
-    (lambda _: scl.SplitTensors((X, Y + 1), (X, Y + 1), 2), "task 0 has no training images"),
+    (lambda _: scl.ClassSplit(OneClass(), 2), "task 0 has no training images"),
     (lambda _: scl.SplitTensors((X, Y), (X, Y), 2), r"num_tasks=2\): 1 classes divide into 1 tasks"),
     (lambda _: scl.TaskDatasets([TensorDataset(X, Y)], []), "got 1 training, 0 test sets"),
     (lambda _: scl.TaskDatasets([Items(X[0], 0)], [Items(X[0], 7)]), "task 0 is tested on the label 7, which no train"),

@@ -1,0 +1,150 @@
+"""What is checked of all tasks before any is trained: one network is for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_sparse_cl.data.items import Items
+from lightning_sparse_cl.data.loader import ImageTensors, length
+
+Part = ImageTensors | Items
+"""The training or test set of a task, once it is known to be one."""
+
+
+def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
+    """Every task has training and test images."""
+    for part, sets in {"training": train, "test": test}.items():
+        for t, data in enumerate(sets):
+            if not length(data):
+                raise ValueError(f"{name}: task {t} has no {part} images")
+
+
+def check_images(name: str, train: Sequence[Part], test: Sequence[Part]) -> None:
+    """Images of all tasks have one shape, one type and about one range, and their values are finite.
+
+    Of items that are not in memory, eight of each set are read, evenly spaced.
+
+    Raises:
+        ValueError: in one line, with the task.
+    """
+    first = _example(train[0])
+    refuse_channels_last(name, tuple(first.shape), first.dtype, batch=isinstance(train[0], ImageTensors))
+    before: tuple[str, Tensor] | None = None  # the latest training images that are not all zero
+    for task, pair in enumerate(zip(train, test, strict=True)):
+        examples = [_example(data) for data in pair]
+        shapes, types = [tuple(e.shape) for e in examples], [e.dtype for e in examples]
+        if any(shape != first.shape for shape in shapes):
+            raise ValueError(f"{name}: images of task {task} are {shapes}, of task 0 {tuple(first.shape)}")
+        if any(dtype != first.dtype for dtype in types):
+            raise ValueError(
+                f"{name}: the training and test images of task {task} are {types[0]} and {types[1]}, the training "
+                f"images of task 0 {first.dtype}; all must be equal"
+            )
+        if first.dtype != torch.uint8 and not first.is_floating_point():
+            raise ValueError(f"{name}: images are uint8 or float, got {first.dtype}")
+        for data, part in zip(pair, ("training", "test"), strict=True):
+            if isinstance(data, ImageTensors):
+                _refuse_not_finite(f"{name}: task {task}, {part} image", data.images)
+            sample = f"the {part} images of task {task}", _sample(data)
+            if before is not None:
+                refuse_other_range(name, before, sample)
+            if part == "training" and (before is None or sample[1].any()):
+                before = sample
+
+
+def refuse_channels_last(name: str, shape: Sequence[int], dtype: torch.dtype, batch: bool) -> None:
+    """Images (H, W, C) look like images of H channels that are one, three or four pixels wide.
+
+    Args:
+        name: for the error.
+        shape: three sizes, which should be (C, H, W).
+        dtype: of the images.
+        batch: whether the remedy is for a batch (N, C, H, W) or an image.
+    """
+    height, width, last = shape
+    square, pixel = height == width, dtype == torch.uint8 or last == 3
+    if last in (1, 3, 4) and min(height, width) > last and (square or (pixel and min(height, width) > 4)):
+        order = "0, 3, 1, 2" if batch else "2, 0, 1"
+        raise ValueError(
+            f"{name}: images are (C, H, W); those of shape {tuple(shape)} seem to be (H, W, C), use .permute({order})"
+        )
+
+
+def refuse_other_range(name: str, one: tuple[str, Tensor], other: tuple[str, Tensor]) -> None:
+    """Two sets of images are on one scale.
+
+    They are not if both the largest and the mean absolute value differ by more than a factor of 10, as those of images
+    in 0-1 and in 0-255 do. An outlier changes the largest alone, and sparse pixels the mean alone. Images that are all
+    zero are on any scale.
+
+    Args:
+        name: for the error.
+        one, other: what the images are called, and the images, of which at most 1,000 are looked at.
+    """
+    (called, peak, mean), (named, other_peak, other_mean) = (_scale(*images) for images in (one, other))
+    above = peak > 10 * other_peak and mean > 10 * other_mean
+    below = other_peak > 10 * peak and other_mean > 10 * mean
+    if (above or below) and peak and other_peak:
+        raise ValueError(
+            f"{name}: {called} reach {peak:.4g} in absolute value and {named} {other_peak:.4g}; bring them to one range"
+        )
+
+
+def _scale(called: str, images: Tensor) -> tuple[str, float, float]:
+    sizes = _spaced(images).double().abs()
+    return called, float(sizes.max()), float(sizes.mean())
+
+
+def check_labels(name: str, train: Sequence[Tensor], test: Sequence[Tensor]) -> None:
+    """Labels count from 0, since -1 and other negative ones mark samples without a label; what is tested was learnt.
+
+    Args:
+        name: for errors.
+        train, test: labels (N,) of each task.
+
+    Raises:
+        ValueError: in one line, with the task.
+    """
+    learnt = set(torch.cat(list(train)).unique().tolist())
+    for task, labels in enumerate(map(torch.cat, zip(train, test, strict=True))):
+        if labels.min() < 0:
+            raise ValueError(f"{name}: task {task} has the label {int(labels.min())}; labels count from 0")
+        if unknown := set(test[task].unique().tolist()) - learnt:
+            raise ValueError(f"{name}: task {task} is tested on the label {min(unknown)}, which no training sample has")
+
+
+def warn_of_untested(name: str, train: Sequence[Tensor], test: Sequence[Tensor], class_names: Sequence[str]) -> None:
+    """Warn of classes that a task trains and does not test. Arguments as for :func:`check_labels`."""
+    for task, (learnt, tested) in enumerate(zip(train, test, strict=True)):
+        if missing := sorted(set(learnt.unique().tolist()) - set(tested.unique().tolist())):
+            names = ", ".join(repr(class_names[c]) for c in missing[:5]) + ", ..." * (len(missing) > 5)
+            rank_zero_warn(f"{name}: task {task} has no test images of {len(missing)} of its classes: {names}")
+
+
+def _example(data: Part) -> Tensor:
+    return data.images[0] if isinstance(data, ImageTensors) else data.first
+
+
+def _sample(data: Part) -> Tensor:
+    """Images (n, C, H, W), evenly spaced, of which at most 8 are read."""
+    if isinstance(data, ImageTensors):
+        return _spaced(data.images)
+    n = min(len(data), 8)
+    return torch.stack([data[i * len(data) // n][0] for i in range(n)])
+
+
+def _spaced(images: Tensor) -> Tensor:
+    """At most 1,000 images, evenly spaced."""
+    n = min(len(images), 1000)
+    return images[torch.arange(n, device=images.device) * len(images) // n]
+
+
+def _refuse_not_finite(where: str, images: Tensor) -> None:
+    if images.is_floating_point() and not all(bool(v.isfinite()) for v in images.aminmax()):  # one pass, no copy
+        first = next(i for i, image in enumerate(images) if not image.isfinite().all())
+        raise ValueError(f"{where} {first} has values that are NaN or infinite")

@@ -1,0 +1,124 @@
+"""Pictures: PIL images and image files of any mode, as pixels of 8 bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
+"""Of the files that are read."""
+NOTES = {".txt", ".md", ".json", ".csv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"}
+"""Endings of files that nobody takes for images, ``Thumbs.db`` and ``desktop.ini`` among them."""
+
+
+def eight_bits(image: Any) -> Any:
+    """A PIL image in mode L or RGB.
+
+    Grey of 16 bits is divided by 257, so that white stays white. Grey with alpha and black-and-white become L, all
+    other modes RGB; alpha is dropped.
+
+    Raises:
+        ValueError: if the range of the pixels is not known (modes F and I, but for 16 bits that Pillow opens as I), or
+            Pillow cannot convert the mode.
+    """
+    mode = image.mode
+    if mode in ("L", "RGB"):
+        return image
+    if mode == "F" or (mode == "I" and not _is_sixteen_bits(image)):
+        raise ValueError(f"the pixels of mode {mode} (32 bits) have no known range; convert them to 8 bits")
+    if mode.startswith("I"):
+        from PIL import Image
+
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    if mode in ("La", "RGBa"):  # Pillow converts alpha that is multiplied in only to these
+        image = image.convert(mode.upper())
+    if mode == "PA" or (mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+    return image.convert("L" if mode in ("1", "LA", "La") else "RGB")
+
+
+def _is_sixteen_bits(image: Any) -> bool:
+    """Whether mode I holds 16 bits, as older Pillow opens such PNGs: by the format, or by values beyond 8 bits."""
+    low, high = image.getextrema()
+    return low >= 0 and high < 2**16 and (image.format in ("PNG", "PPM") or high == 0 or high > 255)
+
+
+def pixels(image: Any) -> Tensor:
+    """A PIL image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises as :func:`eight_bits`."""
+    array = np.array(eight_bits(image))
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+
+def image_paths(folder: Path) -> list[Path]:
+    """The image files anywhere in a folder, in order; nothing hidden."""
+    return [path for path in _files(folder) if path.suffix.lower() in ENDINGS]
+
+
+def unread(part: Path) -> str:
+    """Which files of ``part/<class>/**`` are not read, and which lie beside the classes, as text; empty if none.
+
+    Hidden files and notes do not count.
+    """
+    files = [path for path in _files(part) if path.suffix.lower() not in NOTES]
+    beside = Counter(path.suffix.lower() for path in files if path.parent == part)
+    inside = Counter(path.suffix.lower() for path in files if path.parent != part)
+    inside = Counter({ending: n for ending, n in inside.items() if ending not in ENDINGS})
+    told = []
+    for found, where in ((inside, "in its classes"), (beside, "in no class")):
+        if found:
+            told.append(
+                ", ".join(f"{n} {ending or 'without ending'}" for ending, n in sorted(found.items())) + f" {where}"
+            )
+    return " and ".join(told)
+
+
+def _files(folder: Path) -> list[Path]:
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    return [p for p in paths if not any(name.startswith(".") for name in p.relative_to(folder).parts)]
+
+
+def read_rgb(path: Path, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file (H, W, 3), resized if asked.
+
+    Raises:
+        ValueError: with the name and the file, if it cannot be read or holds several pictures.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as file:
+            if file.format == "TIFF" and (count := getattr(file, "n_frames", 1)) > 1:
+                raise ValueError(f"it holds {count} pictures instead of one")
+            image = eight_bits(file).convert("RGB")
+    except Exception as error:  # a decoder raises whatever the broken bytes lead to
+        raise ValueError(f"{name}: cannot read the image {str(path)!r}: {error}") from error
+    return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
+
+
+def decode(paths: Sequence[Path], name: str, size: tuple[int, int], resize: bool = False) -> Tensor:
+    """The images (N, 3, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter.
+
+    Raises:
+        ValueError: with the name and the file, if one cannot be read, or is not of this size and not resized.
+    """
+    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
+
+    def fill(i: int) -> None:
+        image = read_rgb(paths[i], name, size if resize else None)
+        if image.shape[:2] != size:
+            raise ValueError(
+                f"{name}: {str(paths[i])!r} has {image.shape[0]}x{image.shape[1]} pixels instead of {size[0]}x{size[1]}"
+            )
+        images[i] = image.transpose(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(fill, range(len(paths))):
+            pass
+    return torch.from_numpy(images)

@@ -1,0 +1,89 @@
+"""Images and labels of your own as a source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.data.checks import refuse_channels_last, refuse_other_range
+from lightning_sparse_cl.data.labels import whole_labels
+from lightning_sparse_cl.data.sources import ImageSource
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSource(ImageSource):
+    """Images and labels of your own.
+
+    Labels are ids, with gaps if you like: the classes are those that occur in training, in ascending order, and
+    :meth:`names` has their ids as text. Negative ids are refused, since -1 marks samples without a label elsewhere.
+
+    Args:
+        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on; tensors or
+            numpy arrays.
+        crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`; for uint8 images.
+
+    Raises:
+        ValueError: if they are something else, or training and test images differ in shape, type or range.
+    """
+
+    train: tuple[Tensor, Tensor] = field(repr=False)
+    test: tuple[Tensor, Tensor] = field(repr=False)
+    crop: int = 0
+    flip: bool = False
+    ids: Tensor = field(init=False, repr=False)
+    """The id (num_classes,) of each class."""
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            object.__setattr__(self, name, _pair(f"TensorSource({name}=...)", getattr(self, name)))  # it is frozen
+        if (self.crop or self.flip) and self.train[0].is_floating_point():
+            raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, floats pass unchanged")
+        (train, labels), (test, tested) = self.train, self.test
+        if train.shape[1:] != test.shape[1:]:
+            shapes = tuple(train.shape[1:]), tuple(test.shape[1:])
+            raise ValueError(f"TensorSource: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
+        if train.dtype != test.dtype:
+            raise ValueError(f"TensorSource: train and test images differ in type, {train.dtype} and {test.dtype}")
+        refuse_other_range("TensorSource", ("train images", train), ("test images", test))
+        object.__setattr__(self, "ids", labels.unique())
+        if unknown := set(tested.tolist()) - set(self.ids.tolist()):
+            raise ValueError(f"TensorSource(test=...): no training sample has the label {min(unknown)}")
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
+        return len(self.ids)
+
+    def names(self) -> list[str]:
+        return [str(i) for i in self.ids.tolist()]
+
+    def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        images, labels = self.train if train else self.test
+        return images, torch.searchsorted(self.ids, labels)
+
+
+def _pair(name: str, given: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels as tensors on the CPU, where tasks are made of them."""
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        kind = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+        raise ValueError(f"{name}: give a pair (images, labels), got a {kind}")
+    try:
+        images, labels = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for x in given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: images and labels are tensors or arrays of numbers: {error}") from error
+    images, labels = images.detach().cpu(), labels.cpu()
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
+        raise ValueError(
+            f"{name}: images are (N, C, H, W) and labels (N,), N > 0, got {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"{name}: images are uint8 or float, got {images.dtype}")
+    refuse_channels_last(name, images.shape[1:], images.dtype, batch=True)
+    labels = whole_labels(labels, name)
+    if labels.min() < 0:
+        raise ValueError(f"{name}: labels are integers from 0 on, got {int(labels.min())}")
+    return images, labels
