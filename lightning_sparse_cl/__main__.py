@@ -2,66 +2,38 @@
 
 from __future__ import annotations
 
-import re
+import logging
 import sys
-import traceback
 import warnings
-import zipfile
-from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
-import lightning
 import lightning.pytorch as pl
 import torch
-import torch.optim
-import yaml
-from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
+from lightning_sparse_cl.cli import shipped
+from lightning_sparse_cl.cli.config import RunConfig, refuse_non_numbers, refuse_repeated_keys
+from lightning_sparse_cl.cli.errors import one_line
+from lightning_sparse_cl.cli.export import ExportingTrainer
+from lightning_sparse_cl.cli.last import newest_run, plain
 
-
-class ExportingTrainer(pl.Trainer):
-    """A Trainer with ``export``, a subcommand beside ``fit`` and ``test``."""
-
-    def export(
-        self,
-        model: pl.LightningModule,
-        datamodule: pl.LightningDataModule | None = None,
-        ckpt_path: str = "last",
-        output: str = "model.pt2",
-    ) -> None:
-        """Write the trained network, without dead channels, as a program that torch runs alone.
-
-        ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits of all
-        classes.
-
-        Args:
-            model: the method.
-            datamodule: not needed.
-            ckpt_path: a checkpoint, or "last": the newest run of this configuration.
-            output: the file to write.
-
-        Raises:
-            ValueError: if the checkpoint has one subnetwork for each task, or classifies by a memory.
-        """
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
-            raise ValueError(
-                f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
-                "load_from_checkpoint and export each that you need by export_network"
-            )
-        if "built_for" not in checkpoint:
-            raise ValueError(f"export: {ckpt_path} is of a {type(model).__name__}; use export_network(network, path)")
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-        shape = checkpoint["built_for"]["input_shape"]
-        left = scl.export_network(network_of(model), output, shape)
-        print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
+NOBODY_CAN_ACT_ON = (
+    ".*does not have many workers.*",  # the data are in memory
+    ".*isinstance.treespec, LeafSpec.*",  # Lightning against a newer torch
+    "The dirpath has changed from.*",  # a resumed run has a folder of its own
+    ".*Checkpoint directory .* exists and is not empty.*",  # as it should, where a run goes on
+    ".*`weights_only`.*",
+    "LightningCLI's args parameter is intended.*",  # names of shipped configurations are replaced by their files
+    ".*deprecated in v4.*",  # Lightning against a newer jsonargparse
+    ".*Consider setting `persistent_workers=True`.*",  # loaders are made anew in every epoch
+    ".*the number of training batches .* is smaller than the logging interval.*",
+)
 
 
 class SparseCLI(LightningCLI):
@@ -79,6 +51,16 @@ class SparseCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {"export": {"model", "datamodule"}}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
+        config = self.config[self.config.subcommand]
+        refuse_non_numbers(config.as_dict(), "")
+        if config.ckpt_path is None and self.config.subcommand == "fit" and is_requeued():
+            rank_zero_info("SLURM runs this job again: --ckpt_path=last")
+            config.ckpt_path = "last"
+        if config.ckpt_path not in (None, "last", "best", "hpc"):
+            read_checkpoint(config.ckpt_path, mmap=True)
+
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.threads is not None:
@@ -88,26 +70,37 @@ class SparseCLI(LightningCLI):
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        super().parse_arguments(parser, args)
-        path = self.config[self.config.subcommand].ckpt_path
-        if path is not None and path not in ("last", "best", "hpc") and (fault := damage(path)):
-            raise ValueError(f"--ckpt_path={path}: this file {fault}")
-
     def before_fit(self) -> None:
-        """``--ckpt_path last`` is the newest run of this very configuration."""
+        """``--ckpt_path last`` is the newest run of this very configuration; for a fit, a new one if there is none."""
         config = self.config_init[self.subcommand]
         if config.compile:
             getattr(self.model, "backbone", self.model).compile()
         if config.ckpt_path != "last":
+            if config.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
+                rank_zero_warn(
+                    f"{self.subcommand}: no --ckpt_path is given; the network is as the configuration makes it"
+                )
             return
-        folder = config.checkpoint.dirpath
-        if folder is None:
-            config.ckpt_path = str(newest_run(self.trainer.logger, self.config[self.subcommand]))
-        elif not list(Path(folder).glob("last*.ckpt")):
-            raise FileNotFoundError(f"--ckpt_path=last: there is no last.ckpt in {folder}")
+        training = self.subcommand == "fit"
+        found = newest_run(self._checkpoint_folders(), plain(self.config[self.subcommand]), training)
+        if found is None and not training:
+            raise FileNotFoundError("--ckpt_path=last: no intact last.ckpt of this configuration")
+        if found is None:
+            rank_zero_info("--ckpt_path=last: starts anew")
+        config.ckpt_path = None if found is None else str(found)
 
     before_validate = before_test = before_predict = before_export = before_fit
+
+    def _checkpoint_folders(self) -> list[Path]:
+        """Where this command's runs have their checkpoints: as ``ModelCheckpoint`` puts them for any logger."""
+        if (told := self.config_init[self.subcommand].checkpoint.dirpath) is not None:
+            return [Path(told)]
+        roots = {Path(self.trainer.default_root_dir): ["checkpoints"]}
+        for logger in self.trainer.loggers:
+            root = Path(logger.save_dir or self.trainer.default_root_dir)
+            roots[root] = ["checkpoints", "*/checkpoints", "*/*/checkpoints"]
+            roots[root / str(logger.name or "")] = ["checkpoints", "*/checkpoints"]
+        return [folder for root, patterns in roots.items() for pattern in patterns for folder in root.glob(pattern)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.config_init[self.subcommand].trainer
@@ -115,63 +108,49 @@ class SparseCLI(LightningCLI):
         own_bar = any(isinstance(c, ProgressBar) for c in listed)
         if trainer.enable_progress_bar is not False and not own_bar:
             self.trainer_defaults["callbacks"].insert(0, scl.TaskProgressBar())
-        return super().instantiate_trainer(**kwargs)
+        if trainer.devices == "auto" and (started := launched()) is not None:
+            trainer.devices, trainer.num_nodes = started.per_node, started.nodes
+        made = super().instantiate_trainer(**kwargs)
+        if made.world_size > 1:
+            join_after_restart(made.strategy.root_device)
+        return made
 
 
-def newest_run(logger: Any, config: Any) -> Path:
-    """``last.ckpt`` of the newest run in ``logger``'s folder that has the model, data and schedule of ``config``.
+def _with_files(args: ArgsType) -> ArgsType:
+    """Arguments with the files of shipped configurations for their names; files are looked at.
 
     Raises:
-        FileNotFoundError: if there is none.
+        ValueError: if a file repeats a key.
     """
-    runs = Path(logger.save_dir or ".", logger.name or "") if logger is not None else Path()
-    wanted = _sought(config)
-    found = []
-    for path in (*runs.glob("*/checkpoints/last.ckpt"), *runs.glob("checkpoints/last.ckpt")):
-        beside = path.parents[1] / "config.yaml"
-        if beside.is_file() and _sought(yaml.safe_load(beside.read_text())) == wanted:
-            found.append(path)
-    if not found:
-        raise FileNotFoundError(f"--ckpt_path=last: no run under {runs} has this configuration and a last.ckpt")
-    return max(found, key=lambda path: path.stat().st_mtime)
-
-
-def _sought(config: Namespace | dict[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same. Not the batch of a process: their number may have changed."""
-    parts = {key: config.get(key) for key in ("seed_everything", "model", "data", "schedule")}
-    parts = yaml.safe_load(yaml.safe_dump(Namespace(**parts).as_dict()))  # a copy, as it is written to files
-    (parts["data"] or {}).get("init_args", {}).pop("batch_size", None)
-    return parts
-
-
-def damage(path: str) -> str | None:
-    """What is wrong with a checkpoint file, or None. Sums are checked: ``torch.load`` reads altered bytes silently."""
-    if not Path(path).is_file():
-        return "is not there"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        return f"is truncated, altered or no checkpoint ({type(error).__name__})"
-    if broken is not None:
-        return f"is altered: the checksum of {broken} does not match"
-    return None if "state_dict" in found else "is no checkpoint of Lightning"
+    if not isinstance(args, list):
+        return args
+    args = list(args)
+    for i, word in enumerate(args):
+        option, equals, value = word.partition("=")
+        if option not in ("-c", "--config") or not (equals or i + 1 < len(args)):
+            continue
+        path = shipped.find(value if equals else args[i + 1])
+        args[i if equals else i + 1] = f"{option}={path}" if equals else path
+        if Path(path).is_file():
+            refuse_repeated_keys(Path(path))
+    return args
 
 
 def main(args: ArgsType = None) -> SparseCLI:
     """Parse, run, and return the finished CLI; ``args`` stands in for the command line."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # the data are in memory
+    for pattern in NOBODY_CAN_ACT_ON:
+        warnings.filterwarnings("ignore", pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     return SparseCLI(
         pl.LightningModule,
         scl.TaskDataModule,
+        save_config_callback=RunConfig,
         trainer_class=ExportingTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
         parser_kwargs={command: {"exit_on_error": False} for command in SparseCLI.subcommands()}
         | {"exit_on_error": False},
-        save_config_kwargs={"overwrite": True},  # a resumed run may go on in its folder
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a method brings its optimiser
         trainer_defaults={
@@ -192,38 +171,23 @@ def main(args: ArgsType = None) -> SparseCLI:
     )
 
 
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
 def run() -> None:
     """The console script: like :func:`main`; what the user can mend is told in one line, with exit status 1."""
+    requeue_before_training()
     try:
-        main()
+        if sys.argv[1:2] == ["configs"]:
+            shipped.command(sys.argv[2:])
+        else:
+            main()
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
         sys.exit(f"sparsecl: error: {line}")
-
-
-def one_line(error: BaseException) -> str | None:
-    """What to tell of an error that this package, Lightning, an optimiser or the parser found in the input.
-
-    None for a fault with a traceback to read.
-    """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    checkers = [Path(module.__path__[0]) for module in (scl, torch.optim, lightning)]
-    for link in chain:
-        raised_in = Path(traceback.extract_tb(link.__traceback__)[-1].filename if link.__traceback__ else "")
-        if isinstance(link, ValueError | OSError) and any(raised_in.is_relative_to(folder) for folder in checkers):
-            return " ".join(str(link).split())
-    if isinstance(error, MisconfigurationException):
-        return str(error)
-    if isinstance(error, ArgumentError):
-        key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
-        reason = str(chain[-1]).strip().splitlines()[0]
-        reason = reason.replace("Expected a dot import path string:", "no class is called")
-        return f"{key}: {reason}" if key and key not in reason else reason
-    return None
 
 
 if __name__ == "__main__":

@@ -2,57 +2,25 @@
 
 from __future__ import annotations
 
-import io
-import os
 import signal
 import threading
 import time
+import uuid
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
+from lightning_sparse_cl.callbacks.checkpoint_file import AtomicCheckpointIO, read_checkpoint
+from lightning_sparse_cl.callbacks.launchers import requeue, slurm_job
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all, and the file it replaces stays until it is.
-
-    Lightning's own goes through the folder for temporary files; where that is on another disk, the last step is a copy
-    that can be cut off.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path``, then rename.
-
-        Raises:
-            OSError: if the file cannot be written, a full disk for example; ``path`` is as it was.
-        """
-        if "://" in str(path):
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        target = Path(path)
-        part = target.with_name(f"{target.name}.part")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched"
-            ) from error
 
 
 class SequenceCheckpoint(ModelCheckpoint):
@@ -60,35 +28,106 @@ class SequenceCheckpoint(ModelCheckpoint):
 
     * The finished run, consolidated, is in ``last.ckpt``. Lightning saves every n steps *or* at epoch ends, so that
       with ``every_n_train_steps`` the last task's pruning would be missing from every file.
-    * Files are written by :class:`AtomicCheckpointIO`, unless the Trainer has a plugin of its own for it.
+    * Files are written and checked by :class:`AtomicCheckpointIO`, unless the Trainer has a plugin of its own for it.
     * SIGTERM and Ctrl-C (SIGINT) finish the running step, write ``last.ckpt`` and leave with status 128 + signal; a
       second one leaves at once. Several processes leave at the same step.
+    * In a SLURM job the signal that announces the time limit (SIGUSR1, or the ``requeue_signal`` of the Trainer's
+      ``SLURMEnvironment``) does the same and then queues the job again. Lightning's own handler for it, which saves in
+      the middle of a step, is off. ``SLURMEnvironment(auto_requeue=False)`` turns both off.
     * ``every_n_train_steps`` and ``train_time_interval`` hold under manual optimisation too, where Lightning heeds only
       the first.
     * Nothing is written between an epoch's last batch and its end: Lightning, resuming there, would skip validation and
       the epoch-end hooks, and :class:`TaskSchedule` refuses to. What is due then is written at the epoch's end.
+    * Several runs may share a ``dirpath``: the second writes ``last-v1.ckpt``, and so on, also while the first is
+      running. Only a run that is resumed replaces its own ``last.ckpt``.
     """
 
     _signal: int = 0
     _due = False
+    _requeue_signal: int | None = None
     _handlers: dict[int, Any] | None = None
+    _run = ""
+    """Tells this run from others that write to the same folder; a resumed run keeps it."""
+    _claim: FileLock | None = None
+    _version = 0
+    """Of the files' names; 0 is none."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, AtomicCheckpointIO):
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO(resuming=stage == "fit")
+        self._run = ""
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and slurm_job() is not None:
+            self._requeue_signal = environment.requeue_signal
+            environment.auto_requeue = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._run = self._run or uuid.uuid4().hex
+        if trainer.is_global_zero and not parts_of(trainer).fast_dev_run and "://" not in str(self.dirpath):
+            self._claim_names()
+        self._version = trainer.strategy.broadcast(self._version)
         super().on_train_start(trainer, pl_module)
         self._signal, self._due = 0, False
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._handlers = {number: signal.signal(number, self._heard) for number in SIGNALS}
+            numbers = (signal.SIGTERM, signal.SIGINT, self._requeue_signal)
+            self._handlers = {number: signal.signal(number, self._heard) for number in numbers if number is not None}
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def _claim_names(self) -> None:
+        """Take the first version of the names that no running process has and whose ``last.ckpt`` is not another's."""
+        self._release_names()
+        folder, self._version = Path(str(self.dirpath)), 0
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            path = self._last_path()
+            claim = FileLock(folder / f".{path.name}.lock")
+            try:
+                claim.acquire(timeout=0)
+            except Timeout:
+                self._version += 1
+                continue
+            if self._is_free(path):
+                break
+            claim.release()
+            self._version += 1
+        self._claim = claim
+        for part in folder.glob(f"{path.name}.*.part"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
+
+    def _is_free(self, path: Path) -> bool:
+        if not path.exists():
+            return True
+        try:
+            return read_checkpoint(path, mmap=True).get("run") == self._run
+        except ValueError:
+            return False  # whose it was is not known
+
+    def _release_names(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            Path(self._claim.lock_file).unlink(missing_ok=True)
+        self._claim = None
+
+    def _last_path(self) -> Path:
+        suffix = f"{self.CHECKPOINT_JOIN_CHAR}v{self._version}" if self._version else ""
+        return Path(str(self.dirpath), f"{self.CHECKPOINT_NAME_LAST}{suffix}{self.FILE_EXTENSION}")
+
+    def format_checkpoint_name(
+        self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None,
+        prefix: str | None = None,
+    ) -> str:  # fmt: skip
+        """Lightning's, with the version that this run has claimed."""
+        return super().format_checkpoint_name(metrics, filename, self._version or None if ver is None else ver, prefix)
+
+    # -- when ----------------------------------------------------------------------------------------------------
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._signal:
+        if self._signal and number != self._requeue_signal:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._signal = number
+        self._signal = self._signal or number
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._due = self._due or self._is_due(trainer)
@@ -126,6 +165,12 @@ class SequenceCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
         self._due = False
 
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self.save_last == "link":
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+        elif self.save_last:
+            self._write_last(trainer)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if parts_of(trainer).fast_dev_run:
             return
@@ -135,26 +180,39 @@ class SequenceCheckpoint(ModelCheckpoint):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._restore_handlers()
+        self._release_names()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
         super().on_exception(trainer, pl_module, exception)
+        self._release_names()
 
     def _leave_if_told(self, trainer: pl.Trainer) -> None:
-        told = bool(self._signal)
+        told, again = bool(self._signal), self._signal == self._requeue_signal
         if trainer.world_size > 1:
             told = trainer.strategy.reduce_boolean_decision(told, all=False)
-        if told:
-            self._write_last(trainer)
-            rank_zero_info(f"{signal.Signals(self._signal or signal.SIGTERM).name}: saved {self.dirpath}/last.ckpt; "
-                           "go on with --ckpt_path last")  # fmt: skip
-            raise SystemExit(128 + (self._signal or signal.SIGTERM))
+            again = told and trainer.strategy.reduce_boolean_decision(again, all=False)
+        if not told:
+            return
+        self._write_last(trainer)
+        number = self._requeue_signal if again and self._requeue_signal is not None else self._signal or signal.SIGTERM
+        rank_zero_info(f"{signal.Signals(number).name}: saved {self._last_path()}; go on with --ckpt_path last")
+        if again and trainer.is_global_zero:
+            requeue()
+        raise SystemExit(128 + number)
 
     def _write_last(self, trainer: pl.Trainer) -> None:
         if self.dirpath and not parts_of(trainer).fast_dev_run:
-            trainer.save_checkpoint(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}.ckpt", self.save_weights_only)
+            self.last_model_path = str(self._last_path())
+            trainer.save_checkpoint(self.last_model_path, self.save_weights_only)
 
     def _restore_handlers(self) -> None:
         for number, handler in (self._handlers or {}).items():
             signal.signal(number, handler)
         self._handlers = None
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint["run"] = self._run
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        self._run = checkpoint.get("run", "")

@@ -12,10 +12,19 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sparse_cl.callbacks.identity import (
+    epochs_complete,
+    identity,
+    note_other_settings,
+    refuse_another_run,
+    refuse_epochs,
+    refuse_other_tasks,
+    sequence_of,
+)
+from lightning_sparse_cl.callbacks.launchers import launched
 from lightning_sparse_cl.callbacks.task_callback import announce, arrange
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.data.loader import ImageTensors, length
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -88,6 +97,7 @@ class TaskSchedule(pl.Callback):
             raise ValueError(f"TaskSchedule(restart_schedulers={restart_schedulers!r}): True, False or None")
         self.epochs, self.restart_schedulers = epochs, restart_schedulers
         self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # of each scheduler: its state, learning rates
+        self._found: dict[str, Any] | None = None  # the identity in the checkpoint that the fit goes on from
         self.begun = self.ended = -1
         """The last tasks that were started and consolidated."""
 
@@ -101,13 +111,19 @@ class TaskSchedule(pl.Callback):
         data, parts = task_data(trainer, self), parts_of(trainer)
         if stage != "fit":
             return
-        self.begun, self.ended, self._at_start = -1, -1, []
+        self.begun, self.ended, self._at_start, self._found = -1, -1, [], None
+        if (started := launched()) and started.per_node * started.nodes != trainer.world_size:
+            raise ValueError(
+                f"Trainer: {started.by} started {started.per_node * started.nodes} processes, and this Trainer is one "
+                f"of {trainer.world_size}: each would train a run of its own. "
+                f"Use Trainer(devices={started.per_node}, num_nodes={started.nodes})"
+            )
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
                 "give one number for all or one a task"
             )
-        total = sum(self.epochs_of(t) for t in range(data.num_tasks))
+        total = sum(self._planned(data.num_tasks))
         limit = trainer.max_epochs
         if limit is not None and 0 <= limit < total and not parts.fast_dev_run:
             raise ValueError(
@@ -147,6 +163,9 @@ class TaskSchedule(pl.Callback):
                         f"TaskSchedule: the checkpoint is of another optimiser: {type(optimizer).__name__} has "
                         f"{', '.join(sorted(missing))}, which it lacks"
                     )
+        if self._found is not None:
+            note_other_settings(trainer, self._found, self._identity(trainer, pl_module))
+            self._found = None
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         if schedulers and pl_module.automatic_optimization and self.restart_schedulers is None:
             rank_zero_warn(
@@ -208,18 +227,16 @@ class TaskSchedule(pl.Callback):
         self._at_start = list(state["schedulers"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint["task_sequence"] = _identity(trainer, pl_module)
+        checkpoint["task_sequence"] = self._identity(trainer, pl_module)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        if "task_sequence" not in checkpoint:
-            raise ValueError("TaskSchedule: this checkpoint is not of a task sequence; start anew without ckpt_path")
-        found = checkpoint["task_sequence"]
-        for key, value in _identity(trainer, pl_module).items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"TaskSchedule: the checkpoint has {key} = {found.get(key)!r} and this run has {value!r}; go on "
-                    "with what it was taken with"
-                )
+        found, here = sequence_of(checkpoint), self._identity(trainer, pl_module)
+        if trainer.state.fn != "fit":
+            return refuse_other_tasks(found, here)
+        refuse_another_run(found, here)
+        data = task_data(trainer)
+        refuse_epochs(found["epochs"], self._planned(data.num_tasks), data.starts, epochs_complete(checkpoint))
+        self._found = found
         loop = checkpoint["loops"]["fit_loop"]
         epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
         if batch["is_last_batch"] and epoch["processed"] < epoch["started"]:
@@ -228,23 +245,12 @@ class TaskSchedule(pl.Callback):
                 "would skip on resuming; take another (SequenceCheckpoint never saves there)"
             )
 
+    def _identity(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        return identity(trainer, pl_module, self._planned(task_data(trainer).num_tasks))
+
+    def _planned(self, tasks: int) -> list[int]:
+        return [self.epochs_of(task) for task in range(tasks)]
+
 
 def _rates(scheduler: Any) -> list[Any]:
     return [group["lr"] for group in scheduler.optimizer.param_groups]
-
-
-def _identity(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-    """What must be the same in a run that goes on; ``format`` grows when the state's layout changes."""
-    data = task_data(trainer)
-    return {
-        "format": 2,
-        "method": type(pl_module).__qualname__,
-        "data": type(data).__qualname__,
-        "classes of each task": data.classes,
-        "samples of each task": [length(d) for d in data.train_sets],
-        "first image of each task (sum of values)": [  # items that are not in memory may be drawn at random
-            float(d.images[0].sum()) for d in data.train_sets if isinstance(d, ImageTensors)
-        ],
-        "val_fraction": data.val_fraction,
-        "batch_size over all processes": data.batch_size * trainer.world_size,
-    }

@@ -1,0 +1,224 @@
+"""What makes two runs the same: what must agree where one goes on, and what may be changed on purpose."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_sparse_cl.callbacks.task_callback import TaskCallback
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, task_data
+from lightning_sparse_cl.data.loader import length
+
+FORMAT = 3
+"""Of the state in checkpoints; grows when its layout changes."""
+DATA = "fingerprint of each task's data"
+Differences = dict[str, tuple[Any, Any]]
+"""By name: the checkpoint's value and this run's."""
+
+
+def identity(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: Sequence[int]) -> dict[str, Any]:
+    """What a run is, in primitives. ``must`` agree in a run that goes on, ``tested`` in one that is only tested.
+
+    Of the ``settings``, any may be another on purpose. ``epochs`` are those planned for each task.
+    """
+    data = task_data(trainer)
+    tested = {
+        "method": type(pl_module).__qualname__,
+        "data": type(data).__qualname__,
+        "classes of each task": [
+            [getattr(data, "class_names", range(9**9))[c] for c in classes] for classes in data.classes
+        ],
+    }
+    must = {
+        "samples of each task": [length(d) for d in data.train_sets],
+        DATA: data.fingerprints,
+        "val_fraction": data.val_fraction,
+        "batch_size over all processes": data.batch_size * trainer.world_size,
+        "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
+        "limit_train_batches": trainer.limit_train_batches,
+        "overfit_batches": trainer.overfit_batches,
+    }
+    return {
+        "format": FORMAT,
+        "tested": tested,
+        "must": must,
+        "settings": settings(trainer, pl_module),
+        "epochs": list(epochs),
+    }
+
+
+def epochs_complete(checkpoint: Mapping[str, Any]) -> int:
+    """Epochs that a checkpoint has behind it, over all tasks."""
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+
+
+def sequence_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The :func:`identity` in a checkpoint.
+
+    Raises:
+        ValueError: if it is not of a task sequence, or of another version.
+    """
+    found = checkpoint.get("task_sequence")
+    if found is None:
+        raise ValueError("TaskSchedule: this checkpoint is not of a task sequence; start anew without ckpt_path")
+    if (form := found.get("format")) != FORMAT:
+        raise ValueError(
+            f"TaskSchedule: another version wrote this checkpoint (format = {form} and not {FORMAT}); go on with that "
+            "version, or take its weights by load_from_checkpoint"
+        )
+    return found
+
+
+def refuse_another_run(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """A run goes on with what it was begun with.
+
+    Raises:
+        ValueError: with all that differs.
+    """
+    if differing := differences(found["tested"], here["tested"]) | differences(found["must"], here["must"]):
+        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
+
+
+def refuse_epochs(planned: Sequence[int], now: Sequence[int], starts: Sequence[int], complete: int) -> None:
+    """Other numbers of epochs have a meaning for what is still to be trained.
+
+    Args:
+        planned: for each task, when the checkpoint was written.
+        now: for each task, in this run.
+        starts: the checkpoint's first epochs of the tasks begun, and of the next if one has just ended.
+        complete: epochs that the checkpoint has behind it, over all tasks.
+
+    Raises:
+        ValueError: if a task that is over would have had another number, or the running one has had as many already.
+    """
+    for task, (before, wanted, start) in enumerate(zip(planned, now, starts)):
+        if before == wanted:
+            continue
+        if task + 1 < len(starts):
+            raise ValueError(
+                f"TaskSchedule: task {task} of the checkpoint is over, and was to have {before} epochs and not "
+                f"{wanted}; start anew, or give a list of epochs that has {before} for it"
+            )
+        if wanted <= complete - start:
+            raise ValueError(
+                f"TaskSchedule: task {task} of the checkpoint has had {complete - start} epochs, and {wanted} are "
+                "planned"
+            )
+
+
+def refuse_other_tasks(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """What is tested was trained on the classes that it is tested on; other images of them are said.
+
+    Raises:
+        ValueError: with all that differs.
+    """
+    if differing := differences(found["tested"], here["tested"]):
+        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
+    if found["must"][DATA] != here["must"][DATA]:
+        rank_zero_warn("TaskSchedule: the data are not those of the checkpoint's training, or have changed since")
+
+
+def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """What was changed on purpose is said, and holds from now on, also where the checkpoint has restored its own.
+
+    Raises:
+        ValueError: if nobody has asked for this checkpoint: Lightning takes an ``hpc_ckpt`` by itself.
+    """
+    planned = differences({"epochs": found["epochs"]}, {"epochs": here["epochs"]})
+    differing = differences(found["settings"], here["settings"]) | planned
+    if not differing:
+        return
+    if Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt"):
+        raise ValueError(
+            f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is of another run: "
+            f"{told(differing)}; move it away"
+        )
+    for i, optimizer in enumerate(trainer.optimizers):
+        for key, value in optimizer.defaults.items():
+            before, now = differing.get(f"{optimizer_name(i)}.{key}", (None, None))
+            for group in optimizer.param_groups if now is not None else ():
+                place = f"initial_{key}" if f"initial_{key}" in group else key  # under a schedule: of the next task
+                if group[place] == before:
+                    group[place] = value
+    rank_zero_warn(f"TaskSchedule: this run goes on with other settings: {told(differing)}")
+
+
+def differences(found: Mapping[str, Any], here: Mapping[str, Any]) -> Differences:
+    """What differs between the same parts of two identities."""
+    return {k: (found.get(k), here.get(k)) for k in (*here, *found.keys() - here) if found.get(k) != here.get(k)}
+
+
+def told(differing: Differences) -> str:
+    """Differences in words."""
+    return ", ".join(
+        f"{name} = {_short(here)} ({_short(found)} in the checkpoint)" for name, (found, here) in differing.items()
+    )
+
+
+def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Hyper-parameters by dotted name: constructor arguments of the module, of its parts and of the callbacks that act
+    on tasks; what the optimisers begin with; what of the Trainer changes the training.
+    """
+    found: dict[str, Any] = {}
+    _describe(pl_module, "", found)
+    for name, value in getattr(pl_module, "hparams", {}).items():
+        _describe(value, f"hparams.{name}", found)
+    for callback in callbacks_of(trainer, TaskCallback):
+        _describe(callback, type(callback).__name__, found)
+    for i, optimizer in enumerate(trainer.optimizers):
+        found[optimizer_name(i)] = type(optimizer).__name__
+        for key, value in optimizer.defaults.items():
+            if key != "differentiable":  # PyTorch adds it late
+                _describe(value, f"{optimizer_name(i)}.{key}", found)
+    for key in ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
+        _describe(getattr(trainer, key), f"trainer.{key}", found)
+    return found
+
+
+def optimizer_name(i: int) -> str:
+    """What an optimiser's settings are called."""
+    return f"optimizer_{i}" if i else "optimizer"
+
+
+def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, ...] = ()) -> None:
+    """Add ``value`` and, of parts, their constructor's arguments as far as they are kept under their names.
+
+    Args:
+        value: what to describe.
+        name: its dotted name.
+        found: gets the entries.
+        inside: identities of the objects that it was found in.
+    """
+    if id(value) in inside or len(inside) > 5:
+        return
+    inner = (*inside, id(value))
+    if value is None or isinstance(value, bool | int | float | str):
+        found[name] = value
+    elif isinstance(value, Sequence):
+        for i, item in enumerate(value):
+            _describe(item, f"{name}.{i}", found, inner)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _describe(item, f"{name}.{key}", found, inner)
+    elif isinstance(value, partial):
+        found[name] = getattr(value.func, "__name__", type(value.func).__name__)
+        _describe(value.keywords, name, found, inner)
+    else:
+        found[name or "method"] = type(value).__name__
+        if not type(value).__module__.startswith("torch.") and inspect.isfunction(init := type(value).__init__):
+            kept = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
+            for parameter in inspect.signature(init).parameters:
+                if parameter in kept:
+                    _describe(kept[parameter], f"{name}.{parameter}".lstrip("."), found, inner)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,97 @@
+"""What started this process, SLURM or torchrun: how many processes it started, and how a job is queued again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+
+class Launched(NamedTuple):
+    """Processes that were started to be one run."""
+
+    by: str
+    per_node: int
+    nodes: int
+
+
+def launched() -> Launched | None:
+    """Who started this process and how many beside it; None if nobody did who says so."""
+    env = os.environ
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        per_node = int(env["LOCAL_WORLD_SIZE"])
+        return Launched("torchrun", per_node, int(env["WORLD_SIZE"]) // per_node)
+    if SLURMEnvironment.detect():
+        nodes = int(env.get("SLURM_NNODES") or 1)
+        return Launched("SLURM", int(env["SLURM_NTASKS"]) // nodes, nodes)
+    return None
+
+
+def join_after_restart(device: torch.device) -> None:
+    """Form the process group of a run that ``torchrun --max-restarts`` has started again.
+
+    torchrun keeps one store for all its attempts, and PyTorch reads the addresses in it without asking of which attempt
+    they are: gloo then connects to a process that is dead ("connectFullMesh failed ... Connection refused"). Here each
+    attempt has names of its own. Does nothing in the first attempt, and where torchrun has no part. A script calls it
+    before ``trainer.fit``; the command line does.
+
+    Args:
+        device: where this process trains.
+    """
+    env = os.environ
+    attempt = int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    if not attempt or env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or torch.distributed.is_initialized():
+        return
+    world = int(env["WORLD_SIZE"])
+    store = torch.distributed.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False)
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=torch.distributed.PrefixStore(f"attempt_{attempt}", store),
+        rank=int(env["RANK"]),
+        world_size=world,
+    )
+
+
+def slurm_job() -> str | None:
+    """The job's number, of an array's job with its index, as ``scontrol`` takes it; None outside of SLURM jobs."""
+    if not SLURMEnvironment.detect():
+        return None
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{index}" if array and index else os.environ.get("SLURM_JOB_ID")
+
+
+def is_requeued() -> bool:
+    """Whether SLURM runs this job again."""
+    return slurm_job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+
+
+def requeue() -> None:
+    """Ask SLURM to run this job again. A refusal is a warning: what was saved stays."""
+    job = slurm_job() or ""
+    try:
+        status = subprocess.call(["scontrol", "requeue", job])
+    except OSError as error:
+        status = error.errno or 1
+    if status:
+        rank_zero_warn(f"SLURM did not requeue job {job}: scontrol ended with status {status}; submit it again")
+    else:
+        rank_zero_info(f"SLURM runs job {job} again")
+
+
+def requeue_before_training() -> None:
+    """From now on until a fit has begun, SIGUSR1 in a SLURM job has nothing to save: requeue, and leave."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if int(os.environ.get("SLURM_PROCID") or 0) == 0:
+            requeue()
+        sys.exit(128 + number)
+
+    if slurm_job() is not None:
+        signal.signal(signal.SIGUSR1, leave)

@@ -1,0 +1,1 @@
+"""Parts of the command line, which :mod:`lightning_sparse_cl.__main__` puts together."""

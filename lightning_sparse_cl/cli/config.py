@@ -1,0 +1,79 @@
+"""The configuration of a run: files without repeated keys, numbers that are numbers, and a copy in the run's folder."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_sparse_cl.callbacks.run_folder import run_folder
+from lightning_sparse_cl.cli.last import CONFIG, plain
+
+
+def refuse_repeated_keys(path: Path) -> None:
+    """YAML readers take the last of two equal keys without a word.
+
+    Raises:
+        ValueError: with the key and the lines.
+    """
+
+    def walk(node: yaml.Node | None) -> None:
+        seen: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            line = key.start_mark.line + 1
+            if (name := str(key.value)) in seen:
+                raise ValueError(f"{path}: {name!r} is given twice, in lines {seen[name]} and {line}")
+            seen[name] = line
+            walk(value)
+        for value in node.value if isinstance(node, yaml.SequenceNode) else ():
+            walk(value)
+
+    try:
+        walk(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: this file is no YAML: {error}") from error
+
+
+def refuse_non_numbers(value: Any, name: str) -> None:
+    """Not-a-number passes every comparison that should refuse it, and infinity most.
+
+    Raises:
+        ValueError: with the dotted name.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name}={value}: a finite number is expected")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in items:
+        refuse_non_numbers(item, f"{name}.{key}" if name else str(key))
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the configuration to ``config.yaml`` in the run's folder, to loggers and into checkpoints."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        folder = run_folder(trainer)
+        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+            return
+        self.already_saved = True
+        if folder is not None:
+            written = self.parser.dump(self.config, skip_none=False)
+            folder.mkdir(parents=True, exist_ok=True)
+            half_written = folder / f"{self.config_filename}.{os.getpid()}.part"
+            try:
+                half_written.write_text(written)
+                os.replace(half_written, folder / self.config_filename)
+            finally:
+                half_written.unlink(missing_ok=True)
+        for logger in trainer.loggers:
+            if not isinstance(logger, CSVLogger):  # that would be a second copy in the same folder
+                logger.log_hyperparams(plain(self.config))
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
+        checkpoint[CONFIG] = plain(self.config)

@@ -1,0 +1,68 @@
+"""What the user can mend, told in one line."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+from argparse import ArgumentError
+from pathlib import Path
+
+import lightning
+import torch.optim
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lightning_sparse_cl as scl
+
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+NO_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|Storage size calculation overflowed|not enough memory|numel: integer"
+    r"|invalid dimension|Overflow when|overflowed",
+    re.IGNORECASE,
+)
+RESTORING = "checkpoint_connector.py"
+"""Of Lightning: a fault below it is a checkpoint that does not fit."""
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell of an error that this package, Lightning, an optimiser or the parser found in the input, or that
+    lies in the disk, the memory or a checkpoint.
+
+    None for a fault with a traceback to read.
+    """
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    checkers = [Path(module.__path__[0]) for module in (scl, torch.optim, lightning)]
+    for link in chain:
+        raised = _frames(link)[-1] if link.__traceback__ else traceback.FrameSummary("", 0, "")
+        found = [folder for folder in checkers if Path(raised.filename).is_relative_to(folder)]
+        if found and isinstance(link, ValueError | OSError):
+            return _joined(link)
+        if found[:1] == checkers[:1] and isinstance(link, TypeError) and (raised.line or "").startswith("raise "):
+            return _joined(link)
+    if isinstance(error, MisconfigurationException):
+        return _joined(error)
+    if isinstance(error, ArgumentError):
+        key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
+        reason = str(chain[-1]).strip().splitlines()[0]
+        reason = reason.replace("Expected a dot import path string:", "no class is called")
+        return f"{key}: {reason}" if key and key not in reason else reason
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in OF_THE_DISK:
+            return f"{link.filename or 'a file'}: {link.strerror}"
+        if isinstance(link, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(link, RuntimeError | OverflowError) and NO_MEMORY.search(str(link))
+        ):
+            return f"the memory of this machine does not hold what is asked for: {_joined(link).splitlines()[0][:200]}"
+    if any(RESTORING in frame.filename for frame in _frames(error)):
+        return f"--ckpt_path: this checkpoint does not fit what is run: {type(error).__name__}: {_joined(error)[:200]}"
+    return None
+
+
+def _frames(error: BaseException) -> traceback.StackSummary:
+    return traceback.extract_tb(error.__traceback__)
+
+
+def _joined(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,55 @@
+"""``sparsecl export``: the trained network as a program that torch runs alone."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.sparsity.layers import network_of
+
+
+class ExportingTrainer(pl.Trainer):
+    """A Trainer with ``export``, a subcommand beside ``fit`` and ``test``."""
+
+    def export(
+        self,
+        model: pl.LightningModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str = "last",
+        output: str = "model.pt2",
+        weights_only: bool | None = None,
+    ) -> None:
+        """Write the trained network, without dead channels, as a program that torch runs alone.
+
+        ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits of all
+        classes.
+
+        Args:
+            model: the method.
+            datamodule: not needed.
+            ckpt_path: a checkpoint, or "last": the newest run of this configuration.
+            output: the file to write.
+            weights_only: as for ``torch.load``. If None, True.
+
+        Raises:
+            ValueError: if the checkpoint is damaged or of another method, has one subnetwork for each task, or
+                classifies by a memory.
+        """
+        checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
+        if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
+            raise ValueError(
+                f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
+                "load_from_checkpoint and export each that you need by export_network"
+            )
+        trained = checkpoint.get("task_sequence", {}).get("tested", {}).get("method", type(model).__qualname__)
+        if "built_for" not in checkpoint or trained != type(model).__qualname__:
+            raise ValueError(
+                f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
+                "export_network(network, path)"
+            )
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        shape = checkpoint["built_for"]["input_shape"]
+        left = scl.export_network(network_of(model), output, shape)
+        print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
