@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
-from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, task_data
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
 from lightning_sparse_cl.data.loader import length
 
 FORMAT = 3
@@ -43,7 +43,7 @@ def identity(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: Sequenc
         "batch_size over all processes": data.batch_size * trainer.world_size,
         "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
         "limit_train_batches": trainer.limit_train_batches,
-        "overfit_batches": trainer.overfit_batches,
+        "overfit_batches": parts_of(trainer).overfit_batches,
     }
     return {
         "format": FORMAT,

@@ -22,6 +22,8 @@ class TrainerParts(Protocol):
     """Whether, or for how many batches, the fit is only tried."""
     log_every_n_steps: int
     """0 if nothing is logged."""
+    overfit_batches: int | float
+    """So many batches, or this part of them, are trained on and tested; 0.0 if all are."""
     reload_dataloaders_every_n_epochs: int
     """0 if loaders are made once."""
 

@@ -77,10 +77,10 @@ def newest_run(folders: list[Path], config: Mapping[str, Any], training: bool) -
         if not differs and same_epochs:
             break
     matching = sorted((run for run in runs if not run.differs), key=lambda run: not run.epochs)
-    for path, error in damaged:
+    for path, fault in damaged:
         if not matching and _may_be(path, wanted, training):
-            raise error
-        rank_zero_warn(f"--ckpt_path=last: skipped {error}")
+            raise fault
+        rank_zero_warn(f"--ckpt_path=last: skipped {fault}")
     if matching:
         return matching[0].path
     where = ", ".join(map(str, dict.fromkeys(folder for folder in folders if folder.is_dir()))) or "no folder of runs"

@@ -1,0 +1,226 @@
+"""One command serves SLURM's time limit, SIGTERM and torchrun's restarts; it ends with an undisturbed run's bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from test_resume import assert_identical, command, final_state
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.launchers import slurm_job
+from lightning_sparse_cl.demos import toy_tasks
+
+ROOT = Path(__file__).parents[1]
+SLURM = {
+    "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS_PER_NODE": "1",
+}  # fmt: skip
+
+
+class TellStep(pl.Callback):
+    """Writes the running step to a file, for those who strike at a certain one."""
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.is_global_zero:
+            Path(trainer.default_root_dir, "step").write_text(str(trainer.global_step))
+
+
+class KillOnce(pl.Callback):
+    """SIGKILL to one rank at a step, the first time that it is there."""
+
+    def __init__(self, at: int, rank: int):
+        self.at, self.rank = at, rank
+
+    def on_train_batch_end(self, trainer, *_):
+        mark = Path(trainer.default_root_dir, "killed")
+        if trainer.global_step == self.at and trainer.global_rank == self.rank and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | more
+
+
+def fake_slurm(folder):
+    """A folder with a ``scontrol`` that writes down what it is asked."""
+    bin = folder / "bin"
+    bin.mkdir()
+    script = bin / "scontrol"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\n')
+    script.chmod(0o755)
+    return environment(**SLURM, PATH=f"{bin}:{os.environ['PATH']}")
+
+
+def run_struck(folder, args, env, number, at):
+    """Start the command, send it a signal when it is at a step (or at a moment within it), and its exit status."""
+    (folder / "step").unlink(missing_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "lightning_sparse_cl", *args], env=env, cwd=folder,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    step = folder / "step"
+    while process.poll() is None and not (step.exists() and int(step.read_text() or -1) >= at):
+        time.sleep(0.001)
+    if process.poll() is None:
+        process.send_signal(number)
+    said = process.communicate(timeout=240)[0]
+    return process.returncode, said
+
+
+TELL = "--trainer.callbacks+=test_preemption.TellStep"
+
+
+def struck_until_it_ends(folder, config, env, number, steps, more=()):
+    """The same command again and again, as a requeued job's; signals at the given steps."""
+    args = command(folder, config, *more, TELL, "--ckpt_path=last", "--checkpoint.every_n_train_steps=1000000")
+    for at in steps:
+        status, said = run_struck(folder, args, env, number, at)
+        assert status == 128 + number, said
+    status, said = run_struck(folder, args, env, number, 10**9)
+    assert status == 0, said
+    return said
+
+
+def undisturbed(folder, config, *more):
+    args = command(folder, config, *more, "--checkpoint.every_n_train_steps=1000000")
+    subprocess.run(
+        [sys.executable, "-m", "lightning_sparse_cl", *args], env=environment(), check=True, capture_output=True
+    )
+    return final_state(folder)
+
+
+def test_slurm_time_limit_saves_at_a_steps_end_and_requeues(tmp_path):
+    whole, job = undisturbed(tmp_path / "whole", "derpp"), tmp_path / "job"
+    job.mkdir()
+    env = fake_slurm(job)
+    said = struck_until_it_ends(job, "derpp", env, signal.SIGUSR1, [5, 33])
+    assert (job / "asked").read_text().splitlines() == ["requeue 4711"] * 2
+    assert not list(tmp_path.rglob("hpc_ckpt*")) and "Restored all states" in said
+    assert_identical(whole, final_state(job))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1 of SLURM", "SIGTERM"])
+def test_twenty_random_preemptions_over_five_configurations(tmp_path, number):
+    configs, drawn = ["esacl", "sparcl", "continual_dst", "cl_lsg", "icarl"], random.Random(0)
+    for config in configs:
+        whole, job = undisturbed(tmp_path / config / "whole", config), tmp_path / config / "job"
+        job.mkdir()
+        env = fake_slurm(job) if number == signal.SIGUSR1 else environment()
+        steps = sorted(drawn.sample(range(1, 55), 4))
+        struck_until_it_ends(job, config, env, number, steps)
+        assert_identical(whole, final_state(job), config)
+        print(f"{config}: {number.name} at steps {steps}, bit for bit")
+
+
+@pytest.mark.parametrize("auto_requeue", [True, False])
+def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, auto_requeue):
+    """In a script: SequenceCheckpoint takes its place, unless the user wants none at all."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert slurm_job() == "12_3"
+    asked, handlers = [], []
+    monkeypatch.setattr("lightning_sparse_cl.callbacks.checkpoint.requeue", lambda: asked.append(slurm_job()))
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    class Told(pl.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            handlers.append(signal.getsignal(signal.SIGUSR1))
+            if trainer.global_step == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    environment = SLURMEnvironment(auto_requeue=auto_requeue)
+    fit = trainer(Told(), scl.SequenceCheckpoint(dirpath=tmp_path, save_last=True), plugins=[environment],
+                  enable_checkpointing=True)  # fmt: skip
+    try:
+        if auto_requeue:
+            with pytest.raises(SystemExit) as exit:
+                fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(batch_size=8))
+            assert exit.value.code == 128 + signal.SIGUSR1 and asked == ["12_3"]
+            assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+        else:
+            fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(batch_size=8))
+            assert set(handlers) == {signal.SIG_IGN} and not asked
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("other", ["--seed_everything=5", "--model.init_args.optimizer.lr=0.5"])
+def test_an_hpc_checkpoint_of_another_run_is_not_taken(tmp_path, other):
+    args = command(tmp_path, "finetune", "--trainer.limit_train_batches=2", "--schedule.epochs=1")
+    subprocess.run(
+        [sys.executable, "-m", "lightning_sparse_cl", *args], env=environment(), check=True, capture_output=True
+    )
+    os.replace(tmp_path / "last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
+    told = subprocess.run([*cli, *args, other], env=environment(**SLURM),
+                          capture_output=True, text=True)  # fmt: skip
+    assert told.returncode == 1 and "is of another run" in told.stderr.splitlines()[-1]
+
+
+def torchrun(folder, *args, restarts=0, standalone=False):
+    options = ["--nproc_per_node=2", f"--max-restarts={restarts}"] + ["--standalone"] * standalone
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, "-m", "lightning_sparse_cl", *args],
+        env=environment(MASTER_PORT=str(random.randrange(20000, 60000))), cwd=folder, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.xdist_group("two processes")
+def test_torchrun_is_one_run_and_goes_on_after_a_killed_worker(tmp_path):
+    options = "--data.init_args.batch_size=24", "--trainer.limit_train_batches=4", "--schedule.epochs=1"
+    finals = {}
+    for name, rank in {"whole": None, "killed": 1}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        kill = ["--trainer.callbacks+=test_preemption.KillOnce", "--trainer.callbacks.at=10"]
+        struck = [] if rank is None else [*kill, f"--trainer.callbacks.rank={rank}"]
+        done = torchrun(folder, *command(folder, "derpp", *options, *struck, "--ckpt_path=last"), restarts=1)
+        assert done.returncode == 0, done.stderr[-3000:]
+        finals[name] = final_state(folder)
+        assert json.loads((folder / "metrics.json").read_text())["processes"] == 2
+        assert (folder / "killed").exists() == (rank is not None)
+        assert [p.name for p in folder.glob("last*.ckpt")] == ["last.ckpt"]
+    assert_identical(finals["whole"], finals["killed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("standalone", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_ten_times(tmp_path, rank, standalone):
+    """What dies without :func:`join_after_restart` does so about every second time."""
+    options = "--data.init_args.batch_size=24", "--trainer.limit_train_batches=4", "--schedule.epochs=1"
+    drawn, whole = random.Random(rank), None
+    for i in range(6):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        kill = ["--trainer.callbacks+=test_preemption.KillOnce", f"--trainer.callbacks.rank={rank}"]
+        at = [f"--trainer.callbacks.at={drawn.randrange(1, 20) if i else 10**6}"]
+        done = torchrun(
+            folder, *command(folder, "esacl", *options, *kill, *at, "--ckpt_path=last"), restarts=1,
+            standalone=standalone,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        whole = whole or final_state(folder)
+        assert_identical(whole, final_state(folder))
+
+
+def test_processes_that_a_launcher_started_are_not_runs_of_their_own(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    with pytest.raises(ValueError, match=r"SLURM started 2 processes.*Use Trainer\(devices=2, num_nodes=1\)"):
+        trainer().fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(batch_size=8))
