@@ -78,4 +78,4 @@ class SequenceTimeColumn(CustomTimeColumn):
             "-:--:--" if seconds is None else str(timedelta(seconds=round(seconds)))
             for seconds in (self._bar.sequence_time.elapsed, self._bar.sequence_time.left)
         )
-        return Text(f"{elapsed} • {left} left", style=self.style)
+        return Text(f"{elapsed} • {left}", style=self.style)
