@@ -99,6 +99,7 @@ def test_a_stock_module_with_automatic_optimisation_uses_the_same_callbacks(tmp_
             for name, mask in Masks.of(pl_module).frozen.items():
                 frozen[name] = mask.clone(), pl_module.get_parameter(name)[mask].detach().clone()
 
+    torch.manual_seed(0)
     model = PlainClassifier()
     keys = list(model.state_dict())
     t = trainer(

@@ -107,7 +107,7 @@ def test_without_a_folder_nothing_is_left_and_everything_is_told(tmp_path, capsy
     size = scl.ModelCapacity()
     trainer(size, scl.RunReport(), epochs=1).fit(PlainClassifier(), toy_tasks())
     assert not list(tmp_path.iterdir())
-    assert 0 < size.summary()["bytes"] and "no files written" in capsys.readouterr().out
+    assert size.summary()["bytes"] > 0 and "no files written" in capsys.readouterr().out
     folder = tmp_path / "told"
     told = scl.ModelCapacity(folder=str(folder)), scl.RunReport(folder=str(folder))
     trainer(*told, epochs=1).fit(PlainClassifier(), toy_tasks())
