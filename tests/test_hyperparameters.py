@@ -33,7 +33,7 @@ FILES: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 NO_RESULT = {
-    "where the files are": {"root", "download"},
+    "where the files are": {"root", "download", "folder"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
         "Objective", "UpdateRule", "Sparsifier", "ScorePruning", "DropAndGrow", "TaskCallback", "AccuracyMatrix",
         "ReservoirMemory", "BalancedMemory", "ImageTransform"},

@@ -237,12 +237,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr("lightning_sparse_cl.callbacks.schedule.rank_zero_info", said.append)
-    main(command(tmp_path, "finetune"))
-    before, figures = final_state(tmp_path), json.loads((tmp_path / "metrics.json").read_text())
+    folder = tmp_path / "run"
+    main(command(folder, "finetune"))
+    before, figures = final_state(folder), json.loads((folder / "metrics.json").read_text())
     assert not said
-    main(command(tmp_path, "finetune", "--ckpt_path", str(tmp_path / "last.ckpt")))
+    main(command(folder, "finetune", "--ckpt_path", str(folder / "last.ckpt")))
     assert "all tasks of this run are finished" in said[0]
-    assert_identical(before, final_state(tmp_path))
-    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert_identical(before, final_state(folder))
+    again = json.loads((folder / "metrics.json").read_text())
     assert figures["flops"]["training"] > 0
     assert {k: v for k, v in figures.items() if k not in ("seconds", "memory")}.items() <= again.items()

@@ -8,20 +8,32 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lightning_sparse_cl.callbacks.blocks import Value, blocks, ends, labels, mean, means
+
 CELL, MARGIN = 44, 30
+MOST = 20
+"""Cells beside and below each other; where there are more tasks or layers, a cell is the mean of a block of them."""
 LOW, HIGH = (247, 251, 255), (8, 69, 148)
 
-Panel = tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[float | None]]]
+Panel = tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Value]]]
 """Title, labels of the rows and of the columns, and the fractions to show, percent in the cells."""
 
 
-def draw_matrices(matrices: Mapping[str, Sequence[Sequence[float | None]]], path: Path) -> None:
-    """Draw R (fractions) side by side as heat maps, percent in the cells: row = after task, column = on task."""
-    draw_panels([(f"{title}, %", _numbers(R), _numbers(R[0]), R) for title, R in matrices.items()], path)
+def draw_matrices(matrices: Mapping[str, Sequence[Sequence[Value]]], path: Path) -> None:
+    """Draw R (fractions) side by side as heat maps, percent in the cells: row = after task, column = on task.
+
+    Above 20 tasks a column is the mean over a block of tasks, and a row is that after the last task of a block.
+    """
+    panels = []
+    for title, R in matrices.items():
+        after = ends(len(R), MOST)
+        columns = labels(len(R[0]), MOST)
+        panels.append((f"{title}, %", [str(i + 1) for i in after], columns, [means(R[i], MOST) for i in after]))
+    draw_panels(panels, path)
 
 
 def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None, path: Path) -> None:
-    """Draw what tasks share, by task from left to right.
+    """Draw what tasks share, by task from left to right; above 20 tasks or layers a cell is the mean over a block.
 
     Four panels: density per layer; overlap of masks, the part of the row's weights that the column's task uses too; use
     of the backbone; model size, allocated where it grows, and of each task's compact network alone.
@@ -31,7 +43,7 @@ def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None
         growth: the summary of :class:`SparseGrowth`, where there is one.
         path: the file.
     """
-    density, tasks = shared["density"], _numbers(shared["used"])
+    density, tasks = shared["density"], labels(len(shared["used"]), MOST)
     layers = [name.removesuffix(".weight").removeprefix("backbone.") for name in density]
     use = {"used by any task": shared["used"], "new in its mask": shared["free_in_mask"]}
     size = {"stored": shared["used"], "network of the task": shared["compact"]}
@@ -39,13 +51,24 @@ def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None
         size = {"allocated": growth["allocated"]} | size
     draw_panels(
         [
-            ("density per layer and task, %", layers, tasks, list(density.values())),
-            ("overlap of task masks, %", tasks, tasks, shared["overlap"]),
-            ("use of the backbone, %", list(use), tasks, list(use.values())),
-            ("model size, % of the whole network", list(size), tasks, list(size.values())),
+            ("density per layer and task, %", _names(layers), tasks, _cells(list(density.values()))),
+            ("overlap of task masks, %", tasks, tasks, _cells(shared["overlap"])),
+            ("use of the backbone, %", list(use), tasks, _cells(list(use.values()))),
+            ("model size, % of the whole network", list(size), tasks, _cells(list(size.values()))),
         ],
         path,
     )
+
+
+def _names(layers: Sequence[str]) -> list[str]:
+    """Of each block of layers the first's name."""
+    return [layers[b[0]] + (f" and {len(b) - 1} more" if len(b) > 1 else "") for b in blocks(len(layers), MOST)]
+
+
+def _cells(values: Sequence[Sequence[Value]]) -> list[list[Value]]:
+    """Means over blocks of rows and of columns."""
+    rows = [means(row, MOST) for row in values]
+    return [[mean(column) for column in zip(*(rows[i] for i in b), strict=True)] for b in blocks(len(rows), MOST)]
 
 
 def draw_panels(panels: Sequence[Panel], path: Path) -> None:
@@ -75,7 +98,3 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
             draw.text((left + CELL * (j + 0.5), MARGIN - 6), label, fill="black", font=font, anchor="mm")
         start += width
     image.save(path)
-
-
-def _numbers(values: Sequence[Any]) -> list[str]:
-    return [str(i + 1) for i in range(len(values))]

@@ -112,14 +112,14 @@ def test_footprint_and_size_of_a_run(tmp_path):
         scl.SmallCNN(16), scl.DERpp(30, 8), scl.TaskAwareDynamicMasking(0.75, 1, p_inter=0.0),
         scl.DynamicDataRemoval(0.0), scl.DynamicGradientMasking(0.125, 4),
     )  # fmt: skip
-    t = trainer(scl.FlopsCounter(), footprint, size, scl.RunReport(), epochs=2, default_root_dir=tmp_path)
+    t = trainer(scl.FlopsCounter(), footprint, size, scl.RunReport(), epochs=2, default_root_dir=tmp_path / "run")
     t.fit(model, data)
     cost, found = DenseCost.of(model, data.input_shape), footprint.summary()
     assert found["formula"] == pytest.approx(sparcl_memory(cost, 16, 0.75, 0.875), rel=1e-6)
     assert found["dense"] == sparcl_memory(cost, 16)
     assert found["peak"] > found["formula"]
-    path = tmp_path / "model.safetensors"
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    path = tmp_path / "run" / "model.safetensors"
+    metrics = json.loads((path.parent / "metrics.json").read_text())
     assert metrics["size"]["bytes"] == path.stat().st_size < metrics["size"]["dense_bytes"] / 2
     assert metrics["size"]["capacity"] == pytest.approx(0.25)
     assert metrics["flops"]["papers"] < metrics["flops"]["training"] < metrics["flops"]["dense"]
@@ -213,7 +213,7 @@ def test_a_training_step_of_several_forwards():
     assert (found["samples"], found["forward"], found["not_counted"]) == (24, 24, {})
 
 
-def test_what_is_not_counted_is_said_and_trained_all_the_same(tmp_path):
+def test_what_is_not_counted_is_said_and_trained_all_the_same():
     class Inner(PlainClassifier):
         forward = None
 
@@ -234,15 +234,15 @@ def test_what_is_not_counted_is_said_and_trained_all_the_same(tmp_path):
             self.aux = torch.nn.Linear(16, 16)
 
     flops, report, data = scl.FlopsCounter(), scl.RunReport(), toy_tasks()
-    trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(model := Inner(), data)
+    trainer(flops, scl.MemoryFootprint(), report).fit(model := Inner(), data)
     cost = DenseCost.of(model.net, data.input_shape)
     assert flops.summary()["training"] == flops.summary()["dense"] == 6 * cost.total_macs() * 480
     assert flops.counts == {"samples": 480, "forward": 480, "backward": 480}
     with pytest.warns(UserWarning, match=r"FlopsCounter: Functional.training_step is not counted: it calls no module"):
-        trainer(flops, scl.MemoryFootprint(), report, default_root_dir=tmp_path).fit(Functional(), data)
+        trainer(flops, scl.MemoryFootprint(), report).fit(Functional(), data)
     assert flops.counts == {"samples": 480, "forward": 0, "backward": 0}
     assert [*flops.summary()["not_counted"]] == ["Functional.training_step"]
-    trainer(flops, scl.RigL(0.5, interval=3), report, default_root_dir=tmp_path).fit(Unused(), toy_tasks())
+    trainer(flops, scl.RigL(0.5, interval=3), report).fit(Unused(), toy_tasks())
     assert flops.summary()["training"] < flops.summary()["dense"]
 
 

@@ -1,0 +1,37 @@
+"""What a log says when a task has been learnt."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lightning_sparse_cl.callbacks.blocks import Value, mean
+from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
+from lightning_sparse_cl.callbacks.tables import TITLES
+from lightning_sparse_cl.callbacks.time_left import SequenceTime, duration
+from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
+
+
+def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
+    """One line: the task, mean accuracies on the tasks seen where they are measured, time needed and time left.
+
+    Args:
+        trainer: the trainer, in ``on_after_task_end``.
+        task: the task that has ended, from 0.
+        time: brought up to date.
+    """
+    data = task_data(trainer)
+    line = f"task {task + 1}/{data.num_tasks} learnt"
+    evaluation = first_callback(trainer, ContinualEvaluation)
+    if evaluation is not None:
+        seen = len(data.classes) if data.joint else task + 1
+        found = {s: _mean_of_row(evaluation, s, task, seen) for s in SCENARIOS if s in evaluation.matrices}
+        figures = [f"{TITLES[s]} {100 * acc:.1f} %" for s, acc in found.items() if acc is not None]
+        over = f" on average over the {seen} tasks seen" if seen > 1 else ""
+        line += f": {', '.join(figures)}{over}" if figures else ""
+    times = [] if time.elapsed is None else [duration(time.elapsed)]
+    times += [] if time.left is None or data.finished else [f"about {duration(time.left)} left"]
+    return f"{line}; {', '.join(times)}" if times else line
+
+
+def _mean_of_row(evaluation: ContinualEvaluation, scenario: str, task: int, seen: int) -> Value:
+    return mean(evaluation.matrices[scenario].R[task, :seen].tolist())
