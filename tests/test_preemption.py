@@ -160,9 +160,8 @@ def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, 
 @pytest.mark.parametrize("other", ["--seed_everything=5", "--model.init_args.optimizer.lr=0.5"])
 def test_an_hpc_checkpoint_of_another_run_is_not_taken(tmp_path, other):
     args = command(tmp_path, "finetune", "--trainer.limit_train_batches=2", "--schedule.epochs=1")
-    subprocess.run(
-        [sys.executable, "-m", "lightning_sparse_cl", *args], env=environment(), check=True, capture_output=True
-    )
+    cli = [sys.executable, "-m", "lightning_sparse_cl"]
+    subprocess.run([*cli, *args], env=environment(), check=True, capture_output=True)
     os.replace(tmp_path / "last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
     told = subprocess.run([*cli, *args, other], env=environment(**SLURM),
                           capture_output=True, text=True)  # fmt: skip
