@@ -1,0 +1,263 @@
+"""Data that are not what they seem are refused in one line, which names the place."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_sparse_cl import data as scl
+
+SEED = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (80, 3, 6, 6), dtype=torch.uint8, generator=SEED)
+LABELS = torch.arange(80) % 2
+FLOATS = IMAGES / 255
+
+
+class Pairs(Dataset):
+    """Items (image, label), and a list of labels that may say something else."""
+
+    def __init__(self, images: Any, labels: Any, targets: Any = None) -> None:
+        self.images, self.labels = images, labels
+        if targets is not None:
+            self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return self.images[index], self.labels[index]
+
+
+class Loaded(scl.TaskDataModule):
+    """A subclass as a user writes it."""
+
+    def __init__(self, train: list[Dataset], test: list[Dataset], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.parts = train, test
+
+    def load(self) -> Any:
+        return self.parts
+
+
+def ready(data: scl.TaskDataModule) -> Any:
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def refused(make: Callable[[], scl.TaskDataModule], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ready(make())
+    assert "\n" not in str(error.value)
+
+
+def sequences(train: Tensor, test: Tensor, later: Tensor) -> list[Callable[[], scl.TaskDataModule]]:
+    """Two tasks of these training and test images, whose second task has other training images, in every form."""
+    trains, tests = ([(x, LABELS) for x in part] for part in ((train, later), (test, test)))
+    pairs = [[Pairs(*p) for p in part] for part in (trains, tests)]
+    tensors = [[scl.ImageTensors(*p) for p in part] for part in (trains, tests)]
+    return [
+        lambda: scl.TaskDatasets(*pairs),
+        lambda: scl.TaskDatasets(*pairs, in_memory=False),
+        lambda: scl.TaskDatasets(*tensors),
+        lambda: Loaded(*tensors),
+        lambda: Loaded(*pairs),
+    ]
+
+
+@pytest.mark.parametrize("form", range(5), ids=["gathered", "by item", "in memory", "load", "load, by item"])
+@pytest.mark.parametrize(
+    "train, test, later, message",
+    [
+        (IMAGES, FLOATS, IMAGES, "task 0 are torch.uint8 and torch.float32"),
+        (FLOATS, FLOATS, FLOATS.double(), "task 1 are torch.float64 and torch.float32, .* task 0 torch.float32"),
+        (
+            FLOATS,
+            FLOATS * 255,
+            FLOATS,
+            r"training images of task 0 go up to (1|0.9\d*), .*test images of task 0 to 25\d",
+        ),
+        (
+            FLOATS,
+            FLOATS,
+            FLOATS * 255,
+            r"training images of task 0 go up to (1|0.9\d*), .*training images of task 1 to 25\d",
+        ),
+        (IMAGES, IMAGES // 128, IMAGES, r"training images of task 0 go up to 25\d, .*test images of task 0 to 1;"),
+        (IMAGES, IMAGES[:, :, :, :4], IMAGES, r"task 0 are .*\(3, 6, 4\)"),
+    ],
+    ids=["dtype", "dtype of a task", "range", "range of a task", "uint8 in 0-1", "shape"],
+)
+def test_one_type_and_range_for_all(form: int, train: Tensor, test: Tensor, later: Tensor, message: str) -> None:
+    refused(sequences(train, test, later)[form], message)
+
+
+@pytest.mark.parametrize("form", range(5))
+@pytest.mark.parametrize(
+    "train, test, later",
+    [
+        (IMAGES, IMAGES // 4, IMAGES // 8),  # dark
+        (2 * FLOATS - 1, FLOATS * 4, FLOATS * 9),
+        (IMAGES, IMAGES * 0, IMAGES * 0),
+        (torch.cat([FLOATS[1:], 1000 * FLOATS[:1]]), FLOATS, FLOATS),  # an outlier
+        (FLOATS, FLOATS * (FLOATS > 0.99), FLOATS),  # sparse
+    ],
+    ids=["dark", "scaled a little", "black", "outlier", "sparse"],
+)
+def test_honest_ranges_pass(form: int, train: Tensor, test: Tensor, later: Tensor) -> None:
+    assert ready(sequences(train, test, later)[form]()).num_tasks == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("form", range(5))
+def test_values_that_are_not_finite_are_found(form: int, value: float) -> None:
+    broken = FLOATS.clone()
+    broken[70, 1, 2, 3] = value  # 70 is one of the items that are looked at
+    forms = sequences(FLOATS, broken, FLOATS), sequences(FLOATS, FLOATS, broken)
+    for make, part, task in zip((f[form] for f in forms), ("test", "training"), (0, 1), strict=True):
+        called = (
+            r"\(train\[1|\(test\[0" if form < 2 else f"{part} of task {task}" if form == 4 else f"task {task}, {part}"
+        )
+        refused(make, f"{called}.* 70 has values that are NaN or infinite")
+
+
+def test_values_of_tensors_are_found_by_task_and_sample() -> None:
+    broken = FLOATS.clone()
+    broken[41, 0, 0, 0] = math.nan
+    refused(
+        lambda: scl.SplitTensors((FLOATS, LABELS), (broken, LABELS), 2), "task 1, test image 20 has values that are"
+    )
+    refused(lambda: scl.SplitTensors((broken, LABELS), (FLOATS, LABELS), 2), "task 1, training image 20 has values")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x, y: (x[:, :4], y), r"item 33 is torch.float32 \(3, 4, 6\), item 0 torch.float32 \(3, 6, 6\)"),
+        (lambda x, y: (x.double(), y), "item 33 is torch.float64"),
+        (lambda x, y: (x / 0, y), "item 33 has values that are NaN or infinite"),
+        (lambda x, y: (x, 0), r"item 33 has the label 0, but the data set's list of labels \(.targets\) has 1"),
+        (lambda x, y: (x, y, 0), r"items are pairs \(image, label\); item 33 is a tuple of 3"),
+        (lambda x, y: (x, 0.5), "whole numbers, one for each image; that of item 33 is float 0.5"),
+    ],
+    ids=["size", "dtype", "NaN", "label", "triple", "fraction"],
+)
+def test_items_read_later_are_checked_too(change: Any, message: str) -> None:
+    class Broken(Pairs):
+        def __getitem__(self, index: int) -> Any:
+            item = super().__getitem__(index)
+            return change(*item) if index == 33 else item  # not among those looked at in setup
+
+    data = Broken(list(FLOATS), LABELS.tolist(), LABELS.tolist())
+    plain = scl.ImageTransform([0.0] * 3, [1.0] * 3)  # given, or setup would read more items
+    split = ready(scl.TaskDatasets([data], [data], in_memory=False, transform=plain))
+    with pytest.raises(ValueError, match=message):
+        list(DataLoader(split.test_sets[0], 16))
+    if "3, 4, 6" in message:  # one of them in a worker process
+        with pytest.raises(ValueError, match=message):
+            list(DataLoader(split.test_sets[0], 80, num_workers=1, multiprocessing_context="fork"))
+    if "label 0" not in message:
+        refused(lambda: scl.TaskDatasets([data], [data]), message)
+
+
+def as_dicts(image: Any) -> list[dict[str, Any]]:
+    return [{"image": image, "label": 0}] * 40
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Any:
+        return iter([(IMAGES[0], 0)])
+
+
+LAST = IMAGES.permute(0, 2, 3, 1)
+TOKENS = torch.randint(0, 99, (80, 12))
+NOT_IMAGES: list[tuple[Any, str]] = [
+    ((TOKENS, LABELS), r"images are \(N, C, H, W\).*got \(80, 12\) and \(80,\)"),
+    ((TOKENS.float(), LABELS), r"\(N, C, H, W\).*got \(80, 12\)"),
+    ((TOKENS.view(80, 3, 4), LABELS), r"\(N, C, H, W\).*got \(80, 3, 4\)"),
+    ((TOKENS.view(80, 1, 3, 4), LABELS), "images are uint8 or float, got torch.int64"),
+    ((LAST, LABELS), r"seem to be \(H, W, C\), use .permute\(0, 3, 1, 2\)"),
+    ((LAST.numpy(), LABELS.numpy()), r"use .permute\(0, 3, 1, 2\)"),
+    ((LAST[..., :1] / 255, LABELS), r"use .permute\(0, 3, 1, 2\)"),
+    ((IMAGES, LABELS, LABELS), r"give a pair \(images, labels\), got a tuple of 3"),
+    ({"images": IMAGES, "labels": LABELS}, "give a pair .*, got a dict"),
+    (TensorDataset(IMAGES, LABELS), "give a pair .*, got a TensorDataset"),
+    ((IMAGES, ["a", "b"] * 40), "are tensors or arrays of numbers"),
+    ((IMAGES.to(torch.complex64), LABELS), "uint8 or float, got torch.complex64"),
+]
+
+
+@pytest.mark.parametrize("given, message", NOT_IMAGES, ids=[message for _, message in NOT_IMAGES])
+def test_what_are_no_images(given: Any, message: str) -> None:
+    refused(lambda: scl.SplitTensors(given, given, 2), message)
+
+
+NO_PAIRS: list[tuple[Any, str]] = [
+    (Pairs(TOKENS, LABELS), r"item 0 is torch.int64 \(12,\)"),
+    (Pairs(TOKENS.float(), LABELS), r"item 0 is torch.float32 \(12,\)"),
+    (Pairs(TOKENS.view(80, 3, 4), LABELS), r"item 0 is torch.int64 \(3, 4\)"),
+    (Pairs(TOKENS.view(80, 1, 3, 4), LABELS), r"item 0 is torch.int64 \(1, 3, 4\)"),
+    (Pairs(LAST, LABELS), r"seem to be \(H, W, C\), use .permute\(2, 0, 1\)|use .permute\(0, 3, 1, 2\)"),
+    (Pairs(LAST.numpy(), LABELS), r".permute\("),
+    (as_dicts(IMAGES[0]), "item 0 is a dict with the keys image, label"),
+    (TensorDataset(IMAGES, LABELS, LABELS), "item 0 is a tuple of 3"),
+    (TensorDataset(IMAGES), "item 0 is a tuple of 1"),
+    (IMAGES, r"item 0 is torch.uint8 \(3, 6, 6\)"),
+    (Pairs(np.array([object()] * 40), LABELS), "item 0 is object"),
+    (Stream(), "a data set has a length, and items by index; Stream does not"),
+]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("data, message", NO_PAIRS, ids=[message for _, message in NO_PAIRS])
+def test_items_that_are_no_pairs_of_image_and_label(data: Any, message: str, in_memory: bool) -> None:
+    refused(lambda: scl.TaskDatasets([data], [data], in_memory=in_memory), message)
+
+
+def test_task_datasets_are_lists() -> None:
+    data = TensorDataset(IMAGES, LABELS)
+    refused(lambda: scl.TaskDatasets(data, data), "lists of data sets, one a task, got TensorDataset and TensorDataset")
+    tokens = [scl.ImageTensors(TOKENS.view(80, 1, 3, 4), LABELS)]
+    refused(lambda: scl.TaskDatasets(tokens, tokens), "images are uint8 or float, got torch.int64")
+
+
+def test_arrays_and_odd_tensors_are_taken() -> None:
+    plain = ready(scl.SplitTensors((IMAGES, LABELS), (IMAGES, LABELS), 2))
+    flipped = np.flip(IMAGES.flip(3).numpy(), 3)  # negative strides
+    grad = ready(scl.SplitTensors(*[(FLOATS.clone().requires_grad_(), LABELS)] * 2, num_tasks=2))
+    array = ready(scl.SplitTensors(*[(flipped, LABELS.numpy())] * 2, num_tasks=2))
+    items = ready(scl.TaskDatasets(*[[Pairs(flipped, LABELS.numpy())]] * 2, in_memory=False))
+    wide = ready(scl.SplitTensors(*[(IMAGES[:1].expand(80, -1, -1, -1), LABELS)] * 2, num_tasks=2))
+    for t in range(2):
+        assert torch.equal(array.train_sets[t].images, plain.train_sets[t].images)
+        assert not grad.train_sets[t].images.requires_grad
+        assert torch.equal(wide.train_sets[t].images[7], IMAGES[0])
+    assert torch.equal(items.train_sets[0][5][0], IMAGES[5])
+
+
+def test_what_is_said_but_not_refused() -> None:
+    train = (IMAGES, torch.arange(80) % 4)
+    with pytest.warns(UserWarning, match="SplitTensors: task 1 has no test images of 1 of its classes: '3'"):
+        ready(scl.SplitTensors(train, (IMAGES[:60], torch.arange(60) % 3), 2))
+    drawn = Pairs(list(IMAGES), LABELS.tolist())
+    drawn.__class__ = type("Drawn", (Pairs,), {"__getitem__": lambda d, i: (torch.rand(3, 6, 6), i % 2)})
+    with pytest.warns(UserWarning, match=r"train\[0\]\): item 0 is another each time it is read"):
+        ready(scl.TaskDatasets([drawn], [drawn]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ready(scl.SplitTensors(train, train, 2))
+
+
+def test_a_validation_part_of_nothing_is_refused() -> None:
+    refused(
+        lambda: scl.SplitTensors((IMAGES, LABELS), (IMAGES, LABELS), 2, val_fraction=0.01),
+        r"SplitTensors\(val_fraction=0.01\): of the 40 training samples of task 0 none is set aside",
+    )
