@@ -18,10 +18,12 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.cli import shipped
-from lightning_sparse_cl.cli.config import RunConfig, refuse_non_numbers, refuse_repeated_keys
+from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line
 from lightning_sparse_cl.cli.export import ExportingTrainer
 from lightning_sparse_cl.cli.last import newest_run, plain
+from lightning_sparse_cl.cli.values import refuse_nonsense
+from lightning_sparse_cl.cli.version_folder import claim
 
 NOBODY_CAN_ACT_ON = (
     ".*does not have many workers.*",  # the data are in memory
@@ -39,6 +41,14 @@ NOBODY_CAN_ACT_ON = (
 class SparseCLI(LightningCLI):
     """LightningCLI with ``--schedule``, ``--evaluation`` and ``--checkpoint`` beside ``--model`` and ``--data``."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._claimed: Path | None = None
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if self._claimed is not None and self._claimed.is_dir() and not any(self._claimed.iterdir()):
+                self._claimed.rmdir()  # of a run that never began
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(scl.TaskSchedule, "schedule")
         parser.add_lightning_class_args(scl.ContinualEvaluation, "evaluation")
@@ -54,7 +64,7 @@ class SparseCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
         config = self.config[self.config.subcommand]
-        refuse_non_numbers(config.as_dict(), "")
+        refuse_nonsense(config.as_dict())
         if config.ckpt_path is None and self.config.subcommand == "fit" and is_requeued():
             rank_zero_info("SLURM runs this job again: --ckpt_path=last")
             config.ckpt_path = "last"
@@ -67,6 +77,8 @@ class SparseCLI(LightningCLI):
             if config.threads < 1:
                 raise ValueError(f"--threads={config.threads}: at least one")
             torch.set_num_threads(config.threads)
+        if self.subcommand == "fit":
+            self._claimed = claim(config.trainer.logger)
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
 

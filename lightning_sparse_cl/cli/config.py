@@ -1,12 +1,9 @@
-"""The configuration of a run: files without repeated keys, numbers that are numbers, and a copy in the run's folder."""
+"""The configuration of a run: files without repeated keys, and a copy in the run's folder."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -39,19 +36,6 @@ def refuse_repeated_keys(path: Path) -> None:
         walk(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: this file is no YAML: {error}") from error
-
-
-def refuse_non_numbers(value: Any, name: str) -> None:
-    """Not-a-number passes every comparison that should refuse it, and infinity most.
-
-    Raises:
-        ValueError: with the dotted name.
-    """
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name}={value}: a finite number is expected")
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for key, item in items:
-        refuse_non_numbers(item, f"{name}.{key}" if name else str(key))
 
 
 class RunConfig(SaveConfigCallback):

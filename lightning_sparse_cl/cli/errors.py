@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sparse_cl as scl
 
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Storage size calculation overflowed|not enough memory|numel: integer"
     r"|invalid dimension|Overflow when|overflowed",
@@ -40,6 +40,8 @@ def one_line(error: BaseException) -> str | None:
         if found and isinstance(link, ValueError | OSError):
             return _joined(link)
         if found[:1] == checkers[:1] and isinstance(link, TypeError) and (raised.line or "").startswith("raise "):
+            return _joined(link)
+        if type(link).__module__.startswith(scl.__name__):
             return _joined(link)
     if isinstance(error, MisconfigurationException):
         return _joined(error)

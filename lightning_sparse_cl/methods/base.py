@@ -36,6 +36,9 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         optimizer: makes the optimiser from the parameters. If None, SGD with learning rate 0.03.
         selection: which samples of a batch each pass keeps. If None, all.
         policies: callbacks that go with the method (pruning, freezing, ...), in the order in which they act.
+
+    Raises:
+        ValueError: if the backbone has no ``forward``.
     """
 
     automatic_optimization = False
@@ -52,6 +55,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         policies: Sequence[pl.Callback] = (),
     ) -> None:
         super().__init__()
+        if type(backbone).forward is nn.Module.forward:
+            raise ValueError(f"{type(self).__name__}(backbone={type(backbone).__name__}()): a backbone has a forward")
         self.backbone = backbone
         self.head = cast(nn.Linear, None)  # until its size is known
         self.objective = objective or CrossEntropy()
