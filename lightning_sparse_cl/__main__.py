@@ -19,7 +19,7 @@ from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.cli import shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
-from lightning_sparse_cl.cli.errors import one_line
+from lightning_sparse_cl.cli.errors import one_line, too_large
 from lightning_sparse_cl.cli.export import ExportingTrainer
 from lightning_sparse_cl.cli.last import newest_run, plain
 from lightning_sparse_cl.cli.values import refuse_nonsense
@@ -32,10 +32,13 @@ NOBODY_CAN_ACT_ON = (
     ".*Checkpoint directory .* exists and is not empty.*",  # as it should, where a run goes on
     ".*`weights_only`.*",
     "LightningCLI's args parameter is intended.*",  # names of shipped configurations are replaced by their files
-    ".*deprecated in v4.*",  # Lightning against a newer jsonargparse
+    "(?s).*(deprecated in v4|JsonargparseDeprecationWarning).*",  # Lightning against a newer jsonargparse
     ".*Consider setting `persistent_workers=True`.*",  # loaders are made anew in every epoch
     ".*the number of training batches .* is smaller than the logging interval.*",
 )
+
+
+MOST_THREADS = 1024
 
 
 class SparseCLI(LightningCLI):
@@ -45,6 +48,10 @@ class SparseCLI(LightningCLI):
         self._claimed: Path | None = None
         try:
             super().__init__(*args, **kwargs)
+        except (RuntimeError, MemoryError, OverflowError) as error:
+            if (line := too_large(error, self.config[self.subcommand].as_dict())) is None:
+                raise
+            raise ValueError(line) from error
         finally:
             if self._claimed is not None and self._claimed.is_dir() and not any(self._claimed.iterdir()):
                 self._claimed.rmdir()  # of a run that never began
@@ -74,8 +81,8 @@ class SparseCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         if config.threads is not None:
-            if config.threads < 1:
-                raise ValueError(f"--threads={config.threads}: at least one")
+            if not 1 <= config.threads <= MOST_THREADS:
+                raise ValueError(f"--threads={config.threads}: from 1 to {MOST_THREADS}")
             torch.set_num_threads(config.threads)
         if self.subcommand == "fit":
             self._claimed = claim(config.trainer.logger)
@@ -89,9 +96,7 @@ class SparseCLI(LightningCLI):
             getattr(self.model, "backbone", self.model).compile()
         if config.ckpt_path != "last":
             if config.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
-                rank_zero_warn(
-                    f"{self.subcommand}: no --ckpt_path is given; the network is as the configuration makes it"
-                )
+                rank_zero_warn(f"{self.subcommand}: without --ckpt_path these are figures of an untrained network")
             return
         training = self.subcommand == "fit"
         found = newest_run(self._checkpoint_folders(), plain(self.config[self.subcommand]), training)

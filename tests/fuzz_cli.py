@@ -1,4 +1,4 @@
-"""Nonsense in configurations: ``python tests/fuzz_cli.py SEED COUNT`` puts one wrong value at a time into a shipped one.
+"""Nonsense in configurations: ``python tests/fuzz_cli.py SEED COUNT`` puts wrong values into shipped ones, one by one.
 
 Every case is a run of two batches per task in a process of its own. Allowed outcomes: it is refused in one line, with
 status 1 and nothing half-written left; the value makes sense and it runs; it runs long, and leaves on SIGTERM. The
@@ -39,6 +39,8 @@ VALUES = (
     None, *NO_NUMBERS, 0, -1, 1, 2, 0.5, 1.5, -0.5, 1e30, -1e30, 10**12, -(10**12), 2**63, True, "", "text", "1e",
     "ä" * 300, [], [1, 2], [[]], {}, {"a": 1}, {"class_path": "SGD"}, {"class_path": "no.such.Class"},
 )  # fmt: skip
+QUICK = {"growth": {"interval": 2}, "removal": {"interval": 1, "cutoff": 1}, "masking": {"interval": 1}}
+"""What makes sense for a task of one epoch."""
 LONG = 25
 """Seconds until a case is told to stop, and as many again until it is taken for hung."""
 MEMORY = 16 * 2**30
@@ -79,9 +81,9 @@ def base(name: str) -> dict[str, Any]:
     backbone = found["model"]["init_args"]["backbone"]
     backbone["class_path"] = "SmallCNN" if "class_path" in backbone else backbone
     backbone["init_args"] = {"width": 4}
-    for part in ("growth", "removal", "masking"):
-        own = found["model"]["init_args"].get(part, {}).get("init_args", {})
-        own.update({key: 1 for key in ("reuse_epochs", "interval", "cutoff") if key in own})
+    for part, values in QUICK.items():
+        if part in found["model"]["init_args"]:
+            found["model"]["init_args"][part].setdefault("init_args", {}).update(values)
     return found
 
 

@@ -118,6 +118,8 @@ class TaskSchedule(pl.Callback):
                 f"of {trainer.world_size}: each would train a run of its own. "
                 f"Use Trainer(devices={started.per_node}, num_nodes={started.nodes})"
             )
+        if trainer.limit_train_batches == 0:
+            raise ValueError("Trainer(limit_train_batches=0): a task takes at least one batch of each epoch")
         if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
             raise ValueError(
                 f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "

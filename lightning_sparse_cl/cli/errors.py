@@ -6,7 +6,9 @@ import errno
 import re
 import traceback
 from argparse import ArgumentError
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch.optim
@@ -14,12 +16,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lightning_sparse_cl as scl
 
-OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EFBIG}
+OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EFBIG,
+}
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Storage size calculation overflowed|not enough memory|numel: integer"
     r"|invalid dimension|Overflow when|overflowed",
     re.IGNORECASE,
 )
+IN_PLAIN_WORDS = {
+    r"Expected a dot import path string:": "no class is called",
+    r"'\w+' object has no attribute 'keys'": "options by name are expected",
+    r"(unhashable type|argument of type) .*": "a class by its name is expected",
+}
+"""What the parser says of values that it did not think of."""
 RESTORING = "checkpoint_connector.py"
 """Of Lightning: a fault below it is a checkpoint that does not fit."""
 
@@ -39,7 +56,8 @@ def one_line(error: BaseException) -> str | None:
         found = [folder for folder in checkers if Path(raised.filename).is_relative_to(folder)]
         if found and isinstance(link, ValueError | OSError):
             return _joined(link)
-        if found[:1] == checkers[:1] and isinstance(link, TypeError) and (raised.line or "").startswith("raise "):
+        on_purpose = found[:1] == checkers[:1] and (raised.line or "").startswith("raise ")
+        if on_purpose and isinstance(link, TypeError | NotImplementedError):
             return _joined(link)
         if type(link).__module__.startswith(scl.__name__):
             return _joined(link)
@@ -48,18 +66,35 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ArgumentError):
         key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
         reason = str(chain[-1]).strip().splitlines()[0]
-        reason = reason.replace("Expected a dot import path string:", "no class is called")
+        for raw, plain in IN_PLAIN_WORDS.items():
+            reason = re.sub(raw, plain, reason)
         return f"{key}: {reason}" if key and key not in reason else reason
     for link in chain:
         if isinstance(link, OSError) and link.errno in OF_THE_DISK:
             return f"{link.filename or 'a file'}: {link.strerror}"
-        if isinstance(link, MemoryError | torch.OutOfMemoryError) or (
-            isinstance(link, RuntimeError | OverflowError) and NO_MEMORY.search(str(link))
-        ):
-            return f"the memory of this machine does not hold what is asked for: {_joined(link).splitlines()[0][:200]}"
     if any(RESTORING in frame.filename for frame in _frames(error)):
         return f"--ckpt_path: this checkpoint does not fit what is run: {type(error).__name__}: {_joined(error)[:200]}"
     return None
+
+
+def too_large(error: BaseException, config: Mapping[str, Any]) -> str | None:
+    """One line for what does not fit into the memory, with the largest number that was asked for; else None."""
+    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not no_memory and not (isinstance(error, RuntimeError | OverflowError) and NO_MEMORY.search(str(error))):
+        return None
+    name, value = max(_numbers(config, ""), key=lambda item: item[1], default=("nothing", 0))
+    return (
+        f"the memory of this machine does not hold what is asked for ({_joined(error)[:120]}); the largest number in "
+        f"the configuration is {name}={value}"
+    )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _numbers(item, f"{name}.{key}" if name else str(key))
 
 
 def _frames(error: BaseException) -> traceback.StackSummary:

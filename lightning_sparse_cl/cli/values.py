@@ -9,8 +9,13 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-SECTIONS = ("trainer", "schedule", "evaluation", "checkpoint")
-"""Parts of a configuration that are options, and not a class with its arguments."""
+SECTIONS = {
+    "trainer": "lightning.pytorch.Trainer",
+    "schedule": "lightning_sparse_cl.TaskSchedule",
+    "evaluation": "lightning_sparse_cl.ContinualEvaluation",
+    "checkpoint": "lightning_sparse_cl.SequenceCheckpoint",
+}
+"""Parts of a configuration that are the arguments of a fixed class."""
 
 
 def refuse_nonsense(config: Mapping[str, Any]) -> None:
@@ -19,19 +24,24 @@ def refuse_nonsense(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: with the dotted name, the value and what is expected.
     """
-    for name in SECTIONS:
-        if name in config and not isinstance(config[name], Mapping):
+    for name, class_path in SECTIONS.items():
+        if not isinstance(config.get(name, {}), Mapping):
             raise ValueError(f"{name}={config[name]}: options by name are expected")
+        _refuse_nulls(config.get(name, {}), class_path, name)
     _look(config, "")
+
+
+def _refuse_nulls(arguments: Mapping[str, Any], class_path: str, name: str) -> None:
+    for key, item in arguments.items():
+        if item is None and (expected := _expected(class_path, key)) is not None:
+            raise ValueError(f"{name}.{key}=null: {expected} is expected")
 
 
 def _look(value: Any, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: a finite number is expected")
     if isinstance(value, Mapping) and "class_path" in value and isinstance(value.get("init_args"), Mapping):
-        for key, item in value["init_args"].items():
-            if item is None and (expected := _expected(value["class_path"], key)) is not None:
-                raise ValueError(f"{name}.init_args.{key}=null: {expected} is expected")
+        _refuse_nulls(value["init_args"], value["class_path"], f"{name}.init_args")
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in items:
         _look(item, f"{name}.{key}" if name else str(key))

@@ -17,7 +17,7 @@ def claim(logger: Any) -> Path | None:
     options = getattr(logger, "init_args", None)
     if options is None or logger.class_path.rpartition(".")[2] not in NUMBERED or options.get("version") is not None:
         return None
-    if rank_zero_only.rank:  # it is told by the first process
+    if getattr(rank_zero_only, "rank", 0):  # it is told by the first process
         return None
     root = Path(options.save_dir, options.get("name") or "")
     numbers = [int(n) for p in root.glob("version_*") if (n := p.name.removeprefix("version_")).isdigit()]
