@@ -20,6 +20,7 @@ class ImageTensors(Dataset):
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
+        images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays are taken too
         if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels):
             raise ValueError(
                 f"ImageTensors: images are (N, C, H, W) and labels (N,), got {tuple(images.shape)} "

@@ -6,12 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
+from toy_trainer import trainer
 
+from lightning_sparse_cl import ContinualModule, SmallMLP
 from lightning_sparse_cl import data as scl
 from tests import fake_data
 from tests.data.test_what_data_are import IMAGES, LABELS, Loaded, Pairs, ready, refused
@@ -172,3 +175,20 @@ def test_names_of_the_classes(tmp_path: Path, monkeypatch: Any) -> None:
         assert ready(split).class_names == expected and split.num_classes == len(expected)
     split = ready(scl.SplitCIFAR100(root=root["c100"], superclasses=True))
     assert split.class_names == [str(c) for c in split.class_order]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_items_with_ids_train_as_tensors_do(workers: int) -> None:
+    parts = [(IMAGES[:40], IDS[LABELS[:40]]), (IMAGES[40:], IDS[2 + LABELS[40:]])]
+    items = [Pairs(x, y.tolist()) for x, y in parts]
+    tensors = [scl.ImageTensors(x, y) for x, y in parts]
+    ends = []
+    for data in (
+        scl.TaskDatasets(items, items, in_memory=False, num_workers=workers, batch_size=8),
+        scl.TaskDatasets(tensors, tensors, batch_size=8),
+    ):
+        pl.seed_everything(0, verbose=False)
+        module = ContinualModule(SmallMLP([8]))
+        trainer(epochs=1).fit(module, data)
+        ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*ends) and module.head is not None and module.head.out_features == 4

@@ -100,6 +100,18 @@ def test_one_type_and_range_for_all(form: int, train: Tensor, test: Tensor, late
     refused(sequences(train, test, later)[form], message)
 
 
+def test_one_type_and_range_in_tensors() -> None:
+    for test, message in (
+        (FLOATS, "differ in type, torch.uint8 and torch.float32"),
+        (IMAGES // 128, "25.*to 1; bring"),
+    ):
+        refused(lambda x=test: scl.SplitTensors((IMAGES, LABELS), (x, LABELS), 2), message)
+    later = torch.where((LABELS == 1).view(-1, 1, 1, 1), 255 * FLOATS, FLOATS)
+    refused(
+        lambda: scl.SplitTensors((later, LABELS), (later, LABELS), 2), "task 0 go up .* training images of task 1 to"
+    )
+
+
 @pytest.mark.parametrize("form", range(5))
 @pytest.mark.parametrize(
     "train, test, later",
@@ -234,6 +246,7 @@ def test_arrays_and_odd_tensors_are_taken() -> None:
     flipped = np.flip(IMAGES.flip(3).numpy(), 3)  # negative strides
     grad = ready(scl.SplitTensors(*[(FLOATS.clone().requires_grad_(), LABELS)] * 2, num_tasks=2))
     array = ready(scl.SplitTensors(*[(flipped, LABELS.numpy())] * 2, num_tasks=2))
+    assert torch.equal(scl.ImageTensors(IMAGES.numpy(), LABELS.numpy()).images, IMAGES)
     items = ready(scl.TaskDatasets(*[[Pairs(flipped, LABELS.numpy())]] * 2, in_memory=False))
     wide = ready(scl.SplitTensors(*[(IMAGES[:1].expand(80, -1, -1, -1), LABELS)] * 2, num_tasks=2))
     for t in range(2):
