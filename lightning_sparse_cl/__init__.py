@@ -39,6 +39,7 @@ from lightning_sparse_cl.callbacks import (
     TaskSchedule,
     TaskSubnetworks,
     UnfiredGrowth,
+    join_after_restart,
     position,
 )
 from lightning_sparse_cl.data import (
@@ -226,6 +227,7 @@ __all__ = [
     "densify",
     "enforce",
     "export_network",
+    "join_after_restart",
     "load_sparse",
     "position",
     "save_sparse",

@@ -17,6 +17,7 @@ from test_resume import assert_identical, command, final_state
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.__main__ import main
 from lightning_sparse_cl.callbacks.launchers import slurm_job
 from lightning_sparse_cl.demos import toy_tasks
 
@@ -108,6 +109,15 @@ def test_slurm_time_limit_saves_at_a_steps_end_and_requeues(tmp_path):
     assert_identical(whole, final_state(job))
 
 
+def test_a_requeued_job_goes_on_without_being_told(tmp_path, monkeypatch):
+    args = command(tmp_path, "finetune", "--trainer.limit_train_batches=2", "--schedule.epochs=1")
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert main(args).trainer.ckpt_path is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(args).trainer.ckpt_path == str(tmp_path / "last.ckpt")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["SIGUSR1 of SLURM", "SIGTERM"])
 def test_twenty_random_preemptions_over_five_configurations(tmp_path, number):
@@ -172,7 +182,7 @@ def torchrun(folder, *args, restarts=0, standalone=False):
     options = ["--nproc_per_node=2", f"--max-restarts={restarts}"] + ["--standalone"] * standalone
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, "-m", "lightning_sparse_cl", *args],
-        env=environment(MASTER_PORT=str(random.randrange(20000, 60000))), cwd=folder, capture_output=True, text=True,
+        env=environment(MASTER_PORT=str(random.randrange(20000, 60000))), cwd=folder.parent, capture_output=True, text=True,
         timeout=400,
     )  # fmt: skip
 

@@ -17,6 +17,7 @@ from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.gpm import GPM
 from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
 from lightning_sparse_cl.callbacks.growth_rules import SNFS, AdaptiveGrowth, MomentumGrowth, UnfiredGrowth
+from lightning_sparse_cl.callbacks.launchers import join_after_restart
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.progress import TaskProgressBar
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
@@ -67,5 +68,6 @@ __all__ = [
     "TaskSchedule",
     "TaskSubnetworks",
     "UnfiredGrowth",
+    "join_after_restart",
     "position",
 ]
