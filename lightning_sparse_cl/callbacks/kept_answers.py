@@ -54,7 +54,8 @@ class KeptAnswers:
             live: which classes (T, num_classes) each test set has.
             matrices: where to count, by scenario: names that begin with ``class_il`` or ``task_il``.
         """
-        if not self._is_valid(learnt):
+        if not self._asked or not self._is_valid(learnt):
+            learnt.drop_networks()
             self._asked, self._digests, self._largest, self._own = [], {}, {}, {}
         device = next(learnt.module.parameters()).device
         known = torch.zeros(live.shape[1], dtype=torch.bool, device=device)

@@ -29,15 +29,6 @@ class Subnetwork(NamedTuple):
     """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
 
 
-class _Extracted(NamedTuple):
-    """A network that :meth:`Subnetworks.network` has made, and what it was made of."""
-
-    network: nn.Module
-    learnt: Subnetwork
-    moving: dict[str, Tensor]
-    """Copies of what belongs to no task, such as batch-norm that all share; the module may go on changing it."""
-
-
 class Subnetworks:
     """The subnetworks of a module, by task; each computes the same for ever, bit for bit.
 
@@ -54,7 +45,7 @@ class Subnetworks:
 
     def _forget(self) -> None:
         """Drop what is only kept to be fast."""
-        self._ready: dict[int, _Extracted] = {}
+        self._ready: dict[int, tuple[Subnetwork, nn.Module]] = {}  # extracted networks, and of what
         self._sizes: dict[int, tuple[Subnetwork, int]] = {}  # parameters of each extracted network
         self._unions: dict[str, tuple[list[Subnetwork], Tensor]] = {}  # what those tasks use together, by weight
 
@@ -95,8 +86,8 @@ class Subnetworks:
     def add(self, classes: Sequence[int], masks: Mapping[str, Tensor], own: Sequence[str]) -> None:
         """Remember what the next task uses: masks by weight, copies of the tensors named ``own``, and rows of the head.
 
-        Networks extracted until now are dropped. So only those that are asked for between two tasks take memory at a
-        time; where the answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one.
+        Extracted networks are dropped: only those that are asked for between two tasks take memory at a time. Where the
+        answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one.
 
         Raises:
             ValueError: if a mask does not have its weight's shape.
@@ -110,7 +101,7 @@ class Subnetworks:
         copies = {name: state[name].detach().clone() for name in own if name not in self.head}
         copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
         self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
-        self._ready = {}
+        self.drop_networks()
 
     def mask(self, task: int, name: str) -> Tensor:
         """Which of a weight's entries a task uses, of the weight's shape."""
@@ -137,7 +128,10 @@ class Subnetworks:
         """
         learnt = self.tasks[:tasks]
         weights = {name: self._held(name, tasks) for name in (learnt[0].masks if learnt else ())}
-        return weights | self._moving(learnt)
+        network = network_of(self.module)
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        others = {n: t for n, t in tensors if any(n not in task.masks and n not in task.own for task in learnt)}
+        return weights | others
 
     def _held(self, name: str, tasks: int | None = None) -> Tensor:
         return Masks.of(self.module).held(name).masked_fill(~self.used(name, tasks), 0)
@@ -168,10 +162,13 @@ class Subnetworks:
         It maps images (B, C, H, W) to logits (B, len(classes)) and has weights of its own. Made when it is first asked
         for, and kept until another task is added.
         """
-        learnt, ready = self._task(task), self._ready.get(task)
-        if ready is None or ready.learnt is not learnt or not self._is_current(ready):
-            ready = self._ready[task] = self._extract(task)
-        return ready.network.to(next(self.module.parameters()).device)
+        if task not in self._ready or self._ready[task][0] is not self._task(task):
+            self._ready[task] = self._task(task), self._extract(task)
+        return self._ready[task][1].to(next(self.module.parameters()).device)
+
+    def drop_networks(self) -> None:
+        """Drop the extracted networks, which do not follow what the module does after they were made."""
+        self._ready = {}
 
     def parameters(self, task: int) -> int:
         """How many parameters :meth:`network` of the task has. Counted once per task."""
@@ -179,26 +176,12 @@ class Subnetworks:
             self._extract(task)
         return self._sizes[task][1]
 
-    def _extract(self, task: int) -> _Extracted:
+    def _extract(self, task: int) -> nn.Module:
         learnt = self._task(task)
-        moving = {name: tensor.detach().clone() for name, tensor in self._moving([learnt]).items()}
         with self.use(task), torch.no_grad():
             small = compact(network_of(self.module), outputs=learnt.classes)
         self._sizes[task] = learnt, sum(p.numel() for p in small.parameters())
-        return _Extracted(small.eval().requires_grad_(False), learnt, moving)
-
-    def _moving(self, tasks: Sequence[Subnetwork]) -> dict[str, Tensor]:
-        """The tensors of the network that one of the tasks neither shares by a mask nor has for its own."""
-        network = network_of(self.module)
-        tensors = (*network.named_parameters(), *network.named_buffers())
-        return {n: t for n, t in tensors if any(n not in task.masks and n not in task.own for task in tasks)}
-
-    def _is_current(self, ready: _Extracted) -> bool:
-        now = self._tensors() if ready.moving else {}
-        return all(
-            now[name].dtype == old.dtype and torch.equal(now[name], old.to(now[name].device))
-            for name, old in ready.moving.items()
-        )
+        return small.eval().requires_grad_(False)
 
     def stored(self) -> dict[str, Tensor]:
         """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight a
