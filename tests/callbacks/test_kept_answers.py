@@ -37,7 +37,7 @@ def direct(run, module, suffix=""):
                 x = data.prepare(x, augment=False)
                 answers = learnt.answers(x)
                 whole, own = (
-                    learnt.combined(x, answers, *of)[:, : data.num_classes] if answers else module(x)
+                    (learnt.combined(x, answers, *of) if answers else module(x))[:, : data.num_classes]
                     for of in ((), (task,))
                 )
                 own = own.masked_fill(~live, -torch.inf)
@@ -116,7 +116,7 @@ def test_figures_are_those_of_asking_all(config, more, tmp_path):
         [
             "fit", "-c", str(CONFIGS / f"{config}.yaml"), *data, "--model.init_args.backbone.width=4",
             "--schedule.epochs=2", "--evaluation.before_pruning=true", "--trainer.accelerator=cpu",
-            "--trainer.limit_train_batches=3", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}",
+            "--trainer.limit_train_batches=2", "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}",
             "--trainer.enable_progress_bar=false", f"--trainer.callbacks+={Direct.__module__}.Direct",
             *shortened(config),
         ]
@@ -132,8 +132,9 @@ def dst(**kwargs):
 
 def fit(module, *callbacks, data=None, evaluation=None, **kwargs):
     evaluation = evaluation or scl.ContinualEvaluation(before_pruning=True)
-    run = trainer(evaluation, *callbacks, Direct(), **kwargs)
-    run.fit(module, data or toy_tasks(num_tasks=4))
+    trainer(evaluation, *callbacks, Direct(), epochs=1, limit_train_batches=4, **kwargs).fit(
+        module, data or toy_tasks(num_tasks=4)
+    )
     return evaluation
 
 
@@ -158,9 +159,12 @@ def test_an_average_of_the_weights_and_a_foreign_module_with_a_larger_head():
 
 def test_a_second_fit_and_other_data_see_nothing_of_the_first():
     evaluation = scl.ContinualEvaluation(before_pruning=True)
-    fit(dst(), evaluation=evaluation)
-    fit(dst(), evaluation=evaluation, data=scl.SplitDigits(num_tasks=2, batch_size=64))
-    fit(dst(), evaluation=evaluation, data=scl.SplitDigits(num_tasks=5, batch_size=64))
+    for data in (
+        toy_tasks(num_tasks=4),
+        toy_tasks(num_tasks=4, per_class=30),
+        scl.SplitDigits(num_tasks=2, batch_size=64),
+    ):
+        fit(dst(), evaluation=evaluation, data=data)
 
 
 class Meddle(pl.Callback):
@@ -220,7 +224,7 @@ def test_a_resumed_run_asks_once_for_what_is_missing(class_il, tmp_path, asked):
 
 
 def two_processes():
-    fit(dst(), data=toy_tasks(num_tasks=3, batch_size=8), devices=2, strategy="ddp", limit_train_batches=4)
+    fit(dst(), data=toy_tasks(num_tasks=3, batch_size=8), devices=2, strategy="ddp")
 
 
 def test_on_two_processes():
