@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import SequentialSampler
+from torch.utils.data import BatchSampler, SequentialSampler
 
 from lightning_sparse_cl.callbacks.outputs import of_classes
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -73,7 +74,7 @@ class KeptAnswers:
                     matrix.add(own, task)
                 if not class_il:
                     continue
-            in_order = isinstance(getattr(loader, "sampler", None), ShareSampler | SequentialSampler)
+            in_order = _is_in_order(loader)
             for number, (x, y) in enumerate(loader):
                 x, y = data.prepare(x.to(device), augment=False), y.to(device)
                 batch = _Batch(learnt, x, task, known, some_unknown)
@@ -163,6 +164,12 @@ def _larger(kept: Largest | None, logits: Tensor) -> Largest:
     nan, was_nan = value.isnan(), old.isnan()  # the largest for argmax
     stays = (old > value) | (was_nan & ~nan) | (((old == value) | (was_nan & nan)) & (was < label))
     return torch.where(stays, old, value), torch.where(stays, was, label)
+
+
+def _is_in_order(loader: Any) -> bool:
+    """Whether a loader is known to give the same batches every time."""
+    batches = getattr(loader, "batch_sampler", None)
+    return type(batches) is BatchSampler and isinstance(batches.sampler, ShareSampler | SequentialSampler)
 
 
 def _digests(learnt: Subnetworks, tasks: int | None = None) -> dict[str, Tensor]:

@@ -199,12 +199,21 @@ def test_a_subnetwork_that_is_no_longer_the_same_is_asked_again(how, asked):
 
 
 class Shuffled(scl.SplitDigits):
+    by_batches = False
+
     def test_dataloader(self):
-        return [torch.utils.data.DataLoader(d, 50, shuffle=True, collate_fn=collate) for d in self.test_sets]
+        def order(data):
+            batches = torch.utils.data.BatchSampler(torch.utils.data.RandomSampler(data), 50, False)
+            return {"batch_sampler": list(batches)} if self.by_batches else {"shuffle": True, "batch_size": 50}
+
+        return [torch.utils.data.DataLoader(d, collate_fn=collate, **order(d)) for d in self.test_sets]
 
 
-def test_test_samples_in_another_order_each_time():
-    fit(dst(), data=Shuffled(num_tasks=5, batch_size=64))
+@pytest.mark.parametrize("by_batches", [False, True])
+def test_test_samples_in_another_order_each_time(by_batches):
+    data = Shuffled(num_tasks=2, batch_size=64)
+    data.by_batches = by_batches
+    fit(dst(), data=data)
 
 
 @pytest.mark.parametrize("class_il", [True, False])
