@@ -70,6 +70,10 @@ COLUMNS = {
     "overhead": {
         "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
     },
+    "long_sequences": {
+        "tasks": "tasks", "training": "training, ms a task", "evaluation before": "evaluation, each network each time",
+        "evaluation": "evaluation, each network once", "checkpoint": "checkpoint, ms", "MB": "MB",
+    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",
@@ -180,7 +184,18 @@ def sequences(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def long_sequences(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for ten tasks, in ms per task, with the evaluation of the code before beside that of today."""
+    by_code = {code: [r for r in result["rows"] if r["code"] == code] for code in ("before", "now")}
+    return [
+        {k: f"{v['median']:.0f}" if isinstance(v, dict) else v for k, v in now.items()}
+        | {"evaluation before": f"{before['evaluation']['median']:.0f}"}
+        for before, now in zip(by_code["before"], by_code["now"], strict=True)
+    ]
+
+
 DERIVED = {
+    "long_sequences": ("long_sequences", long_sequences),
     "sparse_speed": ("sparse_speed", speeds),
     "sparse_speed_layers": ("sparse_speed", layers),
     "sparse_training": ("sparse_training", sequences),

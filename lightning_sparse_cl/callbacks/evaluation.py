@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_sparse_cl.callbacks.averaging import averaged
-from lightning_sparse_cl.callbacks.outputs import logits_of
+from lightning_sparse_cl.callbacks.kept_answers import KeptAnswers
+from lightning_sparse_cl.callbacks.outputs import logits_of, of_classes
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.sparsity import Subnetworks
@@ -29,6 +30,12 @@ class ContinualEvaluation(pl.Callback):
     data have classes: those beyond are no classes, and never win. (Where each task has a subnetwork of its own,
     by :class:`TaskSubnetworks`, Task-IL asks that of the sample's task, Class-IL all of them.) Before training the
     untrained network is measured on every task, the baseline of forward transfer.
+
+    Subnetworks of learnt tasks answer the same for ever, so that a fit asks each once, when it has been learnt, and
+    keeps the answers (:class:`~lightning_sparse_cl.callbacks.kept_answers.KeptAnswers`): an evaluation costs one pass
+    over the test sets, however many tasks have been learnt, and a second one of the network being trained for tasks and
+    classes that none has learnt. A resumed fit asks all once. ``trainer.test`` has no answers to go by: in Class-IL it
+    sends every image through every subnetwork, T passes over the test sets of T tasks.
 
     Works with any LightningModule whose ``forward`` maps images to logits (alone, or as
     :func:`~lightning_sparse_cl.callbacks.outputs.logits_of` finds them): it runs its own passes over the data module's
@@ -54,9 +61,11 @@ class ContinualEvaluation(pl.Callback):
         self.held_out: list[float] = []
         """Task-IL accuracy of each task on its own held-out samples when it was learnt, if there are any."""
         self._loaded: dict[str, Any] | None = None
+        self._kept = KeptAnswers()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = _data(trainer)
+        self._kept = KeptAnswers()
         if stage == "fit":
             self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
@@ -85,21 +94,24 @@ class ContinualEvaluation(pl.Callback):
             learnt = Subnetworks.of(pl_module)
             known = (lambda x: learnt.combined(x, learnt.answers(x, task), task)) if len(learnt) else pl_module
             self.held_out.append(held_out_accuracy(trainer, pl_module, known))
-        figures = {s: self.matrices[s].summary() for s in self.scenarios}
+        figures = {s: self.matrices[s].figures() for s in self.scenarios}
         pl_module.log_dict(
-            {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if isinstance(v, float)},
+            {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if v is not None},
             on_step=False, on_epoch=True, sync_dist=True,
         )  # fmt: skip
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
         data, matrices = _data(trainer), {s: self.matrices[s + suffix] for s in self.scenarios}
-        was_training = pl_module.training
+        learnt, was_training = Subnetworks.of(pl_module), pl_module.training
         pl_module.eval()
         with averaged(trainer, pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
-            for task, loader in enumerate(data.test_dataloader()):
-                for x, y in loader:
-                    x = data.prepare(x.to(pl_module.device), augment=False)
-                    self._count(pl_module, x, y.to(pl_module.device), task, matrices)
+            if len(learnt):
+                self._kept.measure(learnt, data, self._live, matrices)
+            else:
+                for task, loader in enumerate(data.test_dataloader()):
+                    for x, y in loader:
+                        x = data.prepare(x.to(pl_module.device), augment=False)
+                        self._count(pl_module, x, y.to(pl_module.device), task, matrices)
         pl_module.train(was_training)
         for matrix in matrices.values():
             matrix.close_row(row)
@@ -115,11 +127,14 @@ class ContinualEvaluation(pl.Callback):
             logits = learnt.combined(x, answers) if "class_il" in self.scenarios else known
         else:
             known = logits = logits_of(pl_module(x), pl_module) if logits is None else logits
-        known, logits = (_of_classes(part, live.numel(), pl_module) for part in (known, logits))
+        known, logits = (of_classes(part, live.numel(), pl_module) for part in (known, logits))
         for scenario, matrix in matrices.items():
             of_task = scenario.startswith("task_il")
             scores = known.masked_fill(~live, -torch.inf) if of_task else logits
             matrix.to(y.device).update(scores, y, task)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept = KeptAnswers()
 
     # -- trainer.test and trainer.validate ---------------------------------------------------------------------
 
@@ -162,15 +177,6 @@ def _data(trainer: pl.Trainer) -> TaskDataModule:
     return data
 
 
-def _of_classes(logits: Tensor, classes: int, module: nn.Module) -> Tensor:
-    """The logits (B, classes) of the data's classes, without what a larger head has beyond them."""
-    if logits.shape[1] < classes:
-        raise ValueError(
-            f"{type(module).__name__}: its forward gives {logits.shape[1]} logits, and the data have {classes} classes"
-        )
-    return logits[:, :classes]
-
-
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:
     """Accuracy of the running task on its held-out samples, over all processes, among the task's classes.
 
@@ -185,7 +191,7 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         for x, y in data.val_dataloader()[0]:
             x, y = data.prepare(x.to(pl_module.device), augment=False), y.to(pl_module.device)
-            known = _of_classes(logits_of(logits(x), pl_module), live.numel(), pl_module)
+            known = of_classes(logits_of(logits(x), pl_module), live.numel(), pl_module)
             hits = known.masked_fill(~live, -torch.inf).argmax(1) == y
             right += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(y))])
     pl_module.train(was_training)

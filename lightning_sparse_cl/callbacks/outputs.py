@@ -40,3 +40,16 @@ def _described(output: Any) -> str:
     if isinstance(output, Mapping):
         return f"a {type(output).__name__} of {', '.join(map(str, output)) or 'nothing'}"
     return "None" if output is None else f"a {type(output).__name__}"
+
+
+def of_classes(logits: Tensor, classes: int, module: nn.Module) -> Tensor:
+    """The logits (B, classes) of the data's classes, without what a larger head of ``module`` has beyond them.
+
+    Raises:
+        ValueError: if there are fewer logits than classes.
+    """
+    if logits.shape[1] < classes:
+        raise ValueError(
+            f"{type(module).__name__}: its forward gives {logits.shape[1]} logits, and the data have {classes} classes"
+        )
+    return logits[:, :classes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
+from lightning_sparse_cl.sparsity.sharing import sharing
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
@@ -185,24 +187,21 @@ class TaskSubnetworks(Sparsifier):
         tasks = self.subnetworks.tasks
         if not self.share:
             return {"used": [float(i + 1) for i in range(len(tasks))]}
-        names = list(tasks[0].masks) if tasks else []
-        used = {name: torch.zeros_like(self.subnetworks.used(name)) for name in names}
-        total = sum(u.numel() for u in used.values())
-        found: dict[str, Any] = {"density": {n: [] for n in names}, "overlap": [], "used": [], "free_in_mask": []}
-        for i in range(len(tasks)):
-            masks = {name: self.subnetworks.mask(i, name) for name in names}
-            count = sum(int(m.sum()) for m in masks.values())
-            new = sum(int((masks[n] & ~used[n]).sum()) for n in names)
-            for name, mask in masks.items():
-                found["density"][name].append(int(mask.sum()) / mask.numel())
-                used[name] |= mask
-            both = [sum(int((masks[n] & self.subnetworks.mask(j, n)).sum()) for n in names) for j in range(len(tasks))]
-            found["overlap"].append([b / max(count, 1) for b in both])
-            found["used"].append(sum(int(u.sum()) for u in used.values()) / max(total, 1))
-            found["free_in_mask"].append(new / max(count, 1))
+        shared = {name: sharing([t.masks[name] for t in tasks]) for name in (tasks[0].masks if tasks else ())}
+        sizes = {name: self.subnetworks.module.get_parameter(name).numel() for name in shared}
+        nothing = torch.zeros(len(tasks), dtype=torch.long)
+        both = sum((s.both for s in shared.values()), nothing.expand(len(tasks), -1)).tolist()
+        used = sum((s.used for s in shared.values()), nothing).tolist()
+        counts = [max(row[i], 1) for i, row in enumerate(both)]
+        new = [after - before for before, after in pairwise([0, *used])]
         whole = sum(p.numel() for p in network_of(self.subnetworks.module).parameters())
-        compact = [sum(p.numel() for p in self.subnetworks.network(i).parameters()) for i in range(len(tasks))]
-        return found | {"compact": [parameters / whole for parameters in compact]}
+        return {
+            "density": {name: [n / sizes[name] for n in s.both.diagonal().tolist()] for name, s in shared.items()},
+            "overlap": [[n / count for n in row] for row, count in zip(both, counts)],
+            "used": [n / max(sum(sizes.values()), 1) for n in used],
+            "free_in_mask": [n / count for n, count in zip(new, counts)],
+            "compact": [self.subnetworks.parameters(i) / whole for i in range(len(tasks))],
+        }
 
 
 class FromScratch(TaskCallback):

@@ -32,9 +32,19 @@ class AccuracyMatrix(Metric):
         self.baseline = torch.full((tasks,), torch.nan)
 
     def update(self, logits: Tensor, target: Tensor, task: int) -> None:
-        """Count the hits of ``logits`` (B, C) on ``target`` (B,), samples of ``task``."""
-        self.hits[task] += (logits.argmax(1) == target).sum()
+        """Count the hits of ``logits`` (B, C), or of labels (B,), on ``target`` (B,), samples of ``task``."""
+        labels = logits.argmax(1) if logits.ndim > 1 else logits
+        self.hits[task] += (labels == target).sum()
         self.total[task] += len(target)
+
+    def add(self, counted: Tensor, task: int) -> None:
+        """Add to a task's hits and samples: a tensor of the two."""
+        self.hits[task] += counted[0]
+        self.total[task] += counted[1]
+
+    def counted(self, task: int) -> Tensor:
+        """A task's hits and samples in the row being measured, of this process; a copy."""
+        return torch.stack([self.hits[task], self.total[task]])
 
     def compute(self) -> Tensor:
         """The row being measured: accuracy on each task (T,), nan where nothing was seen."""
@@ -52,15 +62,17 @@ class AccuracyMatrix(Metric):
 
     def summary(self) -> dict[str, float | list[Any] | None]:
         """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
+        return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | self.figures()
+
+    def figures(self) -> dict[str, float | None]:
+        """``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
         figures = {
             "acc": average_accuracy(self.R),
             "bwt": backward_transfer(self.R),
             "fwt": forward_transfer(self.R, self.baseline),
             "forgetting": forgetting(self.R),
         }
-        return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | {
-            name: None if value.isnan() else value.item() for name, value in figures.items()
-        }
+        return {name: None if value.isnan() else value.item() for name, value in figures.items()}
 
 
 def average_accuracy(R: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks as bits, eight a byte."""
+"""Masks as bits, eight a byte; and the bits of any tensor in two numbers."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The boolean mask of that shape that :func:`pack` has packed."""
     return (bits[:, None] & PLACES.to(bits.device)).bool().flatten()[: torch.Size(shape).numel()].view(shape)
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Two whole numbers (2,) that tell whether any bit of a tensor has changed: the sum of its entries' bits, and the
+    sum weighted by their places.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    bits = tensor.detach().reshape(-1).view(whole).long()
+    return torch.stack([bits.sum(), (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()])

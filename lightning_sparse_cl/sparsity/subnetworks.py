@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -41,7 +41,13 @@ class Subnetworks:
     def __init__(self, module: nn.Module | None = None) -> None:
         self._module: ReferenceType[nn.Module] | None = None if module is None else ref(module)
         self.tasks: list[Subnetwork] = []
-        self._ready: dict[int, nn.Module] = {}  # extracted networks
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is only kept to be fast."""
+        self._ready: dict[int, tuple[Subnetwork, nn.Module]] = {}  # extracted networks, and of what
+        self._sizes: dict[int, tuple[Subnetwork, int]] = {}  # parameters of each extracted network
+        self._unions: dict[str, tuple[list[Subnetwork], Tensor]] = {}  # what those tasks use together, by weight
 
     @classmethod
     def of(cls, module: nn.Module) -> Subnetworks:
@@ -57,7 +63,8 @@ class Subnetworks:
         return {"tasks": self.tasks}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.tasks, self._module, self._ready = state["tasks"], None, {}
+        self.tasks, self._module = state["tasks"], None
+        self._forget()
 
     @property
     def module(self) -> nn.Module:
@@ -79,6 +86,9 @@ class Subnetworks:
     def add(self, classes: Sequence[int], masks: Mapping[str, Tensor], own: Sequence[str]) -> None:
         """Remember what the next task uses: masks by weight, copies of the tensors named ``own``, and rows of the head.
 
+        Extracted networks are dropped: only those that are asked for between two tasks take memory at a time. Where the
+        answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one.
+
         Raises:
             ValueError: if a mask does not have its weight's shape.
         """
@@ -91,7 +101,7 @@ class Subnetworks:
         copies = {name: state[name].detach().clone() for name in own if name not in self.head}
         copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
         self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
-        self._ready = {}
+        self.drop_networks()
 
     def mask(self, task: int, name: str) -> Tensor:
         """Which of a weight's entries a task uses, of the weight's shape."""
@@ -100,11 +110,31 @@ class Subnetworks:
 
     def used(self, name: str, tasks: int | None = None) -> Tensor:
         """Which entries the first ``tasks`` tasks use together, of the weight's shape. If None, all tasks."""
-        weight = self.module.get_parameter(name)
-        found = torch.zeros_like(weight, dtype=torch.bool)
-        for task in self.tasks[:tasks]:
-            found |= unpack(task.masks[name].to(weight.device), weight.shape)
-        return found
+        weight, wanted = self.module.get_parameter(name), self.tasks[:tasks]
+        counted, found = self._unions.get(name, ([], torch.zeros_like(weight, dtype=torch.bool)))
+        if not starts_with(wanted, counted):
+            counted, found = [], torch.zeros_like(weight, dtype=torch.bool)
+        found = found.to(weight.device)
+        for task in wanted[len(counted) :]:
+            found = found | unpack(task.masks[name].to(weight.device), weight.shape)
+        self._unions[name] = wanted, found
+        return found.clone()
+
+    def from_module(self, tasks: int | None = None) -> dict[str, Tensor]:
+        """What the first ``tasks`` tasks take from the module itself, by name. If None, all tasks.
+
+        Shared weights, zero where none of these tasks uses them, and tensors that belong to no task, such as
+        batch-norm that all share. As long as these stay the same, so do the tasks' logits.
+        """
+        learnt = self.tasks[:tasks]
+        weights = {name: self._held(name, tasks) for name in (learnt[0].masks if learnt else ())}
+        network = network_of(self.module)
+        tensors = (*network.named_parameters(), *network.named_buffers())
+        others = {n: t for n, t in tensors if any(n not in task.masks and n not in task.own for task in learnt)}
+        return weights | others
+
+    def _held(self, name: str, tasks: int | None = None) -> Tensor:
+        return Masks.of(self.module).held(name).masked_fill(~self.used(name, tasks), 0)
 
     def tensors(self, task: int) -> dict[str, Tensor]:
         """Parameters and buffers of the module as the task's subnetwork has them, of full size."""
@@ -129,23 +159,42 @@ class Subnetworks:
     def network(self, task: int) -> nn.Module:
         """The task's subnetwork alone, in eval mode, without the channels that it does not use.
 
-        It maps images (B, C, H, W) to logits (B, len(classes)) and has weights of its own. Made once a task and kept
-        until another task is added.
+        It maps images (B, C, H, W) to logits (B, len(classes)) and has weights of its own. Made when it is first asked
+        for, and kept until another task is added.
         """
-        if task not in self._ready:
-            with self.use(task), torch.no_grad():
-                small = compact(network_of(self.module), outputs=self.tasks[task].classes)
-                self._ready[task] = small.eval().requires_grad_(False)
-        return self._ready[task].to(next(self.module.parameters()).device)
+        if task not in self._ready or self._ready[task][0] is not self._task(task):
+            self._ready[task] = self._task(task), self._extract(task)
+        return self._ready[task][1].to(next(self.module.parameters()).device)
+
+    def drop_networks(self) -> None:
+        """Drop the extracted networks, which do not follow what the module does after they were made."""
+        self._ready = {}
+
+    def parameters(self, task: int) -> int:
+        """How many parameters :meth:`network` of the task has. Counted once per task."""
+        if task not in self._sizes or self._sizes[task][0] is not self._task(task):
+            self._extract(task)
+        return self._sizes[task][1]
+
+    def _extract(self, task: int) -> nn.Module:
+        learnt = self._task(task)
+        with self.use(task), torch.no_grad():
+            small = compact(network_of(self.module), outputs=learnt.classes)
+        self._sizes[task] = learnt, sum(p.numel() for p in small.parameters())
+        return small.eval().requires_grad_(False)
 
     def stored(self) -> dict[str, Tensor]:
         """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight a
         byte, under ``mask.TASK.NAME``; a task's own tensors under ``own.TASK.NAME``.
         """
-        shared = {n: Masks.of(self.module).held(n) * self.used(n) for n in (self.tasks[0].masks if self.tasks else ())}
+        shared = {name: self._held(name) for name in (self.tasks[0].masks if self.tasks else ())}
         masks = {f"mask.{i}.{n}": bits for i, task in enumerate(self.tasks) for n, bits in task.masks.items()}
         own = {f"own.{i}.{n}": tensor for i, task in enumerate(self.tasks) for n, tensor in task.own.items()}
         return shared | masks | own
+
+    def known(self, tasks: Iterable[int] | None = None) -> list[int]:
+        """The classes that tasks have learnt, in ascending order. If None, all tasks."""
+        return sorted({c for task in (range(len(self)) if tasks is None else tasks) for c in self.tasks[task].classes})
 
     def running(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the network that is being trained, whatever tasks have been learnt."""
@@ -171,7 +220,7 @@ class Subnetworks:
         if task is not None:
             answers = {task: answers[task]} if task in answers else {}
         classes = len(self.module.get_parameter(self.head[0]))
-        known = sorted({c for i in answers for c in self.tasks[i].classes})
+        known = self.known(answers)
         if len(known) == classes or (task is not None and answers):
             logits = next(iter(answers.values())).new_full((len(x), classes), -torch.inf)
         else:
@@ -196,7 +245,8 @@ class Subnetworks:
         for name, bits in ((n, b) for task in tasks for n, b in task.masks.items()):
             if name not in weights or bits.numel() != -(-weights[name].numel() // 8):
                 raise ValueError(f"Subnetworks: the checkpoint has a mask of {name!r}, which does not fit this network")
-        self.tasks, self._ready = tasks, {}
+        self.tasks = tasks
+        self._forget()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
@@ -206,3 +256,8 @@ class Subnetworks:
             learnt = f"tasks 0 to {len(self.tasks) - 1}" if self.tasks else "no task"
             raise ValueError(f"Subnetworks: task {task} was never trained; this module has learnt {learnt}")
         return self.tasks[task]
+
+
+def starts_with(tasks: Sequence[Subnetwork], first: Sequence[Subnetwork]) -> bool:
+    """Whether the first of ``tasks`` are these very ones."""
+    return len(first) <= len(tasks) and all(a is b for a, b in zip(first, tasks))

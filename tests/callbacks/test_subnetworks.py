@@ -218,7 +218,10 @@ def test_summary_against_counting_by_hand():
         union = {n: union[n] | masks[n] for n in names}
         assert shared["used"][t] == sum(int(u.sum()) for u in union.values()) / total
         assert all(torch.equal(learnt.used(n, t + 1), union[n]) for n in names)
-        assert shared["overlap"][t][t] == 1
+        both = [sum(int((masks[n] & learnt.mask(j, n)).sum()) for n in names) for j in range(3)]
+        assert shared["overlap"][t] == [b / size for b in both]
+        own, whole = (sum(p.numel() for p in m.parameters()) for m in (learnt.network(t), module.network))
+        assert shared["compact"][t] == own / whole
         for name in names:
             assert shared["density"][name][t] == pytest.approx(masks[name].float().mean().item())
     assert size == round(0.4 * total)
