@@ -1,6 +1,7 @@
 """One command serves SLURM's time limit, SIGTERM and torchrun's restarts; it ends with an undisturbed run's bits."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -12,12 +13,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import FORK, forked
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from test_resume import assert_identical, command, final_state
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.__main__ import main
+from lightning_sparse_cl.__main__ import main, run
 from lightning_sparse_cl.callbacks.launchers import slurm_job
 from lightning_sparse_cl.demos import toy_tasks
 
@@ -54,27 +56,38 @@ def environment(**more):
 
 
 def fake_slurm(folder):
-    """A folder with a ``scontrol`` that writes down what it is asked."""
+    """Variables of a job, and a ``scontrol`` that writes down what it is asked."""
     bin = folder / "bin"
     bin.mkdir()
     script = bin / "scontrol"
     script.write_text(f'#!/bin/sh\necho "$@" >> {folder}/asked\n')
     script.chmod(0o755)
-    return environment(**SLURM, PATH=f"{bin}:{os.environ['PATH']}")
+    return SLURM | {"PATH": f"{bin}:{os.environ['PATH']}"}
+
+
+def as_a_command(args, env, log):
+    """What the console script does, in a copy of this process; its output goes to a file."""
+    os.environ.update(env)
+    sys.argv = ["sparsecl", *args]
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    run()
 
 
 def run_struck(folder, args, env, number, at):
-    """Start the command, send it a signal when it is at a step (or at a moment within it), and its exit status."""
-    (folder / "step").unlink(missing_ok=True)
-    process = subprocess.Popen([sys.executable, "-m", "lightning_sparse_cl", *args], env=env, cwd=folder,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
-    step = folder / "step"
-    while process.poll() is None and not (step.exists() and int(step.read_text() or -1) >= at):
+    """Run the command, send it a signal when it is at a step; its exit status and what it said."""
+    step, log = folder / "step", folder / "log"
+    step.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    process = FORK.Process(target=as_a_command, args=(args, env, log))
+    process.start()
+    while process.is_alive() and not (step.exists() and int(step.read_text() or -1) >= at):
         time.sleep(0.001)
-    if process.poll() is None:
-        process.send_signal(number)
-    said = process.communicate(timeout=240)[0]
-    return process.returncode, said
+    if process.is_alive():
+        os.kill(process.pid, number)
+    process.join(240)
+    return process.exitcode, log.read_text()
 
 
 TELL = "--trainer.callbacks+=test_preemption.TellStep"
@@ -91,11 +104,8 @@ def struck_until_it_ends(folder, config, env, number, steps, more=()):
     return said
 
 
-def undisturbed(folder, config, *more):
-    args = command(folder, config, *more, "--checkpoint.every_n_train_steps=1000000")
-    subprocess.run(
-        [sys.executable, "-m", "lightning_sparse_cl", *args], env=environment(), check=True, capture_output=True
-    )
+def undisturbed(folder, config):
+    assert forked(main, command(folder, config, "--checkpoint.every_n_train_steps=1000000")) == 0
     return final_state(folder)
 
 
@@ -125,7 +135,7 @@ def test_twenty_random_preemptions_over_five_configurations(tmp_path, number):
     for config in configs:
         whole, job = undisturbed(tmp_path / config / "whole", config), tmp_path / config / "job"
         job.mkdir()
-        env = fake_slurm(job) if number == signal.SIGUSR1 else environment()
+        env = fake_slurm(job) if number == signal.SIGUSR1 else {}
         steps = sorted(drawn.sample(range(1, 55), 4))
         struck_until_it_ends(job, config, env, number, steps)
         assert_identical(whole, final_state(job), config)
@@ -168,41 +178,39 @@ def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("other", ["--seed_everything=5", "--model.init_args.optimizer.lr=0.5"])
-def test_an_hpc_checkpoint_of_another_run_is_not_taken(tmp_path, other):
+def test_an_hpc_checkpoint_of_another_run_is_not_taken(tmp_path, monkeypatch, other):
     args = command(tmp_path, "finetune", "--trainer.limit_train_batches=2", "--schedule.epochs=1")
-    cli = [sys.executable, "-m", "lightning_sparse_cl"]
-    subprocess.run([*cli, *args], env=environment(), check=True, capture_output=True)
+    main(args)
     os.replace(tmp_path / "last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
-    told = subprocess.run([*cli, *args, other], env=environment(**SLURM),
-                          capture_output=True, text=True)  # fmt: skip
-    assert told.returncode == 1 and "is of another run" in told.stderr.splitlines()[-1]
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="is of another run"):
+        main([*args, other])
 
 
 def torchrun(folder, *args, restarts=0, standalone=False):
     options = ["--nproc_per_node=2", f"--max-restarts={restarts}"] + ["--standalone"] * standalone
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, "-m", "lightning_sparse_cl", *args],
-        env=environment(MASTER_PORT=str(random.randrange(20000, 60000))), cwd=folder.parent, capture_output=True, text=True,
-        timeout=400,
+        env=environment(MASTER_PORT=str(random.randrange(20000, 60000))), cwd=folder.parent, capture_output=True,
+        text=True, timeout=400,
     )  # fmt: skip
 
 
 @pytest.mark.xdist_group("two processes")
 def test_torchrun_is_one_run_and_goes_on_after_a_killed_worker(tmp_path):
     options = "--data.init_args.batch_size=24", "--trainer.limit_train_batches=4", "--schedule.epochs=1"
-    finals = {}
-    for name, rank in {"whole": None, "killed": 1}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        kill = ["--trainer.callbacks+=test_preemption.KillOnce", "--trainer.callbacks.at=10"]
-        struck = [] if rank is None else [*kill, f"--trainer.callbacks.rank={rank}"]
-        done = torchrun(folder, *command(folder, "derpp", *options, *struck, "--ckpt_path=last"), restarts=1)
-        assert done.returncode == 0, done.stderr[-3000:]
-        finals[name] = final_state(folder)
-        assert json.loads((folder / "metrics.json").read_text())["processes"] == 2
-        assert (folder / "killed").exists() == (rank is not None)
-        assert [p.name for p in folder.glob("last*.ckpt")] == ["last.ckpt"]
-    assert_identical(finals["whole"], finals["killed"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    assert forked(main, command(whole, "derpp", *options, *two), processes=2) == 0
+    kill = ["--trainer.callbacks+=test_preemption.KillOnce", "--trainer.callbacks.at=10", "--trainer.callbacks.rank=1"]
+    killed.mkdir()
+    done = torchrun(killed, *command(killed, "derpp", *options, *kill, "--ckpt_path=last"), restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (killed / "killed").exists()
+    assert json.loads((killed / "metrics.json").read_text())["processes"] == 2
+    assert [p.name for p in killed.glob("last*.ckpt")] == ["last.ckpt"]
+    assert_identical(final_state(whole), final_state(killed))
 
 
 @pytest.mark.slow
