@@ -144,7 +144,7 @@ def main() -> None:
         bar_id = bar.add_task("tasks", total=repeats * TASKS)
         for i in range(repeats):
             runs.append(run(TASKS, bar, bar_id, f"{folder}/{i}"))
-    rows = [{"code": args.code, "commit": code()} | row for row in blocks(runs)]
+    rows = [{"code": args.code, "commit": code(), "runs": repeats} | row for row in blocks(runs)]
     end = harness.spread([1000 * r["end"][0] for r in runs])
     harness.show(
         f"Of the package {args.code} ({code()}), milliseconds per task", rows, ["tasks", *PARTS, "MB"], (*PARTS, "MB")
@@ -155,9 +155,7 @@ def main() -> None:
         if path.exists():
             before = json.loads(path.read_text())
             others, ends = [r for r in before["rows"] if r["code"] != args.code], before["end of the fit"]
-        harness.save(
-            "long_sequences", others + rows, tasks=TASKS, repeats=repeats, **{"end of the fit": ends | {args.code: end}}
-        )
+        harness.save("long_sequences", others + rows, tasks=TASKS, **{"end of the fit": ends | {args.code: end}})
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ COLUMNS = {
         "network": "", "method": "method", "ms a step": "ms a step", "bare loop, ms": "bare loop, ms", "ratio": "ratio",
     },
     "long_sequences": {
-        "tasks": "tasks", "training": "training, ms a task", "evaluation before": "evaluation, each network each time",
-        "evaluation": "evaluation, each network once", "checkpoint": "checkpoint, ms", "MB": "MB",
+        "tasks": "tasks", "training": "training, ms", "evaluation before": "evaluation before, ms",
+        "evaluation": "evaluation, ms", "checkpoint": "checkpoint, ms", "MB": "MB",
     },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
