@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
+from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import slurm_job
 from lightning_sparse_cl.demos import toy_tasks
 
@@ -140,6 +142,36 @@ def test_twenty_random_preemptions_over_five_configurations(tmp_path, number):
         struck_until_it_ends(job, config, env, number, steps)
         assert_identical(whole, final_state(job), config)
         print(f"{config}: {number.name} at steps {steps}, bit for bit")
+
+
+TEN = ["esacl", "sparcl", "continual_dst", "cl_lsg", "derpp", "icarl", "agem", "gpm", "rigl_derpp", "lamaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", TEN)
+def test_five_kills_at_random_moments_of_one_command(tmp_path, config):
+    """While it starts, trains, measures or writes: SIGKILL, and the same command again."""
+    folder, drawn = tmp_path / "job", random.Random(config)
+    started = time.monotonic()
+    whole = undisturbed(tmp_path / "whole", config)
+    usual, kills = time.monotonic() - started, []
+    args = command(folder, config, "--ckpt_path=last", "--checkpoint.every_n_train_steps=3")
+    while len(kills) < 5:
+        process = FORK.Process(target=main, args=(args,))
+        process.start()
+        time.sleep(drawn.uniform(0, usual))
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        if process.exitcode:
+            kills.append(read_checkpoint(folder / "last.ckpt")["global_step"] if (folder / "last.ckpt").exists() else 0)
+        else:
+            shutil.rmtree(folder)  # it had ended: from the start again
+            kills = []
+    assert forked(main, args) == 0
+    assert_identical(whole, final_state(folder))
+    assert [p.name for p in folder.glob("last*")] == ["last.ckpt"] and not list(folder.glob("*.part"))
+    print(f"{config}: killed five times, with steps {kills} saved, bit for bit")
 
 
 @pytest.mark.parametrize("auto_requeue", [True, False])

@@ -12,7 +12,7 @@ from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_dat
 
 
 def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
-    """One line: the task, mean accuracies on the tasks seen where they are measured, time needed and time left.
+    """At most 80 characters: the task, mean accuracies on the tasks seen so far, time needed and time left.
 
     Args:
         trainer: the trainer, in ``on_after_task_end``.
@@ -26,10 +26,9 @@ def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
         seen = len(data.classes) if data.joint else task + 1
         found = {s: _mean_of_row(evaluation, s, task, seen) for s in SCENARIOS if s in evaluation.matrices}
         figures = [f"{TITLES[s]} {100 * acc:.1f} %" for s, acc in found.items() if acc is not None]
-        over = f" on average over the {seen} tasks seen" if seen > 1 else ""
-        line += f": {', '.join(figures)}{over}" if figures else ""
+        line += f": {', '.join(figures)} so far" if figures else ""
     times = [] if time.elapsed is None else [duration(time.elapsed)]
-    times += [] if time.left is None or data.finished else [f"about {duration(time.left)} left"]
+    times += [] if time.left is None or data.finished else [f"{duration(time.left)} left"]
     return f"{line}; {', '.join(times)}" if times else line
 
 
