@@ -11,6 +11,7 @@ import torch
 from forked import forked
 from test_resume import BATCH_SIZE, CONFIGS, assert_identical, command, final_state, strike
 
+import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 
@@ -54,6 +55,16 @@ def test_every_flipped_bit_and_every_cut_is_refused(tmp_path, finished):
             read_checkpoint(path)
     path.write_bytes(whole)
     assert read_checkpoint(path)["global_step"] == 20
+
+
+def test_a_module_is_not_made_of_a_damaged_checkpoint(tmp_path, finished):
+    path = shutil.copy(finished / "last.ckpt", tmp_path)
+    module = scl.ContinualModule.load_from_checkpoint(path, backbone=scl.SmallCNN(4))
+    assert module.head.out_features == 10
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[:-200] + bytes([whole[-200] ^ 4]) + whole[-199:])
+    with pytest.raises(ValueError, match="this file is altered"):
+        scl.ContinualModule.load_from_checkpoint(path, backbone=scl.SmallCNN(4))
 
 
 @pytest.mark.slow

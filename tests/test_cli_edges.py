@@ -9,6 +9,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import fuzz_cli
 import pytest
 import yaml
 from forked import forked
@@ -64,6 +65,11 @@ def test_a_value_that_cannot_be_meant_is_refused_by_name(tmp_path, monkeypatch, 
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(tree))
     assert key.rpartition(".")[2] in refused(monkeypatch, "fit", "-c", "wrong.yaml")
     assert not Path("runs").exists() or not any(p.is_file() for p in Path("runs").rglob("*"))
+
+
+@pytest.mark.slow
+def test_wrong_values_in_every_configuration():
+    assert fuzz_cli.main(seed=3, count=300) == 0
 
 
 @pytest.mark.parametrize("section", ["trainer", "schedule", "evaluation", "checkpoint"])

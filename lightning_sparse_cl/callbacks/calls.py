@@ -131,8 +131,8 @@ class OutermostCalls:
             if any(map(steps_aside, module.modules())):
                 self._count_apart(module, args, kwargs)
             else:
-                if self._counter is None:
-                    self._counter = ProductCounter(self._weights(), self.pl_module.buffers())
+                # Made anew: a functional call, La-MAML's for example, has other tensors in the place of weights.
+                self._counter = ProductCounter(self._weights(), self.pl_module.buffers())
                 self._counter.begin((args, kwargs))
                 self._counter.__enter__()
                 self._counting = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 import time
@@ -93,8 +94,10 @@ class SequenceCheckpoint(ModelCheckpoint):
             claim.release()
             self._version += 1
         self._claim = claim
-        for part in folder.glob(f"{path.name}.*.part"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
+        for part in folder.glob(f"*{self.FILE_EXTENSION}.*.part"):  # of a process that was killed while it wrote
+            version = re.search(rf"{self.CHECKPOINT_JOIN_CHAR}v(\d+){re.escape(self.FILE_EXTENSION)}\.", part.name)
+            if int(version[1] if version else 0) == self._version:
+                part.unlink(missing_ok=True)
 
     def _is_free(self, path: Path) -> bool:
         if not path.exists():

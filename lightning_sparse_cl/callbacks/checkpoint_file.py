@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import uuid
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_sparse_cl.whole_file import whole_file
 
 SEAL = b"lightning_sparse_cl sha256 "
 """What the comment at the end of a sealed archive begins with; the digest of all bytes before the comment follows."""
@@ -35,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.resuming = resuming
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write beside ``path`` under a name of this process's own, then rename.
+        """Write beside ``path``, then rename.
 
         Raises:
             OSError: if the file cannot be written, a full disk for example; ``path`` is as it was.
@@ -44,20 +45,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().save_checkpoint(checkpoint, path, storage_options)
         buffer = io.BytesIO()
         torch.save(checkpoint | {SEALED: True}, buffer)
-        target = Path(path)
-        part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as part, part.open("wb") as file:
                 _write_sealed(buffer, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(part, target)
         except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OSError(
-                f"checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched"
-            ) from error
+            raise OSError(f"checkpoint {path}: {error.strerror or error}; earlier checkpoints are untouched") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read ``path``.

@@ -32,6 +32,7 @@ from lightning_sparse_cl.callbacks.time_left import SequenceTime
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.whole_file import whole_file
 
 
 class Measure(Protocol):
@@ -195,11 +196,6 @@ def _state(trainer: pl.Trainer, finished: bool) -> dict[str, Any]:
 
 
 def _write(metrics: dict[str, Any], folder: Path) -> None:
-    """Write ``metrics.json``, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    half_written = folder / "metrics.json.tmp"
-    try:
-        half_written.write_text(json.dumps(metrics, indent=2) + "\n")
-        os.replace(half_written, folder / "metrics.json")
-    finally:
-        half_written.unlink(missing_ok=True)
+    with whole_file(folder / "metrics.json") as part:
+        part.write_text(json.dumps(metrics, indent=2) + "\n")

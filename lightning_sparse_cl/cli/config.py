@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -12,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sparse_cl.callbacks.run_folder import run_folder
 from lightning_sparse_cl.cli.last import CONFIG, plain
+from lightning_sparse_cl.whole_file import whole_file
 
 
 def refuse_repeated_keys(path: Path) -> None:
@@ -49,12 +49,8 @@ class RunConfig(SaveConfigCallback):
         if folder is not None:
             written = self.parser.dump(self.config, skip_none=False)
             folder.mkdir(parents=True, exist_ok=True)
-            half_written = folder / f"{self.config_filename}.{os.getpid()}.part"
-            try:
-                half_written.write_text(written)
-                os.replace(half_written, folder / self.config_filename)
-            finally:
-                half_written.unlink(missing_ok=True)
+            with whole_file(folder / self.config_filename) as part:
+                part.write_text(written)
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # that would be a second copy in the same folder
                 logger.log_hyperparams(plain(self.config))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -17,6 +19,7 @@ from torch.optim import SGD, Optimizer
 from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
+from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
@@ -256,6 +259,17 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         if live is not None:  # the module may have more outputs than the data have classes
             logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
         return F.cross_entropy(logits.float(), y, reduction="sum"), len(y)
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's, after the file's checksum has been compared.
+
+        Raises:
+            ValueError: if the file is missing, truncated, altered or no checkpoint.
+        """
+        if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
+            read_checkpoint(Path(checkpoint_path), mmap=True, weights_only=kwargs.get("weights_only") is not False)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["built_for"] = self.built

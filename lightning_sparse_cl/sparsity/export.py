@@ -18,6 +18,7 @@ from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.masks import Masks
+from lightning_sparse_cl.whole_file import whole_file
 
 
 def save_sparse(
@@ -60,16 +61,13 @@ def save_sparse(
             raise ValueError(f"save_sparse: {clash.pop()!r} is the name of two parts; rename one entry")
         parts |= found
     path = Path(path)
-    half_written = path.with_name(path.name + ".part")
     shapes_text = json.dumps(shapes, sort_keys=True)
     about = {"layout": layout, "shapes": shapes_text, "sha256": _digest(parts, layout + shapes_text)}
     try:
-        save_file(parts, half_written, about)
-        os.replace(half_written, path)
+        with whole_file(path) as part:
+            save_file(parts, part, about)
     except SafetensorError as error:
         raise OSError(f"save_sparse({str(path)!r}): not written, {error}; an earlier file is untouched") from error
-    finally:
-        half_written.unlink(missing_ok=True)
     return path.stat().st_size
 
 
@@ -95,14 +93,11 @@ def export_network(network: nn.Module, path: str | os.PathLike, input_shape: Seq
     with torch.compiler.set_stance("default"):
         program = torch.export.export(small, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
     path = Path(path)
-    half_written = path.with_name(f"{path.stem}.part.pt2")
     try:
-        torch.export.save(program, half_written)
-        os.replace(half_written, path)
+        with whole_file(path, ".part.pt2") as part:
+            torch.export.save(program, part)
     except RuntimeError as error:
         raise OSError(f"export_network({str(path)!r}): not written, {error}; an earlier file is untouched") from error
-    finally:
-        half_written.unlink(missing_ok=True)
     return sum(p.numel() for p in small.parameters())
 
 

@@ -106,6 +106,13 @@ def test_whole_gradients_and_both_passes_of_sam_are_counted():
     assert sam.summary()["training"] == sam.summary()["dense"] == 2 * 6 * total * 240
 
 
+def test_fast_weights_are_counted_as_the_weights_that_they_stand_for():
+    flops = scl.FlopsCounter()
+    module = scl.ContinualModule(scl.SmallMLP([8]), scl.ER(30, 8), scl.LaMAML(parts=2))
+    trainer(flops, epochs=1).fit(module, toy_tasks())
+    assert flops.summary()["weightless"] == 0 and all(flops.summary()["per_layer"].values())
+
+
 def test_footprint_and_size_of_a_run(tmp_path):
     data, footprint, size = toy_tasks(), scl.MemoryFootprint(), scl.ModelCapacity()
     model = scl.SparCL(
