@@ -48,8 +48,9 @@ class SparseCLI(LightningCLI):
         self._claimed: Path | None = None
         try:
             super().__init__(*args, **kwargs)
-        except (RuntimeError, MemoryError, OverflowError) as error:
-            if (line := too_large(error, self.config[self.subcommand].as_dict())) is None:
+        except Exception as error:
+            config = getattr(self, "config", {}).get(getattr(self, "subcommand", ""))
+            if config is None or (line := too_large(error, config.as_dict())) is None:
                 raise
             raise ValueError(line) from error
         finally:

@@ -41,6 +41,7 @@ VALUES = (
 )  # fmt: skip
 QUICK = {"growth": {"interval": 2}, "removal": {"interval": 1, "cutoff": 1}, "masking": {"interval": 1}}
 """What makes sense for a task of one epoch."""
+UNCHANGED = "(as it is)"
 LONG = 25
 """Seconds until a case is told to stop, and as many again until it is taken for hung."""
 MEMORY = 16 * 2**30
@@ -82,8 +83,11 @@ def base(name: str) -> dict[str, Any]:
     backbone["class_path"] = "SmallCNN" if "class_path" in backbone else backbone
     backbone["init_args"] = {"width": 4}
     for part, values in QUICK.items():
-        if part in found["model"]["init_args"]:
-            found["model"]["init_args"][part].setdefault("init_args", {}).update(values)
+        own = found["model"]["init_args"].get(part)
+        if own is not None and own["class_path"] != "SparseGrowth":
+            own.setdefault("init_args", {}).update(values)
+        elif own is not None:
+            own["init_args"] |= {"reuse_epochs": 1, "target": 1.1}
     return found
 
 
@@ -104,9 +108,15 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def draw(seed: int, count: int) -> Iterator[Case]:
-    """Cases that are the same for a seed; ``count`` large enough meets every value of every configuration."""
+    """Cases that are the same for a seed; ``count`` large enough meets every value of every configuration.
+
+    From 500 on, every configuration is run as it is, too: what does not run by itself refuses every value.
+    """
     drawn = random.Random(seed)
     trees = {name: base(name) for name in configs()}
+    if count >= 500:
+        yield from (Case(name, "", UNCHANGED, yaml.safe_dump(tree)) for name, tree in trees.items())
+        count -= len(trees)
     every = [(name, path) for name, tree in trees.items() for path in places(tree)]
     drawn.shuffle(every)
     for i in range(count):
@@ -116,7 +126,11 @@ def draw(seed: int, count: int) -> Iterator[Case]:
         for key in path[:-1]:
             parent = parent[key]
         dotted, how = ".".join(map(str, path)), drawn.random()
-        if how < 0.85:
+        number = parent[path[-1]] if type(parent[path[-1]]) in (int, float) else None
+        if how < 0.25 and number is not None:
+            value = parent[path[-1]] = drawn.choice([number + 1, 2 * number, number / 2, -number])
+            text = yaml.safe_dump(tree, sort_keys=False)
+        elif how < 0.85:
             value = parent[path[-1]] = drawn.choice(VALUES)
             text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         elif how < 0.92 and isinstance(path[-1], str):
@@ -157,6 +171,10 @@ def judge(case: Case, folder: Path, status: int | None, told: bool) -> Outcome:
         return Outcome("left something half-written", True, str(halves[0]))
     if status == 128 + signal.SIGTERM and told:
         return Outcome("runs long, left on SIGTERM", False, last)
+    if case.value == UNCHANGED:
+        return Outcome("runs as it is" if not status else "does not run as it is", bool(status), last)
+    if status == 1 and last.startswith("sparsecl: error: FiniteLoss"):
+        return Outcome("stopped in training, as the loss is not finite", False, last)
     if status == 1 and last.startswith("sparsecl: error: "):
         names = case.key.replace("_", " ").split(".")
         short = case.key.rpartition(".")[2]

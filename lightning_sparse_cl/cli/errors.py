@@ -47,9 +47,7 @@ def one_line(error: BaseException) -> str | None:
 
     None for a fault with a traceback to read.
     """
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
+    chain = _chain(error)
     checkers = [Path(module.__path__[0]) for module in (scl, torch.optim, lightning)]
     for link in chain:
         raised = _frames(link)[-1] if link.__traceback__ else traceback.FrameSummary("", 0, "")
@@ -79,14 +77,27 @@ def one_line(error: BaseException) -> str | None:
 
 def too_large(error: BaseException, config: Mapping[str, Any]) -> str | None:
     """One line for what does not fit into the memory, with the largest number that was asked for; else None."""
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if not no_memory and not (isinstance(error, RuntimeError | OverflowError) and NO_MEMORY.search(str(error))):
+    found = [link for link in _chain(error) if _is_of_memory(link)]
+    if not found:
         return None
     name, value = max(_numbers(config, ""), key=lambda item: item[1], default=("nothing", 0))
     return (
-        f"the memory of this machine does not hold what is asked for ({_joined(error)[:120]}); the largest number in "
-        f"the configuration is {name}={value}"
+        f"the memory of this machine does not hold what is asked for ({_joined(found[-1])[:120]}); the largest number "
+        f"in the configuration is {name}={value}"
     )
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, RuntimeError | TypeError) and NO_MEMORY.search(str(error))
+    return bool(known) or isinstance(error, MemoryError | torch.OutOfMemoryError | OverflowError)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, and what it was raised from or while handling, outermost first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    return chain
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:

@@ -1,4 +1,4 @@
-"""Values that a parser lets through and no class can mean: null where something is needed, not-a-number, infinity."""
+"""Values that a parser lets through and no class can mean: null where something is needed, and what is no number."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ def _refuse_nulls(arguments: Mapping[str, Any], class_path: str, name: str) -> N
 def _look(value: Any, name: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name}={value}: a finite number is expected")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name}={value}: an integer of 64 bits is expected")
     if isinstance(value, Mapping) and "class_path" in value and isinstance(value.get("init_args"), Mapping):
         _refuse_nulls(value["init_args"], value["class_path"], f"{name}.init_args")
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
