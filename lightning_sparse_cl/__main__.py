@@ -23,7 +23,7 @@ from lightning_sparse_cl.cli.errors import one_line, too_large
 from lightning_sparse_cl.cli.export import ExportingTrainer
 from lightning_sparse_cl.cli.last import newest_run, plain
 from lightning_sparse_cl.cli.values import refuse_nonsense
-from lightning_sparse_cl.cli.version_folder import claim
+from lightning_sparse_cl.cli.version_folder import claimed
 
 NOBODY_CAN_ACT_ON = (
     ".*does not have many workers.*",  # the data are in memory
@@ -39,13 +39,14 @@ NOBODY_CAN_ACT_ON = (
 
 
 MOST_THREADS = 1024
+"""Above it, a number is taken for a mistake."""
 
 
 class SparseCLI(LightningCLI):
     """LightningCLI with ``--schedule``, ``--evaluation`` and ``--checkpoint`` beside ``--model`` and ``--data``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._claimed: Path | None = None
+        self._claimed: list[Path] = []
         try:
             super().__init__(*args, **kwargs)
         except Exception as error:
@@ -54,8 +55,9 @@ class SparseCLI(LightningCLI):
                 raise
             raise ValueError(line) from error
         finally:
-            if self._claimed is not None and self._claimed.is_dir() and not any(self._claimed.iterdir()):
-                self._claimed.rmdir()  # of a run that never began
+            for folder in self._claimed:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()  # of a run that never began
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(scl.TaskSchedule, "schedule")
@@ -73,10 +75,7 @@ class SparseCLI(LightningCLI):
         super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
         config = self.config[self.config.subcommand]
         refuse_nonsense(config.as_dict())
-        if config.ckpt_path is None and self.config.subcommand == "fit" and is_requeued():
-            rank_zero_info("SLURM runs this job again: --ckpt_path=last")
-            config.ckpt_path = "last"
-        if config.ckpt_path not in (None, "last", "best", "hpc"):
+        if config.ckpt_path not in (None, "last", "best", "hpc") and "://" not in config.ckpt_path:
             read_checkpoint(config.ckpt_path, mmap=True)
 
     def before_instantiate_classes(self) -> None:
@@ -85,27 +84,34 @@ class SparseCLI(LightningCLI):
             if not 1 <= config.threads <= MOST_THREADS:
                 raise ValueError(f"--threads={config.threads}: from 1 to {MOST_THREADS}")
             torch.set_num_threads(config.threads)
-        if self.subcommand == "fit":
-            self._claimed = claim(config.trainer.logger)
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
+
+    def instantiate_classes(self) -> None:
+        with claimed(self.config[self.subcommand].trainer.logger) as self._claimed:
+            super().instantiate_classes()
 
     def before_fit(self) -> None:
         """``--ckpt_path last`` is the newest run of this very configuration; for a fit, a new one if there is none."""
         config = self.config_init[self.subcommand]
         if config.compile:
             getattr(self.model, "backbone", self.model).compile()
-        if config.ckpt_path != "last":
-            if config.ckpt_path is None and self.subcommand in ("validate", "test", "predict"):
+        training, given = self.subcommand == "fit", config.ckpt_path
+        again = training and is_requeued()
+        if given != "last" and not again:
+            if given is None and self.subcommand in ("validate", "test", "predict"):
                 rank_zero_warn(f"{self.subcommand}: without --ckpt_path these are figures of an untrained network")
             return
-        training = self.subcommand == "fit"
+        if again:
+            rank_zero_info("SLURM runs this job again: it goes on from its last checkpoint")
         found = newest_run(self._checkpoint_folders(), plain(self.config[self.subcommand]), training)
         if found is None and not training:
             raise FileNotFoundError("--ckpt_path=last: no intact last.ckpt of this configuration")
-        if found is None:
+        if found is not None:
+            config.ckpt_path = str(found)
+        elif given == "last":
+            config.ckpt_path = None
             rank_zero_info("--ckpt_path=last: starts anew")
-        config.ckpt_path = None if found is None else str(found)
 
     before_validate = before_test = before_predict = before_export = before_fit
 
@@ -113,12 +119,12 @@ class SparseCLI(LightningCLI):
         """Where this command's runs have their checkpoints: as ``ModelCheckpoint`` puts them for any logger."""
         if (told := self.config_init[self.subcommand].checkpoint.dirpath) is not None:
             return [Path(told)]
-        roots = {Path(self.trainer.default_root_dir): ["checkpoints"]}
+        searched = [(Path(self.trainer.default_root_dir), "checkpoints")]
         for logger in self.trainer.loggers:
             root = Path(logger.save_dir or self.trainer.default_root_dir)
-            roots[root] = ["checkpoints", "*/checkpoints", "*/*/checkpoints"]
-            roots[root / str(logger.name or "")] = ["checkpoints", "*/checkpoints"]
-        return [folder for root, patterns in roots.items() for pattern in patterns for folder in root.glob(pattern)]
+            searched += [(root, f"{below}checkpoints") for below in ("", "*/", "*/*/")]
+            searched.append((root / str(logger.name), "*/checkpoints"))  # a name may have several parts
+        return [folder for root, pattern in searched for folder in root.glob(pattern)]
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = self.config_init[self.subcommand].trainer

@@ -1,19 +1,25 @@
 """Whether a checkpoint is taken: what is damaged, of another run or not there is never trained on or tested."""
 
+import copy
 import random
 import shutil
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from forked import forked
 from test_resume import BATCH_SIZE, CONFIGS, assert_identical, command, final_state, strike
+from torch.optim import SGD
+from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.demos import toy_tasks
 
 SHORT = "--trainer.limit_train_batches=4"
 
@@ -262,8 +268,12 @@ def test_nothing_is_tested_on_classes_that_it_was_not_trained_on(tmp_path, finis
 
 
 def test_runs_that_share_a_folder_keep_their_files(tmp_path):
-    """Two at once, of two seeds, and a third that goes on from the first."""
-    options = [command(tmp_path, "finetune", f"--seed_everything={seed}", "--schedule.epochs=1") for seed in (0, 1)]
+    """Two at once, of two seeds; each goes on from its own checkpoint."""
+    options = [
+        [*command(tmp_path, "finetune", f"--seed_everything={seed}", "--schedule.epochs=1"),
+         f"--trainer.default_root_dir={tmp_path / str(seed)}"]
+        for seed in (0, 1)
+    ]  # fmt: skip
     both = [threading.Thread(target=forked, args=(main, o)) for o in options]
     for thread in both:
         thread.start()
@@ -277,3 +287,32 @@ def test_runs_that_share_a_folder_keep_their_files(tmp_path):
         assert main([*options[seed], "--ckpt_path=last"]).trainer.ckpt_path == str(tmp_path / name)
     assert {p.name for p in tmp_path.glob("last*.ckpt")} == found.keys() and not list(tmp_path.glob(".*lock"))
     assert not list(tmp_path.glob("*.part"))
+
+
+def script(folder, lr=0.1, **options):
+    """A fit as in a script of the user's own."""
+    pl.seed_everything(0, verbose=False)
+    saving = scl.SequenceCheckpoint(dirpath=folder, save_last=True, **options)
+    fit = trainer(scl.RandomState(), saving, enable_checkpointing=True)
+    fit.fit(scl.ContinualModule(scl.SmallMLP([8]), optimizer=partial(SGD, lr=lr)), toy_tasks(), ckpt_path="last")
+    return fit
+
+
+def test_last_in_a_script_is_not_another_run(tmp_path):
+    script(tmp_path)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    with pytest.raises(ValueError, match=r"'last' has found .*optimizer.lr = 0.01 \(0.1 in the checkpoint\)"):
+        script(tmp_path, lr=0.01)
+    assert (tmp_path / "last.ckpt").read_bytes() == before
+    script(tmp_path)  # it is finished
+
+
+def test_a_second_fit_and_a_copy_leave_the_files_of_the_first(tmp_path):
+    saving = scl.SequenceCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=10)
+    fit = trainer(saving, enable_checkpointing=True)
+    fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks())
+    first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert any(name.startswith("epoch") for name in first) and copy.deepcopy(saving).dirpath == str(tmp_path)
+    fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks())
+    assert first.items() <= {p.name: p.read_bytes() for p in tmp_path.iterdir()}.items()
+    assert (tmp_path / "last-v1.ckpt").exists()

@@ -18,6 +18,7 @@ from test_resume import CONFIGS
 
 from lightning_sparse_cl.__main__ import main, run
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.callbacks.claims import Claim
 from lightning_sparse_cl.cli.errors import one_line
 from lightning_sparse_cl.cli.shipped import configs, find
 from lightning_sparse_cl.kernels import KernelsUnavailable, build
@@ -114,8 +115,13 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_nothing_half_written(monkeyp
 
 
 def test_a_folder_that_is_a_file_and_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "runs").symlink_to("/nowhere/runs")
+    assert "runs" in refused(monkeypatch, "fit", "-c", "split_digits/finetune", *SMALL)
+    (tmp_path / "runs").unlink()
     (tmp_path / "runs").write_text("a file")
     assert "runs" in refused(monkeypatch, "fit", "-c", "split_digits/finetune", *SMALL)
+    elsewhere = ["--trainer.logger=false", f"--checkpoint.dirpath={tmp_path / 'runs'}"]
+    assert "runs" in refused(monkeypatch, "fit", "-c", "split_digits/finetune", *SMALL, *elsewhere)
     monkeypatch.setenv("LIGHTNING_SPARSE_CL_CACHE", str(tmp_path / "runs" / "cache"))
     with pytest.raises(KernelsUnavailable) as fault:
         build.library.__wrapped__()  # not the library that is loaded already
@@ -132,11 +138,14 @@ def test_what_is_too_large_for_the_memory_is_one_line(monkeypatch):
 def test_every_command_takes_the_runs_own_configuration(monkeypatch, capsys):
     fitted = main(["fit", "-c", "split_digits/finetune", *SMALL])
     config = str(Path(fitted.trainer.log_dir, "config.yaml"))
+    files = {p: p.read_bytes() for p in Path(fitted.trainer.log_dir).rglob("*") if p.is_file()}
     for door in ("validate", "test", "predict", "export"):
         main([door, "-c", config, "--ckpt_path=last"])
     assert Path("model.pt2").exists()
     again = main(["fit", "-c", config, "--ckpt_path=last"])
     assert again.trainer.ckpt_path == str(Path(fitted.trainer.log_dir, "checkpoints", "last.ckpt"))
+    assert main(["fit", "-c", config, "--seed_everything=7"]).trainer.log_dir != fitted.trainer.log_dir
+    assert files == {p: p.read_bytes() for p in files}  # nobody has touched the first run's
 
 
 def test_figures_of_an_untrained_network_are_said_to_be(monkeypatch):
@@ -166,10 +175,17 @@ class RemoteLogger(Logger):
         pass
 
 
+class NamelessLogger(RemoteLogger):
+    """As RemoteLogger, without a name."""
+
+    name = None
+
+
 LOGGERS = {
     "CSV": [],
     "TensorBoard": ["--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=tracked"],
     "remote": ["--trainer.logger=test_cli_edges.RemoteLogger"],
+    "nameless": ["--trainer.logger=test_cli_edges.NamelessLogger"],
     "none": ["--trainer.logger=false", "--trainer.default_root_dir=alone"],
     "none, files told": ["--trainer.logger=false", "--trainer.default_root_dir=x", "--checkpoint.dirpath=elsewhere"],
 }
@@ -192,6 +208,29 @@ def test_every_run_has_a_folder_of_its_own_that_last_finds(logger):
         assert read_checkpoint(again.trainer.ckpt_path)["task_sequence"]["must"]["seed"] == seed
         if logger == "remote":
             assert cli.trainer.logger.hyperparameters["model"]["class_path"].endswith("ContinualModule")
+
+
+def test_two_runs_without_a_logger_do_not_share_a_folder_at_once(tmp_path, monkeypatch):
+    claim = Claim(tmp_path / "d" / "metrics.json")
+    claim.path.parent.mkdir()
+    assert claim.take()
+    alone = [*SMALL, "--trainer.logger=false", "--trainer.default_root_dir=d"]
+    assert "another run is writing its files there" in refused(
+        monkeypatch, "fit", "-c", "split_digits/finetune", *alone
+    )
+    claim.release()
+    main(["fit", "-c", "split_digits/finetune", *alone])
+    assert Path("d/metrics.json").exists() and not list(Path("d").glob(".*.lock"))
+
+
+def test_a_refused_run_leaves_no_folder(monkeypatch):
+    main(["fit", "-c", "split_digits/finetune", *SMALL])
+    last = "--ckpt_path=runs/lightning_logs/version_0/checkpoints/last.ckpt"
+    before = set(Path("runs").rglob("*"))
+    for door in ("fit", "test"):
+        wider = ["split_digits/finetune", *SMALL, "--model.init_args.backbone.width=8", last]
+        assert "another network" in refused(monkeypatch, door, "-c", *wider)
+        assert set(Path("runs").rglob("*")) == before
 
 
 def test_two_runs_that_start_at_once_have_two_folders():

@@ -22,7 +22,7 @@ from toy_trainer import trainer
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.callbacks.launchers import slurm_job
+from lightning_sparse_cl.callbacks.launchers import requeue_before_training, slurm_job
 from lightning_sparse_cl.demos import toy_tasks
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +127,9 @@ def test_a_requeued_job_goes_on_without_being_told(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     assert main(args).trainer.ckpt_path is None
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main(args).trainer.ckpt_path == str(tmp_path / "last.ckpt")
+    start = shutil.copy(tmp_path / "last.ckpt", tmp_path / "start.ckpt")
+    for given in ([], [f"--ckpt_path={start}"]):  # or the second time slot begins where the first did
+        assert main([*args, *given]).trainer.ckpt_path == str(tmp_path / "last.ckpt")
 
 
 @pytest.mark.slow
@@ -205,6 +207,22 @@ def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, 
             fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(batch_size=8))
             assert set(handlers) == {signal.SIG_IGN} and not asked
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_without_auto_requeue_a_command_that_trains_does_not_requeue(tmp_path, monkeypatch):
+    """Neither at a step's end nor as it did while it started."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGUSR1)
+    try:
+        requeue_before_training()
+        assert signal.getsignal(signal.SIGUSR1) not in (before, signal.SIG_DFL)
+        off = ["--trainer.plugins=lightning.fabric.plugins.environments.SLURMEnvironment",
+               "--trainer.plugins.init_args.auto_requeue=false"]  # fmt: skip
+        main(command(tmp_path, "finetune", "--trainer.limit_train_batches=2", "--schedule.epochs=1", *off))
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGUSR1, before)
 

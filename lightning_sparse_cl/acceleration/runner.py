@@ -93,7 +93,7 @@ class Runner:
             return "under autocast"
         hooked = (m._forward_hooks or m._forward_pre_hooks for m in self._modules[1:])
         followed = (m._backward_hooks or m._backward_pre_hooks for m in self._modules)
-        if any(hooked) or any(followed) or nn.modules.module._has_any_global_hook():
+        if any(hooked) or any(followed) or _has_any_global_hook():
             return "while modules in it have hooks"
         return None
 
@@ -119,3 +119,9 @@ def traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list[
         return [(name, model)]
     parts = ((f"{name}.{n}" if name else n, child) for n, child in model.named_children())
     return [found for n, child in parts for found in traceable(child, layers, n)]
+
+
+def _has_any_global_hook() -> bool:
+    """Whether hooks of all modules are registered."""
+    kinds = ("backward_pre_hooks", "backward_hooks", "forward_hooks", "forward_pre_hooks")
+    return any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
-from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -20,7 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.checkpoint_file import AtomicCheckpointIO, read_checkpoint
-from lightning_sparse_cl.callbacks.launchers import requeue, slurm_job
+from lightning_sparse_cl.callbacks.claims import Claim
+from lightning_sparse_cl.callbacks.launchers import no_requeue_before_training, requeue, slurm_job
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 
 
@@ -40,7 +40,8 @@ class SequenceCheckpoint(ModelCheckpoint):
     * Nothing is written between an epoch's last batch and its end: Lightning, resuming there, would skip validation and
       the epoch-end hooks, and :class:`TaskSchedule` refuses to. What is due then is written at the epoch's end.
     * Several runs may share a ``dirpath``: the second writes ``last-v1.ckpt``, and so on, also while the first is
-      running. Only a run that is resumed replaces its own ``last.ckpt``.
+      running. Only a run that is resumed replaces its own ``last.ckpt``; a second fit with the same Trainer is a run of
+      its own, and removes no file of the first.
     """
 
     _signal: int = 0
@@ -49,19 +50,26 @@ class SequenceCheckpoint(ModelCheckpoint):
     _handlers: dict[int, Any] | None = None
     _run = ""
     """Tells this run from others that write to the same folder; a resumed run keeps it."""
-    _claim: FileLock | None = None
+    _claim: Claim | None = None
     _version = 0
     """Of the files' names; 0 is none."""
+    _offered: frozenset[str] = frozenset()
+    """What Lightning has found for ``ckpt_path="last"``."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, AtomicCheckpointIO):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO(resuming=stage == "fit")
-        self._run = ""
-        environment = trainer._accelerator_connector.cluster_environment
+        if stage == "fit":
+            self._run, self.last_model_path = "", ""
+            self.best_model_path, self.best_model_score = "", None
+            self.best_k_models, self.kth_best_model_path = {}, ""
+        environment = trainer._accelerator_connector.cluster_environment  # Lightning has no public way to it
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and slurm_job() is not None:
             self._requeue_signal = environment.requeue_signal
             environment.auto_requeue = False
+        if self._requeue_signal is None:
+            no_requeue_before_training()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._run = self._run or uuid.uuid4().hex
@@ -83,13 +91,8 @@ class SequenceCheckpoint(ModelCheckpoint):
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             path = self._last_path()
-            claim = FileLock(folder / f".{path.name}.lock")
-            try:
-                claim.acquire(timeout=0)
-            except Timeout:
-                self._version += 1
-                continue
-            if self._is_free(path):
+            claim = Claim(path)
+            if claim.take() and self._is_free(path):
                 break
             claim.release()
             self._version += 1
@@ -110,7 +113,6 @@ class SequenceCheckpoint(ModelCheckpoint):
     def _release_names(self) -> None:
         if self._claim is not None:
             self._claim.release()
-            Path(self._claim.lock_file).unlink(missing_ok=True)
         self._claim = None
 
     def _last_path(self) -> Path:
@@ -123,6 +125,15 @@ class SequenceCheckpoint(ModelCheckpoint):
     ) -> str:  # fmt: skip
         """Lightning's, with the version that this run has claimed."""
         return super().format_checkpoint_name(metrics, filename, self._version or None if ver is None else ver, prefix)
+
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        found = super()._find_last_checkpoints(trainer)
+        self._offered = frozenset(found)
+        return found
+
+    def was_offered(self, path: Any) -> bool:
+        """Whether nobody has chosen this checkpoint: it was found for ``ckpt_path="last"``."""
+        return str(path) in self._offered
 
     # -- when ----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
 from lightning_sparse_cl.data.loader import length
@@ -129,7 +130,8 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
     """What was changed on purpose is said, and holds from now on, also where the checkpoint has restored its own.
 
     Raises:
-        ValueError: if nobody has asked for this checkpoint: Lightning takes an ``hpc_ckpt`` by itself.
+        ValueError: if nobody has chosen this checkpoint: Lightning takes an ``hpc_ckpt`` by itself, and the newest file
+            in the folder for ``ckpt_path="last"``.
     """
     planned = differences({"epochs": found["epochs"]}, {"epochs": here["epochs"]})
     differing = differences(found["settings"], here["settings"]) | planned
@@ -139,6 +141,12 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
         raise ValueError(
             f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is of another run: "
             f"{told(differing)}; move it away"
+        )
+    offered = any(saving.was_offered(trainer.ckpt_path) for saving in callbacks_of(trainer, SequenceCheckpoint))
+    if offered and differing.keys() != planned.keys():
+        raise ValueError(
+            f"ckpt_path='last' has found {trainer.ckpt_path}, which is of another run: {told(differing)}; give its "
+            "path to go on from it, or this run a folder of its own"
         )
     for i, optimizer in enumerate(trainer.optimizers):
         for key, value in optimizer.defaults.items():

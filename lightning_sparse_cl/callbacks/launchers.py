@@ -86,12 +86,18 @@ def requeue() -> None:
 
 
 def requeue_before_training() -> None:
-    """From now on until a fit has begun, SIGUSR1 in a SLURM job has nothing to save: requeue, and leave."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        if int(os.environ.get("SLURM_PROCID") or 0) == 0:
-            requeue()
-        sys.exit(128 + number)
-
+    """While a command starts, SIGUSR1 in a SLURM job has nothing to save: requeue, and leave."""
     if slurm_job() is not None:
-        signal.signal(signal.SIGUSR1, leave)
+        signal.signal(signal.SIGUSR1, _requeue_and_leave)
+
+
+def no_requeue_before_training() -> None:
+    """Undo :func:`requeue_before_training`."""
+    if signal.getsignal(signal.SIGUSR1) is _requeue_and_leave:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def _requeue_and_leave(number: int, frame: FrameType | None) -> None:
+    if int(os.environ.get("SLURM_PROCID") or 0) == 0:
+        requeue()
+    sys.exit(128 + number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_sparse_cl.callbacks.averaging import AVERAGING
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
+from lightning_sparse_cl.callbacks.claims import Claim
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
@@ -77,6 +79,7 @@ class RunReport(TaskCallback):
     def __init__(self, folder: str | None = None) -> None:
         self.folder = folder
         self._folder: Path | None = None
+        self._mine = Claim(Path("metrics.json"))  # not taken
         self._seconds = 0.0
         self._started: float | None = None
         self._is_training = False  # between the first batch of this process and the end
@@ -88,6 +91,19 @@ class RunReport(TaskCallback):
         if stage == "fit":
             self._seconds, self._started, self._is_training, self._time = 0.0, None, False, SequenceTime()
             self._folder = run_folder(trainer) if self.folder is None else Path(self.folder)
+            if self._folder is not None and trainer.is_global_zero and not trainer.loggers:
+                self._claim(self._folder)
+
+    def _claim(self, folder: Path) -> None:
+        """Loggers give each run a folder; without one, two runs at once may have been told the same."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._mine.release()
+        self._mine = Claim(folder / "metrics.json")
+        if not self._mine.take():
+            raise ValueError(
+                f"{folder}: another run is writing its files there; give this one a logger, or a default_root_dir of "
+                "its own"
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
@@ -134,14 +150,20 @@ class RunReport(TaskCallback):
             draw_subnetworks(metrics["subnetworks"], metrics.get("growth"), self._folder / "subnetworks.png")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._tell_of_stop(trainer, pl_module)
+        self._mine.release()
+
+    def _tell_of_stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         was_training, self._is_training = self._is_training, False
         if not was_training or not trainer.is_global_zero or parts_of(trainer).fast_dev_run or self._folder is None:
             return
         try:
             _write(self.collect(trainer, pl_module) | _state(trainer, finished=False), self._folder)
-            print(f"stopped; what was measured until then is in {self._folder / 'metrics.json'}", flush=True)
         except Exception as error:  # the one that stopped the fit is the one to see
             rank_zero_info(f"RunReport: no metrics.json of the stopped run, {type(error).__name__}: {error}")
+            return
+        with contextlib.suppress(OSError):  # nobody reads the output any more
+            print(f"stopped; what was measured until then is in {self._folder / 'metrics.json'}", flush=True)
 
     @rank_zero_only
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -149,6 +171,7 @@ class RunReport(TaskCallback):
             print_report(self._finished, is_written=self._folder is not None)
             print(f"results in {self._folder}" if self._folder else "no files written: the run has no folder")
         self._finished = None
+        self._mine.release()
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -42,11 +42,19 @@ class RunConfig(SaveConfigCallback):
     """Writes the configuration to ``config.yaml`` in the run's folder, to loggers and into checkpoints."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        folder = run_folder(trainer)
-        if stage != "fit" or self.already_saved or not trainer.is_global_zero:
+        self._folder = run_folder(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)  # now, when nothing refuses the run any more
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        if self.already_saved or not trainer.is_global_zero:
             return
         self.already_saved = True
-        if folder is not None:
+        if (folder := self._folder) is not None:
             written = self.parser.dump(self.config, skip_none=False)
             folder.mkdir(parents=True, exist_ok=True)
             with whole_file(folder / self.config_filename) as part:

@@ -17,18 +17,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lightning_sparse_cl as scl
 
 OF_THE_DISK = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EFBIG,
-}
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ENOENT, errno.EPIPE,
+}  # fmt: skip
 NO_MEMORY = re.compile(
     r"can't allocate memory|out of memory|Storage size calculation overflowed|not enough memory|numel: integer"
-    r"|invalid dimension|Overflow when|overflowed",
+    r"|Overflow when unpacking",
     re.IGNORECASE,
 )
 IN_PLAIN_WORDS = {
@@ -52,10 +46,9 @@ def one_line(error: BaseException) -> str | None:
     for link in chain:
         raised = _frames(link)[-1] if link.__traceback__ else traceback.FrameSummary("", 0, "")
         found = [folder for folder in checkers if Path(raised.filename).is_relative_to(folder)]
-        if found and isinstance(link, ValueError | OSError):
-            return _joined(link)
-        on_purpose = found[:1] == checkers[:1] and (raised.line or "").startswith("raise ")
-        if on_purpose and isinstance(link, TypeError | NotImplementedError):
+        own, on_purpose = found[:1] == checkers[:1], (raised.line or "").startswith("raise ")
+        kinds = ValueError | TypeError | NotImplementedError | OSError if own else ValueError | OSError
+        if found and isinstance(link, kinds) and (on_purpose or not own):
             return _joined(link)
         if type(link).__module__.startswith(scl.__name__):
             return _joined(link)

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.sparsity.layers import network_of
 
 
@@ -33,7 +34,7 @@ class ExportingTrainer(pl.Trainer):
             weights_only: as for ``torch.load``. If None, True.
 
         Raises:
-            ValueError: if the checkpoint is damaged or of another method, has one subnetwork for each task, or
+            ValueError: if the checkpoint is damaged, of another version or method, has one subnetwork for each task, or
                 classifies by a memory.
         """
         checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
@@ -42,8 +43,8 @@ class ExportingTrainer(pl.Trainer):
                 f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
                 "load_from_checkpoint and export each that you need by export_network"
             )
-        trained = checkpoint.get("task_sequence", {}).get("tested", {}).get("method", type(model).__qualname__)
-        if "built_for" not in checkpoint or trained != type(model).__qualname__:
+        trained = sequence_of(checkpoint)["tested"]["method"] if "task_sequence" in checkpoint else None
+        if "built_for" not in checkpoint or trained not in (None, type(model).__qualname__):
             raise ValueError(
                 f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
                 "export_network(network, path)"

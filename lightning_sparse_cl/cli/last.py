@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.callbacks.identity import differences, epochs_complete, refuse_epochs, told
+from lightning_sparse_cl.callbacks.identity import FORMAT, differences, epochs_complete, refuse_epochs, told
 
 CONFIG = "config"
 """Entry of a checkpoint: the configuration of its run, as :func:`plain` gives it."""
@@ -68,7 +69,8 @@ def newest_run(folders: list[Path], config: Mapping[str, Any], training: bool) -
             damaged.append((path, error))
             continue
         if (found := checkpoint.get(CONFIG)) is None:
-            continue  # not of the command line
+            rank_zero_info(f"--ckpt_path=last: {path} has no configuration: another version or a script wrote it")
+            continue
         differs = differences(_flat(found, training), wanted)
         same_epochs = (found.get("schedule") or {}).get("epochs") == (config.get("schedule") or {}).get("epochs")
         if not differs and training and not same_epochs and not _can_go_on(checkpoint, config):
@@ -92,12 +94,17 @@ def newest_run(folders: list[Path], config: Mapping[str, Any], training: bool) -
 
 def _last_in(folders: list[Path]) -> Iterator[Path]:
     """Newest first."""
-    found = {path.resolve(): path for folder in folders for path in folder.glob("last*.ckpt") if path.is_file()}
-    yield from sorted(found.values(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found: dict[Path, tuple[int, Path]] = {}
+    for path in (path for folder in folders for path in folder.glob("last*.ckpt")):
+        with contextlib.suppress(FileNotFoundError):  # its run has just removed it
+            found[path.resolve()] = path.stat().st_mtime_ns, path
+    yield from (path for _, path in sorted(found.values(), reverse=True))
 
 
 def _can_go_on(checkpoint: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     sequence = checkpoint["task_sequence"]
+    if sequence.get("format") != FORMAT:
+        return False
     planned, epochs = sequence["epochs"], config["schedule"]["epochs"]
     now = epochs if isinstance(epochs, list) else [epochs] * len(planned)
     try:

@@ -131,6 +131,12 @@ class Items(Dataset):
         images, labels = self.first.new_empty(len(self), *self.first.shape), torch.empty(len(self), dtype=torch.long)
         for i in range(len(self)):
             images[i], labels[i] = self._read(i)
+        if self._listed is not None and len(wrong := (labels != self._listed).nonzero()):
+            i = int(wrong[0])
+            raise ValueError(
+                f"{self.name}: item {i} has the label {int(labels[i])}, but the data set's list of labels (.targets) "
+                f"has {int(self._listed[i])}"
+            )
         for i in range(0, len(self), -(-len(self) // 8)):  # eight, evenly spaced
             if not torch.equal(self._read(i)[0], images[i]):
                 rank_zero_warn(

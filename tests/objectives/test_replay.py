@@ -12,7 +12,7 @@ from lightning_sparse_cl import ER, CrossEntropy, DERpp, DERppOneDraw
 from lightning_sparse_cl.objectives import Exemplars
 
 
-def setup(objective, filled=True):
+def prepared(objective, filled=True):
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(backbone=nn.Flatten(), head=nn.Linear(4, 3)))
     objective.build(model, (1, 2, 2), seed=0)
@@ -31,7 +31,7 @@ def cross_entropy(logits, y):
 
 
 def test_er_adds_the_cross_entropy_of_one_draw():
-    model, x, y = setup(er := ER(memory=10, replay_batch_size=4))
+    model, x, y = prepared(er := ER(memory=10, replay_batch_size=4))
     (drawn,) = replay = er.draw(prepare)
     terms = er(model, x, y, replay)
     torch.testing.assert_close(terms["per_sample"], cross_entropy(model(x), y))
@@ -39,7 +39,7 @@ def test_er_adds_the_cross_entropy_of_one_draw():
 
 
 def test_derpp_takes_logits_from_one_draw_and_labels_from_another():
-    model, x, y = setup(derpp := DERpp(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
+    model, x, y = prepared(derpp := DERpp(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
     first, second = replay = derpp.draw(prepare)
     assert not torch.equal(first.labels, second.labels) or not torch.equal(first.images, second.images)
     expected = 0.3 * ((model(first.images) - first.logits) ** 2).sum() / (4 * 3)
@@ -48,7 +48,7 @@ def test_derpp_takes_logits_from_one_draw_and_labels_from_another():
 
 
 def test_one_draw_variant_uses_the_same_exemplars_for_both_terms():
-    model, x, y = setup(one := DERppOneDraw(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
+    model, x, y = prepared(one := DERppOneDraw(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
     (drawn,) = replay = one.draw(prepare)
     expected = 0.3 * ((model(drawn.images) - drawn.logits) ** 2).mean()
     expected += 0.7 * cross_entropy(model(drawn.images), drawn.labels).mean()
@@ -58,7 +58,7 @@ def test_one_draw_variant_uses_the_same_exemplars_for_both_terms():
 @pytest.mark.parametrize("objective", [CrossEntropy(), ER(10, 4), DERpp(10, 4), DERpp(10, 4, alpha=0, beta=0)])
 def test_without_memory_or_weight_replay_adds_nothing(objective):
     filled = isinstance(objective, DERpp) and objective.alpha == 0
-    model, x, y = setup(objective, filled=filled)
+    model, x, y = prepared(objective, filled=filled)
     replay = objective.draw(prepare)
     assert filled or replay is None
     assert objective(model, x, y, replay)["rest"] == 0

@@ -1,0 +1,43 @@
+"""Claims on files that several running processes might want to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+class Claim:
+    """A file's name is this process's own for as long as it lives or until it is released.
+
+    A lock beside the file says so; the system lifts it when the process dies, however it dies. Copies of the object
+    have claimed nothing.
+
+    Args:
+        path: the file, which need not exist. Its folder does.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: FileLock | None = None
+
+    def take(self) -> bool:
+        """Whether it is this process's now; False if another one has it."""
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Let others have it. Releasing twice does nothing more."""
+        if self._lock is not None:
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody's own is removed
+            self._lock.release()
+        self._lock = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Claim, (self.path,)
