@@ -71,12 +71,12 @@ class ClassTasks:
 
 def refuse_other_than_one(owner: str, given: dict[str, Any]) -> None:
     """Raises ValueError, in the name of ``owner``, unless the arguments given are one of the :data:`WAYS`."""
-    if set(given) not in WAYS:
-        values = ", ".join(f"{name}={_short(value)}" for name, value in given.items())
-        raise ValueError(
-            f"{owner}({values}): tasks are given by num_tasks, or by base and increment, or by sizes, or by tasks; "
-            + ("leave the others out, or null" if given else "give one of them")
-        )
+    if set(given) in WAYS:
+        return
+    rule = "tasks are given by one of num_tasks, base with increment, sizes, and tasks; leave the others out, or null"
+    if given and set(given) < {"base", "increment"}:
+        rule = "base and increment go together"
+    raise ValueError(f"{owner}({', '.join(f'{name}={_short(value)}' for name, value in given.items())}): {rule}")
 
 
 def task_sizes(
@@ -91,11 +91,9 @@ def task_sizes(
     if num_tasks is not None:
         divisors = _divisors(classes)
         if num_tasks not in divisors:
-            *most, last = map(str, divisors)
-            numbers = " or ".join(filter(None, [", ".join(most), last]))
             raise ValueError(
-                f"{owner}(num_tasks={num_tasks}): {classes} classes divide into {numbers} tasks; unequal ones are "
-                "given by sizes"
+                f"{owner}(num_tasks={num_tasks}): {classes} classes divide into {_either(divisors)} tasks; unequal "
+                "ones are given by sizes"
             )
         return [classes // num_tasks] * num_tasks
     if base is not None and increment is not None:
@@ -106,16 +104,16 @@ def task_sizes(
         if increment not in (divisors := _divisors(classes - base)):
             raise ValueError(
                 f"{owner}(base={base}, increment={increment}): the {classes - base} classes after the first "
-                f"{base} divide into increments of {' or '.join(map(str, divisors))}"
+                f"{base} divide into increments of {_either(divisors)}"
             )
         return [base, *[increment] * ((classes - base) // increment)]
     assert sizes is not None  # one way is given
-    numbers_of = [whole(size) for size in sizes] if isinstance(sizes, Sequence) and not isinstance(sizes, str) else []
-    found = [size for size in numbers_of if size is not None and size > 0]
-    if len(found) != len(numbers_of) or sum(found) != classes:
+    listed = isinstance(sizes, Sequence) and not isinstance(sizes, str)
+    found = [whole(size) or 0 for size in sizes] if listed else []
+    if min(found, default=0) < 1 or sum(found) != classes:
         raise ValueError(
-            f"{owner}(sizes={_short(sizes)}): a list of each task's number of classes, at least 1; the sum is {classes}"
-            + (f", not {sum(found)}" if len(found) == len(numbers_of) else "")
+            f"{owner}(sizes={_short(sizes)}): a list of each task's number of classes, at least 1 and {classes} in all"
+            + (f", not {sum(found)}" if all(found) and found else "")
         )
     return found
 
@@ -159,7 +157,7 @@ def named(owner: str, tasks: Sequence[Sequence[str | int]], names: Sequence[str]
             c = at.get(given) if isinstance(given, str) else by_number.get(str(number))
             if c is None:
                 shown = ", ".join(map(repr, names[:10])) + ", ..." * (len(names) > 10)
-                raise ValueError(f"{where}: no class is called {given!r}; give a {kind}, of {shown}")
+                raise ValueError(f"{where}: no class is called {given!r}; give a {kind}: {shown}")
             if c in found[t]:
                 raise ValueError(f"{where}: class {names[c]!r} is in the task twice; each class is in a task once")
             found[t].append(c)
@@ -168,6 +166,11 @@ def named(owner: str, tasks: Sequence[Sequence[str | int]], names: Sequence[str]
 
 def _divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _either(numbers: Sequence[int]) -> str:
+    *most, last = map(str, numbers)
+    return " or ".join(filter(None, [", ".join(most), last]))
 
 
 def _is_number(name: str) -> bool:
