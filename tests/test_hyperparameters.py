@@ -135,6 +135,10 @@ OTHER |= {
     "SplitDigits.base": 4,
     "sizes": [4, 2, 2, 2],
     "tasks": [[1, 0], [2]],
+    **{
+        f"Split{name}.tasks": [list(range(99, 39, -1)), list(range(40))]
+        for name in ("CIFAR100", "MiniImageNet", "TinyImageNet")
+    },
     "per_class": 5,
 }
 # What goes with the other value.
