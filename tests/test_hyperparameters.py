@@ -146,7 +146,6 @@ ALONG: dict[str, dict[str, Any]] = {
     "SplitDigits.base": {"increment": 3},
     "SplitTensors.tasks": {"num_tasks": None},
     "SplitImageFolder.tasks": {"num_tasks": None},
-    **{f"{name}.per_class": {"memory": None} for name in ("ER", "DER", "DERpp", "DERppOneDraw")},
 }
 
 

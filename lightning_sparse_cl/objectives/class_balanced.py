@@ -17,7 +17,7 @@ class ClassBalancedReservoir(ReservoirMemory):
     by another algorithm, which takes a whole batch at once, without waiting for the device: every sample presented
     draws a random number, and each class keeps those with the lowest. After every batch, with n_c samples of class c
     presented so far, class c holds ``min(n_c, share)`` of them; the share is the largest that fits and the same for
-    all, but for the places left over, of which the first classes get one more. So the counts of any two classes differ
+    all, but for the places left over, of which the first classes have one more. So the counts of any two classes differ
     by one at most, except where a class has not had more samples, of which none is then missing. (CBRS gives the
     places left over to classes at random.)
 
@@ -25,8 +25,12 @@ class ClassBalancedReservoir(ReservoirMemory):
     every process and on a resumed run.
 
     Args:
-        size: number of exemplars M; of each class if ``per_class``.
-        per_class: every class has places of its own, also before all classes have been met.
+        size: number of exemplars M, at most. If None, ``per_class`` of each class.
+        per_class: number of exemplars of each class, at most, also before all classes have been met. If None, all that
+            there is room for.
+
+    Raises:
+        ValueError: if a number is not positive, or both are None.
     """
 
     lots: Tensor
@@ -36,10 +40,13 @@ class ClassBalancedReservoir(ReservoirMemory):
     counts: Tensor
     """Exemplars of each class (num_classes,) that are held."""
 
-    def __init__(self, size: int, per_class: bool = False) -> None:
-        super().__init__(size)
-        self.per_class = size if per_class else None
-        """Exemplars of each class; None if all classes share the memory."""
+    def __init__(self, size: int | None = None, per_class: int | None = None) -> None:
+        if size is None and per_class is None:
+            raise ValueError(f"{type(self).__name__}: give size, per_class or both")
+        if per_class is not None and per_class < 1:
+            raise ValueError(f"{type(self).__name__}(per_class={per_class}): at least one exemplar of each class")
+        super().__init__(1 if size is None else size)
+        self.most, self.per_class = size, per_class
 
     def room_for(self, classes: int, owner: object) -> None:
         """Size the memory, before it is built.
@@ -47,14 +54,13 @@ class ClassBalancedReservoir(ReservoirMemory):
         Raises:
             ValueError: in the name of ``owner``, unless each of so many classes can have an exemplar.
         """
-        if self.per_class is not None:
-            self.size = self.per_class * classes
-        elif self.size < classes:
+        sizes = [self.most, None if self.per_class is None else self.per_class * classes]
+        self.size, self.classes = min(size for size in sizes if size is not None), classes
+        if self.size < classes:
             raise ValueError(
-                f"{type(owner).__name__}(memory={self.size}, balanced=True): one exemplar a class at least, and there "
-                f"are {classes}; use a larger memory"
+                f"{type(owner).__name__}(memory={self.size}): one exemplar a class at least, and there are {classes}; "
+                "use a larger memory"
             )
-        self.classes = classes
 
     def build(
         self, input_shape: Sequence[int], num_classes: int | None, seed: int, dtype: torch.dtype = torch.uint8
@@ -78,8 +84,8 @@ class ClassBalancedReservoir(ReservoirMemory):
         self.seen += len(labels)
         held = torch.arange(self.size, device=device) < self.counts.sum()
         self.presented.index_add_(0, labels, torch.ones_like(labels))
-        limit = self.per_class
-        share = equal_shares(self.presented, self.size) if limit is None else self.presented.clamp(max=limit)
+        wanted = self.presented if self.per_class is None else self.presented.clamp(max=self.per_class)
+        share = equal_shares(wanted, self.size)
         self.counts.copy_(share)
 
         # The held and the new, by class and then by lot: of each class as many stay as it is to hold.
@@ -106,10 +112,10 @@ class ClassBalancedReservoir(ReservoirMemory):
             self.logits[slots] = kept.where(_as(written, kept), self.logits[slots])
 
     def _places(self, count: int) -> Tensor:
-        """As of every memory; only where one of each class's own places is empty, exemplars may occur twice.
+        """As of every memory; only with ``per_class``, and while fewer than ``count`` are held, some may occur twice.
 
-        Their number is on the device, and a draw does not wait for it: it is of as many as have been presented, at most
-        ``count``; if fewer are held, some are repeated, as evenly as can be.
+        How many are held is known on the device, and a draw does not wait for it: it has ``count`` places, or as many
+        as samples were presented, and exemplars are repeated as evenly as can be.
         """
         if self.per_class is None:
             return super()._places(count)

@@ -73,17 +73,16 @@ class ER(Replay):
     """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
 
     Args:
-        memory: number of exemplars. If None, 500, unless ``per_class`` says it.
+        memory: number of exemplars. If None, 500, or what ``per_class`` needs.
         replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
         balanced: the memory holds equal numbers of all classes seen so far, by :class:`ClassBalancedReservoir`. If
             False, it is a uniform sample of all that was seen.
-        per_class: number of exemplars of each class, instead of ``memory``: places for all classes are kept from the
-            start. Each class has a uniform sample of its own; ``balanced`` changes nothing then.
+        per_class: number of exemplars of each class, at most; of each class a uniform sample. If ``memory`` is None,
+            there is room for those of all classes; otherwise the memory is balanced, and no larger than it says.
 
     Raises:
-        ValueError: if a number is not positive, ``memory`` and ``per_class`` are given both, or a balanced memory is
-            smaller than the number of classes.
+        ValueError: if a number is not positive, or a balanced memory is smaller than the number of classes.
     """
 
     memory: ReservoirMemory
@@ -96,20 +95,11 @@ class ER(Replay):
         balanced: bool = False,
         per_class: int | None = None,
     ) -> None:
-        name = type(self).__name__
-        if per_class is not None and memory is not None:
-            raise ValueError(
-                f"{name}(memory={memory}, per_class={per_class}): the number of exemplars, or of those of each class; "
-                "leave one out, or null"
-            )
-        if per_class is not None and per_class < 1:
-            raise ValueError(f"{name}(per_class={per_class}): a memory holds at least one exemplar of each class")
-        size = 500 if memory is None else memory
-        if per_class is not None:
-            store: ReservoirMemory = ClassBalancedReservoir(per_class, per_class=True)
+        size = 500 if memory is None and per_class is None else memory
+        if balanced or size is None or per_class is not None:
+            super().__init__(ClassBalancedReservoir(size, per_class), replay_batch_size, single_head)
         else:
-            store = ClassBalancedReservoir(size) if balanced else ReservoirMemory(size)
-        super().__init__(store, replay_batch_size, single_head)
+            super().__init__(ReservoirMemory(size), replay_batch_size, single_head)
 
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8

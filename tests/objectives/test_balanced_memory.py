@@ -11,7 +11,7 @@ from lightning_sparse_cl.demos import toy_tasks
 from lightning_sparse_cl.objectives.class_balanced import equal_shares
 
 
-def memory(size, classes, per_class=False, seed=0):
+def memory(size, classes, per_class=None, seed=0):
     m = scl.ClassBalancedReservoir(size, per_class)
     m.room_for(classes, m)
     m.build((1, 1, 1), 2, seed, torch.long)
@@ -39,9 +39,20 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-@pytest.mark.parametrize("per_class", [False, True])
-@pytest.mark.parametrize(("size", "batch"), [(13, 1), (13, 7), (8, 30), (400, 30)])
-def test_each_class_has_its_share_and_holds_those_of_the_lowest_lots(stream, per_class, size, batch):
+@pytest.mark.parametrize(
+    ("size", "per_class", "batch"),
+    [
+        (13, None, 1),
+        (13, None, 7),
+        (8, None, 30),
+        (400, None, 30),
+        (None, 4, 1),
+        (None, 4, 7),
+        (None, 30, 30),
+        (13, 4, 7),
+    ],
+)
+def test_each_class_has_its_share_and_holds_those_of_the_lowest_lots(stream, size, per_class, batch):
     """Against a slow count, after every batch."""
     m, labels = memory(size, 5, per_class), STREAMS[stream]
     lots = []
@@ -49,12 +60,10 @@ def test_each_class_has_its_share_and_holds_those_of_the_lowest_lots(stream, per
         lots += present(m, labels[first : first + batch], batch, first)
         offered = [sorted(i for i in range(len(lots)) if labels[i] == c) for c in range(5)]
         counts = m.counts.tolist()
-        if per_class:
-            assert counts == [min(len(ids), size) for ids in offered]
-        else:
-            assert sum(counts) == min(len(lots), size)
-            for count, ids in zip(counts, offered):  # one less than the most, or all there were
-                assert count >= max(counts) - 1 or count == len(ids)
+        wanted = [min(len(ids), per_class or len(ids)) for ids in offered]
+        assert sum(counts) == min(sum(wanted), m.size)
+        for count, most in zip(counts, wanted):  # one less than the largest, or all there are
+            assert count == most or max(counts) - 1 <= count < most
         kept = {i for c, ids in enumerate(offered) for i in sorted(ids, key=lambda i: lots[i])[: counts[c]]}
         held = m.contents()
         ids = held.images.flatten()
@@ -79,7 +88,7 @@ def test_every_sample_of_a_class_is_kept_with_equal_probability(per_class):
     labels = torch.tensor([0] * 30 + [1] * 20 + [0] * 10 + [2] * 20)
     kept, trials = torch.zeros(len(labels)), 1000
     for seed in range(trials):
-        m = memory(5 if per_class else 15, 3, per_class, seed)
+        m = memory(None, 3, 5, seed) if per_class else memory(15, 3, seed=seed)
         present(m, labels, batch=9)
         kept[m.contents().images.flatten()] += 1
     p = 5 / labels.bincount()[labels]
@@ -91,13 +100,13 @@ def state_of(m):
     return {k: v for k, v in m.state_dict().items() if isinstance(v, torch.Tensor)} | {"seen": m.seen}
 
 
-@pytest.mark.parametrize("per_class", [False, True])
-def test_a_memory_that_is_saved_and_loaded_goes_on_with_the_same_bits(per_class, tmp_path):
+@pytest.mark.parametrize("sizes", [(7, 5), (None, 5, 7), (20, 5, 7)])
+def test_a_memory_that_is_saved_and_loaded_goes_on_with_the_same_bits(sizes, tmp_path):
     labels = STREAMS["mixed and skewed"]
-    whole = memory(7, 5, per_class, seed=3)
+    whole = memory(*sizes, seed=3)
     present(whole, labels[:64], 8)
     torch.save(whole.state_dict(), tmp_path / "memory.pt")
-    resumed = memory(7, 5, per_class, seed=99)
+    resumed = memory(*sizes, seed=99)
     resumed.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
     for m in (whole, resumed):
         present(m, labels[64:], 8, start=64)
@@ -107,10 +116,10 @@ def test_a_memory_that_is_saved_and_loaded_goes_on_with_the_same_bits(per_class,
     )
 
 
-@pytest.mark.parametrize("per_class", [False, True])
-def test_no_step_waits_for_the_device(per_class):
+@pytest.mark.parametrize("sizes", [(6, 3), (None, 3, 6), (6, 3, 6)])
+def test_no_step_waits_for_the_device(sizes):
     """On the device that has no values, whoever asks for one fails."""
-    m = memory(6, 3, per_class).to("meta")
+    m = memory(*sizes).to("meta")
     for _ in range(3):
         present_on_meta = torch.zeros(8, 1, 1, 1, dtype=torch.long, device="meta")
         m.add(present_on_meta, torch.zeros(8, dtype=torch.long, device="meta"), 0, torch.zeros(8, 2, device="meta"))
@@ -118,7 +127,7 @@ def test_no_step_waits_for_the_device(per_class):
 
 
 def test_a_draw_repeats_exemplars_only_where_there_are_too_few():
-    m = memory(4, 3, per_class=True)
+    m = memory(None, 3, per_class=4)
     assert not m and len(m) == 0
     present(m, torch.zeros(10, dtype=torch.long), 10)
     assert sorted(m.draw(6).labels.tolist()) == [0] * 6
@@ -145,6 +154,8 @@ def test_options_of_the_replay_objectives(kind):
     per_class = fitted(kind(None, 8, per_class=3)).objective.memory
     assert per_class.counts.tolist() == [3] * 6 == per_class.contents().labels.bincount().tolist()
     assert per_class.size == 18
+    both = fitted(kind(20, 8, per_class=3)).objective.memory
+    assert (both.size, both.counts.tolist()) == (18, [3] * 6)
 
 
 def test_draws_of_the_reservoir_are_those_of_a_permutation():
@@ -161,10 +172,13 @@ def test_draws_of_the_reservoir_are_those_of_a_permutation():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: scl.ER(memory=100, per_class=5), r"^ER\(memory=100, per_class=5\): .*; leave one out, or null$"),
-        (lambda: scl.DERpp(per_class=0), r"^DERpp\(per_class=0\): .* at least one exemplar of each class$"),
+        (lambda: scl.ClassBalancedReservoir(), r"^ClassBalancedReservoir: give size, per_class or both$"),
+        (
+            lambda: scl.DERpp(per_class=0),
+            r"^ClassBalancedReservoir\(per_class=0\): at least one exemplar of each class$",
+        ),
         (lambda: scl.DER(memory=0, balanced=True), r"^ClassBalancedReservoir\(size=0\)"),
-        (lambda: fitted(scl.ER(5, balanced=True)), r"^ER\(memory=5, balanced=True\): one exemplar a class .* are 6;"),
+        (lambda: fitted(scl.ER(5, balanced=True)), r"^ER\(memory=5\): one exemplar a class .* are 6;"),
     ],
 )
 def test_errors_say_what_is_allowed(make, message):
