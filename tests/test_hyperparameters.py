@@ -36,7 +36,7 @@ NO_RESULT = {
     "where the files are": {"root", "download", "folder"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
         "Objective", "UpdateRule", "Sparsifier", "ScorePruning", "DropAndGrow", "TaskCallback", "AccuracyMatrix",
-        "ReservoirMemory", "BalancedMemory", "ImageTransform"},
+        "ReservoirMemory", "BalancedMemory", "ClassBalancedReservoir", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "on the screen only": {"TaskProgressBar"},
     "how fast it is computed": {"SparseAcceleration"},
@@ -45,6 +45,10 @@ NO_RESULT = {
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
         for name in ("Digits", "MNIST", "FashionMNIST")},
+    "must fit the number of classes, tried with SplitDigits": {f"Split{name}.{way}"
+        for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "ImageFolder", "MNIST", "MiniImageNet", "Tensors",
+            "TinyImageNet") for way in ("base", "increment", "sizes")},
+    "goes with base": {"SplitDigits.increment"},
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
 
@@ -128,6 +132,20 @@ OTHER |= {
     "SplitImageFolder.num_tasks": 4,
     "SplitImageFolder.flip": True,
     "size": 8,
+    "SplitDigits.base": 4,
+    "sizes": [4, 2, 2, 2],
+    "tasks": [[1, 0], [2]],
+    **{
+        f"Split{name}.tasks": [list(range(99, 39, -1)), list(range(40))]
+        for name in ("CIFAR100", "MiniImageNet", "TinyImageNet")
+    },
+    "per_class": 5,
+}
+# What goes with the other value.
+ALONG: dict[str, dict[str, Any]] = {
+    "SplitDigits.base": {"increment": 3},
+    "SplitTensors.tasks": {"num_tasks": None},
+    "SplitImageFolder.tasks": {"num_tasks": None},
 }
 
 
@@ -212,13 +230,17 @@ def other(name: str, parameter: str) -> Any:
     raise AssertionError(f"say in OTHER what {name}({parameter}={value!r}) is to be changed to")
 
 
+def along(name: str, parameter: str) -> dict[str, Any]:
+    return ALONG.get(f"{name}.{parameter}", {})
+
+
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize(("name", "parameter"), list(public(files=False)), ids=str)
 def test_changing_it_changes_the_result(name, parameter):
-    changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)})
+    changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)} | along(name, parameter))
     assert not same(changed, base(name)), f"{name}({parameter}=...) has no effect"
 
 
@@ -254,5 +276,5 @@ def file_based(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "parameter"), list(public(files=True)), ids=str)
 def test_changing_it_changes_what_is_read_from_files(name, parameter, file_based):
-    changed = file_based(name, **{parameter: other(name, parameter)})
+    changed = file_based(name, **{parameter: other(name, parameter)} | along(name, parameter))
     assert not same(changed, file_based(name)), f"{name}({parameter}=...) has no effect"

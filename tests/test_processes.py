@@ -85,6 +85,10 @@ def fit_and_compare(method, gradients="", by=""):
 
         def more():
             return {f"gpm/{k}": v for k, v in gpm.bases.items()}
+    elif method == "balanced":
+        model = scl.ContinualModule(backbone, scl.ER(30, 8, balanced=True))
+    elif method == "per class":
+        model = scl.ContinualModule(backbone, scl.DER(None, 8, per_class=5))
     elif method == "LaMAML":
         model = scl.ContinualModule(backbone, scl.ER(30, 8), scl.LaMAML(parts=2))
     else:
@@ -107,6 +111,8 @@ def fit_and_compare(method, gradients="", by=""):
     [
         ("EsaCL",),
         ("SparCL", "measured", "forgetting"),
+        ("balanced",),
+        pytest.param(("per class",), marks=pytest.mark.slow),
         pytest.param(("SparCL", "training", "loss"), marks=pytest.mark.slow),
         *(
             pytest.param((method,), marks=pytest.mark.slow)

@@ -1,6 +1,7 @@
 """Data: sources of images, task sequences made of them, and the data module that serves one task at a time."""
 
 from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.class_split import ClassSplit
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.domains import (
     Permuted,
@@ -22,7 +23,6 @@ from lightning_sparse_cl.data.sources import (
     MNISTSource,
 )
 from lightning_sparse_cl.data.splits import (
-    ClassSplit,
     SplitCIFAR10,
     SplitCIFAR100,
     SplitDigits,

@@ -40,11 +40,15 @@ class SourceTasks(TaskDataModule):
         """One part of the source, images (N, C, H, W) and labels (N,), as one data set a task."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override divide()")
 
+    def divide_training(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+        """The same for the training part, if that is divided in another way than the test part."""
+        return self.divide(images, labels)
+
     def prepare_data(self) -> None:
         self.source.fetch()
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
-        train, test = (self.divide(*self._read(train=part)) for part in (True, False))
+        train, test = self.divide_training(*self._read(train=True)), self.divide(*self._read(train=False))
         self.class_names = self.source.names()
         refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         if self.transform is None:

@@ -1,6 +1,7 @@
 """Continual-learning objectives: a loss and the memory it needs. They know nothing of masks or optimisers."""
 
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Objective
+from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
 from lightning_sparse_cl.objectives.co2l import CO2L
 from lightning_sparse_cl.objectives.ewc import EWC
 from lightning_sparse_cl.objectives.fdr import FDR
@@ -16,6 +17,7 @@ __all__ = [
     "EWC",
     "FDR",
     "BalancedMemory",
+    "ClassBalancedReservoir",
     "CrossEntropy",
     "DERpp",
     "DERppOneDraw",

@@ -57,12 +57,15 @@ class ExemplarMemory(nn.Module):
 
     def draw(self, count: int, times: int = 1) -> Exemplars:
         """``count`` exemplars without repetition, or all there are; ``times`` draws in a row."""
-        if count < len(self):
-            at = torch.cat([torch.randperm(len(self), device=self.labels.device)[:count] for _ in range(times)])
-        else:
-            at = torch.arange(len(self), device=self.labels.device).repeat(times)
+        at = torch.cat([self._places(count) for _ in range(times)])
         logits = None if self.logits is None else self.logits[at]
         return Exemplars(self.images.index_select(0, at), self.labels[at], self.tasks[at], logits)
+
+    def _places(self, count: int) -> Tensor:
+        """Where the exemplars of a draw lie."""
+        if count < len(self):
+            return torch.randperm(len(self), device=self.labels.device)[:count]
+        return torch.arange(len(self), device=self.labels.device)
 
     def contents(self) -> Exemplars:
         """All exemplars, in the order in which they lie; views of the memory."""
@@ -94,8 +97,7 @@ class ReservoirMemory(ExemplarMemory):
         probability 1 / (n + 1). Of two samples for one slot the later wins, as if inserted one by one.
         """
         n = torch.arange(self.seen, self.seen + count)
-        generator = torch.Generator().manual_seed((self.seed + self.seen * 0x9E3779B97F4A7C15) % 2**63)
-        slot = (torch.rand(count, generator=generator, dtype=torch.float64) * (n + 1)).long()
+        slot = (torch.rand(count, generator=self._generator(), dtype=torch.float64) * (n + 1)).long()
         if self.seen < self.size:
             slot = torch.where(n < self.size, n, slot)
         rows = (slot < self.size).nonzero().squeeze(1)
@@ -103,6 +105,10 @@ class ReservoirMemory(ExemplarMemory):
             same = slot[rows] == slot[rows, None]
             rows = rows[~same.triu(1).any(1)]
         return slot[rows], rows
+
+    def _generator(self) -> torch.Generator:
+        """Of the next batch's random numbers."""
+        return torch.Generator().manual_seed((self.seed + self.seen * 0x9E3779B97F4A7C15) % 2**63)
 
     @torch.no_grad()
     def add(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
+from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
 
 
@@ -41,7 +42,7 @@ class Replay(CrossEntropy):
         self.memory.build(input_shape, head_of(network).out_features if self.keeps_logits else None, seed, dtype)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
-        if len(self.memory) == 0:
+        if not self.memory:
             self.replayed = 0
             return None
         drawn = self.memory.draw(self.replay_batch_size, self.draws)
@@ -72,15 +73,40 @@ class ER(Replay):
     """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
 
     Args:
-        memory: number of exemplars.
+        memory: number of exemplars. If None, 500, or what ``per_class`` needs.
         replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
+        balanced: the memory holds equal numbers of all classes seen so far, by :class:`ClassBalancedReservoir`. If
+            False, it is a uniform sample of all that was seen.
+        per_class: number of exemplars of each class, at most; of each class a uniform sample. If ``memory`` is None,
+            there is room for those of all classes; otherwise the memory is balanced, and no larger than it says.
+
+    Raises:
+        ValueError: if a number is not positive, or a balanced memory is smaller than the number of classes.
     """
 
     memory: ReservoirMemory
 
-    def __init__(self, memory: int = 500, replay_batch_size: int = 32, single_head: bool = False) -> None:
-        super().__init__(ReservoirMemory(memory), replay_batch_size, single_head)
+    def __init__(
+        self,
+        memory: int | None = None,
+        replay_batch_size: int = 32,
+        single_head: bool = False,
+        balanced: bool = False,
+        per_class: int | None = None,
+    ) -> None:
+        size = 500 if memory is None and per_class is None else memory
+        if balanced or size is None or per_class is not None:
+            super().__init__(ClassBalancedReservoir(size, per_class), replay_batch_size, single_head)
+        else:
+            super().__init__(ReservoirMemory(size), replay_batch_size, single_head)
+
+    def build(
+        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
+    ) -> None:
+        if isinstance(self.memory, ClassBalancedReservoir):
+            self.memory.room_for(head_of(network).out_features, self)
+        super().build(network, input_shape, seed, dtype)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
         return F.cross_entropy(logits[0], replay[0].labels)
@@ -96,21 +122,29 @@ class DER(ER):
     augmentation.
 
     Args:
-        memory: number of exemplars.
+        memory: see :class:`ER`.
         replay_batch_size: number of exemplars in each draw.
         alpha: weight of the distance to the stored logits.
         single_head: see :class:`CrossEntropy`.
+        balanced: see :class:`ER`.
+        per_class: see :class:`ER`.
 
     Raises:
-        ValueError: if a coefficient is negative.
+        ValueError: if a coefficient is negative; and see :class:`ER`.
     """
 
     keeps_logits = True
 
     def __init__(
-        self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False
+        self,
+        memory: int | None = None,
+        replay_batch_size: int = 32,
+        alpha: float = 0.3,
+        single_head: bool = False,
+        balanced: bool = False,
+        per_class: int | None = None,
     ) -> None:
-        super().__init__(memory, replay_batch_size, single_head)
+        super().__init__(memory, replay_batch_size, single_head, balanced, per_class)
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
@@ -123,27 +157,31 @@ class DERpp(DER):
     """DER++: DER and beta * CE(x'', y''), with a second, independent draw x''.
 
     Args:
-        memory: number of exemplars.
+        memory: see :class:`ER`.
         replay_batch_size: number of exemplars in each draw.
         alpha: weight of the distance to the stored logits.
         beta: weight of the cross-entropy on exemplars.
         single_head: see :class:`CrossEntropy`.
+        balanced: see :class:`ER`.
+        per_class: see :class:`ER`.
 
     Raises:
-        ValueError: if a coefficient is negative.
+        ValueError: if a coefficient is negative; and see :class:`ER`.
     """
 
     draws = 2
 
     def __init__(
         self,
-        memory: int = 500,
+        memory: int | None = None,
         replay_batch_size: int = 32,
         alpha: float = 0.2,
         beta: float = 0.5,
         single_head: bool = False,
+        balanced: bool = False,
+        per_class: int | None = None,
     ) -> None:
-        super().__init__(memory, replay_batch_size, alpha, single_head)
+        super().__init__(memory, replay_batch_size, alpha, single_head, balanced, per_class)
         self.beta = coefficient(self, "beta", beta)
 
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:

@@ -1,0 +1,133 @@
+"""The classes of a source divided into tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sparse_cl.data.class_tasks import (
+    ClassTasks,
+    in_order,
+    named,
+    refuse_no_lists,
+    refuse_other_than_one,
+    task_sizes,
+)
+from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.source_tasks import SourceTasks
+from lightning_sparse_cl.data.sources import ImageSource
+
+Order = int | list[int] | None
+
+
+class ClassSplit(SourceTasks):
+    """The classes of a source divided into tasks, in one of four ways::
+
+        num_tasks: 5                         equal tasks
+        base: 50, increment: 10              a large first task, then equal ones
+        sizes: [4, 2, 2, 2]                  tasks of these numbers of classes
+        tasks: [[cat, dog], [truck, ship]]   these classes
+
+    They are arguments of their own, not one of many types, so that a line of a configuration says what it means and a
+    parser refuses a wrong type. From the command line, over a file that has ``num_tasks``:
+    ``--data.init_args.num_tasks=null --data.init_args.sizes='[4,2,2,2]'``.
+
+    Labels count the classes in the order in which the tasks meet them: with c classes in each task, task t has the
+    labels t*c ... (t+1)*c - 1.
+
+    Args:
+        source: the images.
+        num_tasks: a divisor of the number of classes. If None, and no other way is given, the usual number, if there is
+            one: 5, of Tiny ImageNet, Mini-ImageNet and CIFAR-100 10.
+        class_order: the source's classes in the order in which they are met. If None, the natural one; an integer is
+            the seed of a random one, a list the order itself. Not with ``tasks``, which are in an order already.
+        base: number of classes in the first task.
+        increment: number of classes in each further task; the last has as many.
+        sizes: number of classes in each task.
+        tasks: classes of each task, by name or by the source's label. Where names are numbers, a number is a name.
+            Classes in no task are left out, with a warning. A class may be in several tasks: they share its training
+            samples, every k-th of k tasks, and each has all its test samples.
+        kwargs: see :class:`TaskDataModule`.
+
+    Raises:
+        ValueError: if the tasks are given in no or in several ways, the classes do not divide into them, a class is
+            unknown, twice in a task, or has fewer training samples than tasks, or the order is not one.
+    """
+
+    usual_tasks: int | None = 5
+    """Number of tasks if nothing is said about them."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        num_tasks: int | None = None,
+        class_order: Order = None,
+        *,
+        base: int | None = None,
+        increment: int | None = None,
+        sizes: list[int] | None = None,
+        tasks: list[list[str | int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        name, n = type(self).__name__, source.num_classes
+        if all(way is None for way in (num_tasks, base, increment, sizes, tasks)):
+            num_tasks = self.usual_tasks
+        ways = {"num_tasks": num_tasks, "base": base, "increment": increment, "sizes": sizes, "tasks": tasks}
+        refuse_other_than_one(name, {way: value for way, value in ways.items() if value is not None})
+        if tasks is not None:
+            refuse_no_lists(name, tasks)
+            if class_order is not None:
+                raise ValueError(
+                    f"{name}(class_order={class_order}): tasks have an order of their own; leave class_order out"
+                )
+        counts = None if tasks is not None else task_sizes(name, n, num_tasks, base, increment, sizes)
+        super().__init__(source, len(tasks or counts or ()), **kwargs)
+        order = list(range(n)) if class_order is None else class_order
+        if isinstance(order, int):
+            order = np.random.RandomState(order).permutation(n).tolist()
+        if sorted(order) != list(range(n)):
+            raise ValueError(
+                f"{type(self).__name__}(class_order={class_order}): the order lists each of the {n} classes "
+                f"0-{n - 1} once"
+            )
+        self.class_order: list[int] = order
+        """The source's class behind each label; with ``tasks`` once the data are loaded."""
+        self.sizes = counts
+        self.tasks = tasks
+
+    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+        self._members = self._found()
+        self.class_order = self._members.order
+        train, test = super().load()
+        self.class_names = [self.class_names[c] for c in self.class_order]
+        return train, test
+
+    def _found(self) -> ClassTasks:
+        """The classes of each task; those that the user names are known when the source has been fetched."""
+        if self.sizes is not None:
+            return in_order(self.sizes, self.class_order)
+        assert self.tasks is not None  # one way is given
+        name, names = type(self).__name__, self.source.names()
+        found = named(name, self.tasks, names)
+        if left_out := [repr(names[c]) for c in sorted(set(range(len(names))) - set(found.order))]:
+            shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+            rank_zero_warn(f"{name}: {len(left_out)} of {len(names)} classes are in no task and left out: {shown}")
+        return found
+
+    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+        labels = self._members.labels(labels)
+        return [ImageTensors(images[here], labels[here]) for here in self._members.members(labels, share=False)]
+
+    def divide_training(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+        labels = self._members.labels(labels)
+        times, counts = self._members.turns().amax(0) + 1, labels.bincount(minlength=len(self.class_order) + 1)
+        if len(scarce := ((counts < times) & (times > 1)).nonzero()):
+            c = int(scarce[0])
+            raise ValueError(
+                f"{type(self).__name__}(tasks=...): class {self.source.names()[self.class_order[c]]!r} has "
+                f"{int(counts[c])} training samples for {int(times[c])} tasks; each takes at least one"
+            )
+        return [ImageTensors(images[here], labels[here]) for here in self._members.members(labels, share=True)]
