@@ -245,7 +245,7 @@ def test_two_runs_that_start_at_once_have_two_folders():
 
 
 def test_nothing_is_said_that_nobody_can_act_on(tmp_path):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     options = ["--schedule.epochs=1", "--ckpt_path=last"]
     command = [sys.executable, "-m", "lightning_sparse_cl", "fit", "-c", "split_digits/esacl", *options]
     assert forked(main, command[3:]) == 0
