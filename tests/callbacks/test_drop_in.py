@@ -110,7 +110,7 @@ def test_exactly_the_zeros_asked_for(policy, door, tmp_path):
     check_zeros(dict(module.named_parameters()), "the live weights")
     for average in averages(trainer):
         check_zeros(dict(average.named_parameters()), "the averaged weights")
-    saved = torch.load(last.last_model_path, weights_only=True)
+    saved = torch.load(last.last_model_path, weights_only=False)  # Lightning's averages keep a method in it
     check_zeros(saved["state_dict"], "the last checkpoint")
     assert list(saved["state_dict"]) == list(Mlp().state_dict()) or door == "compile"
     assert set(saved["masks"]["alive"]) == set(PRUNED)
