@@ -150,7 +150,7 @@ class DER(ER):
     def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
         stored = replay[0].logits
         assert stored is not None  # keeps_logits
-        return self.alpha * F.mse_loss(logits[0].float(), stored)
+        return self.alpha * F.mse_loss(logits[0].float(), stored.float())
 
 
 class DERpp(DER):
