@@ -71,7 +71,7 @@ def fit(
         enable_model_summary=False,
         callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, *measures, report],
     )  # fmt: skip
-    report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # nothing on disk
+    report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # a benchmark prints its own table, not each run's report
     trainer.fit(module, data)
     return report.collect(trainer, module)
 

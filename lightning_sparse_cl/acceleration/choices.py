@@ -21,7 +21,7 @@ class Choices:
     """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
 
     Args:
-        measure: False is: they are.
+        measure: whether to time the kernels; if False, they are taken as faster.
     """
 
     def __init__(self, measure: bool = True) -> None:

@@ -80,7 +80,7 @@ def read_checkpoint(
         path: the file.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``.
-        mmap: leave the tensors on disk; for those who want a look at the rest.
+        mmap: leave the tensors on disk, where only the rest is looked at.
 
     Raises:
         ValueError: if the file is missing, truncated, altered or no checkpoint of Lightning.

@@ -23,7 +23,7 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """Who started this process and how many beside it; None if nobody did who says so."""
+    """What started this process, and how many beside it. If it was neither SLURM nor torchrun, None."""
     env = os.environ
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         per_node = int(env["LOCAL_WORLD_SIZE"])
@@ -60,7 +60,7 @@ def join_after_restart(device: torch.device) -> None:
 
 
 def slurm_job() -> str | None:
-    """The job's number, of an array's job with its index, as ``scontrol`` takes it; None outside of SLURM jobs."""
+    """The job's number, of an array's job with its index, as ``scontrol`` takes it. Outside of SLURM jobs, None."""
     if not SLURMEnvironment.detect():
         return None
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")

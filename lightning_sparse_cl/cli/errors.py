@@ -39,7 +39,7 @@ def one_line(error: BaseException) -> str | None:
     """What to tell of an error that this package, Lightning, an optimiser or the parser found in the input, or that
     lies in the disk, the memory or a checkpoint.
 
-    None for a fault with a traceback to read.
+    If it is a fault with a traceback to read, None.
     """
     chain = _chain(error)
     checkers = [Path(module.__path__[0]) for module in (scl, torch.optim, lightning)]

@@ -56,7 +56,7 @@ def newest_run(folders: list[Path], config: Mapping[str, Any], training: bool) -
         training: whether the run shall go on, or be tested: then only method, data and seed count.
 
     Returns:
-        The file; None if there is none, which is said.
+        The file. If there is none, None, and a message says so.
 
     Raises:
         ValueError: if the only one that can be this run's is damaged.

@@ -50,7 +50,7 @@ def _look(value: Any, name: str) -> None:
 
 
 def _expected(class_path: str, argument: str) -> str | None:
-    """What a class takes for an argument, in words; None if that may be null, or nobody says."""
+    """What a class takes for an argument, in words. If that may be null, or nothing says, None."""
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(import_module(module), name)

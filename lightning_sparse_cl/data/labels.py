@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 
 def whole(label: Any) -> int | None:
-    """The label as an integer: of any number or tensor of one element. None if that is not a whole number."""
+    """The label as an integer: of any number or tensor of one element. If that is not a whole number, None."""
     if isinstance(label, Tensor):
         label = label.item() if label.numel() == 1 else None
     elif isinstance(label, np.ndarray | np.generic):
@@ -38,7 +38,7 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
 
 
 def listed_labels(data: Any) -> Tensor | None:
-    """The labels (N,) that a torch data set lists in ``.targets``, without decoding an image; None if it lists none.
+    """The labels (N,) that a torch data set lists in ``.targets``, without decoding an image. If it lists none, None.
 
     They are found through ``Subset`` and ``ConcatDataset``. Not listed are labels that a ``target_transform`` changes.
     """

@@ -44,7 +44,7 @@ class Objective(TaskHooks, nn.Module):
     """
 
     replayed = 0
-    """Exemplars of the last :meth:`draw`; 0 in passes that do not replay them. For who counts what a step costs."""
+    """Exemplars of the last :meth:`draw`; 0 in passes that do not replay them. FlopsCounter reads it."""
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     views = 1

@@ -108,7 +108,7 @@ def test_masks_are_followed_and_grown_weights_learn():
     train(net, optimizer, 1)
     assert (
         scl.Enforcement.of(net).take_whole()[name][masks[name]] != 0
-    ).any()  # gradients of pruned weights, for who grows them
+    ).any()  # gradients of pruned weights, which growth needs
 
 
 @pytest.mark.parametrize("followed", [False, True])
