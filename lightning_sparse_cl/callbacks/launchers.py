@@ -93,7 +93,7 @@ def requeue_before_training() -> None:
 
 def no_requeue_before_training() -> None:
     """Undo :func:`requeue_before_training`."""
-    if signal.getsignal(signal.SIGUSR1) is _requeue_and_leave:
+    if slurm_job() is not None and signal.getsignal(signal.SIGUSR1) is _requeue_and_leave:  # not every system has it
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
