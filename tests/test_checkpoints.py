@@ -289,12 +289,14 @@ def test_runs_that_share_a_folder_keep_their_files(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def script(folder, lr=0.1, **options):
+def script(folder, lr=0.1, data=None, **options):
     """A fit as in a script of the user's own."""
     pl.seed_everything(0, verbose=False)
     saving = scl.SequenceCheckpoint(dirpath=folder, save_last=True, **options)
     fit = trainer(scl.RandomState(), saving, enable_checkpointing=True)
-    fit.fit(scl.ContinualModule(scl.SmallMLP([8]), optimizer=partial(SGD, lr=lr)), toy_tasks(), ckpt_path="last")
+    fit.fit(
+        scl.ContinualModule(scl.SmallMLP([8]), optimizer=partial(SGD, lr=lr)), data or toy_tasks(), ckpt_path="last"
+    )
     return fit
 
 
@@ -307,8 +309,31 @@ def test_last_in_a_script_is_not_another_run(tmp_path):
     script(tmp_path)  # it is finished
 
 
-def test_a_second_fit_and_a_copy_leave_the_files_of_the_first(tmp_path):
-    saving = scl.SequenceCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=10)
+@pytest.mark.parametrize("change", ["two labels swapped", "the last image zeroed", "a pixel of a test image", None])
+def test_data_that_have_changed_are_named(tmp_path, change):
+    images, labels = torch.arange(64 * 16).view(64, 1, 4, 4).remainder(251).byte(), torch.arange(64) % 4
+    test = images[:16].clone(), labels[:16].clone()
+
+    def data():
+        return scl.SplitTensors((images.clone(), labels.clone()), test, num_tasks=2, batch_size=8)
+
+    script(tmp_path, data=data())
+    if change == "two labels swapped":
+        labels[[0, 1]] = labels[[1, 0]]
+    elif change == "the last image zeroed":
+        images[-1] = 0
+    elif change:
+        test[0][3, 0, 1, 2] += 1
+    if change is None:
+        script(tmp_path, data=data())
+    else:
+        with pytest.raises(ValueError, match="fingerprint of each task's data"):
+            script(tmp_path, data=data())
+
+
+@pytest.mark.parametrize("options", [{}, {"monitor": "train/loss", "save_top_k": 1}], ids=["latest", "best"])
+def test_a_second_fit_and_a_copy_leave_the_files_of_the_first(tmp_path, options):
+    saving = scl.SequenceCheckpoint(dirpath=tmp_path, save_last=True, every_n_train_steps=10, **options)
     fit = trainer(saving, enable_checkpointing=True)
     fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks())
     first = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -186,12 +186,15 @@ def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, 
     assert slurm_job() == "12_3"
     asked, handlers = [], []
     monkeypatch.setattr("lightning_sparse_cl.callbacks.checkpoint.requeue", lambda: asked.append(slurm_job()))
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # any other, and Lightning leaves it alone
 
     class Told(pl.Callback):
+        def on_train_start(self, trainer, *_):
+            assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # until ours, which comes last
+
         def on_train_batch_start(self, trainer, *_):
             handlers.append(signal.getsignal(signal.SIGUSR1))
-            if trainer.global_step == 3:
+            if trainer.global_step == 3 and auto_requeue:
                 os.kill(os.getpid(), signal.SIGUSR1)
 
     environment = SLURMEnvironment(auto_requeue=auto_requeue)
@@ -205,8 +208,8 @@ def test_lightnings_handler_which_saves_in_a_step_is_off(tmp_path, monkeypatch, 
             assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
         else:
             fit.fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(batch_size=8))
-            assert set(handlers) == {signal.SIG_IGN} and not asked
-        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+            assert set(handlers) == {signal.SIG_DFL} and not asked
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGUSR1, before)
 
