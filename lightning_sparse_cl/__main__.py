@@ -15,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.cli import shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
@@ -64,6 +64,11 @@ class SparseCLI(LightningCLI):
         parser.add_lightning_class_args(scl.ContinualEvaluation, "evaluation")
         parser.add_lightning_class_args(scl.SequenceCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_argument(
+            "--continue_from",
+            type=str | None,
+            help="a checkpoint whose sequence `fit` goes on from, with the tasks of the data that it has not learnt yet",
+        )
         parser.add_argument("--threads", type=int | None, help="CPU threads of torch; small networks need one")
         parser.add_argument("--compile", type=bool, default=False, help="run the backbone under torch.compile")
 
@@ -75,8 +80,9 @@ class SparseCLI(LightningCLI):
         super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
         config = self.config[self.config.subcommand]
         refuse_nonsense(config.as_dict())
-        if config.ckpt_path not in (None, "last", "best", "hpc") and "://" not in config.ckpt_path:
-            read_checkpoint(config.ckpt_path, mmap=True)
+        for path in (config.ckpt_path, config.continue_from):
+            if path not in (None, "last", "best", "hpc") and "://" not in path:
+                read_checkpoint(path, mmap=True)
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -99,6 +105,7 @@ class SparseCLI(LightningCLI):
         training, given = self.subcommand == "fit", config.ckpt_path
         again = training and is_requeued()
         if given != "last" and not again:
+            self._continue()
             if given is None and self.subcommand in ("validate", "test", "predict"):
                 rank_zero_warn(f"{self.subcommand}: without --ckpt_path these are figures of an untrained network")
             return
@@ -112,6 +119,19 @@ class SparseCLI(LightningCLI):
         elif given == "last":
             config.ckpt_path = None
             rank_zero_info("--ckpt_path=last: starts anew")
+        self._continue()
+
+    def _continue(self) -> None:
+        """``--continue_from``, unless this very run is to be resumed."""
+        config = self.config_init[self.subcommand]
+        if self.subcommand != "fit" or config.continue_from is None or config.ckpt_path is not None:
+            return
+        if not isinstance(self.model, scl.ContinualModule):
+            raise ValueError(
+                f"--continue_from={config.continue_from}: a {type(self.model).__name__} is no ContinualModule, whose "
+                "network and memory grow with the classes"
+            )
+        self.model.go_on_from(config.continue_from)
 
     before_validate = before_test = before_predict = before_export = before_fit
 

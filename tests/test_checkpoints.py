@@ -18,7 +18,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
-from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.demos import toy_tasks
 
 SHORT = "--trainer.limit_train_batches=4"

@@ -102,7 +102,8 @@ class DynamicDataRemoval(TaskCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, name = task_data(trainer, self), type(self).__name__
         schedule = first_callback(trainer, TaskSchedule)
-        for task in range(data.num_tasks) if self.fraction and not parts_of(trainer).fast_dev_run else ():
+        further = range(0 if data.learnt is None else len(data.learnt.classes), data.num_tasks)
+        for task in further if self.fraction and not parts_of(trainer).fast_dev_run else ():
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
             if self.cutoff * self.interval > epochs:
                 raise ValueError(

@@ -80,7 +80,7 @@ class ContinualEvaluation(pl.Callback):
         if self._loaded is not None:
             self.held_out = list(self._loaded.get("held_out", []))
             for name, matrix in ((n, m) for n, m in self.matrices.items() if n in self._loaded):
-                matrix.R, matrix.baseline = self._loaded[name]["R"].clone(), self._loaded[name]["baseline"].clone()
+                matrix.restore(**self._loaded[name])
         elif self.matrices["task_il"].baseline.isnan().all():
             self._measure(trainer, pl_module, None)
 
@@ -150,7 +150,7 @@ class ContinualEvaluation(pl.Callback):
         for scenario in self.scenarios:
             row = self.tested[scenario].close_row(0)
             tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
-            pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, sync_dist=True)
+            pl_module.log_dict(tasks | {f"{scenario}/acc": row.nanmean()}, sync_dist=True)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn == "validate":

@@ -15,11 +15,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
-from lightning_sparse_cl.data.loader import length
 
-FORMAT = 3
+FORMAT = 4
 """Of the state in checkpoints; grows when its layout changes."""
 DATA = "fingerprint of each task's data"
+MAY_CHANGE = ("val_fraction", "batch_size over all processes", "seed", "limit_train_batches", "overfit_batches")
+"""What must agree in a resumed run, and may be another where a sequence goes on with further tasks."""
 Differences = dict[str, tuple[Any, Any]]
 """By name: the checkpoint's value and this run's."""
 
@@ -38,7 +39,7 @@ def identity(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: Sequenc
         ],
     }
     must = {
-        "samples of each task": [length(d) for d in data.train_sets],
+        "samples of each task": data.samples_per_task,
         DATA: data.fingerprints,
         "val_fraction": data.val_fraction,
         "batch_size over all processes": data.batch_size * trainer.world_size,
@@ -122,7 +123,8 @@ def refuse_other_tasks(found: Mapping[str, Any], here: Mapping[str, Any]) -> Non
     """
     if differing := differences(found["tested"], here["tested"]):
         raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
-    if found["must"][DATA] != here["must"][DATA]:
+    there = [pair for pair in zip(found["must"][DATA], here["must"][DATA]) if pair[1]]  # the others are not tested
+    if any(before != now for before, now in there):
         rank_zero_warn("TaskSchedule: the data are not those of the checkpoint's training, or have changed since")
 
 
@@ -134,7 +136,8 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
             in the folder for ``ckpt_path="last"``.
     """
     planned = differences({"epochs": found["epochs"]}, {"epochs": here["epochs"]})
-    differing = differences(found["settings"], here["settings"]) | planned
+    changed = differences(found["must"], here["must"])
+    differing = differences(found["settings"], here["settings"]) | planned | changed
     if not differing:
         return
     if Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt"):

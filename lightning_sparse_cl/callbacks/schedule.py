@@ -12,7 +12,9 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sparse_cl.callbacks.going_on import enlarge_state, go_on, remembered
 from lightning_sparse_cl.callbacks.identity import (
+    MAY_CHANGE,
     epochs_complete,
     identity,
     note_other_settings,
@@ -25,6 +27,7 @@ from lightning_sparse_cl.callbacks.launchers import launched
 from lightning_sparse_cl.callbacks.task_callback import announce, arrange
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.data.learnt import RECORD
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -98,6 +101,7 @@ class TaskSchedule(pl.Callback):
         self.epochs, self.restart_schedulers = epochs, restart_schedulers
         self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # of each scheduler: its state, learning rates
         self._found: dict[str, Any] | None = None  # the identity in the checkpoint that the fit goes on from
+        self._learnt: list[int] = []  # epochs of the tasks that were learnt before this sequence goes on
         self.begun = self.ended = -1
         """The last tasks that were started and consolidated."""
 
@@ -105,13 +109,19 @@ class TaskSchedule(pl.Callback):
 
     def epochs_of(self, task: int) -> int:
         """Epochs planned for ``task``."""
-        return self.epochs[task] if isinstance(self.epochs, Sequence) else self.epochs
+        if task < len(self._learnt):
+            return self._learnt[task]
+        if not isinstance(self.epochs, Sequence):
+            return self.epochs
+        return self.epochs[task - self._first_listed]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data, parts = task_data(trainer, self), parts_of(trainer)
         if stage != "fit":
             return
         self.begun, self.ended, self._at_start, self._found = -1, -1, [], None
+        self._learnt = [] if data.learnt is None else data.learnt.epochs
+        self._first_listed = 0
         if (started := launched()) and started.per_node * started.nodes != trainer.world_size:
             raise ValueError(
                 f"Trainer: {started.by} started {started.per_node * started.nodes} processes, and this Trainer is one "
@@ -120,11 +130,15 @@ class TaskSchedule(pl.Callback):
             )
         if trainer.limit_train_batches == 0:
             raise ValueError("Trainer(limit_train_batches=0): a task takes at least one batch of each epoch")
-        if isinstance(self.epochs, Sequence) and len(self.epochs) != data.num_tasks:
-            raise ValueError(
-                f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {data.num_tasks} tasks; "
-                "give one number for all or one a task"
-            )
+        if isinstance(self.epochs, Sequence):
+            further = data.num_tasks - len(self._learnt)
+            if len(self.epochs) not in (data.num_tasks, further):
+                tasks = f"{data.num_tasks} tasks" + f", {further} of them further ones" * bool(self._learnt)
+                raise ValueError(
+                    f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {tasks}; "
+                    "give one number for all or one a task"
+                )
+            self._first_listed = data.num_tasks - len(self.epochs)
         total = sum(self._planned(data.num_tasks))
         limit = trainer.max_epochs
         if limit is not None and 0 <= limit < total and not parts.fast_dev_run:
@@ -156,9 +170,12 @@ class TaskSchedule(pl.Callback):
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
         arrange(trainer, pl_module)
+        if data.learnt is not None and not trainer.ckpt_path:
+            go_on(trainer, pl_module, getattr(pl_module, RECORD))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for optimizer in trainer.optimizers:  # PyTorch restores the state of another one without a word
+            enlarge_state(optimizer)
             for group in optimizer.param_groups:
                 if missing := optimizer.defaults.keys() - group.keys() - {"differentiable"}:  # PyTorch adds it late
                     raise ValueError(
@@ -214,7 +231,17 @@ class TaskSchedule(pl.Callback):
                 Enforcement.of(pl_module).apply_to_averages()  # before anybody measures or saves them
             trainer.should_stop = trainer.should_stop or data.finished
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._remember(trainer, pl_module, self.begun == self.ended and not parts_of(trainer).fast_dev_run)
+
+    def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ended: bool) -> None:
+        """Tell the module what it needs to go on after this fit; nothing if it was stopped inside a task."""
+        if callable(remember := getattr(pl_module, "remember_sequence", None)):
+            remember(remembered(trainer) if ended else None)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and self.begun != self.ended:
+            self._remember(trainer, pl_module, ended=False)
         trainer.limit_val_batches = getattr(self, "_limit_val_batches", trainer.limit_val_batches)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -229,16 +256,21 @@ class TaskSchedule(pl.Callback):
         self._at_start = list(state["schedulers"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
-        checkpoint["task_sequence"] = self._identity(trainer, pl_module)
+        at = {"begun": self.begun, "ended": self.ended}
+        checkpoint["task_sequence"] = self._identity(trainer, pl_module) | at
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict) -> None:
         found, here = sequence_of(checkpoint), self._identity(trainer, pl_module)
         if trainer.state.fn != "fit":
             return refuse_other_tasks(found, here)
-        refuse_another_run(found, here)
         data = task_data(trainer)
-        refuse_epochs(found["epochs"], self._planned(data.num_tasks), data.starts, epochs_complete(checkpoint))
-        self._found = found
+        if trainer.ckpt_path:
+            refuse_another_run(found, here)
+        else:
+            found = found | {"must": here["must"] | {k: found["must"][k] for k in MAY_CHANGE}}
+        planned = self._planned(data.num_tasks)
+        refuse_epochs(found["epochs"], planned, data.starts, epochs_complete(checkpoint))
+        self._found = found if trainer.ckpt_path else found | {"epochs": planned}
         loop = checkpoint["loops"]["fit_loop"]
         epoch, batch = loop["epoch_progress"]["current"], loop["epoch_loop.batch_progress"]
         if batch["is_last_batch"] and epoch["processed"] < epoch["started"]:

@@ -40,7 +40,7 @@ class SparseGrowth(Sparsifier):
     the Task-IL accuracy of the noiseless network on the held-out samples is compared with the target: as soon as it is
     reached the task ends; a task that misses it to the end keeps what it has. The first task does the same from the
     seed network (the paper grows it at once), so that a target that is always reached never grows. The seed's weights
-    are scaled to the variance that a network of its size would be given.
+    but the head's are scaled to the variance that a network of its size would be given.
 
     Batch-norm statistics of training are those of drawn masks, and are measured anew for the network without noise,
     before each comparison and when a task ends (``torch.optim.swa_utils.update_bn``).
@@ -100,7 +100,7 @@ class SparseGrowth(Sparsifier):
         for name, allocated in gates.allocated_kernels().items():
             weight = pl_module.get_parameter(name)
             self.masks.set_alive(name, _expanded(allocated, weight))
-            if task == 0:  # drawn for as many inputs as the whole network has
+            if task == 0 and name != gates.head:  # drawn for as many inputs as the whole network has
                 weight.data *= math.sqrt(allocated.shape[1] / int(allocated[0].sum()))
         self.grew.append(False)
 

@@ -95,11 +95,22 @@ class TaskSubnetworks(Sparsifier):
             )
         if self._saved is not None:
             self.subnetworks.load_state_dict(self._saved)
-        elif len(self.subnetworks):
+        elif len(self.subnetworks) and data.learnt is None:
             raise ValueError(
                 f"TaskSubnetworks: this {type(pl_module).__name__} has already learnt {len(self.subnetworks)} tasks; "
                 "train a new one, or go on with ckpt_path"
             )
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        """Classes that are met for the first time begin as they were drawn, whatever earlier tasks did to their weights.
+
+        So a task learns the same, whether its classes were known from the beginning or not.
+        """
+        met = set(self.subnetworks.known())
+        new = [c for c in task_data(trainer).live().nonzero().squeeze(1).tolist() if c not in met]
+        if callable(draw := getattr(pl_module, "draw_head", None)):
+            draw(classes=new)
+            self.masks.apply_()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -212,7 +223,10 @@ class FromScratch(TaskCallback):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if task > 0:
             with torch.random.fork_rng():  # the same draw on every process
-                torch.manual_seed((task_data(trainer).order_seed + 1000 * task) % 2**62)
+                seed = (task_data(trainer).order_seed + 1000 * task) % 2**62
+                torch.manual_seed(seed)
                 for layer in pl_module.modules():
                     if callable(reset := getattr(layer, "reset_parameters", None)):
                         reset()
+                if callable(draw := getattr(pl_module, "draw_head", None)):
+                    draw(seed)

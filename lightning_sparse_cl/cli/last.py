@@ -11,12 +11,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.identity import FORMAT, differences, epochs_complete, refuse_epochs, told
 
 CONFIG = "config"
 """Entry of a checkpoint: the configuration of its run, as :func:`plain` gives it."""
-PARTS = ("seed_everything", "model", "data", "schedule", "trainer")
+PARTS = ("seed_everything", "continue_from", "model", "data", "schedule", "trainer")
 """Of a configuration, what a run is."""
 ELSEWHERE = ("data.init_args.root", "data.init_args.download", "data.init_args.num_workers")
 """Where data lie and how they are read: their contents are compared when a checkpoint is loaded."""

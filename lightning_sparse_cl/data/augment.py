@@ -22,7 +22,7 @@ class ImageTransform(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int = 0, flip: bool = False) -> None:
         super().__init__()
-        self.crop, self.flip = crop, flip
+        self.mean, self.std, self.crop, self.flip = list(mean), list(std), crop, flip
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1), persistent=False)
 
@@ -33,6 +33,10 @@ class ImageTransform(nn.Module):
         if augment and (self.crop or self.flip):
             x = self._augment(x)
         return (x * self.scale.to(x.device)).sub_(self.shift.to(x.device))
+
+    def normalisation(self) -> dict[str, list[float]]:
+        """The arguments ``mean`` and ``std``."""
+        return {"mean": self.mean, "std": self.std}
 
     def _augment(self, x: Tensor) -> Tensor:
         """Each sample a window of its padded image or of the mirror image: one copy, out of a view of all windows."""

@@ -17,11 +17,17 @@ Part = ImageTensors | Items
 """The training or test set of a task, once it is known to be one."""
 
 
-def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset]) -> None:
-    """Every task has training and test images."""
+def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset], every: bool = True) -> None:
+    """Every task has training and test images.
+
+    Args:
+        name: for the error.
+        train, test: data sets, one per task.
+        every: if False, a task may have no training images: it was learnt before.
+    """
     for part, sets in {"training": train, "test": test}.items():
         for t, data in enumerate(sets):
-            if not length(data):
+            if not length(data) and (every or part == "test"):
                 raise ValueError(f"{name}: task {t} has no {part} images")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.labels import whole
+from lightning_sparse_cl.data.labels import is_number, whole
 
 WAYS = ({"num_tasks"}, {"base", "increment"}, {"sizes"}, {"tasks"})
 """The arguments that say what the tasks are."""
@@ -146,7 +146,7 @@ def named(owner: str, tasks: Sequence[Sequence[str | int]], names: Sequence[str]
         ValueError: if a class is unknown, or twice in a task.
     """
     at = {name: c for c, name in enumerate(names)}
-    by_number = at if any(_is_number(name) for name in names) else {str(c): c for c in range(len(names))}
+    by_number = at if any(is_number(name) for name in names) else {str(c): c for c in range(len(names))}
     kind = "name" if by_number is at else f"name or label 0-{len(names) - 1}"
     found: list[list[int]] = []
     for t, task in enumerate(tasks):
@@ -171,10 +171,6 @@ def _divisors(n: int) -> list[int]:
 def _either(numbers: Sequence[int]) -> str:
     *most, last = map(str, numbers)
     return " or ".join(filter(None, [", ".join(most), last]))
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()
 
 
 def _short(value: Any) -> str:

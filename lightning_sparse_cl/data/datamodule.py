@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.augment import ImageTransform
-from lightning_sparse_cl.data.checks import check_images, check_labels, refuse_empty, warn_of_untested
-from lightning_sparse_cl.data.fingerprint import combined, fingerprints
-from lightning_sparse_cl.data.items import Items
+from lightning_sparse_cl.data.fingerprint import combined
+from lightning_sparse_cl.data.learnt import ASKED, RECORD, LearntTasks, data_state
 from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
+from lightning_sparse_cl.data.task_sets import read_tasks
 
 
 class TaskDataModule(pl.LightningDataModule):
@@ -85,6 +86,13 @@ class TaskDataModule(pl.LightningDataModule):
         self.stored_dtype = torch.uint8
         self.raw: Tensor | None = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
+        self.samples_per_task: list[int] = []
+        """Training samples of each task, also of those whose data are not there any more."""
+        self.known: LearntTasks | None = None
+        """What a module had learnt when these data were read for it. If there was nothing, None."""
+        self.learnt: LearntTasks | None = None
+        """The same, if this sequence goes on from it: its tasks come first. If this is a new sequence, None."""
+        self._asked_to_go_on = False
         self._held_out: list[Tensor] = []
         self.order_seed = 0
         """Seed of the epochs' orders and of what all processes draw alike; the run's seed, kept in the checkpoint."""
@@ -168,54 +176,108 @@ class TaskDataModule(pl.LightningDataModule):
     # -- Lightning ---------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        if not self.train_sets:
-            self._load()
-        if stage == "fit" or not self.alive:
+        fitting = stage == "fit"
+        learnt = self._learnt_before(fitting)
+        if fitting or learnt is None:
+            if not self.train_sets or (fitting and not self._is_for(learnt)):
+                self._load(learnt)
+        elif not self.train_sets or self.names_of_tasks() != learnt.names:
+            self._load(learnt, by_classes=True)
+        if fitting or not self.alive:
             self._begin()
         if self.trainer is not None and self.transform is not None:
             self.transform.to(self.trainer.strategy.root_device)
 
-    def _load(self) -> None:
-        """Read the data, refuse what is not a task sequence, and take the sizes from the data."""
+    def _learnt_before(self, fitting: bool) -> LearntTasks | None:
+        """What the module to be fitted or tested has learnt, with this sequence or with one that this one goes on from.
+
+        In a fit from ``ckpt_path`` it is what that run had learnt before it began, for such a fit is the same run.
+        """
+        self._asked_to_go_on = False
+        if self.trainer is None:
+            return self.known
+        if self.trainer.ckpt_path:
+            checkpoint = _peek(self.trainer)
+            state = data_state(checkpoint)
+            if state is None or state["joint"] or self.joint:
+                return None
+            self._asked_to_go_on = True
+            tasks = state["learnt_before"] if fitting else len(state["classes"])
+            return LearntTasks.of(checkpoint, tasks, tasks) if tasks else None
+        record = getattr(self.trainer.lightning_module, RECORD, None) or {}
+        state = data_state(record)
+        if state is None or (not fitting and (state["joint"] or self.joint)):
+            return None
+        self._asked_to_go_on = bool(record.get(ASKED))
+        sequence = record["task_sequence"]
+        return LearntTasks.of(record, sequence["ended"] + 1, sequence["begun"] + 1)
+
+    def _is_for(self, learnt: LearntTasks | None) -> bool:
+        """Whether data that were read before need not be read again for a module that has learnt these tasks."""
+        if learnt is not None and not self._asked_to_go_on and self.class_names == learnt.class_names:
+            if set(self.fingerprints) <= set(learnt.fingerprints) and self.learnt is None:
+                self.known = learnt
+        return self.known == learnt
+
+    def names_of_tasks(self) -> list[list[str]]:
+        """Names of each task's classes."""
+        return [[self.class_names[c] for c in classes] for classes in self.classes]
+
+    def _load(self, learnt: LearntTasks | None, by_classes: bool = False) -> None:
+        """Read the data, refuse what is not a task sequence, and take the sizes from the data.
+
+        Args:
+            learnt: what was learnt before.
+            by_classes: it is only tested now, and tasks are known by their classes; else by all of their data.
+        """
         name = type(self).__name__
-        self.class_names = []
-        given = list(map(list, self.load()))
-        refuse_empty(name, *given)
-        train, test = (
-            [
-                d if isinstance(d, ImageTensors | Items) else Items(d, f"{name}: {part} of task {t}")
-                for t, d in enumerate(s)
-            ]
-            for part, s in zip(("training", "test"), given, strict=True)
-        )
-        check_images(name, train, test)
-        check_labels(name, [_labels(d) for d in train], [_labels(d) for d in test])
-        ids = torch.cat([_labels(d) for d in train]).unique()
-        if not self.class_names:
-            self.class_names = [str(i) for i in ids.tolist()]
-            if len(ids) <= ids[-1]:
-                train, test = ([_renumbered(d, ids) for d in sets] for sets in (train, test))
-        elif len(self.class_names) <= ids[-1]:
-            raise ValueError(f"{name}: load() names {len(self.class_names)} classes, and there is the label {ids[-1]}")
-        learnt, tested = ([_labels(d) for d in sets] for sets in (train, test))
-        warn_of_untested(name, learnt, tested, self.class_names)
-        self.fingerprints = fingerprints(train, test)
-        self.classes = [torch.cat(y).unique().tolist() for y in zip(learnt, tested, strict=True)]
-        self.num_classes = len(self.class_names)
-        joined: Sequence[Dataset] = [_union(train)] if self.joint else train
+        self.class_names, self.known, self.learnt = [], learnt, None
+        train, test = map(list, self.load())
+        found = read_tasks(name, train, test, self.class_names, learnt)
+        if learnt is not None and by_classes:
+            found = found.by_classes(learnt.names)
+        elif learnt is not None and (self.joint or learnt.joint):
+            if self._asked_to_go_on or len(found.class_names) > len(learnt.class_names):
+                raise ValueError(
+                    f"{name}(joint={self.joint}): joint training learns all tasks at once, and cannot go on with "
+                    "further ones; start anew with the old and the new data"
+                )
+        elif learnt is not None and (set(found.fingerprints) - set(learnt.fingerprints) or self._asked_to_go_on):
+            self._refuse_absent_task(found.fingerprints, learnt)
+            found, self.learnt = found.after(learnt), learnt
+        self.class_names, self.classes, self.fingerprints = found.class_names, found.classes, found.fingerprints
+        self.samples_per_task, self.num_classes = found.samples, len(found.class_names)
+        joined: Sequence[Dataset] = [_union(found.train)] if self.joint else found.train
         if self.joint:
-            self.fingerprints = [combined(self.fingerprints)]
-        image = joined[0][0][0]
+            self.fingerprints, self.samples_per_task = [combined(self.fingerprints)], [sum(found.samples)]
+        example = next(d for d in (*joined, *found.test) if length(d))
+        image = example[0][0]
         self.input_shape, self.stored_dtype = tuple(image.shape), image.dtype
         if self.transform is None:
-            self.transform = _standardise(joined[0])
-        self.train_sets, self.test_sets = list(joined), list(test)
+            self.transform = self._normalised(example)
+        self.train_sets, self.test_sets = list(joined), list(found.test)
+
+    def _refuse_absent_task(self, fingerprints: Sequence[str], learnt: LearntTasks) -> None:
+        if learnt.running is not None and learnt.running not in fingerprints:
+            raise ValueError(
+                f"{type(self).__name__}: the sequence was stopped inside task {len(learnt.classes)}, whose data are not "
+                "among these; go on with them first (ckpt_path), or give them together with the further tasks"
+            )
+
+    def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
+        """As the images learnt before were, or else by the mean and deviation of these; see :func:`_standardise`."""
+        before = None if self.known is None else self.known.normalisation
+        return _standardise(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
 
     def _begin(self) -> None:
         """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
+            if self.learnt is not None and t < len(self.learnt.classes):
+                self.alive.append(torch.arange(0))  # until the state of the sequence is restored
+                self._held_out.append(torch.arange(0))
+                continue
             order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same for every run
             held_out = round(self.val_fraction * length(data))
             if self.val_fraction and not held_out:
@@ -271,11 +333,19 @@ class TaskDataModule(pl.LightningDataModule):
         return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
 
     def state_dict(self) -> dict[str, Any]:
-        return {"starts": self.starts, "alive": self.alive, "order_seed": self.order_seed}
+        return {
+            "starts": self.starts, "alive": self.alive, "order_seed": self.order_seed,
+            "class_names": self.class_names, "classes": self.classes, "fingerprints": self.fingerprints,
+            "samples": self.samples_per_task, "planned": self.num_tasks if self.learnt is None else self.learnt.planned,
+            "learnt_before": 0 if self.learnt is None else len(self.learnt.classes),
+            "input_shape": list(self.input_shape), "stored_dtype": str(self.stored_dtype), "joint": self.joint,
+            "normalisation": self.transform.normalisation() if isinstance(self.transform, ImageTransform) else None,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.starts, self.alive = list(state["starts"]), state["alive"]
-        self.order_seed = state["order_seed"]
+        self.starts, self.order_seed = list(state["starts"]), state["order_seed"]
+        begun = min(len(self.starts), len(state["alive"]), self.num_tasks)
+        self.alive = [*state["alive"][:begun], *self.alive[begun:]]
 
     # ----------------------------------------------------------------------------------------------------------
 
@@ -308,15 +378,13 @@ class TaskDataModule(pl.LightningDataModule):
         )  # fmt: skip
 
 
-def _labels(data: ImageTensors | Items) -> Tensor:
-    return data.labels.cpu() if isinstance(data, ImageTensors) else data.targets
-
-
-def _renumbered(data: ImageTensors | Items, ids: Tensor) -> ImageTensors | Items:
-    """The same samples, with each label's position in ``ids``, which are sorted."""
-    if isinstance(data, Items):
-        return data.renumbered({label: i for i, label in enumerate(ids.tolist())})
-    return ImageTensors(data.images, torch.searchsorted(ids.to(data.labels.device), data.labels))
+def _peek(trainer: pl.Trainer) -> dict[str, Any]:
+    """The checkpoint that a fit or a test begins with. If it cannot be read, nothing: restoring it will tell why."""
+    path = str(trainer.ckpt_path)
+    try:
+        return trainer.strategy.load_checkpoint(path) if "://" in path else read_checkpoint(path, mmap=True)
+    except ValueError:
+        return {}
 
 
 def _union(sets: Sequence[Dataset]) -> Dataset:

@@ -21,6 +21,11 @@ def whole(label: Any) -> int | None:
     return None
 
 
+def is_number(name: str) -> bool:
+    """Whether a class goes by its number."""
+    return name.isascii() and name.isdigit()
+
+
 def whole_labels(labels: Tensor, name: str) -> Tensor:
     """The labels (N,) as int64, on their device.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.checks import refuse_empty
-from lightning_sparse_cl.data.datamodule import TaskDataModule, _standardise
+from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.sources import ImageSource
@@ -30,6 +30,7 @@ class SourceTasks(TaskDataModule):
         self, source: ImageSource, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any
     ) -> None:
         super().__init__(transform=source.image_transform() if transform is None else transform, **kwargs)
+        self._given_transform = transform
         if num_tasks < 1:
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
         self.source = source
@@ -50,9 +51,10 @@ class SourceTasks(TaskDataModule):
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
         train, test = self.divide_training(*self._read(train=True)), self.divide(*self._read(train=False))
         self.class_names = self.source.names()
-        refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
-        if self.transform is None:
-            self.transform = _standardise(train[0], self.source.crop, self.source.flip)
+        refuse_empty(f"{type(self).__name__} of {self.source}", train, test, every=self.known is None)
+        learnt_otherwise = self.known is not None and self.known.normalisation is not None
+        if self.transform is None or (learnt_otherwise and self._given_transform is None):
+            self.transform = self._normalised(train[0], self.source.crop, self.source.flip)
         return train, test
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:

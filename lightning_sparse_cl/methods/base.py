@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +18,13 @@ from torch.optim import SGD, Optimizer
 
 from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
+from lightning_sparse_cl.backbones.head import draw_head, logits_among
 from lightning_sparse_cl.backbones.memory_format import channels_last_
-from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
+from lightning_sparse_cl.data.learnt import ASKED
+from lightning_sparse_cl.methods.growth import grown, grown_masks
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -67,12 +71,24 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
         self.policies = list(policies)
+        self.sequence: dict[str, Any] | None = None
+        """What the last fit has left of its sequence beside the network, as in a checkpoint: a fit on further tasks goes
+        on from it. If None, the next fit begins a sequence."""
+        self._known_classes: int | None = None  # before the network got outputs for further ones
 
     def configure_model(self) -> None:
-        if self.head is None and self._trainer is not None:
-            data = task_data(self.trainer, self)
+        if self._trainer is None:
+            return
+        data = task_data(self.trainer, self)
+        if self.head is None:
             seed = self.trainer.strategy.broadcast(torch.initial_seed())
             self.build(data.input_shape, data.num_classes, seed, data.stored_dtype)
+        elif data.num_classes > self.head.out_features and (data.learnt is None or self.trainer.state.fn != "fit"):
+            raise ValueError(
+                f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
+                f"{data.num_classes}; it learns further ones when its sequence is known: after a fit that has ended, or "
+                "from a checkpoint"
+            )
 
     def build(
         self, input_shape: Sequence[int], num_classes: int, seed: int = 0, dtype: torch.dtype = torch.uint8
@@ -83,11 +99,22 @@ class ContinualModule(TaskHooks, pl.LightningModule):
             own = next((p.dtype for p in self.backbone.parameters()), torch.float32)  # Trainer(precision) comes later
             features = self.backbone.eval()(torch.zeros(1, *input_shape, dtype=own))
         self.backbone.train(training)
-        self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
+        with torch.random.fork_rng([]):
+            self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
+        self.draw_head(seed)
         channels_last_(self.backbone)
-        self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "dtype": dtype}
+        self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "seed": seed, "dtype": dtype}
         self.objective.build(self.network, input_shape, seed, dtype)
         self.update.build(self)
+
+    def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
+        """Draw the head, each class by itself.
+
+        Args:
+            seed: if None, the one it was built with.
+            classes: whose weights. If None, those of all.
+        """
+        draw_head(self.head, self.built["seed"] if seed is None else seed, classes)
 
     @property
     def network(self) -> nn.Sequential:
@@ -128,6 +155,9 @@ class ContinualModule(TaskHooks, pl.LightningModule):
 
     def on_fit_start(self) -> None:
         keep_freed_memory()
+        if self._known_classes is not None:
+            self.objective.add_classes(self, self._known_classes, task_data(self.trainer).prepare)
+            self._known_classes = None
 
     def forward(self, x: Tensor, features: bool = False) -> Any:
         """Images (B, C, H, W) to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
@@ -135,7 +165,11 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         With ``features``, a pair of logits and what they are made of, (B, D).
         """
         found = self.backbone(x)
-        logits = self.head(found) if self.training else self.objective.classify(self.head, found)
+        own = self.objective.own_classes if self.training else None
+        if own is not None:
+            logits = logits_among(own, found, self.head.weight, self.head.bias)
+        else:
+            logits = self.head(found) if self.training else self.objective.classify(self.head, found)
         return (logits, found) if features else logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
@@ -283,6 +317,10 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         """
         if self.head is None:
             self.build(**checkpoint["built_for"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self._grow(checkpoint, task_data(self.trainer, self).num_classes)
+        else:
+            self.remember_sequence(checkpoint)
         own, found = self.state_dict(), checkpoint["state_dict"]
         for name in own | found:
             shapes = [tuple(s[name].shape) if torch.is_tensor(s.get(name)) else name in s for s in (found, own)]
@@ -294,6 +332,40 @@ class ContinualModule(TaskHooks, pl.LightningModule):
                 )
         if "masks" in checkpoint:  # gradient masks are those of a step that is over
             Masks.of(self).load_state_dict(checkpoint["masks"] | {"updated": {}})
+
+    def _grow(self, checkpoint: dict[str, Any], classes: int) -> None:
+        """Be a network of so many classes, and the checkpoint one of such a network, if they are of fewer."""
+        known = checkpoint["built_for"]["num_classes"]
+        if self.head.out_features == known < classes:
+            masks = Masks.of(self).state_dict()
+            with torch.random.fork_rng([]):
+                self.build(**(checkpoint["built_for"] | {"num_classes": classes}))
+            checkpoint["state_dict"] = grown(checkpoint["state_dict"], self)
+            checkpoint["masks"] = grown_masks(checkpoint.get("masks", masks), self)
+            self._known_classes = known
+
+    def go_on_from(self, path: str | os.PathLike) -> None:
+        """Take the network and the sequence of a checkpoint: the next fit learns the tasks that it has not learnt yet.
+
+        Args:
+            path: a checkpoint of a task sequence, taken at its end, between tasks, or inside of one.
+
+        Raises:
+            ValueError: if the file is damaged, of another version or method, or of another network.
+        """
+        checkpoint = read_checkpoint(Path(path))
+        trained = sequence_of(checkpoint)["tested"]["method"]
+        if trained != type(self).__qualname__:
+            raise ValueError(f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}")
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
+        self.sequence = (self.sequence or {}) | {ASKED: True}
+
+    def remember_sequence(self, checkpoint: Mapping[str, Any] | None) -> None:
+        """Keep what a checkpoint tells of the sequence, without what the module holds itself; None forgets it."""
+        own = ("state_dict", "masks", "subnetworks")
+        sequence = checkpoint is not None and "task_sequence" in checkpoint
+        self.sequence = {k: v for k, v in checkpoint.items() if k not in own} if checkpoint and sequence else None
 
     def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What every process has seen, in the same order on each, so that all hold the same memory."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
+from lightning_sparse_cl.backbones.head import logits_among
 from lightning_sparse_cl.callbacks.pruning import Reopen
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
@@ -94,8 +95,13 @@ class CLLSG(IsolatingModule):
 
     def running(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the network that grows: its weights times masks, drawn in training mode."""
-        network = self.network
-        return functional_call(network, self.gates.weights(network), (x,))
+        network, own = self.network, self.objective.own_classes if self.training else None
+        weights = self.gates.weights(network)
+        if own is None:
+            return functional_call(network, weights, (x,))
+        of_backbone = {n.removeprefix("backbone."): w for n, w in weights.items() if n.startswith("backbone.")}
+        found = functional_call(self.backbone, of_backbone, (x,))
+        return logits_among(own, found, weights["head.weight"], self.head.bias)
 
     def penalty(self) -> Tensor:
         """lambda ||m^g||_0 of eq 2, in expectation."""

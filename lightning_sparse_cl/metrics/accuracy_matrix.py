@@ -13,7 +13,9 @@ class AccuracyMatrix(Metric):
     """R[i, j]: accuracy on task j after task i. Rows are filled one at a time.
 
     :meth:`update` counts hits of the row being measured, :meth:`close_row` reduces them over processes and stores the
-    row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs.
+    row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs. What was
+    not measured is nan, and left out of the means: columns of tasks whose test data are gone, and of tasks that were not
+    known yet.
 
     Args:
         stages: number of rows T, tasks trained on one after the other.
@@ -60,6 +62,11 @@ class AccuracyMatrix(Metric):
         self.reset()
         return row
 
+    def restore(self, R: Tensor, baseline: Tensor) -> None:
+        """Take what was measured before, perhaps of fewer tasks: further ones come after them."""
+        self.R[: R.shape[0], : R.shape[1]] = R
+        self.baseline[: len(baseline)] = baseline
+
     def summary(self) -> dict[str, float | list[Any] | None]:
         """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
         return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | self.figures()
@@ -77,37 +84,37 @@ class AccuracyMatrix(Metric):
 
 def average_accuracy(R: Tensor) -> Tensor:
     """ACC: mean over tasks after the last one that has been measured (EsaCL eq 4.22)."""
-    return _measured(R)[-1].double().mean()
+    return _measured(R)[-1].double().nanmean()
 
 
 def backward_transfer(R: Tensor) -> Tensor:
     """BWT: mean over j < T of R[T, j] - R[j, j]; negative when tasks are forgotten. nan for fewer than two tasks."""
     R = _measured(R).double()
     learned = R.diagonal()[: len(R) - 1]
-    return (R[-1, : len(learned)] - learned).mean() if R.shape[0] > 1 else R.new_tensor(torch.nan)
+    return (R[-1, : len(learned)] - learned).nanmean()
 
 
 def forward_transfer(R: Tensor, baseline: Tensor) -> Tensor:
     """FWT: mean over j > 1 of R[j - 1, j] - b[j], with b the measured accuracy of the untrained network."""
     R = _measured(R).double()
-    return (R.diagonal(1)[: len(R) - 1] - baseline[1 : len(R)]).mean() if R.shape[0] > 1 else R.new_tensor(torch.nan)
+    return (R.diagonal(1)[: len(R) - 1] - baseline[1 : len(R)]).nanmean()
 
 
 def forgetting(R: Tensor) -> Tensor:
     """Mean over j < T of the best earlier accuracy on task j minus the last (Chaudhry et al., 2018)."""
     R = _measured(R).double()
+    old = R[:, : max(len(R) - 1, 0)]
     if R.shape[0] < 2:
         return R.new_tensor(torch.nan)
-    old = R[:, : len(R) - 1]
-    seen = torch.tril(torch.ones_like(old, dtype=torch.bool))[:-1]
+    seen = torch.tril(torch.ones_like(old, dtype=torch.bool))[:-1] & ~old[:-1].isnan()
     best = old[:-1].masked_fill(~seen, -torch.inf).amax(0)
-    return (best - old[-1]).mean()
+    return (best - old[-1])[seen.any(0)].nanmean()
 
 
 def _measured(R: Tensor) -> Tensor:
-    """The rows up to the last that is complete."""
-    complete = (~R.isnan().any(1)).nonzero()
-    return R[: int(complete[-1]) + 1] if len(complete) else R.new_full((1, R.shape[1]), torch.nan)
+    """The rows up to the last of which anything was measured."""
+    measured = (~R.isnan()).any(1).nonzero()
+    return R[: int(measured[-1]) + 1] if len(measured) else R.new_full((1, R.shape[1]), torch.nan)
 
 
 def _listed(x: Tensor) -> list[Any]:

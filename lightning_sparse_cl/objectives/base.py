@@ -50,12 +50,26 @@ class Objective(TaskHooks, nn.Module):
     views = 1
     """Augmented views of each image of the current batch; of several, ``x`` is (B, views, C, H, W)."""
 
+    @property
+    def own_classes(self) -> Tensor | None:
+        """Labels (n,) of the only classes whose logits a training step needs. If None, it needs all."""
+        return None
+
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
     ) -> None:
         """Allocate what depends on the network (its ``head`` is linear) and on shape and type of a stored image.
 
         Called once, before a checkpoint is restored.
+        """
+
+    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Tensor]) -> None:
+        """Called when ``model`` has got outputs for further classes, before it trains on them.
+
+        Args:
+            model: the module that learns.
+            known: number of classes that it had before.
+            prepare: makes stored images network input.
         """
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
@@ -113,6 +127,7 @@ class CrossEntropy(Objective):
     def __init__(self, single_head: bool = False) -> None:
         super().__init__()
         self.single_head = single_head
+        self._own: Tensor | None = None  # labels of ``live``
 
     def build(
         self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
@@ -123,6 +138,16 @@ class CrossEntropy(Objective):
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         if self.single_head:
             self.live.copy_(trainer.datamodule.live())
+            self._own = None
+
+    @property
+    def own_classes(self) -> Tensor | None:
+        """With ``single_head`` those of the current task, unless a subclass has terms of its own."""
+        if not self.single_head or type(self).forward is not CrossEntropy.forward:
+            return None
+        if self._own is None or self._own.device != self.live.device:
+            self._own = self.live.nonzero().squeeze(1)
+        return self._own
 
     def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         logits = model(x)
@@ -130,6 +155,8 @@ class CrossEntropy(Objective):
 
     def current_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Loss (B,) of the current batch's samples from logits (B, C) and labels (B,)."""
+        if (own := self.own_classes) is not None:  # summed over these alone, whatever others there are
+            return F.cross_entropy(logits[:, own], self.live.cumsum(0)[y] - 1, reduction="none")
         if self.single_head:
             logits = logits.masked_fill(~self.live, -torch.inf)
         return F.cross_entropy(logits, y, reduction="none")

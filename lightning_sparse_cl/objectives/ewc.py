@@ -42,6 +42,9 @@ class EWC(LooksBack, CrossEntropy):
     """Fisher information (P,) of the weights, one value each."""
     anchor: Tensor
     """Weights (P,) at the last task's end, theta*."""
+    per_weight = ("F", "anchor")
+    weight_names: list[str]
+    """Of the weights theta, in their order."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class EWC(LooksBack, CrossEntropy):
         theta = vector(network.parameters()).detach()
         self.register_buffer("F", torch.zeros_like(theta))
         self.register_buffer("anchor", theta)
+        self.weight_names = [name for name, _ in network.named_parameters()]
 
     def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
@@ -40,6 +41,18 @@ class Replay(CrossEntropy):
     ) -> None:
         super().build(network, input_shape, seed, dtype)
         self.memory.build(input_shape, head_of(network).out_features if self.keeps_logits else None, seed, dtype)
+
+    @torch.no_grad()
+    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Tensor]) -> None:
+        """Logits of exemplars are kept for all classes: of new ones, those of the network before it learns them.
+
+        So it is, too, where all classes are known from the beginning.
+        """
+        held = self.memory.contents()
+        if held.logits is not None and len(held.logits):
+            with in_eval(model.network):
+                now = [model.network(prepare(x, augment=False)) for x in held.images.split(256)]
+            held.logits[:, known:] = torch.cat(now)[:, known:].to(held.logits)
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if not self.memory:

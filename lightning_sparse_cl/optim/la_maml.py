@@ -40,6 +40,9 @@ class LaMAML(nn.Module, UpdateRule):
 
     alpha: Tensor
     """The learning rates of all weights, one after the other (n,); made by :meth:`build`."""
+    per_weight = ("alpha",)
+    weight_names: list[str]
+    """Of the weights, in their order."""
 
     def __init__(
         self, alpha: float = 0.1, lr: float = 0.25, parts: int = 5, clip: float = 2.0, second_order: bool = True
@@ -55,8 +58,9 @@ class LaMAML(nn.Module, UpdateRule):
         self.initial, self.lr, self.parts, self.clip, self.second_order = alpha, lr, parts, clip, second_order
 
     def build(self, module: nn.Module) -> None:
-        sizes = [p.numel() for p in module.parameters() if p.requires_grad]
-        self.register_buffer("alpha", torch.full((sum(sizes),), self.initial))
+        sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
+        self.register_buffer("alpha", torch.full((sum(sizes.values()),), self.initial))
+        self.weight_names = list(sizes)
 
     @torch.compiler.set_stance("force_eager")  # compiled networks have no second derivatives
     def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:

@@ -151,7 +151,8 @@ class GrowthGates(nn.Module):
     def masks(self) -> dict[str, Tensor]:
         """What each weight is multiplied with: (C_out, n_in), 0 or 1, drawn unless noise is off."""
         channel = [
-            torch.where(self.allocated(s), 1.0, self._draw(m) * self.growing) for s, m in enumerate(self.channel)
+            torch.where(self.allocated(s), 1.0, self._draw(m) * self.growing if m.requires_grad else 0.0)
+            for s, m in enumerate(self.channel)
         ]
         found = {}
         for i, name in enumerate(self.names):

@@ -1,0 +1,161 @@
+"""The data sets of a task sequence: checked, their classes counted, and joined to what was learnt before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_sparse_cl.data.checks import Part, check_images, check_labels, refuse_empty, warn_of_untested
+from lightning_sparse_cl.data.fingerprint import fingerprints
+from lightning_sparse_cl.data.items import Items
+from lightning_sparse_cl.data.learnt import LearntTasks
+from lightning_sparse_cl.data.loader import ImageTensors, length
+
+
+@dataclass(frozen=True)
+class TaskSets:
+    """Training and test sets, one per task, with labels in ``range(len(class_names))``."""
+
+    train: list[Part]
+    test: list[Part]
+    class_names: list[str]
+    classes: list[list[int]]
+    """Labels that occur in each task."""
+    fingerprints: list[str]
+    samples: list[int]
+    """For training, of each task."""
+    tested_only: list[Part]
+    """Test sets of classes that were learnt before and have no training images any more."""
+
+    def after(self, learnt: LearntTasks) -> TaskSets:
+        """The tasks learnt before, with what is there of their data, and behind them those that are still to be learnt.
+
+        A task is known by its fingerprint; a test set without training images by its classes.
+        """
+        places, new = learnt.match(self.fingerprints)
+        tested = {frozenset(labels_of(part).unique().tolist()): part for part in self.tested_only}
+        nothing = _nothing(self.train[0] if self.train else self.tested_only[0])
+        train = [nothing if place is None else self.train[place] for place in places]
+        test = [
+            tested.get(frozenset(learnt.classes[task]), nothing) if place is None else self.test[place]
+            for task, place in enumerate(places)
+        ]
+        return TaskSets(
+            train=train + [self.train[i] for i in new],
+            test=test + [self.test[i] for i in new],
+            class_names=self.class_names,
+            classes=learnt.classes + [self.classes[i] for i in new],
+            fingerprints=learnt.fingerprints + [self.fingerprints[i] for i in new],
+            samples=learnt.samples + [self.samples[i] for i in new],
+            tested_only=[],
+        )
+
+    def by_classes(self, names: Sequence[Sequence[str]]) -> TaskSets:
+        """The test sets in the order of the tasks with classes of these names; of tasks that are not there, empty ones.
+
+        If one of them is no such task, they stay as they are.
+        """
+        own = [frozenset(self.class_names[c] for c in classes) for classes in self.classes]
+        places: list[int | None] = []
+        left = list(range(len(own)))
+        for wanted in map(frozenset, names):
+            place = next((i for i in left if own[i] == wanted), None)
+            places.append(place)
+            left = [i for i in left if i != place]
+        if left:
+            return self
+        nothing, at = _nothing(self.train[0]), self.class_names.index
+        return TaskSets(
+            train=[nothing if i is None else self.train[i] for i in places],
+            test=[nothing if i is None else self.test[i] for i in places],
+            class_names=self.class_names,
+            classes=[sorted(map(at, task)) for task in names],
+            fingerprints=["" if i is None else self.fingerprints[i] for i in places],
+            samples=[0 if i is None else self.samples[i] for i in places],
+            tested_only=self.tested_only,
+        )
+
+
+def read_tasks(
+    name: str, train: Sequence[Dataset], test: Sequence[Dataset], class_names: Sequence[str], learnt: LearntTasks | None
+) -> TaskSets:
+    """Check data sets, one per task, and count their classes.
+
+    Args:
+        name: for errors.
+        train, test: as :meth:`TaskDataModule.load` gives them.
+        class_names: names by label. If empty, the classes are counted, and named by their labels.
+        learnt: what was learnt before: its classes have the first labels.
+
+    Raises:
+        ValueError: in one line, if they are no task sequence, or do not agree with what was learnt.
+    """
+    refuse_empty(name, train, test, every=learnt is None)
+    trained = [length(data) > 0 for data in train]
+    parts = {
+        part: [d if isinstance(d, ImageTensors | Items) else Items(d, f"{name}: {part} of task {t}") for t, d in s]
+        for part, s in (
+            ("training", [(t, d) for t, d in enumerate(train) if trained[t]]),
+            ("test", [(t, d) for t, d in enumerate(test) if trained[t]]),
+            ("other test", [(t, d) for t, d in enumerate(test) if not trained[t]]),
+        )
+    }
+    there, tested, others = parts["training"], parts["test"], parts["other test"]
+    check_images(name, there or others, tested or others)
+    check_labels(name, [labels_of(d) for d in there], [labels_of(d) for d in tested])
+    ids = torch.cat([labels_of(d) for d in (*there, *others)]).unique()
+    if not class_names:
+        names, numbers = [str(i) for i in ids.tolist()], ids.tolist()
+    elif len(class_names) <= ids[-1]:
+        raise ValueError(f"{name}: load() names {len(class_names)} classes, and there is the label {ids[-1]}")
+    else:
+        names, numbers = list(class_names), list(range(len(class_names)))
+    positions = list(range(len(names)))
+    if learnt is not None:
+        _refuse_other_images(name, (there or others)[0], learnt)
+        names, positions = learnt.labels_of(names, name)
+    if positions != numbers:
+        label = dict(zip(numbers, positions, strict=True))
+        there, tested, others = ([_renumbered(d, label) for d in sets] for sets in (there, tested, others))
+    labels = [[labels_of(d) for d in sets] for sets in (there, tested)]
+    warn_of_untested(name, *labels, names)
+    return TaskSets(
+        train=there,
+        test=tested,
+        class_names=names,
+        classes=[torch.cat(both).unique().tolist() for both in zip(*labels, strict=True)],
+        fingerprints=fingerprints(there, tested),
+        samples=[length(d) for d in there],
+        tested_only=others,
+    )
+
+
+def _refuse_other_images(name: str, data: Part, learnt: LearntTasks) -> None:
+    image = data[0][0]
+    found = tuple(image.shape), str(image.dtype)
+    if found != learnt.image:
+        kinds = [f"{dtype.removeprefix('torch.')} {shape}" for shape, dtype in (found, learnt.image)]
+        raise ValueError(f"{name}: images are {kinds[0]}, those learnt before {kinds[1]}; all must be equal")
+
+
+def _nothing(like: Part) -> ImageTensors:
+    """A data set without samples."""
+    return ImageTensors(like[0][0][None][:0], torch.zeros(0, dtype=torch.long))
+
+
+def labels_of(data: Part) -> Tensor:
+    """Labels (N,), on the CPU."""
+    return data.labels.cpu() if isinstance(data, ImageTensors) else data.targets
+
+
+def _renumbered(data: Part, label: dict[int, int]) -> Part:
+    """The same samples, with another label for each."""
+    if isinstance(data, Items):
+        return data.renumbered(label)
+    table = torch.zeros(max(label) + 1, dtype=torch.long)
+    table[list(label)] = torch.tensor(list(label.values()))
+    return ImageTensors(data.images, table.to(data.labels.device)[data.labels])
