@@ -31,6 +31,8 @@ IN_PLAIN_WORDS = {
     r"(unhashable type|argument of type) .*": "a class by its name is expected",
 }
 """What the parser says of values that it did not think of."""
+NOTHING, A_LIST = "Expected a <class 'NoneType'>", "Expected a <class 'list'>"
+UNION = "Does not validate against any of the Union subtypes"
 RESTORING = "checkpoint_connector.py"
 """Of Lightning: a fault below it is a checkpoint that does not fit."""
 
@@ -57,15 +59,34 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ArgumentError):
         key = ".".join(re.findall(r'[Pp]arser key "([\w.]+)"', str(error)))
         reason = str(chain[-1]).strip().splitlines()[0]
+        if NOTHING in reason or A_LIST in reason:  # the alternatives to what was meant
+            reason = _reason(str(error)) or reason
         for raw, plain in IN_PLAIN_WORDS.items():
             reason = re.sub(raw, plain, reason)
         return f"{key}: {reason}" if key and key not in reason else reason
+    if isinstance(error, ValueError) and (reason := _reason(str(error))):
+        return reason
     for link in chain:
         if isinstance(link, OSError) and link.errno in OF_THE_DISK:
             return f"{link.filename or 'a file'}: {link.strerror}"
     if any(RESTORING in frame.filename for frame in _frames(error)):
         return f"--ckpt_path: this checkpoint does not fit what is run: {type(error).__name__}: {_joined(error)[:200]}"
     return None
+
+
+def _reason(text: str) -> str | None:
+    """Why none of several types takes a value, as the parser lists it: of the types, the one that was meant."""
+    if UNION not in text:
+        return None
+    lines = [line.strip() for line in text.splitlines()]
+    said = [
+        lines[i + 1] if line.endswith(":") else line.removeprefix("- ")
+        for i, line in enumerate(lines)
+        if line.startswith("- ") and not any(other in line for other in (NOTHING, UNION, " path but "))
+    ]
+    value = next((line.partition(": ")[2] for line in reversed(lines) if line.startswith("Given value: ")), "")
+    best = next((line for line in said if A_LIST not in line), next(iter(said), None))
+    return f"{best}. Got value: {value}" if best and best.startswith("Expected a <class") else best
 
 
 def too_large(error: BaseException, config: Mapping[str, Any]) -> str | None:
