@@ -15,8 +15,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.cli import shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line, too_large
@@ -67,7 +67,7 @@ class SparseCLI(LightningCLI):
         parser.add_argument(
             "--continue_from",
             type=str | None,
-            help="a checkpoint whose sequence `fit` goes on from, with the tasks of the data that it has not learnt yet",
+            help="a checkpoint whose sequence goes on: `fit` learns the tasks that it has not learnt yet",
         )
         parser.add_argument("--threads", type=int | None, help="CPU threads of torch; small networks need one")
         parser.add_argument("--compile", type=bool, default=False, help="run the backbone under torch.compile")
@@ -132,6 +132,11 @@ class SparseCLI(LightningCLI):
                 "network and memory grow with the classes"
             )
         self.model.go_on_from(config.continue_from)
+
+    def after_fit(self) -> None:
+        """An open sequence ends when there is no further task."""
+        while isinstance(self.datamodule, scl.OpenTasks) and self.datamodule.more():
+            self.trainer.fit(self.model, self.datamodule)
 
     before_validate = before_test = before_predict = before_export = before_fit
 

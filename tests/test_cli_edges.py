@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import Logger
 from test_resume import CONFIGS
 
 from lightning_sparse_cl.__main__ import main, run
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.claims import Claim
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.cli.errors import one_line
 from lightning_sparse_cl.cli.shipped import configs, find
 from lightning_sparse_cl.kernels import KernelsUnavailable, build

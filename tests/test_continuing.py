@@ -1,13 +1,17 @@
 """Learning that goes on: a sequence that has ended learns further tasks and classes, exactly."""
 
 import json
+import re
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from test_resume import assert_identical, command, final_state, kill_and_resume
+from forked import forked
+from test_resume import assert_identical, command, final_state, kill_and_resume, strike
 
-from lightning_sparse_cl.__main__ import main, run
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.__main__ import main
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs" / "split_digits").glob("*.yaml"))
 ISOLATING = ["continual_dst", "cl_lsg", "scratch", "finetune_copies"]
@@ -56,3 +60,97 @@ def test_isolated_tasks_end_with_the_bits_of_all_at_once(tmp_path, config):
     whole, parts = (torch.load(tmp_path / name / "last.ckpt") for name in ("all", "later"))
     for entry in ("state_dict", "masks", "subnetworks"):
         assert_identical(whole[entry], parts[entry], entry)
+
+
+@pytest.mark.parametrize("config", ["derpp", "esacl", "ewc", "agem", "gpm", "icarl", "sparcl"])
+def test_stopped_at_a_tasks_end_and_continued_as_planned_is_the_undisturbed_run(tmp_path, config):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    main(command(whole, config))
+    main(command(tmp_path / "first", config, "--trainer.callbacks+=test_continuing.StopAfter"))
+    main(command(parts, config, f"--continue_from={tmp_path / 'first' / 'between.ckpt'}"))
+    a, b = final_state(whole), final_state(parts)
+    for state in (a, b):
+        state["SplitDigits"].pop("learnt_before")
+    assert_identical(a, b, config)
+
+
+class StopAfter(pl.Callback):
+    """Keeps a checkpoint of the end of the third task."""
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.datamodule.starts[3:] == [trainer.current_epoch + 1]:
+            trainer.save_checkpoint(Path(trainer.default_root_dir, "between.ckpt"))
+
+
+@pytest.mark.parametrize("config", ["derpp", "continual_dst", "ewc", "lamaml"])
+def test_killed_in_the_continued_part_and_resumed(tmp_path, config):
+    """Inside a further task, and where the sequence goes on, with the same command."""
+    main(command(tmp_path / "first", config, *tasks(FIRST)))
+    further = tasks(LATER, continued(tmp_path / "first"))
+    main(command(tmp_path / "whole", config, *further))
+    for hook, at in (("on_train_batch_end", 5), ("on_task_end", 1), ("on_task_start", 2)):
+        kill_and_resume(tmp_path / "whole", tmp_path / f"{hook}", config, hook, at, *further)
+
+
+def test_two_processes_go_on_and_resume_as_one_run(tmp_path):
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=24"]
+    assert forked(main, command(tmp_path / "first", "derpp", *tasks(FIRST), *two), processes=2) == 0
+    further = tasks(LATER, continued(tmp_path / "first"), *two)
+    assert forked(main, command(tmp_path / "whole", "derpp", *further), processes=2) == 0
+    strikes = strike("on_train_batch_end", 7)
+    assert forked(main, command(tmp_path / "killed", "derpp", *further, *strikes), processes=2) != 0
+    assert forked(main, command(tmp_path / "killed", "derpp", *further, "--ckpt_path=last"), processes=2) == 0
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
+
+
+def test_a_sequence_stopped_inside_a_task_goes_on_with_it_and_then_further(tmp_path):
+    first, all_ = tmp_path / "first", tmp_path / "all"
+    assert forked(main, command(first, "derpp", *tasks(FIRST), *strike("on_train_batch_end", 17))) != 0
+    main(command(all_, "derpp", *tasks(ALL), continued(first)))
+    end = torch.load(all_ / "last.ckpt")
+    assert end["SplitDigits"]["starts"] == [0, 2, 4, 6, 8, 10] and end["state_dict"]["head.weight"].shape[0] == 10
+    with pytest.raises(ValueError, match="stopped inside task 1, whose data are not among these"):
+        main(command(tmp_path / "gone", "derpp", *tasks(LATER), continued(first)))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model.init_args.backbone.width=5"], "the checkpoint is of another network: backbone.0.weight"),
+        (["--model=SparCL", "--model.backbone=SmallCNN"], "this checkpoint is of a ContinualModule"),
+        (["--data=test_continuing.Larger"], "images are uint8 (1, 16, 16), those learnt before uint8 (1, 8, 8)"),
+        (["--data.init_args.joint=true"], "joint training learns all tasks at once"),
+        (["--schedule.epochs=[1,2,3]"], "3 entries for 5 tasks, 2 of them further ones"),
+        (
+            ["--model.init_args.objective.init_args.memory=40"],
+            "memory.images is (200, 1, 8, 8) in it and (40, 1, 8, 8)",
+        ),
+        (["--data=test_continuing.Named"], "its classes are 'zero', 'one'"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_in_one_line(tmp_path, options, message, first):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        main(command(tmp_path / "later", "derpp", *tasks(LATER), f"--continue_from={first}", *options))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "later" / "metrics.json").exists()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first")
+    main(command(folder, "derpp", *tasks(FIRST)))
+    return folder / "last.ckpt"
+
+
+class Larger(scl.SplitDigits):
+    """Digits of twice the size."""
+
+    def load(self):
+        return [[scl.ImageTensors(d.images.repeat(1, 1, 2, 2), d.labels) for d in sets] for sets in super().load()]
+
+
+class Named(scl.SplitDigits):
+    """Digits by other names."""
+
+    def names(self):
+        return ["zero", "one", "two", "three"]

@@ -21,8 +21,8 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main, run
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.launchers import requeue_before_training, slurm_job
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.demos import toy_tasks
 
 ROOT = Path(__file__).parents[1]

@@ -18,10 +18,10 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_sparse_cl.checkpoint_file import AtomicCheckpointIO, read_checkpoint
 from lightning_sparse_cl.callbacks.claims import Claim
 from lightning_sparse_cl.callbacks.launchers import no_requeue_before_training, requeue, slurm_job
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
+from lightning_sparse_cl.checkpoint_file import AtomicCheckpointIO, read_checkpoint
 
 
 class SequenceCheckpoint(ModelCheckpoint):

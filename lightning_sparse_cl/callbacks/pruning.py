@@ -61,13 +61,13 @@ class OneShotPruning(ScorePruning):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.of == "share" and not has_schedule(trainer):
             raise ValueError("OneShotPruning(of='share'): a share needs the number of tasks; add a TaskSchedule")
-        if self.of == "share" and (learnt := task_data(trainer).learnt) is not None:
-            if learnt.planned != (tasks := task_data(trainer).num_tasks):
-                raise ValueError(
-                    f"OneShotPruning(of='share'): each of {learnt.planned} tasks was to have an equal share of the "
-                    f"weights, and now there are {tasks}; go on with of='free' (EsaCL: freeze='none' or 'free'), which "
-                    "needs no number of tasks, from the first task on"
-                )
+        learnt = task_data(trainer).learnt if self.of == "share" else None
+        if learnt is not None and learnt.planned != (tasks := task_data(trainer).num_tasks):
+            raise ValueError(
+                f"OneShotPruning(of='share'): each of {learnt.planned} tasks was to have an equal share of the "
+                f"weights, and now there are {tasks}; begin a sequence that is to go on with of='free' "
+                "(EsaCL: freeze='none' or 'free'), which needs no number of tasks"
+            )
         super().on_fit_start(trainer, pl_module)
         self._pruned = False
 

@@ -170,7 +170,7 @@ class TaskSchedule(pl.Callback):
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
         arrange(trainer, pl_module)
-        if data.learnt is not None and not trainer.ckpt_path:
+        if data.learnt is not None and not data.is_resumed:
             go_on(trainer, pl_module, getattr(pl_module, RECORD))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

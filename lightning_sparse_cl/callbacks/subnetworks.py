@@ -102,7 +102,7 @@ class TaskSubnetworks(Sparsifier):
             )
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        """Classes that are met for the first time begin as they were drawn, whatever earlier tasks did to their weights.
+        """Classes that are met for the first time begin as they were drawn, whatever was done to their weights before.
 
         So a task learns the same, whether its classes were known from the beginning or not.
         """

@@ -64,8 +64,8 @@ def one_line(error: BaseException) -> str | None:
         for raw, plain in IN_PLAIN_WORDS.items():
             reason = re.sub(raw, plain, reason)
         return f"{key}: {reason}" if key and key not in reason else reason
-    if isinstance(error, ValueError) and (reason := _reason(str(error))):
-        return reason
+    if isinstance(error, ValueError) and (meant := _reason(str(error))):
+        return meant
     for link in chain:
         if isinstance(link, OSError) and link.errno in OF_THE_DISK:
             return f"{link.filename or 'a file'}: {link.strerror}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.identity import sequence_of
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.sparsity.layers import network_of
 
 

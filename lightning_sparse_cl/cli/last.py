@@ -11,8 +11,8 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.identity import FORMAT, differences, epochs_complete, refuse_epochs, told
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 
 CONFIG = "config"
 """Entry of a checkpoint: the configuration of its run, as :func:`plain` gives it."""

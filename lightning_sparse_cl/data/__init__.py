@@ -11,8 +11,10 @@ from lightning_sparse_cl.data.domains import (
     RotatedDigits,
     RotatedMNIST,
 )
+from lightning_sparse_cl.data.growing_folder import GrowingImageFolder
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.open_tasks import OpenTasks, TaskStream, learn
 from lightning_sparse_cl.data.source_tasks import SourceTasks
 from lightning_sparse_cl.data.sources import (
     CIFAR10Source,
@@ -42,12 +44,14 @@ __all__ = [
     "ClassSplit",
     "DigitsSource",
     "FashionMNISTSource",
+    "GrowingImageFolder",
     "ImageFolderSource",
     "ImageSource",
     "ImageTensors",
     "ImageTransform",
     "MNISTSource",
     "MiniImageNetSource",
+    "OpenTasks",
     "Permuted",
     "PermutedDigits",
     "PermutedMNIST",
@@ -66,6 +70,8 @@ __all__ = [
     "SplitTinyImageNet",
     "TaskDataModule",
     "TaskDatasets",
+    "TaskStream",
     "TensorSource",
     "TinyImageNetSource",
+    "learn",
 ]

@@ -42,8 +42,9 @@ class ClassSplit(SourceTasks):
         source: the images.
         num_tasks: a divisor of the number of classes. If None, and no other way is given, the usual number, if there is
             one: 5, of Tiny ImageNet, Mini-ImageNet and CIFAR-100 10.
-        class_order: the source's classes in the order in which they are met. If None, the natural one; an integer is
-            the seed of a random one, a list the order itself. Not with ``tasks``, which are in an order already.
+        class_order: the source's classes in the order in which they are met. If None, the natural one, or, where a
+            sequence goes on, first those that it has learnt; an integer is the seed of a random one, a list the order
+            itself. Not with ``tasks``, which are in an order already.
         base: number of classes in the first task.
         increment: number of classes in each further task; the last has as many.
         sizes: number of classes in each task.
@@ -93,26 +94,35 @@ class ClassSplit(SourceTasks):
                 f"{type(self).__name__}(class_order={class_order}): the order lists each of the {n} classes "
                 f"0-{n - 1} once"
             )
+        self._in_natural_order = class_order is None
         self.class_order: list[int] = order
-        """The source's class behind each label; with ``tasks`` once the data are loaded."""
+        """The source's class behind each label, once the data are loaded."""
         self.sizes = counts
         self.tasks = tasks
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
         self._members = self._found()
         self.class_order = self._members.order
-        train, test = super().load()
-        self.class_names = [self.class_names[c] for c in self.class_order]
-        return train, test
+        return super().load()
+
+    def names(self) -> list[str]:
+        names = self.source.names()
+        return [names[c] for c in self.class_order]
 
     def _found(self) -> ClassTasks:
         """The classes of each task; those that the user names are known when the source has been fetched."""
+        name, names = type(self).__name__, self.source.names()
+        known = [] if self.known is None else self.known.class_names
         if self.sizes is not None:
+            if known and self._in_natural_order:  # classes learnt before come first, as they did
+                self.class_order = sorted(
+                    range(len(names)), key=lambda c: (known.index(names[c]) if names[c] in known else len(known), c)
+                )
             return in_order(self.sizes, self.class_order)
         assert self.tasks is not None  # one way is given
-        name, names = type(self).__name__, self.source.names()
         found = named(name, self.tasks, names)
-        if left_out := [repr(names[c]) for c in sorted(set(range(len(names))) - set(found.order))]:
+        others = sorted(set(range(len(names))) - set(found.order))
+        if left_out := [repr(names[c]) for c in others if names[c] not in known]:
             shown = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
             rank_zero_warn(f"{name}: {len(left_out)} of {len(names)} classes are in no task and left out: {shown}")
         return found

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.fingerprint import combined
-from lightning_sparse_cl.data.learnt import ASKED, RECORD, LearntTasks, data_state
+from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
 from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
 from lightning_sparse_cl.data.task_sets import read_tasks
 
@@ -45,6 +44,9 @@ class TaskDataModule(pl.LightningDataModule):
     Raises:
         ValueError: if an argument is out of range, or a task has no samples, or fewer for training than a batch.
     """
+
+    is_open = False
+    """Whether nobody knows how many tasks there will be; see :class:`OpenTasks`."""
 
     def __init__(
         self,
@@ -93,6 +95,12 @@ class TaskDataModule(pl.LightningDataModule):
         self.learnt: LearntTasks | None = None
         """The same, if this sequence goes on from it: its tasks come first. If this is a new sequence, None."""
         self._asked_to_go_on = False
+        self.only: set[str] | None = None
+        """Fingerprints of the tasks of a checkpoint, to which an open sequence keeps. If None, there is none."""
+        self.is_resumed = False
+        """Whether the fit or test begins with a checkpoint."""
+        self.left_for_later = 0
+        """Tasks of an open sequence that have come and that the checkpoint does not have."""
         self._held_out: list[Tensor] = []
         self.order_seed = 0
         """Seed of the epochs' orders and of what all processes draw alike; the run's seed, kept in the checkpoint."""
@@ -177,7 +185,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         fitting = stage == "fit"
-        learnt = self._learnt_before(fitting)
+        before = Before() if self.trainer is None else before_this(self.trainer, fitting, self.is_open, self.joint)
+        learnt, self._asked_to_go_on, self.only, self.is_resumed = before
         if fitting or learnt is None:
             if not self.train_sets or (fitting and not self._is_for(learnt)):
                 self._load(learnt)
@@ -188,35 +197,15 @@ class TaskDataModule(pl.LightningDataModule):
         if self.trainer is not None and self.transform is not None:
             self.transform.to(self.trainer.strategy.root_device)
 
-    def _learnt_before(self, fitting: bool) -> LearntTasks | None:
-        """What the module to be fitted or tested has learnt, with this sequence or with one that this one goes on from.
-
-        In a fit from ``ckpt_path`` it is what that run had learnt before it began, for such a fit is the same run.
-        """
-        self._asked_to_go_on = False
-        if self.trainer is None:
-            return self.known
-        if self.trainer.ckpt_path:
-            checkpoint = _peek(self.trainer)
-            state = data_state(checkpoint)
-            if state is None or state["joint"] or self.joint:
-                return None
-            self._asked_to_go_on = True
-            tasks = state["learnt_before"] if fitting else len(state["classes"])
-            return LearntTasks.of(checkpoint, tasks, tasks) if tasks else None
-        record = getattr(self.trainer.lightning_module, RECORD, None) or {}
-        state = data_state(record)
-        if state is None or (not fitting and (state["joint"] or self.joint)):
-            return None
-        self._asked_to_go_on = bool(record.get(ASKED))
-        sequence = record["task_sequence"]
-        return LearntTasks.of(record, sequence["ended"] + 1, sequence["begun"] + 1)
+    def unload(self) -> None:
+        """Forget the data sets, so that the next fit reads them anew."""
+        self.train_sets, self.test_sets = [], []
 
     def _is_for(self, learnt: LearntTasks | None) -> bool:
         """Whether data that were read before need not be read again for a module that has learnt these tasks."""
-        if learnt is not None and not self._asked_to_go_on and self.class_names == learnt.class_names:
-            if set(self.fingerprints) <= set(learnt.fingerprints) and self.learnt is None:
-                self.known = learnt
+        as_new = learnt is not None and self.learnt is None and not self._asked_to_go_on
+        if as_new and learnt is not None and self.class_names == learnt.class_names:
+            self.known = learnt if set(self.fingerprints) <= set(learnt.fingerprints) else self.known
         return self.known == learnt
 
     def names_of_tasks(self) -> list[list[str]]:
@@ -233,7 +222,10 @@ class TaskDataModule(pl.LightningDataModule):
         name = type(self).__name__
         self.class_names, self.known, self.learnt = [], learnt, None
         train, test = map(list, self.load())
-        found = read_tasks(name, train, test, self.class_names, learnt)
+        found, self.left_for_later = read_tasks(name, train, test, self.class_names, learnt), 0
+        if self.only is not None:
+            every, found = len(found.train), found.only(self.only)
+            self.left_for_later = every - len(found.train)
         if learnt is not None and by_classes:
             found = found.by_classes(learnt.names)
         elif learnt is not None and (self.joint or learnt.joint):
@@ -260,8 +252,8 @@ class TaskDataModule(pl.LightningDataModule):
     def _refuse_absent_task(self, fingerprints: Sequence[str], learnt: LearntTasks) -> None:
         if learnt.running is not None and learnt.running not in fingerprints:
             raise ValueError(
-                f"{type(self).__name__}: the sequence was stopped inside task {len(learnt.classes)}, whose data are not "
-                "among these; go on with them first (ckpt_path), or give them together with the further tasks"
+                f"{type(self).__name__}: the sequence was stopped inside task {len(learnt.classes)}, whose data are "
+                "not among these; go on with them first (ckpt_path), or give them together with the further tasks"
             )
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
@@ -376,15 +368,6 @@ class TaskDataModule(pl.LightningDataModule):
             data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate,
             generator=torch.Generator(),  # of its own: measuring draws nothing from the training's random numbers
         )  # fmt: skip
-
-
-def _peek(trainer: pl.Trainer) -> dict[str, Any]:
-    """The checkpoint that a fit or a test begins with. If it cannot be read, nothing: restoring it will tell why."""
-    path = str(trainer.ckpt_path)
-    try:
-        return trainer.strategy.load_checkpoint(path) if "://" in path else read_checkpoint(path, mmap=True)
-    except ValueError:
-        return {}
 
 
 def _union(sets: Sequence[Dataset]) -> Dataset:

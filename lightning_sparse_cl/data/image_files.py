@@ -150,17 +150,19 @@ class ImageFolderSource(ImageSource):
     def names(self) -> list[str]:
         return self.classes
 
+    def tested_only(self) -> list[str]:
+        return [name for name in _folders(self._part(train=False)) if name not in self.classes]
+
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         part, found = self._part(train), []
         if others := unread(part):
             rank_zero_warn(f"{self}: files of {str(part)!r} that are not read: {others}")
+        names = self.classes + ([] if train else self.tested_only())
         for name in _folders(part):
-            if name not in self.classes:
-                raise ValueError(f"{self}: class {name!r} of {str(part)!r} is not among the training classes")
             paths = image_paths(part / name)
             if not paths:
                 raise ValueError(f"{self}: the folder {str(part / name)!r} has no images")
-            found += [(path, self.classes.index(name)) for path in paths]
+            found += [(path, names.index(name)) for path in paths]
         size = (self.size, self.size) if self.size else self._first_size
         return decode([path for path, _ in found], str(self), size, resize=self.size is not None), _labels(found)
 

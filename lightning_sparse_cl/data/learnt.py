@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning.pytorch as pl
+
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.labels import is_number
 
 RECORD = "sequence"
@@ -97,5 +101,69 @@ class LearntTasks:
 def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The state of the data module in a checkpoint. If it is not of a task sequence of this version, None."""
     sequence = checkpoint.get("task_sequence") or {}
-    state = checkpoint.get((sequence.get("tested") or {}).get("data"))
+    state = checkpoint.get(str((sequence.get("tested") or {}).get("data")))
     return state if state is not None and "ended" in sequence and "class_names" in state else None
+
+
+class Before(NamedTuple):
+    """What there was before a fit or a test."""
+
+    learnt: LearntTasks | None = None
+    """By the module. If it has learnt nothing, or nothing is known of it, None."""
+    goes_on: bool = False
+    """Whether the sequence goes on for certain, also if nothing of the data is new."""
+    only: set[str] | None = None
+    """Fingerprints of the tasks to which an open sequence keeps. If it takes all that there are, None."""
+    is_resumed: bool = False
+    """Whether there is a checkpoint that will be restored."""
+
+
+def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) -> Before:
+    """What the module to be fitted or tested has learnt, with this sequence or with one that this one goes on from.
+
+    In a fit from ``ckpt_path`` it is what that run had learnt before it began, for such a fit is the same run.
+
+    Args:
+        trainer: in ``setup``.
+        fitting: whether it fits; else it tests.
+        is_open: whether the data are :class:`OpenTasks`.
+        joint: whether the data train all tasks at once.
+    """
+    if (path := _checkpoint_path(trainer)) is not None:
+        checkpoint = _peek(trainer, path)
+        state = data_state(checkpoint)
+        if state is None or state["joint"] or joint:
+            return Before(is_resumed=True)
+        only = set(state["fingerprints"]) if fitting and is_open else None
+        tasks = state["learnt_before"] if fitting else len(state["classes"])
+        return Before(LearntTasks.of(checkpoint, tasks, tasks) if tasks else None, True, only, is_resumed=True)
+    record = getattr(trainer.lightning_module, RECORD, None) or {}
+    state = data_state(record)
+    if state is None or (not fitting and (state["joint"] or joint)):
+        return Before()
+    sequence = record["task_sequence"]
+    learnt = LearntTasks.of(record, sequence["ended"] + 1, sequence["begun"] + 1)
+    return Before(learnt, bool(record.get(ASKED)) or is_open)
+
+
+def _checkpoint_path(trainer: pl.Trainer) -> str | None:
+    """The checkpoint that a fit or a test begins with.
+
+    Lightning tells nobody before it restores it, when the data have been read and the network has been built: until
+    then it is an argument of a running call. (``trainer.ckpt_path`` is still that of the fit before.)
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            path = frame.f_locals.get("ckpt_path")
+            return None if path is None else str(path)
+        frame = frame.f_back
+    return None
+
+
+def _peek(trainer: pl.Trainer, path: str) -> dict[str, Any]:
+    """Its contents. If it cannot be read, nothing: restoring it will tell why."""
+    try:
+        return trainer.strategy.load_checkpoint(path) if "://" in path else read_checkpoint(path, mmap=True)
+    except ValueError:
+        return {}

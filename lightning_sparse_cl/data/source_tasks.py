@@ -48,21 +48,49 @@ class SourceTasks(TaskDataModule):
     def prepare_data(self) -> None:
         self.source.fetch()
 
+    def names(self) -> list[str]:
+        """Names of the classes, by label."""
+        return self.source.names()
+
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
-        train, test = self.divide_training(*self._read(train=True)), self.divide(*self._read(train=False))
-        self.class_names = self.source.names()
-        refuse_empty(f"{type(self).__name__} of {self.source}", train, test, every=self.known is None)
+        train, (images, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
+        others = labels >= self.source.num_classes
+        test = self.divide(images[~others], labels[~others])
+        self.class_names = self.names()
+        refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         learnt_otherwise = self.known is not None and self.known.normalisation is not None
         if self.transform is None or (learnt_otherwise and self._given_transform is None):
             self.transform = self._normalised(train[0], self.source.crop, self.source.flip)
+        for classes in self._only_tested():
+            at = self.source.num_classes + torch.tensor([self.source.tested_only().index(c) for c in classes])
+            here = torch.isin(labels, at)
+            train.append(ImageTensors(images[:0], labels[:0]))
+            test.append(ImageTensors(images[here], labels[here] - self.source.num_classes + len(self.names())))
+        self.class_names = self.names() + self.source.tested_only()
         return train, test
+
+    def _only_tested(self) -> list[list[str]]:
+        """The classes of each task that was learnt before, and of whose images only those for the test are there.
+
+        Raises:
+            ValueError: if there are test images of a class that was not.
+        """
+        names, known = set(self.source.tested_only()), [] if self.known is None else self.known.names
+        tasks = [task for task in known if set(task) <= names]
+        if unknown := names.difference(*known):
+            raise ValueError(
+                f"{type(self).__name__} of {self.source}: there are test images of the class {min(unknown)!r}, and "
+                "none for training"
+            )
+        return tasks
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """A part of the source, with labels in ``range(source.num_classes)``."""
         name = f"{type(self).__name__} of {self.source}"
         images, labels = map(torch.as_tensor, self.source.read(train))
         labels = whole_labels(labels, name)  # uint8 would choose like a mask where it is an index
-        if (wrong := labels[(labels < 0) | (labels >= self.source.num_classes)]).numel():
+        most = self.source.num_classes + (0 if train else len(self.source.tested_only()))
+        if (wrong := labels[(labels < 0) | (labels >= most)]).numel():
             raise ValueError(
                 f"{name}: a source of {self.source.num_classes} classes labels them 0-{self.source.num_classes - 1}, "
                 f"got {int(wrong[0])}"

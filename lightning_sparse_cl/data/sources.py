@@ -43,6 +43,10 @@ class ImageSource:
         """Names of the classes, by label. If not overridden, the labels as text."""
         return [str(c) for c in range(self.num_classes)]
 
+    def tested_only(self) -> list[str]:
+        """Names of classes that have test images alone; their labels come after ``num_classes``."""
+        return []
+
     def image_transform(self) -> ImageTransform | None:
         """From stored images to network input; None if the source has no mean and deviation."""
         return ImageTransform(self.mean, self.std, self.crop, self.flip) if self.mean else None

@@ -109,6 +109,7 @@ class SplitCIFAR100(ClassSplit):
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
         if self.superclasses:
             self.class_order = self.source.superclasses().argsort(stable=True).tolist()
+            self._in_natural_order = False
         return super().load()
 
 

@@ -38,7 +38,7 @@ class TaskSets:
         """
         places, new = learnt.match(self.fingerprints)
         tested = {frozenset(labels_of(part).unique().tolist()): part for part in self.tested_only}
-        nothing = _nothing(self.train[0] if self.train else self.tested_only[0])
+        nothing = _nothing((self.train or self.tested_only)[0])
         train = [nothing if place is None else self.train[place] for place in places]
         test = [
             tested.get(frozenset(learnt.classes[task]), nothing) if place is None else self.test[place]
@@ -52,6 +52,22 @@ class TaskSets:
             fingerprints=learnt.fingerprints + [self.fingerprints[i] for i in new],
             samples=learnt.samples + [self.samples[i] for i in new],
             tested_only=[],
+        )
+
+    def only(self, fingerprints: set[str]) -> TaskSets:
+        """Those tasks alone, and the classes that they have; if there is none of them, all."""
+        kept = [i for i, found in enumerate(self.fingerprints) if found in fingerprints]
+        if len(kept) in (0, len(self.train)):
+            return self
+        most = max(c for i in kept for c in self.classes[i]) + 1
+        return TaskSets(
+            train=[self.train[i] for i in kept],
+            test=[self.test[i] for i in kept],
+            class_names=self.class_names[:most],
+            classes=[self.classes[i] for i in kept],
+            fingerprints=[self.fingerprints[i] for i in kept],
+            samples=[self.samples[i] for i in kept],
+            tested_only=self.tested_only,
         )
 
     def by_classes(self, names: Sequence[Sequence[str]]) -> TaskSets:
@@ -68,7 +84,7 @@ class TaskSets:
             left = [i for i in left if i != place]
         if left:
             return self
-        nothing, at = _nothing(self.train[0]), self.class_names.index
+        nothing, at = _nothing((self.train or self.tested_only)[0]), self.class_names.index
         return TaskSets(
             train=[nothing if i is None else self.train[i] for i in places],
             test=[nothing if i is None else self.test[i] for i in places],
@@ -121,13 +137,13 @@ def read_tasks(
     if positions != numbers:
         label = dict(zip(numbers, positions, strict=True))
         there, tested, others = ([_renumbered(d, label) for d in sets] for sets in (there, tested, others))
-    labels = [[labels_of(d) for d in sets] for sets in (there, tested)]
-    warn_of_untested(name, *labels, names)
+    learning, testing = ([labels_of(d) for d in sets] for sets in (there, tested))
+    warn_of_untested(name, learning, testing, names)
     return TaskSets(
         train=there,
         test=tested,
         class_names=names,
-        classes=[torch.cat(both).unique().tolist() for both in zip(*labels, strict=True)],
+        classes=[torch.cat(both).unique().tolist() for both in zip(learning, testing, strict=True)],
         fingerprints=fingerprints(there, tested),
         samples=[length(d) for d in there],
         tested_only=others,

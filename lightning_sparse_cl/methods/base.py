@@ -20,9 +20,9 @@ from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.head import draw_head, logits_among
 from lightning_sparse_cl.backbones.memory_format import channels_last_
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
+from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.learnt import ASKED
 from lightning_sparse_cl.methods.growth import grown, grown_masks
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
@@ -72,8 +72,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         self.selection = selection
         self.policies = list(policies)
         self.sequence: dict[str, Any] | None = None
-        """What the last fit has left of its sequence beside the network, as in a checkpoint: a fit on further tasks goes
-        on from it. If None, the next fit begins a sequence."""
+        """What the last fit has left of its sequence beside the network, as in a checkpoint: a fit on further tasks
+        goes on from it. If None, the next fit begins a sequence."""
         self._known_classes: int | None = None  # before the network got outputs for further ones
 
     def configure_model(self) -> None:
@@ -86,8 +86,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         elif data.num_classes > self.head.out_features and (data.learnt is None or self.trainer.state.fn != "fit"):
             raise ValueError(
                 f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
-                f"{data.num_classes}; it learns further ones when its sequence is known: after a fit that has ended, or "
-                "from a checkpoint"
+                f"{data.num_classes}; it learns more when its sequence is known: after a fit that has ended, or from a "
+                "checkpoint"
             )
 
     def build(
@@ -101,7 +101,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         self.backbone.train(training)
         with torch.random.fork_rng([]):
             self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
-        self.draw_head(seed)
+        self._seed = seed
+        self.draw_head()
         channels_last_(self.backbone)
         self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "seed": seed, "dtype": dtype}
         self.objective.build(self.network, input_shape, seed, dtype)
@@ -114,7 +115,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
             seed: if None, the one it was built with.
             classes: whose weights. If None, those of all.
         """
-        draw_head(self.head, self.built["seed"] if seed is None else seed, classes)
+        draw_head(self.head, self._seed if seed is None else seed, classes)
 
     @property
     def network(self) -> nn.Sequential:
@@ -356,7 +357,9 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         checkpoint = read_checkpoint(Path(path))
         trained = sequence_of(checkpoint)["tested"]["method"]
         if trained != type(self).__qualname__:
-            raise ValueError(f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}")
+            raise ValueError(
+                f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}"
+            )
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
         self.sequence = (self.sequence or {}) | {ASKED: True}

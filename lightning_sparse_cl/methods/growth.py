@@ -39,7 +39,7 @@ def grown(found: Mapping[str, Any], larger: nn.Module) -> dict[str, Any]:
 
 
 def grown_masks(found: Mapping[str, Mapping[str, Tensor]], larger: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The state of :class:`~lightning_sparse_cl.sparsity.Masks` likewise: new weights are alive, updated, not frozen."""
+    """The state of :class:`Masks` likewise: new weights are alive and updated, and not frozen."""
     rest = {"alive": True, "updated": True, "frozen": False}
     return {
         kind: {

@@ -13,9 +13,9 @@ class AccuracyMatrix(Metric):
     """R[i, j]: accuracy on task j after task i. Rows are filled one at a time.
 
     :meth:`update` counts hits of the row being measured, :meth:`close_row` reduces them over processes and stores the
-    row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs. What was
-    not measured is nan, and left out of the means: columns of tasks whose test data are gone, and of tasks that were not
-    known yet.
+    row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs. What
+    was not measured is nan, and left out of the means: columns of tasks whose test data are gone, and of tasks that
+    were not known yet.
 
     Args:
         stages: number of rows T, tasks trained on one after the other.
