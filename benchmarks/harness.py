@@ -76,14 +76,20 @@ def fit(
     return report.collect(trainer, module)
 
 
-def run_all(run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> list[Any]:
-    """``run(*job)`` for every job, in parallel; results in the order of the jobs."""
+def run_all(
+    run: Callable[..., Any],
+    jobs: Sequence[tuple],
+    processes: int,
+    keep: Callable[[tuple, Any], None] = lambda job, result: None,
+) -> list[Any]:
+    """``run(*job)`` for every job, in parallel; results in the order of the jobs. ``keep`` gets each as it is done."""
     start = time.monotonic()
     results: list[Any] = [None] * len(jobs)
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=quiet) as pool:
         futures = {pool.submit(run, *job): i for i, job in enumerate(jobs)}
         for future in track(as_completed(futures), "runs", total=len(jobs)):
             results[futures[future]] = future.result()
+            keep(jobs[futures[future]], results[futures[future]])
     print(f"{len(jobs)} runs in {time.monotonic() - start:.0f} s")
     return results
 

@@ -56,8 +56,7 @@ class TaskStream(OpenTasks):
         return new
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
-        learnt = 0 if self.known is None else len(self.known.classes)
-        self._take(max(learnt + 1, len(self.only or ())) - len(self._come))
+        self._take(max(1, len(self.only or ())) - len(self._come))
         if not self._come:
             raise ValueError(f"{type(self).__name__}(tasks=...): the iterator gives no task")
         train, test = zip(*self._come, strict=True)

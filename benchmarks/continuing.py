@@ -1,0 +1,89 @@
+"""Three tasks and, later, two whose classes were unknown, beside five tasks known from the beginning: Split Digits.
+
+Every configuration of configs/split_digits as shipped. python benchmarks/continuing.py [--quick]
+Finished runs are kept in benchmarks/results/continuing_runs.json; the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import harness
+import torch
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
+FIRST, LATER, ALL = "[[0,1],[2,3],[4,5]]", "[[6,7],[8,9]]", "[[0,1],[2,3],[4,5],[6,7],[8,9]]"
+REFUSED = {"joint"}
+"""Configurations that cannot go on."""
+SCENARIOS = {"Class-IL": "class_il", "Task-IL": "task_il"}
+
+
+def run(config: str, seed: int, epochs: int | None) -> dict[str, Any]:
+    """Accuracies after five tasks, all at once and continued, and whether both end with the same weights."""
+    from lightning_sparse_cl.__main__ import main
+
+    with TemporaryDirectory() as root, redirect_stdout(StringIO()):
+
+        def fit(name: str, tasks: str, *more: str) -> Path:
+            folder = Path(root, name)
+            main(
+                ["fit", "-c", str(CONFIGS / f"{config}.yaml"), f"--seed_everything={seed}", "--trainer.accelerator=cpu",
+                 "--trainer.enable_progress_bar=false", "--trainer.logger=false", f"--checkpoint.dirpath={folder}",
+                 f"--trainer.default_root_dir={folder}", "--data.init_args.num_tasks=null",
+                 f"--data.init_args.tasks={tasks}", *([f"--schedule.epochs={epochs}"] if epochs else []), *more]
+            )  # fmt: skip
+            return folder
+
+        whole = fit("whole", ALL)
+        first = fit("first", FIRST)
+        # With all data, so that all five tasks are tested; those that were learnt are not learnt again.
+        later = fit("later", ALL, f"--continue_from={first / 'last.ckpt'}")
+        found: dict[str, Any] = {}
+        for name, folder in (("at once", whole), ("continued", later)):
+            metrics = json.loads((folder / "metrics.json").read_text())
+            found |= {f"{title}, {name}": metrics[scenario]["acc"] for title, scenario in SCENARIOS.items()}
+        a, b = (torch.load(folder / "last.ckpt")["state_dict"] for folder in (whole, later))
+        found["same"] = all(torch.equal(a[k], b[k]) for k in a if torch.is_tensor(a[k]))
+    return found
+
+
+def main() -> None:
+    args = harness.arguments(__doc__.splitlines()[0])
+    configs = sorted(p.stem for p in CONFIGS.glob("*.yaml") if p.stem not in REFUSED)
+    seeds, epochs = ([0], 2) if args.quick else ([0, 1, 2], None)
+    if args.quick:
+        configs = ["continual_dst", "derpp", "er", "esacl", "ewc"]
+    kept = harness.RESULTS / "continuing_runs.json"
+    done = json.loads(kept.read_text()) if kept.exists() and not args.quick else {}
+    jobs = [(c, s, epochs) for c in configs for s in seeds if f"{c}, {s}" not in done]
+
+    def keep(job: tuple, found: dict[str, Any]) -> None:
+        done[f"{job[0]}, {job[1]}"] = found
+        if not args.quick:
+            kept.write_text(json.dumps(done, indent=1) + "\n")
+
+    harness.run_all(run, jobs, args.processes, keep)
+    rows = []
+    for config in configs:
+        runs = [done[f"{config}, {s}"] for s in seeds]
+        row: dict[str, Any] = {"configuration": config}
+        for title in SCENARIOS:
+            at_once, continued = ([r[f"{title}, {name}"] for r in runs] for name in ("at once", "continued"))
+            row |= {f"{title}, at once": harness.spread(at_once), f"{title}, continued": harness.spread(continued)}
+            within = max(min(at_once), min(continued)) <= min(max(at_once), max(continued))
+            row[f"{title}, ranges meet"] = "yes" if within else "no"
+        row["same weights"] = f"{sum(r['same'] for r in runs)} of {len(runs)}"
+        rows.append(row)
+    harness.show("Split Digits, accuracy after five tasks in percent: median (range) over seeds", rows, list(rows[0]))
+    if not args.quick:
+        harness.save("continuing", rows, seeds=seeds)
+        kept.unlink()
+
+
+if __name__ == "__main__":
+    main()
