@@ -150,8 +150,8 @@ def test_another_subset_of_the_same_files_differs(tmp_path: Path) -> None:
 
 def test_a_fingerprint_is_taken_once_and_before_the_data_move(monkeypatch: Any) -> None:
     taken = []
-    real = scl.datamodule.fingerprints
-    monkeypatch.setattr(scl.datamodule, "fingerprints", lambda *args: taken.append(args) or real(*args))
+    real = scl.task_sets.fingerprints
+    monkeypatch.setattr(scl.task_sets, "fingerprints", lambda *args: taken.append(args) or real(*args))
     data = scl.SplitDigits()
     for stage in ("fit", "fit", "test"):
         data.setup(stage)

@@ -1,0 +1,169 @@
+"""A trained module learns further tasks in Python: whatever Trainer, copy, file or data they come with."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+
+FIRST, LATER = [[0, 1], [2, 3]], [[4, 5], [6, 7]]
+
+
+def digits(tasks, **options):
+    return scl.SplitDigits(tasks=tasks, batch_size=32, **options)
+
+
+def esacl():
+    return scl.EsaCL(scl.SmallCNN(4), scl.DERpp(60, 16), sparsity=0.5, selection=scl.LossSelection(1, 1))
+
+
+def learnt(module=None, tasks=FIRST, **options):
+    torch.manual_seed(0)
+    module = module or esacl()
+    trainer(scl.RandomState(), scl.ContinualEvaluation()).fit(module, digits(tasks, **options))
+    return module
+
+
+def go_on(module, data, *callbacks, **options):
+    evaluation = scl.ContinualEvaluation()
+    trainer(scl.RandomState(), evaluation, *callbacks, **options).fit(module, data)
+    return evaluation.matrices["task_il"].R
+
+
+def saved_and_loaded(module, folder):
+    torch.manual_seed(0)
+    fitted = esacl()
+    t = trainer(scl.RandomState(), scl.ContinualEvaluation())
+    t.fit(fitted, digits(FIRST))
+    t.save_checkpoint(folder / "end.ckpt")
+    again = esacl()
+    again.go_on_from(folder / "end.ckpt")
+    return again
+
+
+WAYS = {
+    "the module itself": lambda module, folder: module,
+    "a copy": lambda module, folder: copy.deepcopy(module),
+    "a pickle": lambda module, folder: pickle.loads(pickle.dumps(module)),
+    "a checkpoint": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_a_trained_module_goes_on_with_the_same_bits(way, tmp_path):
+    module = learnt()
+    rows = module.head.weight[:4].clone()
+    further = WAYS[way](module, tmp_path)
+    R = go_on(further, data := digits(LATER))
+    assert data.names_of_tasks() == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+    assert R.isnan().tolist() == [[False] * 2 + [True] * 2] * 2 + [[True] * 2 + [False] * 2] * 2
+    expected = learnt()
+    assert torch.equal(rows, expected.head.weight[:4]), "it has learnt the same before"
+    go_on(expected, digits(LATER))
+    assert all(torch.equal(a, b) for a, b in zip(further.parameters(), expected.parameters(), strict=True))
+    assert torch.equal(further.objective.memory.labels, expected.objective.memory.labels)
+    assert further.objective.memory.logits.shape == (60, 8) and not further.objective.memory.logits.isnan().any()
+
+
+def test_the_head_grows_and_rows_of_old_classes_stay_bit_for_bit():
+    module = learnt()
+    before = {name: value.clone() for name, value in module.state_dict().items() if torch.is_tensor(value)}
+
+    class Look(scl.TaskCallback):
+        def on_train_start(self, trainer, pl_module):
+            now = pl_module.state_dict()
+            assert pl_module.head.weight.shape[0] == 8
+            for name, value in before.items():
+                assert torch.equal(now[name][tuple(slice(n) for n in value.shape)], value), name
+            memory = pl_module.objective.memory
+            x = trainer.datamodule.prepare(memory.images[: len(memory)], augment=False)
+            pl_module.eval()
+            expected = pl_module.network(x)
+            pl_module.train()
+            assert torch.allclose(memory.logits[: len(memory), 4:], expected[:, 4:], atol=1e-5)
+            looked.append(True)
+
+    looked = []
+    go_on(module, digits(LATER), Look())
+    assert looked
+
+
+def test_old_and_new_tasks_together_are_all_measured_and_only_the_new_are_learnt():
+    module = learnt()
+    epochs = []
+
+    class Count(scl.TaskCallback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            epochs.append(trainer.datamodule.task)
+
+    R = go_on(module, digits(FIRST + LATER), Count())
+    assert epochs == [2, 2, 3, 3]
+    assert not R[3].isnan().any()
+
+
+def test_further_domains_and_classes_that_come_again():
+    torch.manual_seed(0)
+    module = learnt()
+    R = go_on(module, digits([[0, 5]]))  # 0 again, and a new one
+    assert R.shape == (3, 3) and module.head.out_features == 5
+    permuted = scl.ContinualModule(scl.SmallCNN(4), scl.ER(60, 16))
+    trainer().fit(permuted, scl.PermutedDigits(2, batch_size=64))
+    R = go_on(permuted, scl.PermutedDigits(3, batch_size=64))
+    assert R.shape == (3, 3) and permuted.head.out_features == 10 and not R[2].isnan().any()
+
+
+def test_the_same_trainer_goes_on_and_its_clock_too():
+    module, evaluation, flops = esacl(), scl.ContinualEvaluation(), scl.FlopsCounter()
+    t = trainer(scl.RandomState(), evaluation, flops)
+    t.fit(module, digits(FIRST))
+    steps, served = t.global_step, flops.counts["samples"]
+    t.fit(module, digits(LATER))
+    assert t.global_step > steps and flops.counts["samples"] > served
+    assert t.datamodule.starts == [0, 2, 4, 6, 8] and evaluation.matrices["class_il"].R.shape == (4, 4)
+
+
+def test_tasks_that_are_all_known_are_a_new_sequence():
+    module = learnt()
+    R = go_on(module, digits(FIRST))
+    assert R.shape == (2, 2) and not R.isnan().any() and module.head.out_features == 4
+
+
+def test_normalisation_stays_that_of_the_first_images():
+    images, labels = scl.DigitsSource().read(True)
+    few = [(images[labels == c], labels[labels == c]) for c in range(4)]
+    old, new = ((torch.cat([few[a][i] for a in pair]) for i in (0, 1)) for pair in ((0, 1), (2, 3)))
+    old, new = tuple(old), tuple(new)
+    first, later = (scl.SplitTensors(part, part, num_tasks=1, batch_size=32) for part in (old, (new[0] // 2, new[1])))
+    module = scl.ContinualModule(scl.SmallCNN(4))
+    trainer().fit(module, first)
+    trainer().fit(module, later)
+    assert later.transform.normalisation() == first.transform.normalisation()
+
+
+@pytest.mark.parametrize(
+    "further, error",
+    [
+        (lambda: scl.SplitDigits(tasks=LATER, joint=True), "joint training learns all tasks at once"),
+        (lambda: digits(LATER), "each of 2 tasks was to have an equal share"),
+    ],
+)
+def test_what_needs_the_number_of_tasks_is_refused_at_once(further, error):
+    module = learnt(scl.EsaCL(scl.SmallCNN(4), freeze="share", selection=scl.LossSelection(1, 1)))
+    with pytest.raises(ValueError, match=error):
+        go_on(module, further())
+
+
+def test_a_module_whose_sequence_is_not_known_refuses_further_classes():
+    module = learnt()
+    module.remember_sequence(None)
+    with pytest.raises(ValueError, match="EsaCL: it knows 4 classes, and the data have 8"):
+        go_on(module, digits(FIRST + LATER))
+
+
+def test_a_memory_too_small_for_the_further_classes_is_refused():
+    module = learnt(scl.ContinualModule(scl.SmallCNN(4), scl.ICaRL(6, 4)))
+    with pytest.raises(ValueError, match=r"ICaRL\(memory=6\): one exemplar a class at least, and there are 8"):
+        go_on(module, digits(LATER))
