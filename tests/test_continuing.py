@@ -154,3 +154,21 @@ class Named(scl.SplitDigits):
 
     def names(self):
         return ["zero", "one", "two", "three"]
+
+
+@pytest.mark.parametrize("listed, tested", [(LATER, [3, 4]), ("[[8,9],[0,1]]", [0, 4]), (ALL, [0, 1, 2, 3, 4])])
+def test_a_continued_run_is_tested_on_the_tasks_whose_data_are_there(tmp_path, first, listed, tested, capsys):
+    later = tmp_path / "later"
+    whole = main(command(later, "derpp", *tasks(ALL), f"--continue_from={first}"))
+    expected = next(c for c in whole.trainer.callbacks if isinstance(c, scl.ContinualEvaluation)).matrices
+    options = [o for o in command(later, "derpp", *tasks(listed)) if "every_n" not in o][1:]
+    cli = main(["test", *options, f"--ckpt_path={later / 'last.ckpt'}"])
+    evaluation = next(c for c in cli.trainer.callbacks if isinstance(c, scl.ContinualEvaluation))
+    for scenario in ("class_il", "task_il"):
+        found = cli.trainer.callback_metrics
+        row = [found[f"{scenario}/task_{t}"].item() for t in range(5)]
+        wanted = expected[scenario].R[4]
+        assert [t for t in range(5) if row[t] == row[t]] == tested
+        assert all(row[t] == pytest.approx(wanted[t].item()) for t in tested)
+        assert found[f"{scenario}/acc"].item() == pytest.approx(wanted[tested].mean().item())
+    assert evaluation.tested

@@ -266,7 +266,7 @@ class TaskDataModule(pl.LightningDataModule):
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
-            if self.learnt is not None and t < len(self.learnt.classes):
+            if not length(data) or (self.learnt is not None and t < len(self.learnt.classes)):
                 self.alive.append(torch.arange(0))  # until the state of the sequence is restored
                 self._held_out.append(torch.arange(0))
                 continue

@@ -167,3 +167,23 @@ def test_a_memory_too_small_for_the_further_classes_is_refused():
     module = learnt(scl.ContinualModule(scl.SmallCNN(4), scl.ICaRL(6, 4)))
     with pytest.raises(ValueError, match=r"ICaRL\(memory=6\): one exemplar a class at least, and there are 8"):
         go_on(module, digits(LATER))
+
+
+@pytest.mark.parametrize("same_trainer", [True, False])
+def test_checkpoints_of_the_first_run_are_left_alone(tmp_path, same_trainer):
+    def saving():
+        return scl.SequenceCheckpoint(tmp_path, monitor="task_il/acc", mode="max", every_n_epochs=1, save_last=True)
+
+    def made():
+        return trainer(scl.RandomState(), scl.ContinualEvaluation(), saving(), enable_checkpointing=True)
+
+    module, t = esacl(), made()
+    t.fit(module, digits(FIRST))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.ckpt")}
+    further = t if same_trainer else made()
+    further.fit(module, digits(LATER))
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    kept = further.checkpoint_callback
+    assert kept.best_model_path not in map(str, (tmp_path / name for name in before))
+    assert torch.load(kept.best_model_path)["state_dict"]["head.weight"].shape[0] == 8
+    assert torch.load(tmp_path / "last-v1.ckpt")["run"] != torch.load(tmp_path / "last.ckpt")["run"]
