@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,8 +17,8 @@ from torch.optim import SGD, Optimizer
 from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
-from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
+from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -29,7 +27,7 @@ from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.task_hooks import TaskHooks
 
 
-class ContinualModule(TaskHooks, pl.LightningModule):
+class ContinualModule(TaskHooks, KeepsArguments):
     """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
 
     Args:
@@ -260,18 +258,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
             logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
         return F.cross_entropy(logits.float(), y, reduction="sum"), len(y)
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's, after the file's checksum has been compared.
-
-        Raises:
-            ValueError: if the file is missing, truncated, altered or no checkpoint.
-        """
-        if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
-            read_checkpoint(Path(checkpoint_path), mmap=True, weights_only=kwargs.get("weights_only") is not False)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["built_for"] = self.built
         checkpoint["masks"] = Masks.of(self).state_dict()
 

@@ -1,0 +1,132 @@
+"""A constructor's arguments as bytes: everything but the weights, which a checkpoint has anyway."""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import inspect
+import io
+import pickle
+import types
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedTensorMixin
+
+TRUSTED = (
+    "lightning_sparse_cl.backbones.", "lightning_sparse_cl.callbacks.", "lightning_sparse_cl.data.",
+    "lightning_sparse_cl.demos", "lightning_sparse_cl.methods.", "lightning_sparse_cl.metrics.",
+    "lightning_sparse_cl.objectives.", "lightning_sparse_cl.optim.", "lightning_sparse_cl.sparsity.",
+    "lightning.pytorch.callbacks.", "torch.nn.", "torch.optim.", "torch.utils.hooks", "torchvision.models.",
+    "torchvision.ops.", "collections",
+)  # fmt: skip
+"""What the names of modules begin with whose classes are made from a file without asking."""
+PLAIN = {functools.partial, set, frozenset, range, slice, complex, bytearray}
+FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
+"""Modules whose functions are taken from a file: they compute, and do nothing else."""
+
+
+class Untrusted(ValueError):
+    """A file names classes that are not made from files without asking."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(", ".join(names))
+        self.names = names
+
+
+def to_bytes(value: Any) -> bytes:
+    """The bytes from which :func:`from_bytes` makes a value again.
+
+    Parameters and saved buffers of torch modules, which a ``state_dict`` has, are zero when they are made again.
+
+    Raises:
+        Exception: if the value cannot be pickled, a lambda for example.
+    """
+    file = io.BytesIO()
+    torch.save(value, file, pickle_module=types.SimpleNamespace(Pickler=_Pickler, __name__=pickle.__name__))
+    return file.getvalue()
+
+
+def from_bytes(kept: bytes, weights_only: bool = True) -> Any:
+    """The value that :func:`to_bytes` was given.
+
+    Args:
+        kept: of :func:`to_bytes`.
+        weights_only: make objects of known classes alone, those of torch's own list included; else of any.
+
+    Raises:
+        Untrusted: if it has objects of other classes.
+    """
+    if not weights_only:
+        return torch.load(io.BytesIO(kept), weights_only=False)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(kept))
+    found = {name: _trusted(name) for name in sorted(names)}
+    if unknown := [name for name, thing in found.items() if thing is None]:
+        raise Untrusted(unknown)
+    with torch.serialization.safe_globals(list(found.values())):
+        return torch.load(io.BytesIO(kept), weights_only=True)
+
+
+def class_named(name: str) -> Any:
+    """A class by its full name: of this package, of torch, or of a module that is imported. If there is none, None."""
+    import sys
+
+    module, _, last = name.rpartition(".")
+    held = import_module(module) if f"{module}.".startswith(TRUSTED) else sys.modules.get(module)
+    return getattr(held, last, None)
+
+
+def _trusted(name: str) -> Any:
+    """The class or function of this name if it is one that a file may name, else None."""
+    module, _, last = name.rpartition(".")
+    if module in ("builtins", "__builtin__"):
+        found = getattr(builtins, last, None)
+        return found if found in PLAIN else None
+    if name.startswith(f"{__name__}."):
+        return {f.__name__: f for f in (_blank, _lazy_method)}.get(last)
+    if name == "functools.partial":
+        return functools.partial
+    if not f"{module}.".startswith(TRUSTED) and module not in FUNCTIONS:
+        return None
+    try:
+        found = getattr(import_module(module), last, None)
+    except ImportError:
+        return None
+    home = getattr(found, "__module__", None) or ""  # a module has names of others, too
+    if inspect.isclass(found):
+        return found if f"{home}.".startswith(TRUSTED) else None
+    return found if inspect.isroutine(found) and home in FUNCTIONS else None
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves out the values of what is in a ``state_dict``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._saved: dict[int, Tensor] = {}
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            left_out = value._non_persistent_buffers_set
+            tensors = [*value._parameters.values(), *(b for n, b in value._buffers.items() if n not in left_out)]
+            self._saved |= {id(tensor): tensor for tensor in tensors if tensor is not None}
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, LazyModuleMixin):
+            return _lazy_method, (value.__self__, value.__func__.__name__)
+        if isinstance(value, Tensor) and id(value) in self._saved and not isinstance(value, UninitializedTensorMixin):
+            return _blank, (tuple(value.shape), value.dtype, isinstance(value, nn.Parameter), value.requires_grad)
+        return NotImplemented
+
+
+def _blank(shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool, requires_grad: bool) -> Tensor:
+    zeros = torch.zeros(shape, dtype=dtype)
+    return nn.Parameter(zeros, requires_grad) if is_parameter else zeros
+
+
+def _lazy_method(module: nn.Module, name: str) -> Any:
+    """The hooks by which a lazy layer takes its sizes from the data."""
+    if not isinstance(module, LazyModuleMixin) or name not in ("_infer_parameters", "_lazy_load_hook"):
+        raise pickle.UnpicklingError(f"{type(module).__name__}.{name} is no hook of a lazy layer")
+    return getattr(module, name)
