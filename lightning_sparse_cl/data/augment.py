@@ -23,6 +23,7 @@ class ImageTransform(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int = 0, flip: bool = False) -> None:
         super().__init__()
         self.crop, self.flip = crop, flip
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1), persistent=False)
 

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.checks import check_images, check_labels, refuse_empty, warn_of_untested
+from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined, fingerprints
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
@@ -269,6 +270,19 @@ class TaskDataModule(pl.LightningDataModule):
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
         x = self.transform(x, augment=augment and self.augment)
         return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
+
+    def description(self) -> DataDescription:
+        """What a trained network has to know of these data. After :meth:`setup`."""
+        plain = type(self.transform) is ImageTransform
+        return DataDescription(
+            input_shape=self.input_shape,
+            dtype=self.stored_dtype,
+            mean=self.transform.mean if plain else None,
+            std=self.transform.std if plain else None,
+            size=None,
+            class_names=tuple(self.class_names),
+            classes=tuple(map(tuple, self.classes)),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"starts": self.starts, "alive": self.alive, "order_seed": self.order_seed}

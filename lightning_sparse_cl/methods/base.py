@@ -19,6 +19,7 @@ from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
+from lightning_sparse_cl.methods.predicting import PredictsImages
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -27,7 +28,7 @@ from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.task_hooks import TaskHooks
 
 
-class ContinualModule(TaskHooks, KeepsArguments):
+class ContinualModule(TaskHooks, PredictsImages, KeepsArguments):
     """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
 
     Args:
@@ -125,6 +126,7 @@ class ContinualModule(TaskHooks, KeepsArguments):
         return self.optimizer(self.parameters())
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         keep_freed_memory()
 
     def forward(self, x: Tensor, features: bool = False) -> Any:
@@ -269,6 +271,7 @@ class ContinualModule(TaskHooks, KeepsArguments):
         Raises:
             ValueError: if the checkpoint is of another network or memory.
         """
+        super().on_load_checkpoint(checkpoint)
         if self.head is None:
             self.build(**checkpoint["built_for"])
         own, found = self.state_dict(), checkpoint["state_dict"]

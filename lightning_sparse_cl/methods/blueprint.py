@@ -40,13 +40,14 @@ class Untrusted(ValueError):
 def to_bytes(value: Any) -> bytes:
     """The bytes from which :func:`from_bytes` makes a value again.
 
-    Parameters and saved buffers of torch modules, which a ``state_dict`` has, are zero when they are made again.
+    Of a torch module parameters and saved buffers, which a ``state_dict`` has, are zero when it is made again. Those of
+    modules inside of other values, such as callbacks, are kept: nobody else may have them.
 
     Raises:
         Exception: if the value cannot be pickled, a lambda for example.
     """
-    file = io.BytesIO()
-    torch.save(value, file, pickle_module=types.SimpleNamespace(Pickler=_Pickler, __name__=pickle.__name__))
+    file, pickler = io.BytesIO(), _WeightlessPickler if isinstance(value, nn.Module) else _Pickler
+    torch.save(value, file, pickle_module=types.SimpleNamespace(Pickler=pickler, __name__=pickle.__name__))
     return file.getvalue()
 
 
@@ -102,6 +103,17 @@ def _trusted(name: str) -> Any:
 
 
 class _Pickler(pickle.Pickler):
+    """Also takes lazy layers, and what the parser of the command line makes."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, functools.partial):
+            return _without_parser(value).__reduce__()
+        if isinstance(value, types.MethodType) and isinstance(value.__self__, LazyModuleMixin):
+            return _lazy_method, (value.__self__, value.__func__.__name__)
+        return NotImplemented
+
+
+class _WeightlessPickler(_Pickler):
     """Leaves out the values of what is in a ``state_dict``."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,11 +125,19 @@ class _Pickler(pickle.Pickler):
             left_out = value._non_persistent_buffers_set
             tensors = [*value._parameters.values(), *(b for n, b in value._buffers.items() if n not in left_out)]
             self._saved |= {id(tensor): tensor for tensor in tensors if tensor is not None}
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, LazyModuleMixin):
-            return _lazy_method, (value.__self__, value.__func__.__name__)
         if isinstance(value, Tensor) and id(value) in self._saved and not isinstance(value, UninitializedTensorMixin):
             return _blank, (tuple(value.shape), value.dtype, isinstance(value, nn.Parameter), value.requires_grad)
-        return NotImplemented
+        return super().reducer_override(value)
+
+
+def _without_parser(value: functools.partial) -> functools.partial:
+    """What jsonargparse gives for ``Callable[[...], Class]`` holds the parser: the class alone with its arguments."""
+    if not str(getattr(value.func, "__module__", "")).startswith("jsonargparse"):
+        return value
+    place = next((i for i, part in enumerate(value.args) if inspect.isclass(part)), None)
+    if place is None:
+        return value
+    return functools.partial(value.args[place], *value.args[place + 1 :], **value.keywords)
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool, requires_grad: bool) -> Tensor:

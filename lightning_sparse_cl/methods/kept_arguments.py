@@ -132,9 +132,10 @@ def _made_again(
         try:
             made[name] = from_bytes(value.numpy().tobytes(), weights_only)
         except Untrusted as error:
-            last = ", ".join(found.rpartition(".")[2] for found in error.names)
+            shown, more = error.names[:3], ", ..." * (len(error.names) > 3)
+            last = ", ".join(full.rpartition(".")[2] for full in shown) + more
             raise ValueError(
-                f"{call}: objects of {error} in the argument {name!r} are not made from a file without asking; give "
-                f"{name}=... again, or call torch.serialization.add_safe_globals([{last}]) before"
+                f"{call}: the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a file "
+                f"without asking; give {name}=... again, or call torch.serialization.add_safe_globals([{last}]) before"
             ) from error
     return made
