@@ -46,6 +46,7 @@ from lightning_sparse_cl.data import (
     CIFAR10Source,
     CIFAR100Source,
     ClassSplit,
+    DataDescription,
     DigitsSource,
     FashionMNISTSource,
     ImageFolderSource,
@@ -75,7 +76,7 @@ from lightning_sparse_cl.data import (
     TensorSource,
     TinyImageNetSource,
 )
-from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
+from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
     CO2L,
@@ -144,6 +145,7 @@ __all__ = [
     "CrossEntropy",
     "DERpp",
     "DERppOneDraw",
+    "DataDescription",
     "DigitsSource",
     "DropAndGrow",
     "DynamicDataRemoval",
@@ -179,6 +181,7 @@ __all__ = [
     "Permuted",
     "PermutedDigits",
     "PermutedMNIST",
+    "Prediction",
     "RandomState",
     "Reopen",
     "ResNet18",

@@ -45,14 +45,21 @@ class ContinualEvaluation(pl.Callback):
     Args:
         before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
         class_il: False measures Task-IL alone, which sends an image through the subnetwork of its task only.
+        tasks: what ``trainer.test`` and ``trainer.validate`` look at: tasks by number, counted from 0, or by the name
+            of a class that they have. Other tasks are not tested, shown or logged. If None, all. A fit measures all.
 
     Raises:
         TypeError: if the trainer has no :class:`TaskDataModule`, or there are no logits in what ``forward`` returns.
-        ValueError: if there are fewer logits than classes.
+        ValueError: if there are fewer logits than classes, or ``tasks`` names none or an unknown one.
     """
 
-    def __init__(self, before_pruning: bool = False, class_il: bool = True) -> None:
+    def __init__(
+        self, before_pruning: bool = False, class_il: bool = True, tasks: list[int | str] | None = None
+    ) -> None:
+        if tasks is not None and not tasks:
+            raise ValueError("ContinualEvaluation(tasks=[]): at least one task is tested; leave tasks out for all")
         self.before_pruning = before_pruning
+        self.tasks = tasks
         self.scenarios = SCENARIOS if class_il else ("task_il",)
         self.matrices: dict[str, AccuracyMatrix] = {}
         """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
@@ -66,11 +73,13 @@ class ContinualEvaluation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = _data(trainer)
         self._kept = KeptAnswers()
+        data.tested = None
         if stage == "fit":
             self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:
+            data.tested = None if self.tasks is None else _chosen(self.tasks, data)
             self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in self.scenarios}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
@@ -144,13 +153,13 @@ class ContinualEvaluation(pl.Callback):
     ) -> None:  # fmt: skip
         x, y = batch
         logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else None
-        self._count(pl_module, x, y, dataloader_idx, self.tested, logits)
+        self._count(pl_module, x, y, _data(trainer).tasks_tested[dataloader_idx], self.tested, logits)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for scenario in self.scenarios:
-            row = self.tested[scenario].close_row(0)
-            tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
-            pl_module.log_dict(tasks | {f"{scenario}/acc": row.mean()}, sync_dist=True)
+            row, chosen = self.tested[scenario].close_row(0), _data(trainer).tasks_tested
+            tasks = {f"{scenario}/task_{t}": row[t] for t in chosen}
+            pl_module.log_dict(tasks | {f"{scenario}/acc": row[chosen].mean()}, sync_dist=True)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn == "validate":
@@ -175,6 +184,29 @@ def _data(trainer: pl.Trainer) -> TaskDataModule:
             f"ContinualEvaluation: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule"
         )
     return data
+
+
+def _chosen(tasks: list[int | str], data: TaskDataModule) -> list[int]:
+    """Tasks by number or by the name of a class, as numbers in ascending order.
+
+    Raises:
+        ValueError: if there is no such task or class.
+    """
+    count, found = len(data.classes), set()
+    for wanted in tasks:
+        if isinstance(wanted, int):
+            if not 0 <= wanted < count:
+                raise ValueError(
+                    f"ContinualEvaluation(tasks={tasks}): there is no task {wanted}, they are 0-{count - 1}"
+                )
+            found.add(wanted)
+            continue
+        having = [t for t, labels in enumerate(data.classes) if wanted in (data.class_names[c] for c in labels)]
+        if not having:
+            names = ", ".join(data.class_names[:5]) + ", ..." * (len(data.class_names) > 5)
+            raise ValueError(f"ContinualEvaluation(tasks={tasks}): no class is called {wanted!r}; there are {names}")
+        found.update(having)
+    return sorted(found)
 
 
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:

@@ -84,6 +84,9 @@ class TaskDataModule(pl.LightningDataModule):
         With ``joint`` there is one of everything."""
         self.input_shape: tuple[int, ...] = ()
         self.stored_dtype = torch.uint8
+        self.tested: list[int] | None = None
+        """Tasks that ``validate`` and ``test`` serve, set by :class:`~lightning_sparse_cl.ContinualEvaluation`. If None,
+        all."""
         self.raw: Tensor | None = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
         self._held_out: list[Tensor] = []
@@ -248,12 +251,18 @@ class TaskDataModule(pl.LightningDataModule):
         if self._attached.state.fn == "fit":
             return [self._eval_loader(self.train_sets[self.task], self._held_out[self.task])] * bool(self.val_fraction)
         if self.val_fraction and not self.joint:
-            return [self._eval_loader(d, i) for d, i in zip(self.train_sets, self._held_out, strict=True)]
+            held_out = list(zip(self.train_sets, self._held_out, strict=True))
+            return [self._eval_loader(*held_out[t]) for t in self.tasks_tested]
         return self.test_dataloader()
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a task; each process has its share, every sample in exactly one."""
-        return [self._eval_loader(d, torch.arange(length(d))) for d in self.test_sets]
+        return [self._eval_loader(d, torch.arange(length(d))) for d in (self.test_sets[t] for t in self.tasks_tested)]
+
+    @property
+    def tasks_tested(self) -> list[int]:
+        """The task of each loader of ``validate`` and ``test``."""
+        return list(range(len(self.test_sets))) if self.tested is None else self.tested
 
     predict_dataloader = test_dataloader
 
@@ -273,12 +282,12 @@ class TaskDataModule(pl.LightningDataModule):
 
     def description(self) -> DataDescription:
         """What a trained network has to know of these data. After :meth:`setup`."""
-        plain = type(self.transform) is ImageTransform
+        known = self.transform if type(self.transform) is ImageTransform else None
         return DataDescription(
             input_shape=self.input_shape,
             dtype=self.stored_dtype,
-            mean=self.transform.mean if plain else None,
-            std=self.transform.std if plain else None,
+            mean=known.mean if known else None,
+            std=known.std if known else None,
             size=None,
             class_names=tuple(self.class_names),
             classes=tuple(map(tuple, self.classes)),

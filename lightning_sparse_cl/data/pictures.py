@@ -79,6 +79,13 @@ def unread(part: Path) -> str:
     return " and ".join(told)
 
 
+def unread_below(folder: Path) -> str:
+    """Which files anywhere in a folder are not read, as text; empty if none. Hidden files and notes do not count."""
+    endings = [path.suffix.lower() for path in _files(folder)]
+    found = Counter(ending for ending in endings if ending not in ENDINGS | NOTES)
+    return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in sorted(found.items()))
+
+
 def _files(folder: Path) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return [p for p in paths if not any(name.startswith(".") for name in p.relative_to(folder).parts)]

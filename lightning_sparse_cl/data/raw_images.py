@@ -36,21 +36,20 @@ def as_stored(images: RawImages, known: DataDescription) -> Tensor:
             return whole
     elif isinstance(images, str | os.PathLike) or hasattr(images, "getbands"):
         images = [images]
-    stored = [_one(image, i, known) for i, image in enumerate(images)]
+    stored = [one_as_stored(image, known, f"image {i}") for i, image in enumerate(images)]
     return torch.stack(stored) if stored else torch.empty(0, *known.input_shape, dtype=known.dtype)
 
 
-def _one(image: Any, place: int, known: DataDescription) -> Tensor:
-    """One image (C, H, W)."""
-    name = f"image {place}"
+def one_as_stored(image: Any, known: DataDescription, name: str) -> Tensor:
+    """One image as training images were stored, (C, H, W). ``name`` is for errors, see :func:`as_stored`."""
     if isinstance(image, Tensor | np.ndarray):
         image = torch.as_tensor(image)
         if image.dtype == known.dtype and image.shape == known.input_shape:
             return image
     if known.dtype != torch.uint8:
         raise ValueError(
-            f"{name}: the training images were {known.dtype} of shape {known.input_shape}, and only such tensors can be "
-            "told apart; their range is not known"
+            f"{name}: the training images were {known.dtype} {known.input_shape}, in a range that is not known here; "
+            "give such tensors"
         )
     if isinstance(image, str | os.PathLike):
         return _pixels(open_picture(Path(image), name), name, known)

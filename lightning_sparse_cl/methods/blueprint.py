@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 TRUSTED = (
     "lightning_sparse_cl.backbones.", "lightning_sparse_cl.callbacks.", "lightning_sparse_cl.data.",
@@ -125,7 +125,7 @@ class _WeightlessPickler(_Pickler):
             left_out = value._non_persistent_buffers_set
             tensors = [*value._parameters.values(), *(b for n, b in value._buffers.items() if n not in left_out)]
             self._saved |= {id(tensor): tensor for tensor in tensors if tensor is not None}
-        if isinstance(value, Tensor) and id(value) in self._saved and not isinstance(value, UninitializedTensorMixin):
+        if isinstance(value, Tensor) and id(value) in self._saved and not is_lazy(value):
             return _blank, (tuple(value.shape), value.dtype, isinstance(value, nn.Parameter), value.requires_grad)
         return super().reducer_override(value)
 

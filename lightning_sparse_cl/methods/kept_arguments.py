@@ -68,7 +68,8 @@ class KeepsArguments(pl.LightningModule):
         made = cls if found is None else _class_of(cls, found["class"])
         if found is not None and made is not None:
             kwargs = _made_again(made, found["given"], kwargs, weights_only) | kwargs
-        return super(KeepsArguments, made or cls).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        loads: Any = super(KeepsArguments, made or cls)
+        return loads.load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
 def _kept(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, bytes | str]:
@@ -118,9 +119,7 @@ def _class_of(cls: type, name: str) -> type | None:
     return found if inspect.isclass(found) and issubclass(found, cls) else None
 
 
-def _made_again(
-    cls: type, kept: dict[str, Any], given: dict[str, Any], weights_only: bool
-) -> dict[str, Any]:
+def _made_again(cls: type, kept: dict[str, Any], given: dict[str, Any], weights_only: bool) -> dict[str, Any]:
     """The arguments that were kept and are not given."""
     made: dict[str, Any] = {}
     call = f"{cls.__name__}.load_from_checkpoint"
@@ -135,7 +134,7 @@ def _made_again(
             shown, more = error.names[:3], ", ..." * (len(error.names) > 3)
             last = ", ".join(full.rpartition(".")[2] for full in shown) + more
             raise ValueError(
-                f"{call}: the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a file "
-                f"without asking; give {name}=... again, or call torch.serialization.add_safe_globals([{last}]) before"
+                f"{call}: the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a "
+                f"file without asking; give {name}=..., or call torch.serialization.add_safe_globals([{last}]) before"
             ) from error
     return made
