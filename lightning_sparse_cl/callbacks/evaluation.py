@@ -54,7 +54,7 @@ class ContinualEvaluation(pl.Callback):
     """
 
     def __init__(
-        self, before_pruning: bool = False, class_il: bool = True, tasks: list[int | str] | None = None
+        self, before_pruning: bool = False, class_il: bool = True, tasks: list[str | int] | None = None
     ) -> None:
         if tasks is not None and not tasks:
             raise ValueError("ContinualEvaluation(tasks=[]): at least one task is tested; leave tasks out for all")
@@ -79,7 +79,8 @@ class ContinualEvaluation(pl.Callback):
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:
-            data.tested = None if self.tasks is None else _chosen(self.tasks, data)
+            if self.tasks is not None and stage in ("test", "validate"):
+                data.tested = _chosen(self.tasks, data)
             self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in self.scenarios}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
@@ -169,6 +170,9 @@ class ContinualEvaluation(pl.Callback):
         if trainer.state.fn == "validate":
             self.on_test_epoch_end(trainer, pl_module)
 
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _data(trainer).tested = None
+
     def state_dict(self) -> dict[str, Any]:
         matrices = {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}
         return matrices | {"held_out": list(self.held_out)}
@@ -186,25 +190,23 @@ def _data(trainer: pl.Trainer) -> TaskDataModule:
     return data
 
 
-def _chosen(tasks: list[int | str], data: TaskDataModule) -> list[int]:
+def _chosen(tasks: list[str | int], data: TaskDataModule) -> list[int]:
     """Tasks by number or by the name of a class, as numbers in ascending order.
 
     Raises:
         ValueError: if there is no such task or class.
     """
-    count, found = len(data.classes), set()
+    found: set[int] = set()
+    names = [[data.class_names[label] for label in labels] for labels in data.classes]
     for wanted in tasks:
         if isinstance(wanted, int):
-            if not 0 <= wanted < count:
-                raise ValueError(
-                    f"ContinualEvaluation(tasks={tasks}): there is no task {wanted}, they are 0-{count - 1}"
-                )
-            found.add(wanted)
-            continue
-        having = [t for t, labels in enumerate(data.classes) if wanted in (data.class_names[c] for c in labels)]
+            having = [wanted] if 0 <= wanted < len(names) else []
+            known = f"tasks are 0-{len(names) - 1}"
+        else:
+            having = [task for task, called in enumerate(names) if wanted in called]
+            known = "classes are " + ", ".join(data.class_names[:5]) + ", ..." * (len(data.class_names) > 5)
         if not having:
-            names = ", ".join(data.class_names[:5]) + ", ..." * (len(data.class_names) > 5)
-            raise ValueError(f"ContinualEvaluation(tasks={tasks}): no class is called {wanted!r}; there are {names}")
+            raise ValueError(f"ContinualEvaluation(tasks={tasks}): there is no {wanted!r}; {known}")
         found.update(having)
     return sorted(found)
 

@@ -85,8 +85,8 @@ class TaskDataModule(pl.LightningDataModule):
         self.input_shape: tuple[int, ...] = ()
         self.stored_dtype = torch.uint8
         self.tested: list[int] | None = None
-        """Tasks that ``validate`` and ``test`` serve, set by :class:`~lightning_sparse_cl.ContinualEvaluation`. If None,
-        all."""
+        """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it for
+        their time. If None, all."""
         self.raw: Tensor | None = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
         self._held_out: list[Tensor] = []
