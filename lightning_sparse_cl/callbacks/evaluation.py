@@ -171,7 +171,8 @@ class ContinualEvaluation(pl.Callback):
             self.on_test_epoch_end(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _data(trainer).tested = None
+        if isinstance(data := getattr(trainer, "datamodule", None), TaskDataModule):
+            data.tested = None
 
     def state_dict(self) -> dict[str, Any]:
         matrices = {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}

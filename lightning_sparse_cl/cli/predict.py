@@ -35,6 +35,8 @@ def is_meant(args: Sequence[str]) -> bool:
         return False
     value = next((_value(args, i) for i, word in enumerate(args) if word.partition("=")[0] == "--data"), "")
     configured = any(word.partition("=")[0] in ("-c", "--config") for word in args)
+    if not value:
+        return False
     if re.fullmatch(r"[A-Za-z_][\w.]*", value):
         return Path(value).is_dir() and not configured
     return Path(value).is_dir() or (bool({os.sep, "/"} & set(value)) and value[0] != "{" and not Path(value).is_file())

@@ -87,7 +87,7 @@ def _trusted(name: str) -> Any:
         found = getattr(builtins, last, None)
         return found if found in PLAIN else None
     if name.startswith(f"{__name__}."):
-        return {f.__name__: f for f in (_blank, _lazy_method)}.get(last)
+        return {f.__name__: f for f in (_blank, _lazy)}.get(last)
     if name == "functools.partial":
         return functools.partial
     if not f"{module}.".startswith(TRUSTED) and module not in FUNCTIONS:
@@ -103,13 +103,14 @@ def _trusted(name: str) -> Any:
 
 
 class _Pickler(pickle.Pickler):
-    """Also takes lazy layers, and what the parser of the command line makes."""
+    """Also takes what the parser of the command line makes, and lazy layers, without the numbers of their hooks: they
+    count all hooks of the process."""
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
             return _without_parser(value).__reduce__()
-        if isinstance(value, types.MethodType) and isinstance(value.__self__, LazyModuleMixin):
-            return _lazy_method, (value.__self__, value.__func__.__name__)
+        if isinstance(value, LazyModuleMixin):
+            return _lazy, (type(value), _without_hooks(value))
         return NotImplemented
 
 
@@ -145,8 +146,21 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool, requi
     return nn.Parameter(zeros, requires_grad) if is_parameter else zeros
 
 
-def _lazy_method(module: nn.Module, name: str) -> Any:
-    """The hooks by which a lazy layer takes its sizes from the data."""
-    if not isinstance(module, LazyModuleMixin) or name not in ("_infer_parameters", "_lazy_load_hook"):
-        raise pickle.UnpicklingError(f"{type(module).__name__}.{name} is no hook of a lazy layer")
-    return getattr(module, name)
+def _without_hooks(layer: Any) -> dict[str, Any]:
+    """The state of a lazy layer but for the hooks by which it takes its sizes."""
+    own = {layer._load_hook.id, layer._initialize_hook.id}
+    state = {name: part for name, part in vars(layer).items() if name not in ("_load_hook", "_initialize_hook")}
+    for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        state[name] = type(state[name])((i, hook) for i, hook in state[name].items() if i not in own)
+    return state
+
+
+def _lazy(cls: type, state: dict[str, Any]) -> nn.Module:
+    """A lazy layer of this state, with its hooks."""
+    if not issubclass(cls, LazyModuleMixin) or not issubclass(cls, nn.Module):
+        raise pickle.UnpicklingError(f"{cls.__name__} is no lazy layer")
+    layer: Any = cls.__new__(cls)
+    layer.__setstate__(state)
+    layer._load_hook = layer._register_load_state_dict_pre_hook(layer._lazy_load_hook)
+    layer._initialize_hook = layer.register_forward_pre_hook(layer._infer_parameters, with_kwargs=True)
+    return layer
