@@ -7,6 +7,7 @@ import functools
 import inspect
 import io
 import pickle
+import sys
 import types
 from importlib import import_module
 from typing import Any
@@ -18,13 +19,13 @@ from torch.nn.parameter import is_lazy
 
 TRUSTED = (
     "lightning_sparse_cl.backbones.", "lightning_sparse_cl.callbacks.", "lightning_sparse_cl.data.",
-    "lightning_sparse_cl.demos", "lightning_sparse_cl.methods.", "lightning_sparse_cl.metrics.",
+    "lightning_sparse_cl.demos.", "lightning_sparse_cl.methods.", "lightning_sparse_cl.metrics.",
     "lightning_sparse_cl.objectives.", "lightning_sparse_cl.optim.", "lightning_sparse_cl.sparsity.",
-    "lightning.pytorch.callbacks.", "torch.nn.", "torch.optim.", "torch.utils.hooks", "torchvision.models.",
-    "torchvision.ops.", "collections",
+    "lightning.pytorch.callbacks.", "torch.nn.", "torch.optim.", "torch.utils.hooks.", "torchvision.models.",
+    "torchvision.ops.", "collections.",
 )  # fmt: skip
 """What the names of modules begin with whose classes are made from a file without asking."""
-PLAIN = {functools.partial, set, frozenset, range, slice, complex, bytearray}
+PLAIN = {set, frozenset, range, slice, complex, bytearray}
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 """Modules whose functions are taken from a file: they compute, and do nothing else."""
 
@@ -73,11 +74,15 @@ def from_bytes(kept: bytes, weights_only: bool = True) -> Any:
 
 def class_named(name: str) -> Any:
     """A class by its full name: of this package, of torch, or of a module that is imported. If there is none, None."""
-    import sys
-
     module, _, last = name.rpartition(".")
-    held = import_module(module) if f"{module}.".startswith(TRUSTED) else sys.modules.get(module)
-    return getattr(held, last, None)
+    return getattr(_module(module) if f"{module}.".startswith(TRUSTED) else sys.modules.get(module), last, None)
+
+
+def _module(name: str) -> types.ModuleType | None:
+    try:
+        return import_module(name)
+    except ImportError:  # of another version
+        return None
 
 
 def _trusted(name: str) -> Any:
@@ -92,10 +97,7 @@ def _trusted(name: str) -> Any:
         return functools.partial
     if not f"{module}.".startswith(TRUSTED) and module not in FUNCTIONS:
         return None
-    try:
-        found = getattr(import_module(module), last, None)
-    except ImportError:
-        return None
+    found = getattr(_module(module), last, None)
     home = getattr(found, "__module__", None) or ""  # a module has names of others, too
     if inspect.isclass(found):
         return found if f"{home}.".startswith(TRUSTED) else None

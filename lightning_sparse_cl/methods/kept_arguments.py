@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sparse_cl.callbacks.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.methods.blueprint import Untrusted, class_named, from_bytes, to_bytes
@@ -34,6 +35,7 @@ class KeepsArguments(pl.LightningModule):
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         kept = {
             name: value if isinstance(value, str) else torch.frombuffer(bytearray(value), dtype=torch.uint8)
             for name, value in self._arguments.items()
@@ -50,6 +52,7 @@ class KeepsArguments(pl.LightningModule):
 
         Objects of this package, of torch and torchvision are made again by themselves. Those of other classes are only
         if ``torch.serialization.add_safe_globals`` has been told that they may be, or with ``weights_only=False``.
+        Where arguments are given, others that cannot be made again have their defaults, with a warning.
 
         Args:
             checkpoint_path: the file.
@@ -65,9 +68,11 @@ class KeepsArguments(pl.LightningModule):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         weights_only = dict(zip(OF_LIGHTNING, args), **kwargs).get("weights_only") is not False
         found = read_checkpoint(Path(checkpoint_path), mmap=True, weights_only=weights_only).get(ARGUMENTS)
-        made = cls if found is None else _class_of(cls, found["class"])
-        if found is not None and made is not None:
-            kwargs = _made_again(made, found["given"], kwargs, weights_only) | kwargs
+        made: type | None = None
+        if found is not None:
+            given = [name for name in kwargs if name not in OF_LIGHTNING]
+            made = _class_of(cls, found["class"], needed=not given)
+            kwargs = (_made_again(made, found["given"], given, weights_only) if made else {}) | kwargs
         loads: Any = super(KeepsArguments, made or cls)
         return loads.load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
@@ -102,16 +107,16 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _class_of(cls: type, name: str) -> type | None:
+def _class_of(cls: type, name: str, needed: bool) -> type | None:
     """The class that a checkpoint is of, if it is ``cls`` or derived from it; else None.
 
     Raises:
-        ValueError: if the class is of a module that is not imported, and not of this package.
+        ValueError: if it is needed and of a module that is not imported, and not of this package.
     """
     if name.rpartition(".")[2] == cls.__qualname__.rpartition(".")[2]:  # a script's module has another name elsewhere
         return cls
     found = class_named(name)
-    if found is None and cls.__module__.startswith(f"{__package__}."):
+    if found is None and needed and cls.__module__.startswith(f"{__package__}."):
         raise ValueError(
             f"{cls.__name__}.load_from_checkpoint: this checkpoint is of the class {name}; import it and call its "
             "load_from_checkpoint"
@@ -119,22 +124,30 @@ def _class_of(cls: type, name: str) -> type | None:
     return found if inspect.isclass(found) and issubclass(found, cls) else None
 
 
-def _made_again(cls: type, kept: dict[str, Any], given: dict[str, Any], weights_only: bool) -> dict[str, Any]:
+def _made_again(cls: type, kept: dict[str, Any], given: list[str], weights_only: bool) -> dict[str, Any]:
     """The arguments that were kept and are not given."""
     made: dict[str, Any] = {}
-    call = f"{cls.__name__}.load_from_checkpoint"
-    for name, value in kept.items():
-        if name in given:
-            continue
-        if isinstance(value, str):
-            raise ValueError(f"{call}: the argument {name!r} could not be saved ({value}); give {name}=... again")
+    parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # of this very class
+    for name, value in ((name, value) for name, value in kept.items() if name not in given):
         try:
-            made[name] = from_bytes(value.numpy().tobytes(), weights_only)
-        except Untrusted as error:
-            shown, more = error.names[:3], ", ..." * (len(error.names) > 3)
-            last = ", ".join(full.rpartition(".")[2] for full in shown) + more
-            raise ValueError(
-                f"{call}: the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a "
-                f"file without asking; give {name}=..., or call torch.serialization.add_safe_globals([{last}]) before"
-            ) from error
+            made[name] = _value(name, value, weights_only)
+        except ValueError as error:
+            told = f"{cls.__name__}.load_from_checkpoint: {error}"
+            if not given or name not in parameters or parameters[name].default is inspect.Parameter.empty:
+                raise ValueError(told) from error
+            rank_zero_warn(f"{told}; it has its default now")
     return made
+
+
+def _value(name: str, value: Any, weights_only: bool) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f"the argument {name!r} could not be saved ({value}); give {name}=... again")
+    try:
+        return from_bytes(value.numpy().tobytes(), weights_only)
+    except Untrusted as error:
+        shown, more = error.names[:3], ", ..." * (len(error.names) > 3)
+        last = ", ".join(full.rpartition(".")[2] for full in shown) + more
+        raise ValueError(
+            f"the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a file without "
+            f"asking; give {name}=... again, or call torch.serialization.add_safe_globals([{last}]) before"
+        ) from error

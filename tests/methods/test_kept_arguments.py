@@ -3,11 +3,13 @@
 import copy
 import os
 import pickle
+import sys
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -81,7 +83,7 @@ def test_constructors_of_ones_own_and_arguments_that_are_given(tmp_path):
 def test_classes_of_others_are_asked_for(tmp_path):
     model = saved(scl.EsaCL(OwnNet(8), sparsity=0.3), tmp_path / "x.ckpt")
     with pytest.raises(
-        ValueError, match=r"OwnNet.* give backbone=\.\.\., or call .*add_safe_globals\(\[OwnNet\]\)"
+        ValueError, match=r"OwnNet.* give backbone=\.\.\. again, or call .*add_safe_globals\(\[OwnNet\]\)"
     ) as e:
         scl.EsaCL.load_from_checkpoint(tmp_path / "x.ckpt")
     assert "\n" not in str(e.value)
@@ -99,6 +101,17 @@ def test_what_cannot_be_pickled_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"'optimizer' could not be saved .*; give optimizer=\.\.\. again"):
         scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt")
     assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", optimizer=torch.optim.SGD)
+    with pytest.warns(UserWarning, match="'optimizer' could not be saved.* default now"):
+        assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", backbone=scl.SmallMLP([8]))
+
+
+def test_a_class_that_is_not_imported_is_named(tmp_path, monkeypatch):
+    saved(OwnMethod(8, depth=2), tmp_path / "x.ckpt")
+    monkeypatch.delitem(sys.modules, OwnMethod.__module__)
+    with pytest.raises(ValueError, match=r"is of the class .*OwnMethod; import it"):
+        scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    parts = {"backbone": scl.SmallMLP([8, 8]), "objective": scl.DERpp(20, 8)}
+    assert type(scl.EsaCL.load_from_checkpoint(tmp_path / "x.ckpt", **parts)) is scl.EsaCL
 
 
 @pytest.mark.parametrize("call", [os.system, scl.load_sparse, torch.load, print], ids=lambda f: f.__name__)
@@ -149,6 +162,14 @@ def test_older_checkpoints_ask_for_the_arguments(tmp_path):
         scl.ContinualModule.load_from_checkpoint(tmp_path / "older.ckpt")
     loaded = scl.ContinualModule.load_from_checkpoint(tmp_path / "older.ckpt", backbone=scl.SmallMLP([8]))
     assert torch.equal(loaded.eval()(IMAGES), model(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "value", [{1, 2}, frozenset("a"), range(3), slice(1, 2), F.gelu, partial(F.relu, inplace=True), nn.GELU, 1 + 2j]
+)
+def test_harmless_values_come_back(value):
+    found = from_bytes(to_bytes([value]))[0]
+    assert found == value or (found.func, found.keywords) == (value.func, value.keywords)
 
 
 def test_making_a_module_draws_no_random_numbers():
