@@ -90,7 +90,10 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
             f"checkpoint {path}: it does not say what its network and data were, as those of this version do; an older "
             "one wrote it, or no method of this package"
         )
-    module: scl.ContinualModule = scl.ContinualModule.load_from_checkpoint(path, map_location="cpu")
+    try:
+        module: scl.ContinualModule = scl.ContinualModule.load_from_checkpoint(path, map_location="cpu")
+    except ValueError as error:
+        raise ValueError(f"{error}; for that, use predict_images in Python") from error
     if (known := module.data_description) is None or known.transform() is None:
         raise ValueError(f"checkpoint {path}: its data had a transform of their own; use predict_images in Python")
     try:

@@ -151,3 +151,6 @@ def _value(name: str, value: Any, weights_only: bool) -> Any:
             f"the argument {name!r} has objects of {', '.join(shown)}{more}, which are not made from a file without "
             f"asking; give {name}=... again, or call torch.serialization.add_safe_globals([{last}]) before"
         ) from error
+    except Exception as error:  # an unpickler raises anything
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"the argument {name!r} cannot be made again ({line}); give {name}=... again") from error

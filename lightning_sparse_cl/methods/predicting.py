@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ class PredictsImages(pl.LightningModule):
         """Raw images as network input (N, C, H, W): converted, resized and normalised as the training's were.
 
         Args:
-            images: uint8 (N, C, H, W), or a list of images (C, H, W), PIL images or paths, of any sizes and modes.
+            images: uint8 (N, C, H, W), or a list of images (C, H, W), PIL images or paths, of any sizes and modes; or
+                one PIL image or path.
             transform: from stored images (N, C, H, W) to network input. If None, the training's normalisation.
 
         Raises:
@@ -91,12 +93,13 @@ class PredictsImages(pl.LightningModule):
             ValueError: as for :meth:`prepare_images`.
         """
         known, was_training = self._known(), self.training
-        count = len(images) if hasattr(images, "__len__") and not isinstance(images, str) else 1
-        batches = [images[i : i + batch_size] for i in range(0, count, batch_size)] if count > 1 else [images]
+        if isinstance(images, str | os.PathLike) or hasattr(images, "getbands"):
+            images = [images]
         self.eval()
         found: list[Prediction] = []
         try:
-            for batch in batches:
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
                 logits = self(self.prepare_images(batch, transform))[:, : len(known.class_names)]
                 best = logits.float().softmax(1).max(1)
                 found += [

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 import sys
+from collections import defaultdict
 from functools import partial
 
 import pytest
@@ -103,6 +104,15 @@ def test_what_cannot_be_pickled_is_asked_for(tmp_path):
     assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", optimizer=torch.optim.SGD)
     with pytest.warns(UserWarning, match="'optimizer' could not be saved.* default now"):
         assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", backbone=scl.SmallMLP([8]))
+
+
+def test_what_cannot_be_made_again_is_asked_for(tmp_path):
+    model = scl.ContinualModule(scl.SmallMLP([8]), policies=[defaultdict(int, {1: 2})])
+    model.policies = []
+    saved(model, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r"'policies' cannot be made again .*; give policies=\.\.\. again") as error:
+        scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert "\n" not in str(error.value)
 
 
 def test_a_class_that_is_not_imported_is_named(tmp_path, monkeypatch):
