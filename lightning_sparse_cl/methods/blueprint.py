@@ -25,7 +25,7 @@ TRUSTED = (
     "torchvision.ops.", "collections.",
 )  # fmt: skip
 """What the names of modules begin with whose classes are made from a file without asking."""
-PLAIN = {set, frozenset, range, slice, complex, bytearray}
+PLAIN = {bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, range, slice}
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 """Modules whose functions are taken from a file: they compute, and do nothing else."""
 
