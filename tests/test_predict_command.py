@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy_trainer import trainer
 
@@ -82,6 +83,7 @@ def test_classes_of_several_tasks_leave_the_task_empty(photos, sparsecl, tmp_pat
         (["--ckpt_path=none.ckpt"], "checkpoint none.ckpt: this file is not there"),
         (["--ckpt_path=older.ckpt"], "checkpoint older.ckpt: it does not say what its network and data were"),
         (["--ckpt_path=own.ckpt"], "checkpoint own.ckpt: its data had a transform of their own"),
+        (["--ckpt_path=floats.ckpt"], "checkpoint floats.ckpt: its training images were torch.float32 (1, 8, 8)"),
         (["--batch_size=0"], "--batch_size=0: a batch has at least one image"),
         (["--output=no/such.csv"], "--output=no/such.csv: there is no folder 'no'"),
         (["--device=nonsense"], "--device=nonsense: "),
@@ -101,6 +103,10 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(
 
     (t := trainer(epochs=1)).fit(scl.ContinualModule(scl.SmallMLP([8])), toy_tasks(transform=Own([0.5], [0.5])))
     t.save_checkpoint(tmp_path / "own.ckpt")
+    floats = (torch.rand(40, 1, 8, 8), torch.arange(40) % 4)
+    data = scl.SplitTensors(floats, floats, num_tasks=2, batch_size=10)
+    (t := trainer(epochs=1)).fit(scl.ContinualModule(scl.SmallMLP([8])), data)
+    t.save_checkpoint(tmp_path / "floats.ckpt")
     with monkeypatch.context() as patch:
         patch.setattr(scl.ContinualModule, "on_save_checkpoint", lambda *_: None)
         t.save_checkpoint(tmp_path / "older.ckpt")

@@ -70,7 +70,10 @@ def command(args: Sequence[str]) -> None:
         rank_zero_warn(f"files of {given.data!r} that are not read: {others}")
     module, known = _module(given.ckpt_path, given.device)
     written = 0
-    with whole_file(given.output) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(given.output) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for batch, images in _batches(paths, given.batch_size, known):
@@ -96,6 +99,11 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
         raise ValueError(f"{error}; for that, use predict_images in Python") from error
     if (known := module.data_description) is None or known.transform() is None:
         raise ValueError(f"checkpoint {path}: its data had a transform of their own; use predict_images in Python")
+    if known.dtype != torch.uint8 or known.input_shape[0] not in (1, 3):
+        raise ValueError(
+            f"checkpoint {path}: its training images were {known.dtype} {known.input_shape}, which image files cannot be "
+            "made into; use predict_images in Python"
+        )
     try:
         return module.to(device).eval(), known
     except (RuntimeError, AssertionError) as error:  # torch's words for a device that is not there
