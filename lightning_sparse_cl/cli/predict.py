@@ -101,8 +101,8 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
         raise ValueError(f"checkpoint {path}: its data had a transform of their own; use predict_images in Python")
     if known.dtype != torch.uint8 or known.input_shape[0] not in (1, 3):
         raise ValueError(
-            f"checkpoint {path}: its training images were {known.dtype} {known.input_shape}, which image files cannot be "
-            "made into; use predict_images in Python"
+            f"checkpoint {path}: its training images were {known.dtype} {known.input_shape}, which image files cannot "
+            "be made into; use predict_images in Python"
         )
     try:
         return module.to(device).eval(), known
