@@ -46,6 +46,7 @@ from lightning_sparse_cl.data import (
     CIFAR10Source,
     CIFAR100Source,
     ClassSplit,
+    DataDescription,
     DigitsSource,
     FashionMNISTSource,
     GrowingImageFolder,
@@ -79,7 +80,7 @@ from lightning_sparse_cl.data import (
     TinyImageNetSource,
     learn,
 )
-from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, SparCL
+from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
     CO2L,
@@ -148,6 +149,7 @@ __all__ = [
     "CrossEntropy",
     "DERpp",
     "DERppOneDraw",
+    "DataDescription",
     "DigitsSource",
     "DropAndGrow",
     "DynamicDataRemoval",
@@ -185,6 +187,7 @@ __all__ = [
     "Permuted",
     "PermutedDigits",
     "PermutedMNIST",
+    "Prediction",
     "RandomState",
     "Reopen",
     "ResNet18",

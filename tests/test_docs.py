@@ -64,12 +64,13 @@ def test_er_ace_like_leaves_old_classes_alone():
     assert not logits.grad[:, :4].any() and logits.grad[:, 4:].all()
 
 
-def test_snippets_of_drop_in_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["drop_in.md", "predict.md"])
+def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "drop_in.md").read_text(), re.S)
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "drop_in.md", "exec"), {"__name__": "drop_in"})
+        exec(compile(snippet, page, "exec"), {"__name__": page})
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("*.md")))

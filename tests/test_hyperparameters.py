@@ -42,6 +42,7 @@ NO_RESULT = {
     "how fast it is computed": {"SparseAcceleration"},
     "where it runs, not what comes out": {"num_workers"},
     "schedulers of foreign modules, tested in test_order_and_hooks": {"TaskSchedule.restart_schedulers"},
+    "what is tested, not how it is trained, tested in test_some_tasks": {"ContinualEvaluation.tasks"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
         for name in ("Digits", "MNIST", "FashionMNIST")},

@@ -45,14 +45,21 @@ class ContinualEvaluation(pl.Callback):
     Args:
         before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
         class_il: False measures Task-IL alone, which sends an image through the subnetwork of its task only.
+        tasks: what ``trainer.test`` and ``trainer.validate`` look at: tasks by number, counted from 0, or by the name
+            of a class that they have. Other tasks are not tested, shown or logged. If None, all. A fit measures all.
 
     Raises:
         TypeError: if the trainer has no :class:`TaskDataModule`, or there are no logits in what ``forward`` returns.
-        ValueError: if there are fewer logits than classes.
+        ValueError: if there are fewer logits than classes, or ``tasks`` names none or an unknown one.
     """
 
-    def __init__(self, before_pruning: bool = False, class_il: bool = True) -> None:
+    def __init__(
+        self, before_pruning: bool = False, class_il: bool = True, tasks: list[str | int] | None = None
+    ) -> None:
+        if tasks is not None and not tasks:
+            raise ValueError("ContinualEvaluation(tasks=[]): at least one task is tested; leave tasks out for all")
         self.before_pruning = before_pruning
+        self.tasks = tasks
         self.scenarios = SCENARIOS if class_il else ("task_il",)
         self.matrices: dict[str, AccuracyMatrix] = {}
         """R by scenario; of the network before pruning under ``class_il_before`` and ``task_il_before``."""
@@ -66,11 +73,14 @@ class ContinualEvaluation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = _data(trainer)
         self._kept = KeptAnswers()
+        data.tested = None
         if stage == "fit":
             self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
             self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
         else:
+            if self.tasks is not None and stage in ("test", "validate"):
+                data.tested = _chosen(self.tasks, data)
             self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in self.scenarios}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
@@ -144,13 +154,13 @@ class ContinualEvaluation(pl.Callback):
     ) -> None:  # fmt: skip
         x, y = batch
         logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else None
-        self._count(pl_module, x, y, dataloader_idx, self.tested, logits)
+        self._count(pl_module, x, y, _data(trainer).tasks_tested[dataloader_idx], self.tested, logits)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for scenario in self.scenarios:
-            row = self.tested[scenario].close_row(0)
-            tasks = {f"{scenario}/task_{t}": accuracy for t, accuracy in enumerate(row)}
-            pl_module.log_dict(tasks | {f"{scenario}/acc": row.nanmean()}, sync_dist=True)
+            row, chosen = self.tested[scenario].close_row(0), _data(trainer).tasks_tested
+            tasks = {f"{scenario}/task_{t}": row[t] for t in chosen}
+            pl_module.log_dict(tasks | {f"{scenario}/acc": row[chosen].nanmean()}, sync_dist=True)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if trainer.state.fn == "validate":
@@ -159,6 +169,10 @@ class ContinualEvaluation(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":
             self.on_test_epoch_end(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if isinstance(data := getattr(trainer, "datamodule", None), TaskDataModule):
+            data.tested = None
 
     def state_dict(self) -> dict[str, Any]:
         matrices = {name: {"R": m.R, "baseline": m.baseline} for name, m in self.matrices.items()}
@@ -175,6 +189,27 @@ def _data(trainer: pl.Trainer) -> TaskDataModule:
             f"ContinualEvaluation: the trainer's datamodule is a {type(data).__name__}, not a TaskDataModule"
         )
     return data
+
+
+def _chosen(tasks: list[str | int], data: TaskDataModule) -> list[int]:
+    """Tasks by number or by the name of a class, as numbers in ascending order.
+
+    Raises:
+        ValueError: if there is no such task or class.
+    """
+    found: set[int] = set()
+    names = [[data.class_names[label] for label in labels] for labels in data.classes]
+    for wanted in tasks:
+        if isinstance(wanted, int):
+            having = [wanted] if 0 <= wanted < len(names) else []
+            known = f"tasks are 0-{len(names) - 1}"
+        else:
+            having = [task for task, called in enumerate(names) if wanted in called]
+            known = "classes are " + ", ".join(data.class_names[:5]) + ", ..." * (len(data.class_names) > 5)
+        if not having:
+            raise ValueError(f"ContinualEvaluation(tasks={tasks}): there is no {wanted!r}; {known}")
+        found.update(having)
+    return sorted(found)
 
 
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:

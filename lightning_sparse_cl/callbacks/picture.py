@@ -9,8 +9,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from lightning_sparse_cl.callbacks.blocks import Value, blocks, ends, labels, mean, means
+from lightning_sparse_cl.callbacks.class_lists import class_lines, class_lists
 
-CELL, MARGIN = 44, 30
+CELL, MARGIN, LINE = 44, 30, 16
 MOST = 20
 """Cells beside and below each other; where there are more tasks or layers, a cell is the mean of a block of them."""
 LOW, HIGH = (247, 251, 255), (8, 69, 148)
@@ -19,20 +20,30 @@ Panel = tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Value]]]
 """Title, labels of the rows and of the columns, and the fractions to show, percent in the cells."""
 
 
-def draw_matrices(matrices: Mapping[str, Sequence[Sequence[Value]]], path: Path) -> None:
+def draw_matrices(
+    matrices: Mapping[str, Sequence[Sequence[Value]]], path: Path, classes: Sequence[Sequence[str]] = ()
+) -> None:
     """Draw R (fractions) side by side as heat maps, percent in the cells: row = after task, column = on task.
 
-    Above 20 tasks a column is the mean over a block of tasks, and a row is that after the last task of a block.
+    Above 20 tasks a column is the mean over a block of tasks, and a row is that after the last task of a block. Below
+    that the classes of each task are written under the heat maps, as far as there is room.
+
+    Args:
+        matrices: R by title.
+        path: the file.
+        classes: names of each task's classes; nothing is said of them without.
     """
     panels = []
     for title, R in matrices.items():
         after = ends(len(R), MOST)
         columns = labels(len(R[0]), MOST)
         panels.append((f"{title}, %", [str(i + 1) for i in after], columns, [means(R[i], MOST) for i in after]))
-    draw_panels(panels, path)
+    draw_panels(panels, path, classes)
 
 
-def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None, path: Path) -> None:
+def draw_subnetworks(
+    shared: Mapping[str, Any], growth: Mapping[str, Any] | None, path: Path, classes: Sequence[Sequence[str]] = ()
+) -> None:
     """Draw what tasks share, by task from left to right; above 20 tasks or layers a cell is the mean over a block.
 
     Four panels: density per layer; overlap of masks, the part of the row's weights that the column's task uses too; use
@@ -42,6 +53,7 @@ def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None
         shared: the summary of :class:`TaskSubnetworks`.
         growth: the summary of :class:`SparseGrowth`, where there is one.
         path: the file.
+        classes: as for :func:`draw_matrices`.
     """
     density, tasks = shared["density"], labels(len(shared["used"]), MOST)
     layers = [name.removesuffix(".weight").removeprefix("backbone.") for name in density]
@@ -57,6 +69,7 @@ def draw_subnetworks(shared: Mapping[str, Any], growth: Mapping[str, Any] | None
             ("model size, % of the whole network", list(size), tasks, _cells(list(size.values()))),
         ],
         path,
+        classes,
     )
 
 
@@ -71,8 +84,8 @@ def _cells(values: Sequence[Sequence[Value]]) -> list[list[Value]]:
     return [[mean(column) for column in zip(*(rows[i] for i in b), strict=True)] for b in blocks(len(rows), MOST)]
 
 
-def draw_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Draw heat maps side by side."""
+def draw_panels(panels: Sequence[Panel], path: Path, classes: Sequence[Sequence[str]] = ()) -> None:
+    """Draw heat maps side by side; below them, for up to 20 tasks, the names of each task's classes."""
     font = ImageFont.load_default(12)
     lefts = [MARGIN + max(int(font.getlength(label)) for label in rows) for _, rows, _, _ in panels]
     widths = [
@@ -80,8 +93,12 @@ def draw_panels(panels: Sequence[Panel], path: Path) -> None:
         for left, (title, _, columns, _) in zip(lefts, panels, strict=True)
     ]
     height = 2 * MARGIN + CELL * max(len(values) for *_, values in panels)
-    image = Image.new("RGB", (sum(widths) + MARGIN, height), "white")
+    lists = class_lists(classes) if 0 < len(classes) <= MOST else {}
+    notes = class_lines(lists, sum(widths) - MARGIN, font.getlength) if lists else []
+    image = Image.new("RGB", (sum(widths) + MARGIN, height + LINE * len(notes)), "white")
     draw = ImageDraw.Draw(image)
+    for i, note in enumerate(notes):
+        draw.text((MARGIN, height - MARGIN / 2 + LINE * i), note, fill="black", font=font)
     start = 0
     for (title, rows, columns, values), left, width in zip(panels, lefts, widths, strict=True):
         left += start

@@ -32,6 +32,7 @@ from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.task_line import learnt_line
 from lightning_sparse_cl.callbacks.time_left import SequenceTime
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
+from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.sparsity import Masks
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.whole_file import whole_file
@@ -62,7 +63,8 @@ class RunReport(TaskCallback):
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
     ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds``
-    (of training and evaluation, pauses left out), ``seed``, ``versions``, ``machine``, ``finished``.
+    (of training and evaluation, pauses left out), ``class_names``, ``classes`` (the names of each task's classes),
+    ``seed``, ``versions``, ``machine``, ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``
     is false, and ``stopped_at`` tells the ``task``, the ``epoch`` within it (both from 0) and the ``step``. A run that
@@ -143,11 +145,12 @@ class RunReport(TaskCallback):
         if matrices:
             from lightning_sparse_cl.callbacks.picture import draw_matrices
 
-            draw_matrices(matrices, self._folder / "accuracy_matrix.png")
+            draw_matrices(matrices, self._folder / "accuracy_matrix.png", metrics.get("classes", ()))
         if metrics.get("subnetworks", {}).get("density"):
             from lightning_sparse_cl.callbacks.picture import draw_subnetworks
 
-            draw_subnetworks(metrics["subnetworks"], metrics.get("growth"), self._folder / "subnetworks.png")
+            path = self._folder / "subnetworks.png"
+            draw_subnetworks(metrics["subnetworks"], metrics.get("growth"), path, metrics.get("classes", ()))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._tell_of_stop(trainer, pl_module)
@@ -175,7 +178,8 @@ class RunReport(TaskCallback):
 
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        print_tested({name: value.item() for name, value in trainer.callback_metrics.items()})
+        figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        print_tested(figures, classes=_classes(trainer).get("classes", ()))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -195,6 +199,7 @@ class RunReport(TaskCallback):
         alive = {n: int(p.count_nonzero()) for n, p in weights.items()}
         masked = list(Masks.of(pl_module))
         total = sum(weights[n].numel() for n in masked)
+        metrics |= _classes(trainer)
         return metrics | {
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},
@@ -208,6 +213,14 @@ class RunReport(TaskCallback):
             },
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {trainer.strategy.root_device}",
         }
+
+
+def _classes(trainer: pl.Trainer) -> dict[str, Any]:
+    """Names of the data's classes, and of those that each task has; nothing if the data have no tasks."""
+    data = parts_of(trainer).datamodule
+    if not isinstance(data, TaskDataModule):
+        return {}
+    return {"class_names": list(data.class_names), "classes": data.description().names_of_tasks()}
 
 
 def _state(trainer: pl.Trainer, finished: bool) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lightning_sparse_cl.callbacks.blocks import Value, ends, labels, means
+from lightning_sparse_cl.callbacks.blocks import Value, blocks, ends, labels, means
+from lightning_sparse_cl.callbacks.class_lists import class_lines, class_lists
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS
 
 TITLES = {"class_il": "Class-IL", "task_il": "Task-IL"}
@@ -38,6 +40,7 @@ def print_report(metrics: Mapping[str, Any], console: Console | None = None, is_
         if before := [metrics[f"{s}_before"]["acc"] for s in scenarios if f"{s}_before" in metrics]:
             summary.add_row("ACC before the last pruning", *map(percent, before))
         _print("Summary, %", summary, console)
+        _print_classes(class_lists(metrics.get("classes", ())), console)
     console.print()
     console.print(_spending(metrics))
 
@@ -92,25 +95,45 @@ def _spending(metrics: Mapping[str, Any]) -> Table:
     return lines
 
 
-def print_tested(figures: Mapping[str, float], console: Console | None = None) -> None:
+def print_tested(
+    figures: Mapping[str, float], console: Console | None = None, classes: Sequence[Sequence[str]] = ()
+) -> None:
     """Print the accuracies that ``trainer.test`` or ``trainer.validate`` found, in percent; nothing without them.
 
     Args:
         figures: fractions by name, as :class:`ContinualEvaluation` logs them; others are left out.
         console: where to print; the standard output if None.
+        classes: names of each task's classes; nothing is said of them without.
     """
     console = console or Console()
     scenarios = [s for s in SCENARIOS if f"{s}/acc" in figures]
     if not scenarios:
         return
-    tasks = sum(name.startswith(f"{scenarios[0]}/task_") for name in figures)
+    start = f"{scenarios[0]}/task_"
+    tasks = sorted(int(name.removeprefix(start)) for name in figures if name.startswith(start))
     table = _table("task", *(TITLES[s] for s in scenarios))
-    columns = [means([figures[f"{s}/task_{t}"] for t in range(tasks)], MOST_LINES) for s in scenarios]
-    for name, *row in zip(labels(tasks, MOST_LINES), *columns, strict=True):
+    columns = [means([figures[f"{s}/task_{t}"] for t in tasks], MOST_LINES) for s in scenarios]
+    for name, *row in zip(_named(tasks, MOST_LINES), *columns, strict=True):
         table.add_row(name, *map(percent, row))
     table.add_section()
     table.add_row("ACC", *(percent(figures[f"{s}/acc"]) for s in scenarios))
     _print("Accuracy on each task, %", table, console)
+    _print_classes(class_lists(classes, tasks) if classes else {}, console)
+
+
+def _named(tasks: Sequence[int], most: int) -> list[str]:
+    """Blocks of tasks by their first and last number, counted from 1."""
+    found = [(tasks[block[0]] + 1, tasks[block[-1]] + 1) for block in blocks(len(tasks), most)]
+    return [f"{first}-{last}" if first < last else str(first) for first, last in found]
+
+
+def _print_classes(lists: Mapping[str, Sequence[str]], console: Console) -> None:
+    """Under a table: which classes its tasks have."""
+    if lists:
+        title = Text("Classes of each task", style="bold")
+        console.print(Padding(title, (1, 0, 0, 0), expand=False))
+        for line in class_lines(lists, min(console.width, 80), cell_len):
+            console.print(Text(line))
 
 
 def _table(first: str, *others: str) -> Table:

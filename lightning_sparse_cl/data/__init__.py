@@ -3,6 +3,7 @@
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.class_split import ClassSplit
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.domains import (
     Permuted,
     PermutedDigits,
@@ -42,6 +43,7 @@ __all__ = [
     "CIFAR10Source",
     "CIFAR100Source",
     "ClassSplit",
+    "DataDescription",
     "DigitsSource",
     "FashionMNISTSource",
     "GrowingImageFolder",

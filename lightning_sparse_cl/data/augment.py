@@ -22,7 +22,8 @@ class ImageTransform(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int = 0, flip: bool = False) -> None:
         super().__init__()
-        self.mean, self.std, self.crop, self.flip = list(mean), list(std), crop, flip
+        self.crop, self.flip = crop, flip
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         self.register_buffer("scale", 1 / (255 * torch.tensor(std)).view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1), persistent=False)
 
@@ -36,7 +37,7 @@ class ImageTransform(nn.Module):
 
     def normalisation(self) -> dict[str, list[float]]:
         """The arguments ``mean`` and ``std``."""
-        return {"mean": self.mean, "std": self.std}
+        return {"mean": list(self.mean), "std": list(self.std)}
 
     def _augment(self, x: Tensor) -> Tensor:
         """Each sample a window of its padded image or of the mirror image: one copy, out of a view of all windows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
 from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
@@ -86,6 +87,9 @@ class TaskDataModule(pl.LightningDataModule):
         With ``joint`` there is one of everything."""
         self.input_shape: tuple[int, ...] = ()
         self.stored_dtype = torch.uint8
+        self.tested: list[int] | None = None
+        """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it for
+        their time. If None, all."""
         self.raw: Tensor | None = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
         self.samples_per_task: list[int] = []
@@ -301,12 +305,18 @@ class TaskDataModule(pl.LightningDataModule):
         if self._attached.state.fn == "fit":
             return [self._eval_loader(self.train_sets[self.task], self._held_out[self.task])] * bool(self.val_fraction)
         if self.val_fraction and not self.joint:
-            return [self._eval_loader(d, i) for d, i in zip(self.train_sets, self._held_out, strict=True)]
+            held_out = list(zip(self.train_sets, self._held_out, strict=True))
+            return [self._eval_loader(*held_out[t]) for t in self.tasks_tested]
         return self.test_dataloader()
 
     def test_dataloader(self) -> list[DataLoader]:
         """One loader a task; each process has its share, every sample in exactly one."""
-        return [self._eval_loader(d, torch.arange(length(d))) for d in self.test_sets]
+        return [self._eval_loader(d, torch.arange(length(d))) for d in (self.test_sets[t] for t in self.tasks_tested)]
+
+    @property
+    def tasks_tested(self) -> list[int]:
+        """The task of each loader of ``validate`` and ``test``."""
+        return list(range(len(self.test_sets))) if self.tested is None else self.tested
 
     predict_dataloader = test_dataloader
 
@@ -323,6 +333,19 @@ class TaskDataModule(pl.LightningDataModule):
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
         x = self.transform(x, augment=augment and self.augment)
         return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
+
+    def description(self) -> DataDescription:
+        """What a trained network has to know of these data. After :meth:`setup`."""
+        known = self.transform if type(self.transform) is ImageTransform else None
+        return DataDescription(
+            input_shape=self.input_shape,
+            dtype=self.stored_dtype,
+            mean=known.mean if known else None,
+            std=known.std if known else None,
+            size=None,
+            class_names=tuple(self.class_names),
+            classes=tuple(map(tuple, self.classes)),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {

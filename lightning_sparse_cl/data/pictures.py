@@ -79,13 +79,20 @@ def unread(part: Path) -> str:
     return " and ".join(told)
 
 
+def unread_below(folder: Path) -> str:
+    """Which files anywhere in a folder are not read, as text; empty if none. Hidden files and notes do not count."""
+    endings = [path.suffix.lower() for path in _files(folder)]
+    found = Counter(ending for ending in endings if ending not in ENDINGS | NOTES)
+    return ", ".join(f"{n} {ending or 'without ending'}" for ending, n in sorted(found.items()))
+
+
 def _files(folder: Path) -> list[Path]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file())
     return [p for p in paths if not any(name.startswith(".") for name in p.relative_to(folder).parts)]
 
 
-def read_rgb(path: Path, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file (H, W, 3), resized if asked.
+def open_picture(path: Path, name: str) -> Any:
+    """An image file as a PIL image in mode L or RGB, decoded.
 
     Raises:
         ValueError: with the name and the file, if it cannot be read or holds several pictures.
@@ -96,9 +103,18 @@ def read_rgb(path: Path, name: str, size: tuple[int, int] | None = None) -> np.n
         with Image.open(path) as file:
             if file.format == "TIFF" and (count := getattr(file, "n_frames", 1)) > 1:
                 raise ValueError(f"it holds {count} pictures instead of one")
-            image = eight_bits(file).convert("RGB")
+            image = eight_bits(file)
+            image.load()
+            return image
     except Exception as error:  # a decoder raises whatever the broken bytes lead to
         raise ValueError(f"{name}: cannot read the image {str(path)!r}: {error}") from error
+
+
+def read_rgb(path: Path, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An image file (H, W, 3), resized if asked. Raises as :func:`open_picture`."""
+    from PIL import Image
+
+    image = open_picture(path, name).convert("RGB")
     return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.checks import refuse_empty
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.loader import ImageTensors
 from lightning_sparse_cl.data.sources import ImageSource
@@ -83,6 +85,9 @@ class SourceTasks(TaskDataModule):
                 "none for training"
             )
         return tasks
+
+    def description(self) -> DataDescription:
+        return replace(super().description(), size=getattr(self.source, "size", None))
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         """A part of the source, with labels in ``range(source.num_classes)``."""

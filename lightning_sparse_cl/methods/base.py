@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -20,11 +18,10 @@ from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.head import draw_head, logits_among
 from lightning_sparse_cl.backbones.memory_format import channels_last_
-from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
-from lightning_sparse_cl.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.data.learnt import ASKED
-from lightning_sparse_cl.methods.growth import grown, grown_masks
+from lightning_sparse_cl.methods.going_on import GoesOn
+from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
+from lightning_sparse_cl.methods.predicting import PredictsImages
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -33,7 +30,7 @@ from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.task_hooks import TaskHooks
 
 
-class ContinualModule(TaskHooks, pl.LightningModule):
+class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
     """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
 
     Args:
@@ -71,10 +68,6 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
         self.policies = list(policies)
-        self.sequence: dict[str, Any] | None = None
-        """What the last fit has left of its sequence beside the network, as in a checkpoint: a fit on further tasks
-        goes on from it. If None, the next fit begins a sequence."""
-        self._known_classes: int | None = None  # before the network got outputs for further ones
 
     def configure_model(self) -> None:
         if self._trainer is None:
@@ -83,7 +76,7 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         if self.head is None:
             seed = self.trainer.strategy.broadcast(torch.initial_seed())
             self.build(data.input_shape, data.num_classes, seed, data.stored_dtype)
-        elif data.num_classes > self.head.out_features and (data.learnt is None or self.trainer.state.fn != "fit"):
+        elif self.trainer.state.fn == "fit" and data.num_classes > self.head.out_features and data.learnt is None:
             raise ValueError(
                 f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
                 f"{data.num_classes}; it learns more when its sequence is known: after a fit that has ended, or from a "
@@ -155,10 +148,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         return self.optimizer(self.parameters())
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         keep_freed_memory()
-        if self._known_classes is not None:
-            self.objective.add_classes(self, self._known_classes, task_data(self.trainer).prepare)
-            self._known_classes = None
 
     def forward(self, x: Tensor, features: bool = False) -> Any:
         """Images (B, C, H, W) to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
@@ -295,18 +286,8 @@ class ContinualModule(TaskHooks, pl.LightningModule):
             logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
         return F.cross_entropy(logits.float(), y, reduction="sum"), len(y)
 
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Lightning's, after the file's checksum has been compared.
-
-        Raises:
-            ValueError: if the file is missing, truncated, altered or no checkpoint.
-        """
-        if isinstance(checkpoint_path, str | os.PathLike) and "://" not in str(checkpoint_path):
-            read_checkpoint(Path(checkpoint_path), mmap=True, weights_only=kwargs.get("weights_only") is not False)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["built_for"] = self.built
         checkpoint["masks"] = Masks.of(self).state_dict()
 
@@ -316,10 +297,11 @@ class ContinualModule(TaskHooks, pl.LightningModule):
         Raises:
             ValueError: if the checkpoint is of another network or memory.
         """
+        super().on_load_checkpoint(checkpoint)
         if self.head is None:
             self.build(**checkpoint["built_for"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            self._grow(checkpoint, task_data(self.trainer, self).num_classes)
+            self.grow(checkpoint, task_data(self.trainer, self).num_classes)
         else:
             self.remember_sequence(checkpoint)
         own, found = self.state_dict(), checkpoint["state_dict"]
@@ -333,42 +315,6 @@ class ContinualModule(TaskHooks, pl.LightningModule):
                 )
         if "masks" in checkpoint:  # gradient masks are those of a step that is over
             Masks.of(self).load_state_dict(checkpoint["masks"] | {"updated": {}})
-
-    def _grow(self, checkpoint: dict[str, Any], classes: int) -> None:
-        """Be a network of so many classes, and the checkpoint one of such a network, if they are of fewer."""
-        known = checkpoint["built_for"]["num_classes"]
-        if self.head.out_features == known < classes:
-            masks = Masks.of(self).state_dict()
-            with torch.random.fork_rng([]):
-                self.build(**(checkpoint["built_for"] | {"num_classes": classes}))
-            checkpoint["state_dict"] = grown(checkpoint["state_dict"], self)
-            checkpoint["masks"] = grown_masks(checkpoint.get("masks", masks), self)
-            self._known_classes = known
-
-    def go_on_from(self, path: str | os.PathLike) -> None:
-        """Take the network and the sequence of a checkpoint: the next fit learns the tasks that it has not learnt yet.
-
-        Args:
-            path: a checkpoint of a task sequence, taken at its end, between tasks, or inside of one.
-
-        Raises:
-            ValueError: if the file is damaged, of another version or method, or of another network.
-        """
-        checkpoint = read_checkpoint(Path(path))
-        trained = sequence_of(checkpoint)["tested"]["method"]
-        if trained != type(self).__qualname__:
-            raise ValueError(
-                f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}"
-            )
-        self.on_load_checkpoint(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"])
-        self.sequence = (self.sequence or {}) | {ASKED: True}
-
-    def remember_sequence(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Keep what a checkpoint tells of the sequence, without what the module holds itself; None forgets it."""
-        own = ("state_dict", "masks", "subnetworks")
-        sequence = checkpoint is not None and "task_sequence" in checkpoint
-        self.sequence = {k: v for k, v in checkpoint.items() if k not in own} if checkpoint and sequence else None
 
     def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """What every process has seen, in the same order on each, so that all hold the same memory."""

@@ -76,7 +76,7 @@ def test_a_method_that_is_loaded_from_a_checkpoint_has_its_masks(tmp_path, seed)
     trainer(epochs=1).fit(again, toy_tasks())
     assert all(torch.equal(scl.Masks.of(again).alive[name], mask) for name, mask in saved.items())
     unpruned = scl.ContinualModule.load_from_checkpoint(
-        tmp_path / "last.ckpt", weights_only=True, backbone=scl.SmallCNN(4)
+        tmp_path / "last.ckpt", weights_only=True, backbone=scl.SmallCNN(4), policies=[]
     )
     trainer(epochs=1).fit(unpruned, toy_tasks())  # no policy: what is pruned stays so
     assert not any(bool(unpruned.get_parameter(name)[~mask].any()) for name, mask in saved.items())
