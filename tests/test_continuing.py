@@ -172,3 +172,10 @@ def test_a_continued_run_is_tested_on_the_tasks_whose_data_are_there(tmp_path, f
         assert all(row[t] == pytest.approx(wanted[t].item()) for t in tested)
         assert found[f"{scenario}/acc"].item() == pytest.approx(wanted[tested].mean().item())
     assert evaluation.tested
+
+
+def test_the_screen_says_what_was_not_measured(tmp_path, first, capsys):
+    main(command(tmp_path / "later", "derpp", *tasks(LATER), f"--continue_from={first}"))
+    assert "-: not measured; the task's test data are not there" in " ".join(capsys.readouterr().out.split())
+    main(command(tmp_path / "all", "derpp"))
+    assert "not measured" not in capsys.readouterr().out

@@ -57,6 +57,9 @@ def _print_matrix(title: str, result: Mapping[str, Any], console: Console, is_wr
     if tasks > most:
         where = "; the whole matrix is in metrics.json" if is_written else ""
         console.print(f"Columns are means over blocks of tasks{where}.")
+    rows = [row for row in result["matrix"] if any(_is_figure(value) for value in row)]
+    if not all(_is_figure(value) for row in rows for value in row):
+        console.print("-: not measured; the task's test data are not there, or it was not known yet.")
 
 
 def _spending(metrics: Mapping[str, Any]) -> Table:
@@ -149,6 +152,10 @@ def _print(title: str, table: Table, console: Console) -> None:
     console.print(Padding(Text(title, style="bold"), (1, 0, 0, 0), expand=False), table)
 
 
+def _is_figure(value: Value) -> bool:
+    return value is not None and value == value
+
+
 def percent(value: Value) -> str:
     """A fraction in percent with two decimals, "-" if it is not defined."""
-    return "-" if value is None or value != value else f"{100 * value:.2f}"
+    return f"{100 * value:.2f}" if value is not None and _is_figure(value) else "-"
