@@ -111,15 +111,16 @@ class ClassSplit(SourceTasks):
 
     def _found(self) -> ClassTasks:
         """The classes of each task; those that the user names are known when the source has been fetched."""
-        name, names = type(self).__name__, self.source.names()
         known = [] if self.known is None else self.known.class_names
         if self.sizes is not None:
             if known and self._in_natural_order:  # classes learnt before come first, as they did
+                names = self.source.names()
                 self.class_order = sorted(
                     range(len(names)), key=lambda c: (known.index(names[c]) if names[c] in known else len(known), c)
                 )
             return in_order(self.sizes, self.class_order)
         assert self.tasks is not None  # one way is given
+        name, names = type(self).__name__, self.source.names()
         found = named(name, self.tasks, names)
         others = sorted(set(range(len(names))) - set(found.order))
         if left_out := [repr(names[c]) for c in others if names[c] not in known]:

@@ -9,14 +9,15 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
-from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length
-from lightning_sparse_cl.data.task_sets import read_tasks
+from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length, union
+from lightning_sparse_cl.data.standardised import standardised
+from lightning_sparse_cl.data.task_sets import following, read_tasks
 
 
 class TaskDataModule(pl.LightningDataModule):
@@ -230,20 +231,11 @@ class TaskDataModule(pl.LightningDataModule):
         if self.only is not None:
             every, found = len(found.train), found.only(self.only)
             self.left_for_later = every - len(found.train)
-        if learnt is not None and by_classes:
-            found = found.by_classes(learnt.names)
-        elif learnt is not None and (self.joint or learnt.joint):
-            if self._asked_to_go_on or len(found.class_names) > len(learnt.class_names):
-                raise ValueError(
-                    f"{name}(joint={self.joint}): joint training learns all tasks at once, and cannot go on with "
-                    "further ones; start anew with the old and the new data"
-                )
-        elif learnt is not None and (set(found.fingerprints) - set(learnt.fingerprints) or self._asked_to_go_on):
-            self._refuse_absent_task(found.fingerprints, learnt)
-            found, self.learnt = found.after(learnt), learnt
+        if learnt is not None:
+            found, self.learnt = following(name, found, learnt, self._asked_to_go_on, self.joint, by_classes)
         self.class_names, self.classes, self.fingerprints = found.class_names, found.classes, found.fingerprints
         self.samples_per_task, self.num_classes = found.samples, len(found.class_names)
-        joined: Sequence[Dataset] = [_union(found.train)] if self.joint else found.train
+        joined: Sequence[Dataset] = [union(found.train)] if self.joint else found.train
         if self.joint:
             self.fingerprints, self.samples_per_task = [combined(self.fingerprints)], [sum(found.samples)]
         example = next(d for d in (*joined, *found.test) if length(d))
@@ -253,37 +245,27 @@ class TaskDataModule(pl.LightningDataModule):
             self.transform = self._normalised(example)
         self.train_sets, self.test_sets = list(joined), list(found.test)
 
-    def _refuse_absent_task(self, fingerprints: Sequence[str], learnt: LearntTasks) -> None:
-        if learnt.running is not None and learnt.running not in fingerprints:
-            raise ValueError(
-                f"{type(self).__name__}: the sequence was stopped inside task {len(learnt.classes)}, whose data are "
-                "not among these; go on with them first (ckpt_path), or give them together with the further tasks"
-            )
-
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
-        """As the images learnt before were, or else by the mean and deviation of these; see :func:`_standardise`."""
+        """As the images learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
         before = None if self.known is None else self.known.normalisation
-        return _standardise(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
+        return standardised(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
 
     def _begin(self) -> None:
         """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
-            if not length(data) or (self.learnt is not None and t < len(self.learnt.classes)):
-                self.alive.append(torch.arange(0))  # until the state of the sequence is restored
-                self._held_out.append(torch.arange(0))
-                continue
             order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same for every run
             held_out = round(self.val_fraction * length(data))
-            if self.val_fraction and not held_out:
+            is_learnt = not length(data) or (self.learnt is not None and t < len(self.learnt.classes))
+            if self.val_fraction and not held_out and not is_learnt:
                 raise ValueError(
                     f"{type(self).__name__}(val_fraction={self.val_fraction}): of the {length(data)} training samples "
                     f"of task {t} none is set aside; use a larger fraction, or 0"
                 )
             self._held_out.append(order[:held_out].sort().values)
             self.alive.append(order[held_out:].sort().values)
-            if len(self.alive[t]) < self.batch_size * self._world_size:
+            if len(self.alive[t]) < self.batch_size * self._world_size and not is_learnt:
                 raise ValueError(
                     f"{type(self).__name__}(batch_size={self.batch_size}): task {t} has {len(self.alive[t])} training "
                     f"samples for {self._world_size} process(es); use a smaller batch or val_fraction"
@@ -391,27 +373,3 @@ class TaskDataModule(pl.LightningDataModule):
             data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate,
             generator=torch.Generator(),  # of its own: measuring draws nothing from the training's random numbers
         )  # fmt: skip
-
-
-def _union(sets: Sequence[Dataset]) -> Dataset:
-    held = [d for d in sets if isinstance(d, ImageTensors)]
-    if len(held) == len(sets):
-        return ImageTensors(torch.cat([d.images for d in held]), torch.cat([d.labels for d in held]))
-    return ConcatDataset(sets)
-
-
-def _standardise(data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
-    """Normalisation by the mean and deviation of the images, or of an evenly spaced sample of 2,000 if there are more.
-
-    The sample depends on the number of images alone. Floats pass unchanged.
-    """
-    n = min(length(data), 2000)
-    sample = torch.arange(n) * length(data) // n
-    if isinstance(data, ImageTensors):
-        images = data.images[sample]
-    else:
-        images = torch.stack([data[i][0] for i in sample.tolist()])
-    if images.is_floating_point():
-        return ImageTransform([0.0] * images.shape[1], [1.0] * images.shape[1])
-    pixels = images.transpose(0, 1).flatten(1).float() / 255
-    return ImageTransform(pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist(), crop, flip)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
 from lightning_sparse_cl.data.labels import whole_labels
 
@@ -125,3 +125,11 @@ def length(data: Dataset) -> int:
 def collate(batch: Any) -> Any:
     """Batches of ``ImageTensors`` come gathered; others are lists of items."""
     return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
+
+
+def union(sets: Sequence[Dataset]) -> Dataset:
+    """All samples of several data sets; in memory, if those are."""
+    held = [d for d in sets if isinstance(d, ImageTensors)]
+    if len(held) == len(sets):
+        return ImageTensors(torch.cat([d.images for d in held]), torch.cat([d.labels for d in held]))
+    return ConcatDataset(sets)

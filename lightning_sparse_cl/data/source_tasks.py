@@ -55,6 +55,7 @@ class SourceTasks(TaskDataModule):
         return self.source.names()
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+        only_tested = self._only_tested()
         train, (images, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
         others = labels >= self.source.num_classes
         test = self.divide(images[~others], labels[~others])
@@ -63,7 +64,7 @@ class SourceTasks(TaskDataModule):
         learnt_otherwise = self.known is not None and self.known.normalisation is not None
         if self.transform is None or (learnt_otherwise and self._given_transform is None):
             self.transform = self._normalised(train[0], self.source.crop, self.source.flip)
-        for classes in self._only_tested():
+        for classes in only_tested:
             at = self.source.num_classes + torch.tensor([self.source.tested_only().index(c) for c in classes])
             here = torch.isin(labels, at)
             train.append(ImageTensors(images[:0], labels[:0]))

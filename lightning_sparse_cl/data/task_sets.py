@@ -150,6 +150,41 @@ def read_tasks(
     )
 
 
+def following(
+    name: str, found: TaskSets, learnt: LearntTasks, asked: bool, joint: bool, by_classes: bool
+) -> tuple[TaskSets, LearntTasks | None]:
+    """The tasks of a sequence, with those that were learnt before, and these if the sequence goes on from them.
+
+    Args:
+        name: for errors.
+        found: the data.
+        learnt: the tasks learnt before.
+        asked: it goes on also if nothing of the data is new; else that is a new sequence.
+        joint: the data are trained on all at once.
+        by_classes: they are tested only: see :meth:`TaskSets.by_classes`.
+
+    Raises:
+        ValueError: if the sequence cannot go on with these data.
+    """
+    if by_classes:
+        return found.by_classes(learnt.names), None
+    if joint or learnt.joint:
+        if asked or len(found.class_names) > len(learnt.class_names):
+            raise ValueError(
+                f"{name}(joint={joint}): joint training learns all tasks at once, and cannot go on with further ones; "
+                "start anew with the old and the new data"
+            )
+        return found, None
+    if not asked and set(found.fingerprints) <= set(learnt.fingerprints):
+        return found, None
+    if learnt.running is not None and learnt.running not in found.fingerprints:
+        raise ValueError(
+            f"{name}: the sequence was stopped inside task {len(learnt.classes)}, whose data are not among these; go "
+            "on with them first (ckpt_path), or give them together with the further tasks"
+        )
+    return found.after(learnt), learnt
+
+
 def _refuse_other_images(name: str, data: Part, learnt: LearntTasks) -> None:
     image = data[0][0]
     found = tuple(image.shape), str(image.dtype)

@@ -187,3 +187,15 @@ def test_checkpoints_of_the_first_run_are_left_alone(tmp_path, same_trainer):
     assert kept.best_model_path not in map(str, (tmp_path / name for name in before))
     assert torch.load(kept.best_model_path)["state_dict"]["head.weight"].shape[0] == 8
     assert torch.load(tmp_path / "last-v1.ckpt")["run"] != torch.load(tmp_path / "last.ckpt")["run"]
+
+
+def test_validation_data_of_tasks_that_were_learnt_stay_set_aside():
+    module = learnt(val_fraction=0.25)
+    data = digits(FIRST + LATER, val_fraction=0.25)
+    go_on(module, data)
+    once = digits(FIRST + LATER, val_fraction=0.25)
+    once.setup("fit")
+    t = trainer(scl.ContinualEvaluation())
+    t.validate(module, data, verbose=False)
+    counts = [len(loader.sampler) for loader in t.validate_loop._combined_loader.flattened]
+    assert counts == [len(held_out) for held_out in once._held_out] and min(counts) > 0
