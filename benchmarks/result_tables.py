@@ -74,6 +74,10 @@ COLUMNS = {
         "tasks": "tasks", "training": "training, ms", "evaluation before": "evaluation before, ms",
         "evaluation": "evaluation, ms", "checkpoint": "checkpoint, ms", "MB": "MB",
     },
+    "continuing": {
+        "configuration": "", "Class-IL, at once": "Class-IL, at once", "Class-IL, continued": "continued",
+        "Task-IL, at once": "Task-IL, at once", "Task-IL, continued": "continued", "same weights": "same weights",
+    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",

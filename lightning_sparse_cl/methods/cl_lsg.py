@@ -93,6 +93,15 @@ class CLLSG(IsolatingModule):
         super().build(input_shape, num_classes, seed, dtype)
         self.gates.build(self.network)
 
+    def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
+        """Draw the head for as many features as the network has now, not for those to which it can grow."""
+        super().draw_head(seed, classes)
+        if len(self.gates.channel):
+            used = self.gates.allocated_kernels()[self.gates.head][0]
+            rows = slice(None) if classes is None else list(classes)
+            with torch.no_grad():
+                self.head.weight[rows] *= (len(used) / used.sum()).sqrt()
+
     def running(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes) of the network that grows: its weights times masks, drawn in training mode."""
         network, own = self.network, self.objective.own_classes if self.training else None
