@@ -34,6 +34,7 @@ NOBODY_CAN_ACT_ON = (
     "LightningCLI's args parameter is intended.*",  # names of shipped configurations are replaced by their files
     "(?s).*(deprecated in v4|JsonargparseDeprecationWarning).*",  # Lightning against a newer jsonargparse
     ".*Consider setting `persistent_workers=True`.*",  # loaders are made anew in every epoch
+    "Total length of `DataLoader` across ranks is zero.*",  # test data of some tasks are not there
     ".*the number of training batches .* is smaller than the logging interval.*",
 )
 
@@ -80,7 +81,7 @@ class SparseCLI(LightningCLI):
         super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
         config = self.config[self.config.subcommand]
         refuse_nonsense(config.as_dict())
-        for path in (config.ckpt_path, config.continue_from):
+        for path in (config.ckpt_path, config.continue_from if config.ckpt_path is None else None):
             if path not in (None, "last", "best", "hpc") and "://" not in path:
                 read_checkpoint(path, mmap=True)
 
@@ -106,6 +107,10 @@ class SparseCLI(LightningCLI):
         again = training and is_requeued()
         if given != "last" and not again:
             self._continue()
+            if given is None and config.continue_from is not None and self.subcommand != "fit":
+                raise ValueError(
+                    f"--continue_from={config.continue_from}: that is for fit; {self.subcommand} takes --ckpt_path"
+                )
             if given is None and self.subcommand in ("validate", "test", "predict"):
                 rank_zero_warn(f"{self.subcommand}: without --ckpt_path these are figures of an untrained network")
             return

@@ -111,6 +111,8 @@ def _check_sums(path: Path) -> bool:
     Raises:
         ValueError: if the file is missing or does not match.
     """
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path}: this is a folder; give a file in it")
     if not path.is_file():
         raise ValueError(f"checkpoint {path}: this file is not there")
     with path.open("rb") as file:

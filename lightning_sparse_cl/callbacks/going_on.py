@@ -17,21 +17,25 @@ from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, task_data
 def go_on(trainer: pl.Trainer, pl_module: pl.LightningModule, sequence: Mapping[str, Any]) -> None:
     """Have the Trainer restore what the module remembers, when it restores checkpoints; call it before that.
 
-    Checkpoints that callbacks have saved are those of the run that has ended, and stay so.
+    Checkpoints that callbacks have saved are those of the run that has ended, and stay so; but an open sequence is one
+    run, whose ``last.ckpt`` is replaced.
 
     Args:
         trainer: in ``setup`` of a fit.
         pl_module: its weights and masks are taken as they are.
         sequence: what the module remembers.
     """
-    data = type(task_data(trainer)).__qualname__
+    data, is_open = type(task_data(trainer)).__qualname__, task_data(trainer).is_open
     found = copy.deepcopy({k: v for k, v in sequence.items() if k != sequence["task_sequence"]["tested"]["data"]})
     found[data] = copy.deepcopy(sequence[sequence["task_sequence"]["tested"]["data"]])
     found["state_dict"] = pl_module.state_dict()
-    found["run"] = ""
-    for saving in callbacks_of(trainer, Checkpoint):
-        found["callbacks"].pop(saving.state_key, None)
-    trainer._checkpoint_connector._loaded_checkpoint = found  # Lightning restores from files only, and then from here
+    found["run"] = found.get("run", "") if is_open else ""
+    kinds = tuple({type(saving).__qualname__ for saving in callbacks_of(trainer, Checkpoint)} | {"SequenceCheckpoint"})
+    found["callbacks"] = {key: state for key, state in found["callbacks"].items() if not key.startswith(kinds)}
+    connector = trainer._checkpoint_connector
+    if not hasattr(connector, "_loaded_checkpoint"):  # Lightning restores from files only, and then from here
+        raise RuntimeError("lightning_sparse_cl: this version of Lightning keeps what it restores elsewhere")
+    connector._loaded_checkpoint = found
 
 
 def remembered(trainer: pl.Trainer) -> dict[str, Any]:

@@ -88,6 +88,17 @@ def refuse_another_run(found: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
 
 
+def refuse_another_objective(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """A sequence goes on with the objective that it was begun with: its memory is made for that.
+
+    Raises:
+        ValueError: with both.
+    """
+    before, now = (which["settings"].get("objective") for which in (found, here))
+    if before != now:
+        raise ValueError(f"TaskSchedule: the sequence was learnt with {before}, and cannot go on with {now}")
+
+
 def refuse_epochs(planned: Sequence[int], now: Sequence[int], starts: Sequence[int], complete: int) -> None:
     """Other numbers of epochs have a meaning for what is still to be trained.
 

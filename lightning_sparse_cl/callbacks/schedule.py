@@ -18,6 +18,7 @@ from lightning_sparse_cl.callbacks.identity import (
     epochs_complete,
     identity,
     note_other_settings,
+    refuse_another_objective,
     refuse_another_run,
     refuse_epochs,
     refuse_other_tasks,
@@ -171,6 +172,11 @@ class TaskSchedule(pl.Callback):
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
         arrange(trainer, pl_module)
         if data.learnt is not None and not data.is_resumed:
+            if parts.fast_dev_run:
+                raise ValueError(
+                    "Trainer(fast_dev_run=...): it tries a sequence from its beginning, and this one goes on; use "
+                    "limit_train_batches and TaskSchedule(epochs=1)"
+                )
             go_on(trainer, pl_module, getattr(pl_module, RECORD))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,6 +273,7 @@ class TaskSchedule(pl.Callback):
         if trainer.ckpt_path:
             refuse_another_run(found, here)
         else:
+            refuse_another_objective(found, here)
             found = found | {"must": here["must"] | {k: found["must"][k] for k in MAY_CHANGE}}
         planned = self._planned(data.num_tasks)
         refuse_epochs(found["epochs"], planned, data.starts, epochs_complete(checkpoint))

@@ -61,6 +61,8 @@ def command(args: Sequence[str]) -> None:
         raise ValueError(f"--data={given.data}: this folder is not there")
     if not Path(given.output).parent.is_dir():
         raise ValueError(f"--output={given.output}: there is no folder {str(Path(given.output).parent)!r}")
+    if Path(given.output).is_dir():
+        raise ValueError(f"--output={given.output}: this is a folder; give a file in it")
     if given.batch_size < 1:
         raise ValueError(f"--batch_size={given.batch_size}: a batch has at least one image")
     paths = image_paths(folder)

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -73,7 +74,8 @@ class TaskDataModule(pl.LightningDataModule):
         self.augment = augment
         self.joint = joint
         self.num_workers = num_workers
-        self.transform = transform
+        self.transform = self.given_transform = self.usual_transform = transform
+        self._computed_transform: ImageTransform | None = None  # of the data, when they were read
         self.starts = [0]
         """First epoch of each task begun so far, and of the next once :meth:`end_task` was called."""
         self.alive: list[Tensor] = []
@@ -208,10 +210,13 @@ class TaskDataModule(pl.LightningDataModule):
 
     def _is_for(self, learnt: LearntTasks | None) -> bool:
         """Whether data that were read before need not be read again for a module that has learnt these tasks."""
-        as_new = learnt is not None and self.learnt is None and not self._asked_to_go_on
-        if as_new and learnt is not None and self.class_names == learnt.class_names:
-            self.known = learnt if set(self.fingerprints) <= set(learnt.fingerprints) else self.known
-        return self.known == learnt
+        if learnt is None or self._asked_to_go_on or self.learnt is not None:
+            return self.known == learnt
+        same = self.class_names == learnt.class_names and set(self.fingerprints) <= set(learnt.fingerprints)
+        return self.known == learnt or (same and self._is_normalised_as(learnt))
+
+    def _is_normalised_as(self, learnt: LearntTasks) -> bool:
+        return isinstance(self.transform, ImageTransform) and self.transform.normalisation() == learnt.normalisation
 
     def names_of_tasks(self) -> list[list[str]]:
         """Names of each task's classes."""
@@ -226,6 +231,8 @@ class TaskDataModule(pl.LightningDataModule):
         """
         name = type(self).__name__
         self.class_names, self.known, self.learnt = [], learnt, None
+        if self.transform is self._computed_transform:
+            self.transform = self.usual_transform
         train, test = map(list, self.load())
         found, self.left_for_later = read_tasks(name, train, test, self.class_names, learnt), 0
         if self.only is not None:
@@ -244,11 +251,15 @@ class TaskDataModule(pl.LightningDataModule):
         if self.transform is None:
             self.transform = self._normalised(example)
         self.train_sets, self.test_sets = list(joined), list(found.test)
+        if learnt is not None and learnt.normalisation is not None and not self._is_normalised_as(learnt):
+            rank_zero_warn(f"{name}(transform=...): images are not normalised as those that were learnt before")
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
         """As the images learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
         before = None if self.known is None else self.known.normalisation
-        return standardised(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
+        found = standardised(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
+        self._computed_transform = found
+        return found
 
     def _begin(self) -> None:
         """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""

@@ -25,7 +25,7 @@ class GrowingImageFolder(OpenTasks):
 
     A task is learnt once its folder is complete: as soon as it holds a file named ``complete``, or when nothing in it
     has changed for ``settled`` seconds. Tasks are learnt in the order of their names; one that is not complete holds
-    back those after it. Folders of tasks that were learnt may be removed, or keep their ``test`` part.
+    back those after it. Folders of tasks that were learnt may be removed.
 
     ``sparsecl fit`` and :func:`learn` end when no further task is complete within ``wait`` seconds; a later run goes on
     with what has come since (``--continue_from``).
@@ -106,5 +106,7 @@ class GrowingImageFolder(OpenTasks):
 
     def _task(self, folder: Path) -> tuple[list[str], ImageTensors, ImageTensors]:
         source = ImageFolderSource(str(folder), self.size, self.crop, self.flip)
+        if only := source.tested_only():
+            raise ValueError(f"{source}: there are test images of the class {only[0]!r}, and none for training")
         train, test = (ImageTensors(*source.read(part)) for part in (True, False))
         return source.names(), train, test

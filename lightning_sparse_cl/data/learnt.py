@@ -40,6 +40,8 @@ class LearntTasks:
     normalisation: dict[str, list[float]] | None
     """``mean`` and ``std`` of :class:`ImageTransform`. If the images were normalised in another way, None."""
     joint: bool = False
+    is_sequence: bool = True
+    """Whether there is a sequence to go on from. If a module knows classes alone, False."""
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], ended: int, begun: int) -> LearntTasks:
@@ -63,6 +65,12 @@ class LearntTasks:
             normalisation=state["normalisation"],
             joint=state["joint"],
         )
+
+    @classmethod
+    def names_alone(cls, class_names: Sequence[str], image: tuple[tuple[int, ...], str]) -> LearntTasks:
+        """Of a module whose sequence is not known, for its last fit was stopped inside a task: labels keep their
+        classes."""
+        return cls(list(class_names), [], [], [], [], None, 0, image, None, is_sequence=False)
 
     @property
     def names(self) -> list[list[str]]:
@@ -139,7 +147,13 @@ def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) 
         return Before(LearntTasks.of(checkpoint, tasks, tasks) if tasks else None, True, only, is_resumed=True)
     record = getattr(trainer.lightning_module, RECORD, None) or {}
     state = data_state(record)
-    if state is None or (not fitting and (state["joint"] or joint)):
+    if state is None:
+        described = getattr(trainer.lightning_module, "data_description", None) if fitting else None
+        if described is None:
+            return Before()
+        image = tuple(described.input_shape), str(described.dtype)
+        return Before(LearntTasks.names_alone(described.class_names, image))
+    if not fitting and (state["joint"] or joint):
         return Before()
     sequence = record["task_sequence"]
     learnt = LearntTasks.of(record, sequence["ended"] + 1, sequence["begun"] + 1)
@@ -158,6 +172,10 @@ def _checkpoint_path(trainer: pl.Trainer) -> str | None:
             path = frame.f_locals.get("ckpt_path")
             return None if path is None else str(path)
         frame = frame.f_back
+    if trainer.state.status == "running":
+        raise RuntimeError(
+            "lightning_sparse_cl: this version of Lightning does not begin a fit or test in Trainer._run"
+        )
     return None
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.items import Items
+from lightning_sparse_cl.data.named_labels import numbered
 
 
 class OpenTasks(TaskDataModule):
@@ -45,6 +46,7 @@ class TaskStream(OpenTasks):
         super().__init__(**kwargs)
         self._left: Iterator[tuple[Dataset, Dataset]] = iter(tasks)
         self._come: list[tuple[Dataset, Dataset]] = []
+        self._names: list[str] = []  # of classes, where labels are names
 
     def more(self) -> bool:
         before = len(self._come)
@@ -59,6 +61,7 @@ class TaskStream(OpenTasks):
         self._take(max(1, len(self.only or ())) - len(self._come))
         if not self._come:
             raise ValueError(f"{type(self).__name__}(tasks=...): the iterator gives no task")
+        self.class_names = list(self._names)
         train, test = zip(*self._come, strict=True)
         return train, test
 
@@ -70,7 +73,8 @@ class TaskStream(OpenTasks):
             where = f"{type(self).__name__}(task {len(self._come)})"
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError(f"{where}: a task is a pair of a training and a test set, got a {type(pair).__name__}")
-            parts = zip(pair, ("training", "test"), strict=True)
+            sets, self._names = numbered(pair, self._names)
+            parts = zip(sets, ("training", "test"), strict=True)
             self._come.append(tuple(Items(data, f"{where}, {part}").gather() for data, part in parts))  # type: ignore[arg-type]  # two of them
 
 

@@ -31,8 +31,8 @@ class SourceTasks(TaskDataModule):
     def __init__(
         self, source: ImageSource, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(transform=source.image_transform() if transform is None else transform, **kwargs)
-        self._given_transform = transform
+        super().__init__(transform=transform, **kwargs)
+        self.transform = self.usual_transform = source.image_transform() if transform is None else transform
         if num_tasks < 1:
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
         self.source = source
@@ -55,37 +55,43 @@ class SourceTasks(TaskDataModule):
         return self.source.names()
 
     def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
-        only_tested = self._only_tested()
+        spare = self._spare()
         train, (images, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
-        others = labels >= self.source.num_classes
-        test = self.divide(images[~others], labels[~others])
-        self.class_names = self.names()
+        own = labels < self.source.num_classes
+        test = self.divide(images[own], labels[own])
         refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         learnt_otherwise = self.known is not None and self.known.normalisation is not None
-        if self.transform is None or (learnt_otherwise and self._given_transform is None):
+        if self.transform is None or (learnt_otherwise and self.given_transform is None):
             self.transform = self._normalised(train[0], self.source.crop, self.source.flip)
-        for classes in only_tested:
-            at = self.source.num_classes + torch.tensor([self.source.tested_only().index(c) for c in classes])
-            here = torch.isin(labels, at)
-            train.append(ImageTensors(images[:0], labels[:0]))
-            test.append(ImageTensors(images[here], labels[here] - self.source.num_classes + len(self.names())))
-        self.class_names = self.names() + self.source.tested_only()
+        names = self.names()
+        self.class_names = names + list(spare)
+        for task in [] if self.known is None else self.known.names:
+            there = [name for name in task if name in spare]
+            if there and not set(task) & set(names):
+                here = torch.isin(labels, torch.tensor([spare[name] for name in there]))
+                label = torch.zeros(int(labels.max()) + 1, dtype=torch.long)
+                label[list(spare.values())] = len(names) + torch.arange(len(spare))
+                train.append(ImageTensors(images[:0], labels[:0]))
+                test.append(ImageTensors(images[here], label[labels[here]]))
         return train, test
 
-    def _only_tested(self) -> list[list[str]]:
-        """The classes of each task that was learnt before, and of whose images only those for the test are there.
+    def _spare(self) -> dict[str, int]:
+        """Classes that were learnt before, are in no task here, and have test images: their labels in the source.
 
         Raises:
-            ValueError: if there are test images of a class that was not.
+            ValueError: if there are only test images of a class that was not learnt.
         """
-        names, known = set(self.source.tested_only()), [] if self.known is None else self.known.names
-        tasks = [task for task in known if set(task) <= names]
-        if unknown := names.difference(*known):
+        known = set() if self.known is None else set(self.known.class_names)
+        only = self.source.tested_only()
+        if unknown := set(only) - known:
             raise ValueError(
                 f"{type(self).__name__} of {self.source}: there are test images of the class {min(unknown)!r}, and "
                 "none for training"
             )
-        return tasks
+        if not known:
+            return {}
+        taken = set(self.names())
+        return {name: c for c, name in enumerate(self.source.names() + only) if name in known - taken}
 
     def description(self) -> DataDescription:
         return replace(super().description(), size=getattr(self.source, "size", None))

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.items import Items
+from lightning_sparse_cl.data.named_labels import numbered
 
 
 class TaskDatasets(TaskDataModule):
@@ -16,7 +17,8 @@ class TaskDatasets(TaskDataModule):
 
     Items are pairs (image, label). Images are PIL images, or tensors or arrays (C, H, W), uint8 in 0-255 or float; see
     :class:`~lightning_sparse_cl.data.items.Items` for what is refused. Labels are whole numbers from 0 on, with gaps if
-    you like: classes are counted over all tasks in ascending order, and ``class_names`` has their labels as text.
+    you like, or names: classes are counted over all tasks in ascending order, and ``class_names`` has their labels as
+    text.
 
     Args:
         train, test: one data set a task.
@@ -39,9 +41,10 @@ class TaskDatasets(TaskDataModule):
         self.in_memory = in_memory
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
+        sets, self.class_names = numbered([data for part in self.given.values() for data in part])
+        given = {"train": sets[: len(sets) // 2], "test": sets[len(sets) // 2 :]}
         train, test = (
-            [Items(data, f"TaskDatasets({part}[{t}])") for t, data in enumerate(sets)]
-            for part, sets in self.given.items()
+            [Items(data, f"TaskDatasets({part}[{t}])") for t, data in enumerate(sets)] for part, sets in given.items()
         )
         if self.in_memory:
             return [items.gather() for items in train], [items.gather() for items in test]

@@ -37,16 +37,10 @@ class TaskSets:
         A task is known by its fingerprint; a test set without training images by its classes.
         """
         places, new = learnt.match(self.fingerprints)
-        tested = {frozenset(labels_of(part).unique().tolist()): part for part in self.tested_only}
-        nothing = _nothing((self.train or self.tested_only)[0])
-        train = [nothing if place is None else self.train[place] for place in places]
-        test = [
-            tested.get(frozenset(learnt.classes[task]), nothing) if place is None else self.test[place]
-            for task, place in enumerate(places)
-        ]
+        old = self._placed(places, learnt)
         return TaskSets(
-            train=train + [self.train[i] for i in new],
-            test=test + [self.test[i] for i in new],
+            train=old.train + [self.train[i] for i in new],
+            test=old.test + [self.test[i] for i in new],
             class_names=self.class_names,
             classes=learnt.classes + [self.classes[i] for i in new],
             fingerprints=learnt.fingerprints + [self.fingerprints[i] for i in new],
@@ -70,29 +64,45 @@ class TaskSets:
             tested_only=self.tested_only,
         )
 
-    def by_classes(self, names: Sequence[Sequence[str]]) -> TaskSets:
-        """The test sets in the order of the tasks with classes of these names; of tasks that are not there, empty ones.
+    def by_classes(self, name: str, learnt: LearntTasks) -> TaskSets:
+        """The test sets in the order of the tasks that were learnt; of tasks that are not there, empty ones.
 
-        If one of them is no such task, they stay as they are.
+        A task is known by its fingerprint, or else by its classes: other images of them may be tested. If the data have
+        a task that was not learnt, they stay as they are.
+
+        Raises:
+            ValueError: in the name of ``name``, if several of the tasks learnt have the classes of one that is there,
+                and nothing tells which it is.
         """
-        own = [frozenset(self.class_names[c] for c in classes) for classes in self.classes]
-        places: list[int | None] = []
-        left = list(range(len(own)))
-        for wanted in map(frozenset, names):
-            place = next((i for i in left if own[i] == wanted), None)
-            places.append(place)
-            left = [i for i in left if i != place]
-        if left:
-            return self
-        nothing, at = _nothing((self.train or self.tested_only)[0]), self.class_names.index
+        places, left = learnt.match(self.fingerprints)
+        of = [frozenset(self.class_names[c] for c in classes) for classes in self.classes]
+        open_ = [task for task, place in enumerate(places) if place is None]
+        for i in list(left):
+            fitting = [task for task in open_ if frozenset(learnt.names[task]) == of[i]]
+            if not fitting:
+                return self
+            if len(fitting) > sum(of[j] == of[i] for j in left if j >= i):
+                raise ValueError(
+                    f"{name}: tasks {', '.join(map(str, fitting))} of the sequence all have the classes "
+                    f"{', '.join(sorted(of[i])[:5])}, and these data are none of them; test on the data of all"
+                )
+            places[fitting[0]] = i
+            open_.remove(fitting[0])
+        return self._placed(places, learnt)
+
+    def _placed(self, places: Sequence[int | None], learnt: LearntTasks) -> TaskSets:
+        """What is there of each learnt task, at its place here; of others nothing but what is only tested."""
+        nothing = _nothing((self.train or self.tested_only)[0])
+        only = [(set(labels_of(part).unique().tolist()), part) for part in self.tested_only]
+        tested = [next((part for labels, part in only if labels <= set(task)), nothing) for task in learnt.classes]
         return TaskSets(
             train=[nothing if i is None else self.train[i] for i in places],
-            test=[nothing if i is None else self.test[i] for i in places],
+            test=[part if i is None else self.test[i] for i, part in zip(places, tested, strict=True)],
             class_names=self.class_names,
-            classes=[sorted(map(at, task)) for task in names],
+            classes=learnt.classes,
             fingerprints=["" if i is None else self.fingerprints[i] for i in places],
-            samples=[0 if i is None else self.samples[i] for i in places],
-            tested_only=self.tested_only,
+            samples=learnt.samples,
+            tested_only=[],
         )
 
 
@@ -167,9 +177,11 @@ def following(
         ValueError: if the sequence cannot go on with these data.
     """
     if by_classes:
-        return found.by_classes(learnt.names), None
+        return found.by_classes(name, learnt), None
+    if not learnt.is_sequence:
+        return found, None
     if joint or learnt.joint:
-        if asked or len(found.class_names) > len(learnt.class_names):
+        if asked or joint != learnt.joint or len(found.class_names) > len(learnt.class_names):
             raise ValueError(
                 f"{name}(joint={joint}): joint training learns all tasks at once, and cannot go on with further ones; "
                 "start anew with the old and the new data"

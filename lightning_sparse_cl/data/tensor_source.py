@@ -19,11 +19,12 @@ class TensorSource(ImageSource):
     """Images and labels of your own.
 
     Labels are ids, with gaps if you like: the classes are those that occur in training, in ascending order, and
-    :meth:`names` has their ids as text. Negative ids are refused, since -1 marks samples without a label elsewhere.
+    :meth:`names` has their ids as text. Or labels are names, which are counted in alphabetical order. Negative ids are
+    refused, since -1 marks samples without a label elsewhere.
 
     Args:
-        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on; tensors or
-            numpy arrays.
+        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,), integers from 0 on or names;
+            tensors, numpy arrays or, of names, lists.
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`; for uint8 images.
 
     Raises:
@@ -36,8 +37,14 @@ class TensorSource(ImageSource):
     flip: bool = False
     ids: Tensor = field(init=False, repr=False)
     """The id (num_classes,) of each class."""
+    given_names: list[str] = field(init=False, repr=False)
+    """The name of each id, if labels are names."""
 
     def __post_init__(self) -> None:
+        names = _names_in(self.train)
+        object.__setattr__(self, "given_names", names)  # it is frozen
+        for name in ("train", "test") if names else ():
+            object.__setattr__(self, name, _with_numbers(f"TensorSource({name}=...)", getattr(self, name), names))
         for name in ("train", "test"):
             object.__setattr__(self, name, _pair(f"TensorSource({name}=...)", getattr(self, name)))  # it is frozen
         if (self.crop or self.flip) and self.train[0].is_floating_point():
@@ -58,11 +65,29 @@ class TensorSource(ImageSource):
         return len(self.ids)
 
     def names(self) -> list[str]:
-        return [str(i) for i in self.ids.tolist()]
+        return [self.given_names[i] if self.given_names else str(i) for i in self.ids.tolist()]
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
         images, labels = self.train if train else self.test
         return images, torch.searchsorted(self.ids, labels)
+
+
+def _names_in(given: Any) -> list[str]:
+    """The names among training labels, in alphabetical order. If labels are no names, none."""
+    labels: Any = given[1] if isinstance(given, tuple | list) and len(given) == 2 else None
+    listed = labels.tolist() if isinstance(labels, np.ndarray) and labels.dtype.kind in "USO" else labels
+    if not isinstance(listed, tuple | list) or not all(isinstance(name, str) for name in listed):
+        return []
+    return sorted(set(listed))
+
+
+def _with_numbers(name: str, given: Any, names: list[str]) -> tuple[Any, Tensor]:
+    """Images, and for each name of a class its number."""
+    images, labels = given
+    numbers = {known: i for i, known in enumerate(names)}
+    if unknown := [str(label) for label in labels if str(label) not in numbers]:
+        raise ValueError(f"{name}: no training sample has the label {unknown[0]!r}")
+    return images, torch.tensor([numbers[str(label)] for label in labels])
 
 
 def _pair(name: str, given: Any) -> tuple[Tensor, Tensor]:

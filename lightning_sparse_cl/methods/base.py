@@ -301,7 +301,13 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         if self.head is None:
             self.build(**checkpoint["built_for"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            self.grow(checkpoint, task_data(self.trainer, self).num_classes)
+            known, classes = checkpoint["built_for"]["num_classes"], task_data(self.trainer, self).num_classes
+            if self.trainer.ckpt_path and known != classes:
+                raise ValueError(
+                    f"{type(self).__name__}: the checkpoint is of another network: it knows {known} classes, and the "
+                    f"data have {classes}; to learn further ones from it, use --continue_from (go_on_from in Python)"
+                )
+            self.grow(checkpoint, classes)
         else:
             self.remember_sequence(checkpoint)
         own, found = self.state_dict(), checkpoint["state_dict"]

@@ -67,7 +67,13 @@ class GoesOn(pl.LightningModule):
             ValueError: if the file is damaged, of another version or method, or of another network.
         """
         checkpoint = read_checkpoint(Path(path))
-        trained = sequence_of(checkpoint)["tested"]["method"]
+        try:
+            sequence = sequence_of(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        trained, own = sequence["tested"]["method"], type(cast(Growing, self).objective).__name__
+        if (objective := sequence["settings"].get("objective", own)) != own:
+            raise ValueError(f"{path}: this checkpoint is of {objective}, and its memory is not one of {own}")
         if trained != type(self).__qualname__:
             raise ValueError(
                 f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}"
@@ -79,5 +85,5 @@ class GoesOn(pl.LightningModule):
     def remember_sequence(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Keep what a checkpoint tells of the sequence, without what the module holds itself; None forgets it."""
         own = ("state_dict", "masks", "subnetworks")
-        sequence = checkpoint is not None and "task_sequence" in checkpoint
-        self.sequence = {k: v for k, v in checkpoint.items() if k not in own} if checkpoint and sequence else None
+        known = checkpoint if checkpoint is not None and "task_sequence" in checkpoint else None
+        self.sequence = None if known is None else {k: v for k, v in known.items() if k not in own}

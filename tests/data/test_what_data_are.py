@@ -202,7 +202,7 @@ NOT_IMAGES: list[tuple[Any, str]] = [
     ((IMAGES, LABELS, LABELS), r"give a pair \(images, labels\), got a tuple of 3"),
     ({"images": IMAGES, "labels": LABELS}, "give a pair .*, got a dict"),
     (TensorDataset(IMAGES, LABELS), "give a pair .*, got a TensorDataset"),
-    ((IMAGES, ["a", "b"] * 40), "are tensors or arrays of numbers"),
+    ((IMAGES, ["a", 1] * 40), "are tensors or arrays of numbers"),
     ((IMAGES.to(torch.complex64), LABELS), "uint8 or float, got torch.complex64"),
 ]
 

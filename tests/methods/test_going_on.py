@@ -59,7 +59,7 @@ def test_every_way_to_a_trained_module_goes_on_with_the_same_bits(way, tmp_path)
     further = WAYS[way](module, tmp_path)
     R = go_on(further, data := digits(LATER))
     assert data.names_of_tasks() == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
-    assert R.isnan().tolist() == [[False] * 2 + [True] * 2] * 2 + [[True] * 2 + [False] * 2] * 2
+    assert R.isnan().tolist() == [[False] * 2 + [True] * 2] * 2 + [[False] * 4] * 2
     expected = learnt()
     assert torch.equal(rows, expected.head.weight[:4]), "it has learnt the same before"
     go_on(expected, digits(LATER))
@@ -199,3 +199,78 @@ def test_validation_data_of_tasks_that_were_learnt_stay_set_aside():
     t.validate(module, data, verbose=False)
     counts = [len(loader.sampler) for loader in t.validate_loop._combined_loader.flattened]
     assert counts == [len(held_out) for held_out in once._held_out] and min(counts) > 0
+
+
+@pytest.mark.parametrize("already", [False, True])
+def test_a_fit_that_is_stopped_inside_a_task_mixes_no_classes(already):
+    class Stop(scl.TaskCallback):
+        def on_train_batch_end(self, trainer, *_):
+            raise RuntimeError("no memory left")
+
+    module = learnt() if already else esacl()
+    with pytest.raises(RuntimeError, match="no memory left"):
+        go_on(module, digits(LATER if already else FIRST), Stop())
+    known = 8 if already else 4
+    with pytest.raises(ValueError, match=f"it knows {known} classes, and the data have {known + 2}"):
+        go_on(module, digits([[8, 9]]))
+    R = go_on(module, data := digits(FIRST))  # a new sequence of classes that it knows, under their labels
+    assert R.shape == (2, 2) and data.classes == [[0, 1], [2, 3]]
+
+
+def test_an_open_sequence_is_one_run_with_one_last_checkpoint(tmp_path):
+    def pairs():
+        for task in (*FIRST, [4]):
+            data = digits([task])
+            data.setup()
+            yield data.train_sets[0], data.test_sets[0]
+
+    def named(pair):
+        return tuple([(image, f"class {label}") for image, label in data] for data in pair)
+
+    saving = scl.SequenceCheckpoint(tmp_path, save_last=True)
+    t = trainer(scl.RandomState(), saving, enable_checkpointing=True)
+    torch.manual_seed(0)
+    scl.learn(t, module := esacl(), data := scl.TaskStream(map(named, pairs()), batch_size=32))
+    assert [path.name for path in tmp_path.glob("last*")] == ["last.ckpt"]
+    assert data.num_tasks == 3
+    assert torch.load(tmp_path / "last.ckpt")["state_dict"]["head.weight"].shape == module.head.weight.shape
+
+
+def test_what_is_tested_is_known_by_its_images_first():
+    module = scl.ContinualDST(scl.SmallCNN(4))
+    data = scl.PermutedDigits(3, batch_size=64)
+    R = go_on(module, data)
+    for task in range(3):
+        one = scl.TaskDatasets([data.train_sets[task]], [data.test_sets[task]], transform=data.transform, batch_size=64)
+        t = trainer(scl.ContinualEvaluation())
+        t.test(module, one, verbose=False)
+        assert t.callback_metrics[f"task_il/task_{task}"].item() == pytest.approx(R[2, task].item())
+    other = scl.RotatedDigits(2, batch_size=64)
+    with pytest.raises(ValueError, match="tasks 1, 2 of the sequence all have the classes"):
+        trainer(scl.ContinualEvaluation()).test(module, other, verbose=False)
+
+
+def test_another_objective_cannot_go_on(tmp_path):
+    module = learnt(scl.ContinualModule(scl.SmallCNN(4), scl.DERpp(60)))
+    module.objective.__class__ = scl.DERppOneDraw
+    with pytest.raises(ValueError, match="was learnt with DERpp, and cannot go on with DERppOneDraw"):
+        go_on(module, digits(LATER))
+
+
+def test_data_are_normalised_for_the_module_that_learns_them():
+    old, new = (scl.SplitDigits(tasks=t) for t in (FIRST, LATER))
+    for data in (old, new):
+        data.setup()
+
+    def sets(data, factor):
+        return [[scl.ImageTensors(d.images // factor, d.labels) for d in s] for s in (data.train_sets, data.test_sets)]
+
+    first, later = (scl.TaskDatasets(*sets(data, k), batch_size=32) for data, k in ((old, 1), (new, 2)))
+    trainer().fit(esacl(), later)
+    own = later.transform.normalisation()
+    module = esacl()
+    trainer().fit(module, first)
+    trainer().fit(module, later)
+    assert later.transform.normalisation() == first.transform.normalisation() != own
+    trainer().fit(esacl(), later)
+    assert later.transform.normalisation() == own
