@@ -33,6 +33,7 @@ from rich.table import Table
 
 from lightning_sparse_cl.__main__ import run
 from lightning_sparse_cl.cli.shipped import configs
+from lightning_sparse_cl.kernels import KernelsUnavailable, build
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf)
 VALUES = (
@@ -202,6 +203,8 @@ def _cannot_be_meant(case: Case, folder: Path) -> bool:
 
 def main(seed: int, count: int) -> int:
     torch.set_num_threads(1)
+    with contextlib.suppress(KernelsUnavailable):
+        build.library()  # compiled once, and not in the time of a case
     console, fork = Console(), multiprocessing.get_context("fork")
     kinds: Counter[str] = Counter()
     faults: list[tuple[Case, Outcome]] = []
