@@ -140,6 +140,10 @@ def read_tasks(
         raise ValueError(f"{name}: load() names {len(class_names)} classes, and there is the label {ids[-1]}")
     else:
         names, numbers = list(class_names), list(range(len(class_names)))
+    for t, data in zip([t for t, there_is in enumerate(trained) if not there_is], others, strict=True):
+        named = dict(zip(numbers, names, strict=True))
+        if learnt is None or {named[c] for c in labels_of(data).unique().tolist()} - set(learnt.class_names):
+            raise ValueError(f"{name}: task {t} has no training images")
     positions = list(range(len(names)))
     if learnt is not None:
         _refuse_other_images(name, (there or others)[0], learnt)

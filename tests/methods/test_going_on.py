@@ -274,3 +274,18 @@ def test_data_are_normalised_for_the_module_that_learns_them():
     assert later.transform.normalisation() == first.transform.normalisation() != own
     trainer().fit(esacl(), later)
     assert later.transform.normalisation() == own
+
+
+def test_a_further_task_without_images_is_refused():
+    new = digits([[8, 9]])
+    new.setup()
+    image, label = new.train_sets[0][0]
+    empty = scl.ImageTensors(image[None][:0], label[None][:0])
+    labelled = scl.ImageTensors(new.test_sets[0].images, new.test_sets[0].labels + 8)
+
+    class Own(scl.TaskDataModule):
+        def load(self):
+            return [empty], [labelled]
+
+    with pytest.raises(ValueError, match="Own: task 0 has no training images"):
+        go_on(learnt(), Own())
