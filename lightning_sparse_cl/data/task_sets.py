@@ -132,7 +132,8 @@ def read_tasks(
     }
     there, tested, others = parts["training"], parts["test"], parts["other test"]
     check_images(name, there or others, tested or others)
-    check_labels(name, [labels_of(d) for d in there], [labels_of(d) for d in tested])
+    if there:
+        check_labels(name, [labels_of(d) for d in there], [labels_of(d) for d in tested])
     ids = torch.cat([labels_of(d) for d in (*there, *others)]).unique()
     if not class_names:
         names, numbers = [str(i) for i in ids.tolist()], ids.tolist()
