@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -199,7 +200,12 @@ def following(
             f"{name}: the sequence was stopped inside task {len(learnt.classes)}, whose data are not among these; go "
             "on with them first (ckpt_path), or give them together with the further tasks"
         )
-    return found.after(learnt), learnt
+    joined, before = found.after(learnt), len(learnt.classes)
+    again = [t for t in range(before, len(joined.classes)) if max(joined.classes[t]) < len(learnt.class_names)]
+    line = f"{name}: goes on after {before} tasks with {len(joined.classes) - before} further ones"
+    tasks = ", ".join(str(t) for t in again)
+    rank_zero_info(f"{line}; all classes of task {tasks} are known, and learnt again" if again else line)
+    return joined, learnt
 
 
 def _refuse_other_images(name: str, data: Part, learnt: LearntTasks) -> None:
