@@ -239,7 +239,7 @@ def test_checkpoints_that_are_none_are_refused_by_name(tmp_path, finished, monke
         ("saved_again", "the seal that it was written with is gone"), ("old", "format = 0"), ("none", "is not there"),
         ("weights", "it has no callbacks and no loops and no optimizer_states"), ("foreign", "not of a task sequence"),
         ("edited", "does not fit what is run: KeyError"), ("other", "no checkpoint of Lightning"),
-        ("list", "no checkpoint of Lightning"), ("text", "no checkpoint"), ("folder", "is not there"),
+        ("list", "no checkpoint of Lightning"), ("text", "no checkpoint"), ("folder", "is a folder"),
     ):  # fmt: skip
         options = command(tmp_path, "finetune", SHORT, "--schedule.epochs=1", f"--ckpt_path={tmp_path / name}.ckpt")
         monkeypatch.setattr("sys.argv", ["sparsecl", *options])

@@ -38,6 +38,8 @@ NO_RESULT = {
         "Objective", "UpdateRule", "Sparsifier", "ScorePruning", "DropAndGrow", "TaskCallback", "AccuracyMatrix",
         "ReservoirMemory", "BalancedMemory", "ClassBalancedReservoir", "ImageTransform"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
+    "tasks that come one after the other, tested in test_open_sequences": {"OpenTasks", "TaskStream",
+        "GrowingImageFolder"},
     "on the screen only": {"TaskProgressBar"},
     "how fast it is computed": {"SparseAcceleration"},
     "where it runs, not what comes out": {"num_workers"},
