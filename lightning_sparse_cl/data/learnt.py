@@ -68,8 +68,7 @@ class LearntTasks:
 
     @classmethod
     def names_alone(cls, class_names: Sequence[str], image: tuple[tuple[int, ...], str]) -> LearntTasks:
-        """Of a module whose sequence is not known, for its last fit was stopped inside a task: labels keep their
-        classes."""
+        """Of a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
         return cls(list(class_names), [], [], [], [], None, 0, image, None, is_sequence=False)
 
     @property
