@@ -202,7 +202,7 @@ def following(
         )
     joined, before = found.after(learnt), len(learnt.classes)
     again = [t for t in range(before, len(joined.classes)) if max(joined.classes[t]) < len(learnt.class_names)]
-    line = f"{name}: goes on after {before} tasks with {len(joined.classes) - before} further ones"
+    line = f"{name}: goes on after {before} tasks; still to be learnt: {len(joined.classes) - before}"
     tasks = ", ".join(str(t) for t in again)
     rank_zero_info(f"{line}; all classes of task {tasks} are known, and learnt again" if again else line)
     return joined, learnt
