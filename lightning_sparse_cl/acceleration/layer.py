@@ -19,7 +19,7 @@ class Layer:
     Args:
         name: of the layer in the network.
         module: the layer.
-        mask: of the weight's shape, True where alive; None if it is not masked.
+        mask: of the weight's shape, True where alive. If it is not masked, None.
     """
 
     def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:

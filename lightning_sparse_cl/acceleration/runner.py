@@ -98,7 +98,7 @@ class Runner:
         return None
 
     def _program(self) -> Program | None:
-        """For the network as it is now; None if it cannot be traced so."""
+        """For the network as it is now. If it cannot be traced so, None."""
         state = tuple(plain_state(m) for m in self._traced)
         if state not in self._programs:
             if len(self._programs) == 16:  # something that changes all the time

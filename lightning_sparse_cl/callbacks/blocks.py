@@ -21,7 +21,7 @@ def labels(count: int, most: int) -> list[str]:
 
 
 def mean(values: Iterable[Value]) -> Value:
-    """Mean of the values that are defined; None if there are none."""
+    """Mean of the values that are defined. If there are none, None."""
     defined = [v for v in values if v is not None and v == v]
     return fmean(defined) if defined else None
 

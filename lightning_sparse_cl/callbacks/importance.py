@@ -85,7 +85,7 @@ def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator
 
 
 def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-    """The current task's classes as a mask (C,); None where tasks are not known."""
+    """The current task's classes as a mask (C,). If tasks are not known, None."""
     data = parts_of(trainer).datamodule
     return data.live().to(pl_module.device) if isinstance(data, TaskDataModule) else None
 

@@ -43,7 +43,7 @@ class Position(NamedTuple):
     over: bool
     """The running epoch is the task's last: as planned, or because something has ended it already."""
     progress: float | None
-    """The part of the task that is trained, in [0, 1]; None where its end is not known."""
+    """The part of the task that is trained, in [0, 1]. If its end is not known, None."""
 
 
 def position(trainer: pl.Trainer) -> Position:

@@ -82,7 +82,7 @@ class ScorePruning(Sparsifier):
         Args:
             trainer: the trainer.
             pl_module: the module.
-            batch: the batch that comes next; None where weights are pruned between batches.
+            batch: the batch that comes next. If weights are pruned between batches, None.
         """
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:

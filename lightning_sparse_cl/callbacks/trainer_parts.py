@@ -17,7 +17,7 @@ class TrainerParts(Protocol):
     callbacks: list[pl.Callback]
     """In the order in which their hooks are called."""
     datamodule: pl.LightningDataModule | None
-    """None where a fit was given loaders."""
+    """If a fit was given loaders, None."""
     fast_dev_run: bool | int
     """Whether, or for how many batches, the fit is only tried."""
     log_every_n_steps: int

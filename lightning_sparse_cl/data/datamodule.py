@@ -41,8 +41,8 @@ class TaskDataModule(pl.LightningDataModule):
         augment: random crop and flip, where the data set has them.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
         num_workers: loader processes for data that are not in memory.
-        transform: from stored to network input; None normalises uint8 images by the mean and deviation of the first
-            task's training images: of an evenly spaced sample of 2,000 where there are more.
+        transform: from stored to network input. If None, uint8 images are normalised by the mean and deviation of the
+            first task's training images: of an evenly spaced sample of 2,000 where there are more.
 
     Raises:
         ValueError: if an argument is out of range, or a task has no samples, or fewer for training than a batch.

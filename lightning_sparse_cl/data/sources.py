@@ -48,7 +48,7 @@ class ImageSource:
         return []
 
     def image_transform(self) -> ImageTransform | None:
-        """From stored images to network input; None if the source has no mean and deviation."""
+        """From stored images to network input. If the source has no mean and deviation, None."""
         return ImageTransform(self.mean, self.std, self.crop, self.flip) if self.mean else None
 
 

@@ -47,7 +47,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
 
     automatic_optimization = False
     head: nn.Linear
-    """Maps features (B, D) to logits (B, num_classes). Made by :meth:`build`; None before."""
+    """Maps features (B, D) to logits (B, num_classes). Made by :meth:`build`."""
 
     def __init__(
         self,

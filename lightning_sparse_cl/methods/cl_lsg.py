@@ -47,7 +47,7 @@ class CLLSG(IsolatingModule):
         growth: when to grow.
         gates: what to grow, and the masks. If None, the paper's.
         objective: if None, cross-entropy among the task's classes.
-        subnetworks: how tasks are kept apart; None gives each its own batch-norm.
+        subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         update: if None, one backward pass. Under SAM each pass draws masks of its own.
         optimizer: of the weights. If None, SGD with learning rate 0.01.
         mask_optimizer: of the real-valued masks. If None, Adam with learning rate 0.0005. In runs much shorter than the

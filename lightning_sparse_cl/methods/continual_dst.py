@@ -41,7 +41,7 @@ class ContinualDST(IsolatingModule):
         objective: if None, cross-entropy among the task's classes.
         growth: drop and growth, with sparsity and initialisation. If None, gradient growth from a uniform start at
             sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.
-        subnetworks: how tasks are kept apart; None gives each its own batch-norm.
+        subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         reopen: where unused weights start from. If None, zero.
         update: if None, one backward pass.
         optimizer: if None, Adam with learning rate 0.001. (The paper divides it by ten at half and three quarters of a

@@ -83,7 +83,7 @@ class GoesOn(pl.LightningModule):
         self.sequence = (self.sequence or {}) | {ASKED: True}
 
     def remember_sequence(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Keep what a checkpoint tells of the sequence, without what the module holds itself; None forgets it."""
+        """Keep what a checkpoint tells of the sequence, without what the module holds itself. If None, forget it."""
         own = ("state_dict", "masks", "subnetworks")
         known = checkpoint if checkpoint is not None and "task_sequence" in checkpoint else None
         self.sequence = None if known is None else {k: v for k, v in known.items() if k not in own}

@@ -68,11 +68,11 @@ class AccuracyMatrix(Metric):
         self.baseline[: len(baseline)] = baseline
 
     def summary(self) -> dict[str, float | list[Any] | None]:
-        """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
+        """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions. If one is not defined, None."""
         return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | self.figures()
 
     def figures(self) -> dict[str, float | None]:
-        """``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions; None where not defined."""
+        """``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions. If one is not defined, None."""
         figures = {
             "acc": average_accuracy(self.R),
             "bwt": backward_transfer(self.R),

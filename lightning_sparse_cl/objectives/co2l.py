@@ -30,7 +30,7 @@ class CO2L(LooksBack, Replay):
     which scales it by the share of the current ones.)
 
     The head does not shape the features: while the task runs it follows them by a cross-entropy through which no
-    gradient passes to the backbone, so that who ranks samples or weights by logits finds some. At the task's end it is
+    gradient passes to the backbone, so that there are logits to rank samples or weights by. At the task's end it is
     fitted anew to memory and last task, classes weighing the same.
 
     Args:

@@ -176,7 +176,7 @@ class Masks:
         self._change("alive", name, mask)
 
     def set_frozen(self, name: str, mask: Tensor | None) -> None:
-        """Hold the weights where ``mask`` is True at their present value. None releases them all.
+        """Hold the weights where ``mask`` is True at their present value. If None, release all.
 
         Raises:
             ValueError: if the mask does not have the weight's shape.
@@ -184,7 +184,7 @@ class Masks:
         self._change("frozen", name, mask)
 
     def set_updated(self, name: str, mask: Tensor | None) -> None:
-        """Update only where ``mask`` is True and hold the other weights at their present value. None updates all.
+        """Update only where ``mask`` is True and hold the other weights at their present value. If None, update all.
 
         Raises:
             ValueError: if the mask does not have the weight's shape.
