@@ -17,11 +17,21 @@ from lightning_sparse_cl.callbacks.calls import Call, OutermostCalls
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics.accounting import DenseCost
 from lightning_sparse_cl.metrics.plain import weights_of
+from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.objectives.teacher import Teacher
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.masks import Masks
 
 UNIT = 64  # uses of a weight are counted in this part of one, for a call may use a part of the weight only
+
+
+@dataclass
+class _Plain:
+    """The largest pass of a network in the running step."""
+
+    samples: int = 0
+    macs: int = 0
+    backward: bool = False
 
 
 @dataclass
@@ -57,7 +67,10 @@ class FlopsCounter(pl.Callback):
     * ``papers``: of the training steps as SparCL's tables count (see
       :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, a
       gradient mask saves its part in all layers alike, and RigL's whole gradients are not charged;
-    * ``dense``: what ``training`` would have been without masks and with no data removed;
+    * ``dense``: of plain training, the yardstick: one dense forward and backward pass of every sample served, of every
+      one that was removed, and of every exemplar that was drawn for replay. What SAM, selection, masks and data removal
+      cost or save shows in ``training / dense``; so do a teacher's passes and a second view. In modules without an
+      ``objective``, whose samples are not known apart, it is the largest pass of each network in each step;
     * ``per_layer``: ``training`` of each weight, by its name;
     * ``weightless``: ``training`` of products of activations, which no mask reduces;
     * ``not_counted``: what is missing in all of these, and why; empty if nothing is known to be.
@@ -77,6 +90,7 @@ class FlopsCounter(pl.Callback):
         self._served = 0
         self._sent: dict[str, list[int]] = {}  # see counts
         self._dense = 0.0
+        self._plain: dict[str, _Plain] = {}
         self._weightless = {"training": 0, "scoring": 0}
         self._done: dict[str, Tensor] = {}
         """Uses of the alive and of the updated weights, (weights,), in ``UNIT``; FLOPs of ``papers``."""
@@ -138,7 +152,9 @@ class FlopsCounter(pl.Callback):
     ) -> None:
         usual = type(batch) in (tuple, list) and all(isinstance(part, Tensor) for part in batch)
         tensors = [t for t in (batch if usual else tree_leaves(batch)) if isinstance(t, Tensor) and t.ndim]
-        self._served += len(tensors[-1]) * self._processes if tensors else 0
+        served = len(tensors[-1]) if tensors else 0
+        self._served += served * self._processes
+        self._add_plain(served, getattr(pl_module, "objective", None))
         if self._calls is not None and self._new_epoch:
             self._new_epoch = False
             self._miss(self._calls.failed)
@@ -184,7 +200,20 @@ class FlopsCounter(pl.Callback):
         if not scoring:
             replayed = min(getattr(getattr(self._masks.module, "objective", None), "replayed", 0), n)
             passes.thirds += self._processes * (3 * (n - replayed) + replayed if call.backward else n)
-            self._dense += 2 * passes.macs * self._processes * (1 + 2 * call.backward) * self._whole
+            if not isinstance(call.module, Teacher):
+                plain = self._plain.setdefault(call.name, _Plain())
+                plain.backward |= call.backward
+                if passes.macs > plain.macs:
+                    plain.samples, plain.macs = n, passes.macs
+
+    def _add_plain(self, served: int, objective: Any) -> None:
+        """What plain training would have taken for the step that is over."""
+        for name, plain in self._plain.items():
+            macs = plain.macs
+            if name == "" and isinstance(objective, Objective):
+                macs = macs // max(plain.samples, 1) * (served + objective.drawn)
+            self._dense += 2 * macs * self._processes * (1 + 2 * plain.backward) * self._whole
+        self._plain = {}
 
     def _look(self) -> None:
         """The masks of what follows: how many weights of each layer are alive, and how many updated."""

@@ -13,19 +13,24 @@ from torch import Tensor
 
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
-from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, task_data
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
+from lightning_sparse_cl.sparsity.scores import check_number, top_k_mask, whole_part
 
 
 class OneShotPruning(ScorePruning):
-    """Keep the largest weights of every pruned layer when a task ends; no retraining follows.
+    """Keep the largest weights of every pruned layer, when a task ends or inside of it; nothing is retrained.
 
     Per layer and not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between layers, so
     that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept, ties broken
     by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit, so that the
     checkpoints of its end are pruned. Where the last checkpoint was written earlier, a warning says so.
+
+    With ``epoch`` the weights are pruned inside the task, and the mask then holds until the task ends: the rest of the
+    task costs what a sparse network costs, and goes on from where it is. Momentum and other optimiser state of pruned
+    weights is cleared, so that Frank-Wolfe does not spend its K on them. A task that ends before is pruned at its end.
 
     Args:
         sparsity: zero fraction, in [0, 1).
@@ -36,9 +41,11 @@ class OneShotPruning(ScorePruning):
         sparse: weights that are pruned; see :class:`Sparsifier`.
         ranking: ``"layer"``, or ``"global"``, all weights ranked together.
         distribution: see :class:`ScorePruning`.
+        epoch: the epoch of each task, counted from 0, at whose start the weights are pruned, at least 1; so many epochs
+            train all weights that are open. Without a :class:`TaskSchedule` it is that of the fit. If None, at the end.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or a task has no such epoch.
     """
 
     goes_on = False
@@ -51,11 +58,16 @@ class OneShotPruning(ScorePruning):
         sparse: Chosen | None = None,
         ranking: Literal["layer", "global"] = "layer",
         distribution: Distribution = "uniform",
+        epoch: int | None = None,
     ) -> None:
         super().__init__(sparsity, ranking, distribution, dense, sparse)
         if of not in ("free", "share"):
             raise ValueError(f"OneShotPruning(of={of!r}): of is 'free' or 'share'")
-        self.of = of
+        if epoch is not None:
+            check_number("OneShotPruning", "epoch", epoch, whole=True)
+            if epoch < 1:
+                raise ValueError(f"OneShotPruning(epoch={epoch}): an epoch of each task, counted from 0, at least 1")
+        self.of, self.epoch = of, epoch
         self._pruned = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,8 +80,22 @@ class OneShotPruning(ScorePruning):
                 f"weights, and now there are {tasks}; begin a sequence that is to go on with of='free' "
                 "(EsaCL: freeze='none' or 'free'), which needs no number of tasks"
             )
+        self._check_epoch(trainer)
         super().on_fit_start(trainer, pl_module)
         self._pruned = False
+
+    def _check_epoch(self, trainer: pl.Trainer) -> None:
+        schedule = first_callback(trainer, TaskSchedule)
+        data = task_data(trainer) if schedule is not None else None
+        tasks = [0] if data is None else range(len(data.learnt.classes) if data.learnt else 0, data.num_tasks)
+        for task in tasks if self.epoch is not None else ():
+            epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
+            if self.epoch >= epochs:
+                of = "the fit" if schedule is None else f"task {task + 1}"
+                raise ValueError(
+                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, and epoch {self.epoch}, counted from "
+                    f"0, is not among them; use 1 to {epochs - 1}, or null to prune at the end"
+                )
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         return {name: pl_module.get_parameter(name).detach().abs() for name in self.names(pl_module)}
@@ -94,10 +120,23 @@ class OneShotPruning(ScorePruning):
     def protected(self, name: str) -> Tensor:
         return self.masks.frozen_part(name)
 
-    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+    def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         for name in self.names(pl_module):
             self.masks.set_alive(name, None)  # all compete again
-        self.prune(trainer, pl_module)
+        super().prune(trainer, pl_module, batch)
+        reset_state(trainer, pl_module, {name: ~self.masks.alive[name] for name in self.names(pl_module)})
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if batch_idx == 0 and self.epoch is not None and position(trainer).epoch == self.epoch:
+            self.prune(trainer, pl_module, batch)
+            self._pruned = True
+
+    def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        if self.epoch is None or position(trainer).epoch < self.epoch:
+            self.prune(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,7 +146,7 @@ class OneShotPruning(ScorePruning):
         over = position(trainer).over or _averaging_ends(trainer)
         if not has_schedule(trainer) and not self._pruned and (last_step or (trainer.is_last_batch and over)):
             self._pruned = True
-            self.on_task_end(trainer, pl_module, 0)
+            self.prune(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if has_schedule(trainer):
@@ -115,7 +154,7 @@ class OneShotPruning(ScorePruning):
         early = not self._pruned
         if early:
             self._pruned = True
-            self.on_task_end(trainer, pl_module, 0)
+            self.prune(trainer, pl_module)
         saved = [c for c in callbacks_of(trainer, ModelCheckpoint) if c.last_model_path or c.best_model_path]
         if any(early or c._last_global_step_saved < trainer.global_step for c in saved):
             rank_zero_warn(
@@ -138,25 +177,33 @@ class Reopen(Sparsifier):
             them grow from zero, so that the function learnt so far is unchanged. With what was kept, a random draw may
             start up to half outside the L1 budget of a K-sparse polytope (1.3 to 1.4 times on Split Digits); it is
             not scaled, which would change what was learnt, and Frank-Wolfe steps contract it into the polytope.
+        part: fraction of each layer's pruned weights that is given back, drawn at random, in (0, 1]; the others stay
+            pruned for another task, so that it trains a sparse network from its first step.
 
     Raises:
-        ValueError: if ``init`` is neither.
+        ValueError: if an argument is out of range.
     """
 
     needs_tasks = True
 
-    def __init__(self, init: Literal["random", "zero"] = "random") -> None:
+    def __init__(self, init: Literal["random", "zero"] = "random", part: float = 1.0) -> None:
         super().__init__()
         if init not in ("random", "zero"):
             raise ValueError(f"Reopen(init={init!r}): init is 'random' or 'zero'")
-        self.init = init
+        check_number("Reopen", "part", part)
+        if not 0 < part <= 1:
+            raise ValueError(f"Reopen(part={part}): the fraction of the pruned weights that is given back, in (0, 1]")
+        self.init, self.part = init, part
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for i, (name, alive) in enumerate(list(self.masks.alive.items())):
-            self.masks.set_alive(name, None)
+            reopened = ~(alive | self.masks.frozen_part(name))
+            if self.part < 1:
+                count = whole_part(self.part, int(reopened.sum()))
+                reopened = top_k_mask(self.random(pl_module, [name], task, i)[name], count, reopened)
+            self.masks.set_alive(name, None if self.part == 1 else alive | reopened)
             if self.init == "random":
-                seed = task_data(trainer).order_seed + 1000 * task + i
-                redraw(pl_module, name, ~(alive | self.masks.frozen_part(name)), seed)
+                redraw(pl_module, name, reopened, task_data(trainer).order_seed + 1000 * task + i)
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         policies: callbacks that go with the method (pruning, freezing, ...), in the order in which they act.
 
     Raises:
-        ValueError: if the backbone has no ``forward``.
+        ValueError: if the backbone has no ``forward``, or exemplars are to be selected and the objective tells no loss
+            of each.
     """
 
     automatic_optimization = False
@@ -67,6 +68,12 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         self.update = update or SingleBackward()
         self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
+        if selection is not None and selection.kept["replay"] < 1 and not self.objective.ranks_replay:
+            raise ValueError(
+                f"LossSelection(replay={selection.kept['replay']}): {type(self.objective).__name__} tells no loss of "
+                "each exemplar to select by; use replay=1, or an objective that does, such as DERpp, DER, ER, FDR or "
+                "ICaRL"
+            )
         self.policies = list(policies)
 
     def configure_model(self) -> None:
@@ -172,11 +179,12 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             x = torch.stack([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))], 1)
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
-        replayed, self.objective.replayed = self.objective.replayed, 0
-        whole: Outputs = {}  # the whole batch before the update: losses to rank, logits to remember
+        selection, epoch = self.selection or LossSelection(1, 1), data.epoch_in_task
+        thinned = replay is not None and selection.thins_replay(epoch)
+        whole: Outputs = {}  # everything before the update: losses to rank, logits to remember
         moved = False
 
-        def loss(stage: Stage, part: tuple[int, int] | None = None) -> Outputs:
+        def loss(stage: Stage, part: tuple[int, int] | None = None, replays: bool = True) -> Outputs:
             nonlocal moved
             if part is not None:
                 if part[1] > len(y):
@@ -185,16 +193,18 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 with batch_norm_still(self):
                     outputs = self.objective(self, x[rows], y[rows], None)
                 return outputs | {"loss": outputs["per_sample"].mean()}
-            size = self.selection.size(stage, len(y), data.epoch_in_task) if self.selection else len(y)
-            if size < len(y) and not whole:
+            size, exemplars = selection.size(stage, len(y), epoch), replay if replays else None
+            if (size < len(y) or thinned) and not whole:
                 with torch.no_grad(), batch_norm_still(self):
-                    whole.update(self.objective(self, x, y, None))
-            kept = LossSelection.top(whole["per_sample"], size) if size < len(y) else slice(None)
-            with batch_norm_still(self, moved):  # its statistics move in the first pass only
-                self.objective.replayed = replayed
-                outputs = self.objective(self, x[kept], y[kept], replay)
-                self.objective.replayed = 0
-            moved = True
+                    whole.update(self._terms(x, y, replay if thinned else None))
+            kept = selection.top(whole["per_sample"], size) if size < len(y) else slice(None)
+            if thinned and exemplars is not None:
+                tops = [selection.top(l, selection.size("replay", len(l), epoch)) for l in whole["replayed"]]
+                exemplars = [draw.at(top) for draw, top in zip(exemplars, tops, strict=True)]
+            still = moved or (replay is not None and not replays)  # statistics move once, and see the exemplars
+            with batch_norm_still(self, still):
+                outputs = self._terms(x[kept], y[kept], exemplars)
+            moved = not still or moved
             if not whole:
                 whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
             return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"] + self.penalty()}
@@ -212,6 +222,16 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         if self._logs():
             self.log("train/loss", value, prog_bar=True)
         return {"loss": value, "logits": whole["logits"]}
+
+    def _terms(self, x: Tensor, y: Tensor, replay: Any) -> Outputs:
+        """Of one pass; whoever counts passes is told how many exemplars are in it."""
+        objective = self.objective
+        whole = replay is None or not objective.ranks_replay
+        objective.replayed = objective.drawn * (replay is not None) if whole else sum(len(e.labels) for e in replay)
+        try:
+            return objective(self, x, y, replay)
+        finally:
+            objective.replayed = 0
 
     def penalty(self) -> Tensor | float:
         """What a method adds to the loss, once a pass."""

@@ -65,9 +65,12 @@ class EsaCL(ContinualModule):
             :class:`LossSelection` for why).
         dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
         policies: further callbacks.
+        prune_epoch: the epoch inside each task at whose start it is pruned; see :class:`OneShotPruning`. If None, the
+            task's end, as the paper says.
+        reopen: how the next task gets pruned weights back. If None, all of them, drawn anew, as the paper says.
 
     Raises:
-        ValueError: if ``sparsity`` or ``freeze`` is out of range.
+        ValueError: if ``sparsity``, ``freeze`` or ``prune_epoch`` is out of range.
     """
 
     def __init__(
@@ -81,21 +84,20 @@ class EsaCL(ContinualModule):
         selection: LossSelection | None = None,
         dense: Sequence[str] | None = None,
         policies: Sequence[pl.Callback] = (),
+        prune_epoch: int | None = None,
+        reopen: Reopen | None = None,
     ) -> None:
-        readings = {
-            "none": (OneShotPruning(sparsity, dense=dense), Reopen()),
-            "share": (OneShotPruning(sparsity, of="share", dense=dense), FreezeMasks(), Reopen()),
-            "free": (OneShotPruning(sparsity, of="free", dense=dense), FreezeMasks(), Reopen()),
-        }
-        if freeze not in readings:
-            raise ValueError(f"EsaCL(freeze={freeze!r}): the readings of lines 11-12 are {', '.join(readings)}")
+        if freeze not in ("none", "share", "free"):
+            raise ValueError(f"EsaCL(freeze={freeze!r}): the readings of lines 11-12 are none, share, free")
+        pruning = OneShotPruning(sparsity, "share" if freeze == "share" else "free", dense, epoch=prune_epoch)
+        freezing = [] if freeze == "none" else [FreezeMasks()]
         super().__init__(
             backbone,
             objective or DERpp(),
             update or SharpnessAware(),
             optimizer or partial(StochasticFrankWolfe, k=None),
             selection or LossSelection(),
-            [*readings[freeze], *policies],
+            [pruning, *freezing, reopen or Reopen(), *policies],
         )
         self.sparsity, self.dense = sparsity, dense
         self._reading = freeze  # ``freeze`` is a method of LightningModule

@@ -14,7 +14,8 @@ from lightning_sparse_cl.task_hooks import TaskHooks
 
 Terms = dict[str, Any]
 """``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
-``logits`` (B, C) of the current batch."""
+``logits`` (B, C) of the current batch; if :attr:`Objective.ranks_replay`, and something is replayed,
+``replayed``: for each draw, the loss (m,) of each exemplar."""
 
 
 class Learner(Protocol):
@@ -43,8 +44,12 @@ class Objective(TaskHooks, nn.Module):
     beforehand, by :meth:`draw`, so that both passes of SAM see the same.
     """
 
+    drawn = 0
+    """Exemplars of the last :meth:`draw`. FlopsCounter reads it."""
     replayed = 0
-    """Exemplars of the last :meth:`draw`; 0 in passes that do not replay them. FlopsCounter reads it."""
+    """Exemplars of the running pass; 0 in passes that do not replay any. FlopsCounter reads it."""
+    ranks_replay = False
+    """Whether it tells the loss of each exemplar, so that :class:`LossSelection` can select among them."""
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     views = 1

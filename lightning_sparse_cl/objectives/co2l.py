@@ -49,6 +49,7 @@ class CO2L(LooksBack, Replay):
 
     trains_head = False
     views = 2
+    ranks_replay = False  # exemplars are contrasts, and no anchors, of L_asym; L_IRD relates all of them
     memory: BalancedMemory
     seen: Tensor
     """Which classes (num_classes,) occurred so far."""
@@ -85,7 +86,7 @@ class CO2L(LooksBack, Replay):
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         drawn = super().draw(lambda images: torch.stack([prepare(images), prepare(images)], 1))
-        self.replayed *= self.views
+        self.drawn *= self.views
         return drawn
 
     def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:

@@ -39,11 +39,11 @@ class FDR(Replay):
         super().__init__(BalancedMemory(memory, by="task"), replay_batch_size, single_head)
         self.alpha = coefficient(self, "alpha", alpha)
 
-    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
         stored = replay[0].logits
         assert stored is not None  # keeps_logits
         distance = logits[0].float().softmax(1) - stored.softmax(1)
-        return self.alpha * torch.linalg.vector_norm(distance, dim=1).mean()
+        return [self.alpha * torch.linalg.vector_norm(distance, dim=1)]
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)

@@ -82,7 +82,7 @@ class ICaRL(LooksBack, Replay):
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         current, replayed = ((loss * self.seen).sum(1) / self.seen.sum()).split([len(y), len(drawn.labels)])
         rest = replayed.mean() if len(replayed) else logits.new_zeros(())
-        return {"per_sample": current, "rest": rest, "logits": logits[: len(y)]}
+        return {"per_sample": current, "rest": rest, "logits": logits[: len(y)], "replayed": [replayed.detach()]}
 
     def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
         if not self.tasks:

@@ -17,6 +17,10 @@ class Exemplars(NamedTuple):
     tasks: Tensor
     logits: Tensor | None = None
 
+    def at(self, rows: Tensor) -> Exemplars:
+        """Those at the indices ``rows`` (n,)."""
+        return Exemplars(*(None if part is None else part[rows] for part in self))
+
 
 class ExemplarMemory(nn.Module):
     """Exemplars in preallocated tensors on the training device: the same ones on every process.

@@ -26,6 +26,7 @@ class Replay(CrossEntropy):
     draws = 1
     """Independent draws from memory a step."""
     keeps_logits = False
+    ranks_replay = True
 
     def __init__(self, memory: ExemplarMemory, replay_batch_size: int = 32, single_head: bool = False) -> None:
         super().__init__(single_head)
@@ -56,10 +57,10 @@ class Replay(CrossEntropy):
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
         if not self.memory:
-            self.replayed = 0
+            self.drawn = 0
             return None
         drawn = self.memory.draw(self.replay_batch_size, self.draws)
-        self.replayed = len(drawn.labels)
+        self.drawn = len(drawn.labels)
         drawn = drawn._replace(images=prepare(drawn.images))
         parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
         return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
@@ -71,14 +72,16 @@ class Replay(CrossEntropy):
         # released DER++ code sends each through alone; accuracies are the same within the seeds' spread.
         sizes = [len(x), *(len(e.labels) for e in replay)]
         logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
+        losses = self.replay_losses(replayed, replay)
         return {
             "per_sample": self.current_loss(logits, y),
-            "rest": self.replay_loss(replayed, replay),
+            "rest": torch.stack([each.mean() for each in losses]).sum(),
             "logits": logits,
+            "replayed": [each.detach() for each in losses],
         }
 
-    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        """The loss on the exemplars; one entry of ``logits`` (m, num_classes) and of ``replay`` a draw."""
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
+        """Of each draw the loss (m,) of each exemplar, from its ``logits`` (m, num_classes); their means are added."""
         raise NotImplementedError
 
 
@@ -121,8 +124,8 @@ class ER(Replay):
             self.memory.room_for(head_of(network).out_features, self)
         super().build(network, input_shape, seed, dtype)
 
-    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        return F.cross_entropy(logits[0], replay[0].labels)
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
+        return [F.cross_entropy(logits[0], replay[0].labels, reduction="none")]
 
     def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
         self.memory.add(raw, y, task, logits)
@@ -160,10 +163,10 @@ class DER(ER):
         super().__init__(memory, replay_batch_size, single_head, balanced, per_class)
         self.alpha = coefficient(self, "alpha", alpha)
 
-    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
         stored = replay[0].logits
         assert stored is not None  # keeps_logits
-        return self.alpha * F.mse_loss(logits[0].float(), stored.float())
+        return [self.alpha * F.mse_loss(logits[0].float(), stored.float(), reduction="none").mean(1)]
 
 
 class DERpp(DER):
@@ -197,11 +200,15 @@ class DERpp(DER):
         super().__init__(memory, replay_batch_size, alpha, single_head, balanced, per_class)
         self.beta = coefficient(self, "beta", beta)
 
-    def replay_loss(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> Tensor:
-        return super().replay_loss(logits, replay) + self.beta * F.cross_entropy(logits[-1], replay[-1].labels)
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
+        labels = F.cross_entropy(logits[-1], replay[-1].labels, reduction="none")
+        return [*super().replay_losses(logits, replay), self.beta * labels]
 
 
 class DERppOneDraw(DERpp):
     """DER++ with both terms on one draw: a third less computation, and another algorithm, not the paper's."""
 
     draws = 1
+
+    def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
+        return [torch.stack(super().replay_losses(logits, replay)).sum(0)]

@@ -44,7 +44,7 @@ class KSparsePolytope:
         """
         size = m.abs()
         vertex, n = torch.zeros_like(size), size.numel()
-        top = size.as_strided((n,), (1,)).topk(min(self.k, n), sorted=False).indices  # in memory order: channels_last
+        top = largest(size.as_strided((n,), (1,)), min(self.k, n))  # in memory order: channels_last
         vertex.as_strided((n,), (1,)).index_fill_(0, top, -self.radius)
         return vertex.mul_(m.sign())
 
@@ -54,3 +54,21 @@ class KSparsePolytope:
         cube = self.radius / w.abs().max().clamp_min(tiny)
         ball = self.radius * self.k / w.abs().sum().clamp_min(tiny)
         return w * torch.minimum(cube, ball).clamp_max(1.0)
+
+
+SAMPLED = 64
+"""One value of so many is looked at to guess the K-th largest."""
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """Indices (k,) of the ``k`` largest of ``values`` (n,), in any order: ``topk``, several times as fast on CPUs.
+
+    A sample tells a value that is most likely below the k-th largest, and only what reaches it is ranked.
+    """
+    sample = values[::SAMPLED]
+    likely = int(1.2 * k / SAMPLED) + 8
+    if values.is_cpu and likely < len(sample):
+        candidates = (values >= sample.topk(likely, sorted=False).values.min()).nonzero().squeeze(1)
+        if len(candidates) >= k:
+            return candidates[values[candidates].topk(k, sorted=False).indices]
+    return values.topk(k, sorted=False).indices

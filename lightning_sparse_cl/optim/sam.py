@@ -19,7 +19,8 @@ class UpdateRule(ABC):
     """Runs the backward passes of one step and leaves the gradient of the descent in ``.grad``.
 
     ``loss(stage)`` computes the loss afresh, on the same batch and the same replay draw; an update rule may call it
-    several times. ``loss(stage, part=(k, n))`` is that of the k-th of n parts of the batch, and of nothing else.
+    several times. ``loss(stage, part=(k, n))`` is that of the k-th of n parts of the batch, and of nothing else;
+    ``loss(stage, replays=False)`` leaves the replay out.
     ``module`` offers ``manual_backward(loss)`` and ``optimizers()``, as a LightningModule does.
     """
 
@@ -49,21 +50,24 @@ class SharpnessAware(UpdateRule):
 
     Args:
         rho: radius of the perturbation, >= 0.
+        replays: whether the ascent replays exemplars, too. The paper does not say; Algorithm 1 climbs on the loss of
+            the whole objective. If False, it climbs on the current batch alone, which saves a third of the passes of
+            DER++; batch-norm statistics then move in the descent, which sees the exemplars.
 
     Raises:
         ValueError: if ``rho`` is negative.
     """
 
-    def __init__(self, rho: float = 0.05) -> None:
+    def __init__(self, rho: float = 0.05, replays: bool = True) -> None:
         if not rho >= 0:
             raise ValueError(f"SharpnessAware(rho={rho}): rho is the radius of the perturbation, >= 0")
-        self.rho = rho
+        self.rho, self.replays = rho, replays
 
     def __call__(self, module: Any, loss: Callable[..., Outputs]) -> Outputs:
         optimizers = module.optimizers()
         optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers  # the first is that of the weights
         with optimizer.toggle_model(sync_grad=False):
-            module.manual_backward(loss("ascent")["loss"])
+            module.manual_backward(loss("ascent", replays=self.replays)["loss"])
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         with perturbed(params, self.rho):
             optimizer.zero_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from lightning_sparse_cl.optim.sam import Stage
@@ -16,33 +18,45 @@ class LossSelection:
     each step just flips the decision. Hence ``warmup`` and a fraction of its own for each pass. (On Split Digits with
     replay it does not stall, and all settings lie within the seeds' spread: ``benchmarks/esacl_choices.py``.)
 
-    When the ascent pass is thinned out, the losses to rank come from a forward pass of the whole batch without
-    gradient; the two passes of SAM then see the selected samples only, which is where the computation is saved.
+    When the first pass is thinned out, the losses to rank come from a forward pass of everything without gradient;
+    the passes with gradient then see the selected samples only, which is where the computation is saved.
 
-    Only the current batch is thinned out; the replay and penalty terms of the objective are kept whole in both passes.
+    The paper thins out the current batch only. ``replay`` does the same with exemplars, draw by draw, each draw by its
+    own term of the loss. (To rank exemplars together with the batch was no better.) Penalty terms are kept whole.
 
     Args:
         sse: fraction kept in the ascent pass, in (0, 1]; 1 switches SSE off.
         ere: fraction kept in the descent pass, in (0, 1]; 1 switches ERE off.
         warmup: epochs at the start of every task that use whole batches.
+        replay: fraction kept of each draw from memory, in every pass that replays it, in (0, 1].
 
     Raises:
         ValueError: if an argument is out of range.
     """
 
-    def __init__(self, sse: float = 0.4, ere: float = 0.4, warmup: int = 2) -> None:
-        for name, value in (("sse", sse), ("ere", ere)):
+    def __init__(self, sse: float = 0.4, ere: float = 0.4, warmup: int = 2, replay: float = 1.0) -> None:
+        for name, value in (("sse", sse), ("ere", ere), ("replay", replay)):
             if not 0 < value <= 1:
                 raise ValueError(f"LossSelection({name}={value}): {name} is the fraction kept, in (0, 1]")
         if warmup < 0:
             raise ValueError(f"LossSelection(warmup={warmup}): warmup is a number of epochs, >= 0")
-        self.kept = {"ascent": sse, "descent": ere}
+        self.kept = {"ascent": sse, "descent": ere, "replay": replay}
         self.warmup = warmup
 
-    def size(self, stage: Stage, batch_size: int, epoch: int) -> int:
-        """J: how many of ``batch_size`` samples the pass keeps, in the given epoch of the task; at least one."""
-        fraction = 1.0 if epoch < self.warmup else self.kept[stage]
-        return max(1, round(fraction * batch_size))
+    def size(self, of: Stage | Literal["replay"], whole: int, epoch: int) -> int:
+        """J: how many of ``whole`` samples are kept in the given epoch of the task; at least one.
+
+        Args:
+            of: the pass, of whose batch they are, or ``"replay"``, of a draw from memory.
+            whole: how many there are.
+            epoch: the epoch of the task, counted from 0.
+        """
+        fraction = 1.0 if epoch < self.warmup else self.kept[of]
+        return max(1, round(fraction * whole))
+
+    def thins_replay(self, epoch: int) -> bool:
+        """Whether exemplars are selected in the given epoch of the task."""
+        return self.kept["replay"] < 1 and epoch >= self.warmup
 
     @staticmethod
     def top(losses: Tensor, size: int) -> Tensor:
