@@ -64,6 +64,12 @@ def fit_and_compare(method, gradients="", by=""):
         aids = [scl.GradientClipping(1.0), scl.TaskLRSchedule(halved), scl.TaskEarlyStopping("train/loss", 1)]
         selection = scl.LossSelection(warmup=1)
         model = scl.EsaCL(backbone, scl.DERpp(30, 8), freeze="share", selection=selection, policies=aids)
+    elif method == "efficient EsaCL":
+        update, selection = scl.SharpnessAware(replays=False), scl.LossSelection(warmup=1, replay=0.5)
+        model = scl.EsaCL(
+            backbone, scl.DERpp(30, 8), update=update, selection=selection, prune_epoch=2,
+            reopen=scl.Reopen("zero", 0.1),
+        )  # fmt: skip
     elif method == "SparCL":
         model = scl.SparCL(
             backbone, scl.DERpp(30, 8), scl.TaskAwareDynamicMasking(0.7, 2), scl.DynamicDataRemoval(0.4, 2, 2, by),
@@ -110,6 +116,7 @@ def fit_and_compare(method, gradients="", by=""):
     "method",
     [
         ("EsaCL",),
+        ("efficient EsaCL",),
         ("SparCL", "measured", "forgetting"),
         ("balanced",),
         pytest.param(("per class",), marks=pytest.mark.slow),

@@ -182,6 +182,25 @@ def test_killed_and_resumed_with_sparse_kernels(tmp_path, whole_run, config):
     assert dense["state_dict"].keys() == fast["state_dict"].keys()
 
 
+EFFICIENT = [
+    "-c", str(CONFIGS.parent / "esacl" / "efficient.yaml"), "--model.init_args.prune_epoch=1",
+    "--model.init_args.selection.init_args.warmup=1",
+]  # fmt: skip
+AT_PRUNING = {
+    "before the epoch that prunes": ("on_train_epoch_start", 2 * EPOCHS),
+    "after it has pruned": ("on_before_optimizer_step", 3 * EVERY + 1),
+}
+
+
+@pytest.mark.parametrize("more", [[], pytest.param(ACCELERATED, marks=pytest.mark.slow)], ids=["dense", "kernels"])
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some points", "all points"])
+def test_efficient_esacl_killed_and_resumed(tmp_path, whole_run, every, more):
+    whole, ends = whole_run("esacl", *EFFICIENT, *more)
+    chosen = points(ends, 0) | AT_PRUNING
+    for name in chosen if every else [*AT_PRUNING, "its first batch"]:
+        kill_and_resume(whole, tmp_path / name, "esacl", *chosen[name], *EFFICIENT, *more)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
 def test_killed_anywhere_and_resumed(tmp_path, whole_run, config):
