@@ -34,8 +34,8 @@ class GPM(pl.Callback):
     Works with any LightningModule on a :class:`TaskDataModule`. It is refused together with what would leave the null
     space again: callbacks that mask weights or gradients while a task trains (the masked part of an orthogonal matrix
     is not orthogonal), :class:`AGEM`, which adds a direction of its own, and optimisers other than SGD without weight
-    decay. :class:`OneShotPruning` with ``Reopen("zero")`` is fine: masks hold between a task's end and the next one's
-    start, and only pruning itself changes what earlier tasks have learnt.
+    decay. :class:`OneShotPruning` at a task's end with ``Reopen("zero")`` is fine: masks hold between a task's end and
+    the next one's start, and only pruning itself changes what earlier tasks have learnt.
 
     Args:
         threshold: epsilon, part of the inputs' energy that is protected, in (0, 1].
@@ -85,12 +85,17 @@ class GPM(pl.Callback):
         movers = [k for k in kinds if issubclass(k, Sparsifier) and not issubclass(k, OneShotPruning | Reopen)]
         if any(issubclass(k, AGEM) for k in kinds):
             raise ValueError("GPM: A-GEM's projection adds a direction that GPM takes away; leave one of them out")
-        if any(c.init != "zero" for c in callbacks_of(trainer, Reopen)):
+        pruning, reopening = callbacks_of(trainer, OneShotPruning), callbacks_of(trainer, Reopen)
+        if any(c.init != "zero" for c in reopening):
             raise ValueError(
                 'GPM: Reopen(init="random") moves weights in all directions at a task\'s start; use Reopen(init="zero")'
             )
-        if movers or (OneShotPruning in kinds and Reopen not in kinds):
-            name = movers[0].__name__ if movers else "OneShotPruning without Reopen"
+        masked = [k.__name__ for k in movers]
+        masked += ["OneShotPruning without Reopen"] if pruning and not reopening else []
+        masked += [f"OneShotPruning(epoch={c.epoch})" for c in pruning if c.epoch is not None]
+        masked += [f"Reopen(part={c.part})" for c in reopening if c.part < 1]
+        if masked:
+            name = masked[0]
             raise ValueError(
                 f"GPM: {name} masks weights or gradients while tasks train; the masked part of an orthogonal update is "
                 "not orthogonal to the inputs of earlier tasks, so nothing would be protected. Leave one of them out"

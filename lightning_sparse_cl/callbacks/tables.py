@@ -81,7 +81,7 @@ def _spending(metrics: Mapping[str, Any]) -> Table:
             ratio = flops[direction] / max(1, flops["samples"])
             lines.add_row(f"samples sent {direction}", f"{flops[direction]:,} ({ratio:.2f} x plain training)")
         share = 100 * flops["training"] / flops["dense"]
-        lines.add_row("training FLOPs", f"{flops['training']:.3g} ({share:.1f} % of dense training on all data)")
+        lines.add_row("training FLOPs", f"{flops['training']:.3g} ({share:.1f} % of plain, dense training)")
         lines.add_row("  as SparCL's tables count", f"{flops['papers']:.3g}")
         if flops["scoring"]:
             share = 100 * flops["scoring"] / flops["dense"]

@@ -182,6 +182,8 @@ def test_what_the_first_task_learnt_stays_where_the_threshold_is_one(reopened):
         ([scl.DynamicGradientMasking(0.1)], "DynamicGradientMasking"),
         ([scl.OneShotPruning(0.5), scl.FreezeMasks(), scl.Reopen("zero")], "FreezeMasks"),
         ([scl.OneShotPruning(0.5)], "OneShotPruning without Reopen"),
+        ([scl.OneShotPruning(0.5, epoch=1), scl.Reopen("zero")], r"OneShotPruning\(epoch=1\)"),
+        ([scl.OneShotPruning(0.5), scl.Reopen("zero", 0.1)], r"Reopen\(part=0.1\)"),
     ],
 )
 def test_gpm_refuses_masks_that_act_while_a_task_trains(others, name):
