@@ -77,7 +77,7 @@ def run(init: str, growth: str, sparsity: float, seed: int, images: str, epochs:
         "used": shared["used"][-1],
         "free in the last mask": shared["free_in_mask"][-1],
         "saturated at task": saturated,
-        "of dense": metrics["flops"]["training"] / metrics["flops"]["dense"],
+        "of plain": metrics["flops"]["training"] / metrics["flops"]["dense"],
     }
 
 

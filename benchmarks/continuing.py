@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,19 +59,11 @@ def main() -> None:
     seeds, epochs = ([0], 2) if args.quick else ([0, 1, 2], None)
     if args.quick:
         configs = ["continual_dst", "derpp", "er", "esacl", "ewc"]
-    kept = harness.RESULTS / "continuing_runs.json"
-    done = json.loads(kept.read_text()) if kept.exists() and not args.quick else {}
-    jobs = [(c, s, epochs) for c in configs for s in seeds if f"{c}, {s}" not in done]
-
-    def keep(job: tuple, found: dict[str, Any]) -> None:
-        done[f"{job[0]}, {job[1]}"] = found
-        if not args.quick:
-            kept.write_text(json.dumps(done, indent=1) + "\n")
-
-    harness.run_all(run, jobs, args.processes, keep)
+    run_all = harness.run_all if args.quick else partial(harness.run_kept, "continuing")
+    results = iter(run_all(run, [(c, s, epochs) for c in configs for s in seeds], args.processes))
     rows = []
     for config in configs:
-        runs = [done[f"{config}, {s}"] for s in seeds]
+        runs = [next(results) for _ in seeds]
         row: dict[str, Any] = {"configuration": config}
         for title in SCENARIOS:
             at_once, continued = ([r[f"{title}, {name}"] for r in runs] for name in ("at once", "continued"))
@@ -82,7 +75,6 @@ def main() -> None:
     harness.show("Split Digits, accuracy after five tasks in percent: median (range) over seeds", rows, list(rows[0]))
     if not args.quick:
         harness.save("continuing", rows, seeds=seeds)
-        kept.unlink()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ def halved(root: str, per_class: int, to_test: int = 500) -> list[tuple[torch.Te
     return [(F.avg_pool2d(images.float(), 2).round().byte(), labels) for images, labels in parts]
 
 
+def small_cifar10(train: tuple[torch.Tensor, ...], test: tuple[torch.Tensor, ...]) -> scl.SplitTensors:
+    """Five tasks of two classes of :func:`halved` images, in batches of 32, shifted by up to two pixels and flipped."""
+    augment = scl.ImageTransform([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2615], crop=2, flip=True)
+    return scl.SplitTensors(train, test, num_tasks=5, batch_size=32, transform=augment)
+
+
 def fit(
     module: pl.LightningModule,
     data: scl.TaskDataModule,
@@ -94,9 +100,32 @@ def run_all(
     return results
 
 
+def run_kept(name: str, run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> list[Any]:
+    """:func:`run_all` of long measurements: each result is kept in ``results/NAME_runs.json`` as soon as it is there.
+
+    The same command goes on with what is missing; :func:`save` takes the file away.
+    """
+    path = RESULTS / f"{name}_runs.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def keep(job: tuple, result: Any) -> None:
+        done[json.dumps(job)] = result
+        path.write_text(json.dumps(done, indent=1) + "\n")
+
+    run_all(run, [job for job in jobs if json.dumps(job) not in done], processes, keep)
+    return [done[json.dumps(job)] for job in jobs]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def beside(rows: Sequence[dict[str, Any]], derpp: dict[str, Any]) -> None:
+    """Add to each row its training FLOPs as a share of those of DER++, physically and as SparCL's tables count."""
+    for row in rows:
+        for share, of in (("of DER++", "TFLOPs"), ("of DER++ as in the tables", "TFLOPs as in the tables")):
+            row[share] = {k: v / derpp[of]["median"] for k, v in row[of].items()}
 
 
 def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
@@ -114,6 +143,7 @@ def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
         "rows": rows,
     }  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / f"{name}_runs.json").unlink(missing_ok=True)
     return path
 
 

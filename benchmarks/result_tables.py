@@ -27,7 +27,8 @@ COLUMNS = {
     "split_digits_methods": {
         "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
         "sparsity": "sparsity", "backward passes": "backward passes a sample",
-        "FLOPs of dense": "training FLOPs, % of dense", "seconds": "seconds",
+        "FLOPs of plain": "training FLOPs, % of plain training", "of DER++": "% of DER++",
+        "of DER++ as in the tables": "% of DER++, as the tables count", "seconds": "seconds",
     },
     "one_shot_pruning": {
         "variant": "", "before": "dense", "keep 40 %": "keep 40 %", "keep 20 %": "20 %", "keep 10 %": "10 %",
@@ -39,14 +40,14 @@ COLUMNS = {
     },
     "sparcl": {
         "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
-        "FLOPs": "TFLOPs", "of dense": "% of dense", "to find masks": "to find masks, %",
+        "FLOPs": "TFLOPs", "of plain": "% of plain training", "to find masks": "to find masks, %",
         "FLOPs as in the tables": "TFLOPs as in the tables", "closed formula": "closed formula",
         "footprint, MB": "footprint, MB", "seconds": "seconds",
     },
     "continual_dst": {
         "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
         "second half": "tasks 6 to 10", "used": "backbone used, %", "free in the last mask": "free in the last mask, %",
-        "saturated at task": "saturated at task", "of dense": "training FLOPs, % of dense",
+        "saturated at task": "saturated at task", "of plain": "training FLOPs, % of plain training",
     },
     "continual_dst_findings": {"finding": "finding", "verdict": "verdict", "differences": "paired differences, points"},
     "cl_lsg": {

@@ -61,8 +61,7 @@ def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: i
     optimizer = partial(torch.optim.SGD, lr=0.03)
     objective, policies = scl.DERpp(500, BATCH), POLICIES[row](sparsity)
     module = scl.ContinualModule(scl.ResNet18(width), objective, optimizer=optimizer, policies=policies)
-    augment = scl.ImageTransform([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2615], crop=2, flip=True)
-    data = scl.SplitTensors(*torch.load(images), num_tasks=5, batch_size=BATCH, transform=augment)
+    data = harness.small_cifar10(*torch.load(images))
     metrics = harness.fit(module, data, epochs)
     flops, cost = metrics["flops"], DenseCost.of(module, data.input_shape)
     gradient = sparsity + (Q[sparsity] if policies and isinstance(policies[-1], scl.DynamicGradientMasking) else 0.0)
@@ -71,7 +70,7 @@ def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: i
         "Class-IL": metrics["class_il"]["acc"],
         "Task-IL": metrics["task_il"]["acc"],
         "FLOPs": flops["training"] / 1e12,
-        "of dense": flops["training"] / flops["dense"],
+        "of plain": flops["training"] / flops["dense"],
         "to find masks": flops["scoring"] / flops["dense"],
         "FLOPs as in the tables": flops["papers"] / 1e12,
         "closed formula": planned(policies, cost.total_macs(), dense_share, sparsity, gradient, data, epochs) / 1e12,

@@ -1,10 +1,12 @@
 """Every configuration of configs/split_digits as shipped: accuracy, forgetting and cost; objectives under EsaCL too.
 
 python benchmarks/split_digits_methods.py [--quick]
+Finished runs are kept in benchmarks/results/split_digits_methods_runs.json; the same command goes on with the rest.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,11 @@ FIGURES = {"Class-IL": ("class_il", "acc"), "Task-IL": ("task_il", "acc"), "forg
 
 OVERLAYS = CONFIGS.parent / "objectives"
 ESACL = "under EsaCL"
+EFFICIENT = {
+    "esacl, efficient": ["esacl/efficient"],
+    "esacl, efficient, without_sp": ["esacl/efficient", "esacl/without_sp"],
+}
+"""Rows of overlays on ``esacl``."""
 
 
 def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
@@ -35,11 +42,11 @@ def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 1e3
 
 
-def run(config: str, seed: int, epochs: int | None, overlay: str | None = None) -> dict[str, Any]:
+def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict[str, Any]:
     """One run of the command line, in process."""
     from lightning_sparse_cl.__main__ import main
 
-    laid = ["-c", str(OVERLAYS / f"{overlay}.yaml")] if overlay else []
+    laid = [part for overlay in overlays for part in ("-c", str(CONFIGS.parent / f"{overlay}.yaml"))]
     with TemporaryDirectory() as folder:
         cli = main(
             ["fit", "-c", str(CONFIGS / f"{config}.yaml"), *laid, f"--seed_everything={seed}",
@@ -55,7 +62,9 @@ def run(config: str, seed: int, epochs: int | None, overlay: str | None = None) 
         "sparsity": metrics["sparsity"],
         "kept, kB": kept(cli.trainer, cli.model),
         "backward passes": passes["backward"] / passes["samples"],
-        "FLOPs of dense": passes["training"] / passes["dense"],
+        "FLOPs of plain": passes["training"] / passes["dense"],
+        "TFLOPs": passes["training"] / 1e12,
+        "TFLOPs as in the tables": passes["papers"] / 1e12,
         "seconds": metrics["seconds"],
     }
 
@@ -63,21 +72,26 @@ def run(config: str, seed: int, epochs: int | None, overlay: str | None = None) 
 def main() -> None:
     args = harness.arguments(__doc__)
     configs = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-    seeds, epochs = ([0], 2) if args.quick else ([0, 1, 2], None)
+    seeds, epochs = ([0], 3) if args.quick else (list(range(5)), None)
     based = [c for c in configs if (OVERLAYS / f"{c}.yaml").exists()]
-    jobs = [*((c, s, epochs) for c in configs for s in seeds), *(("esacl", 0, epochs, c) for c in based)]
-    (*results,) = harness.run_all(run, jobs, args.processes)
-    under = dict(zip(based, (r["Class-IL"] for r in results[len(configs) * len(seeds) :]), strict=True))
+    of = {config: (config, []) for config in configs} | {row: ("esacl", laid) for row, laid in EFFICIENT.items()}
+    jobs = [(config, seed, epochs, laid) for config, laid in of.values() for seed in seeds]
+    jobs += [("esacl", 0, epochs, [f"objectives/{c}"]) for c in based]
+    run_all = harness.run_all if args.quick else partial(harness.run_kept, "split_digits_methods")
+    (*results,) = run_all(run, jobs, args.processes)
+    under = dict(zip(based, (r["Class-IL"] for r in results[len(of) * len(seeds) :]), strict=True))
     refused = {"gpm": "refused", "lamaml": "another update"}
     results = iter(results)
     rows = []
-    for config in configs:
+    for config in of:
         runs = [next(results) for _ in seeds]
         figures = {k: harness.spread([r[k] for r in runs]) for k in runs[0] if runs[0][k] is not None}
         pruned = {ESACL: under.get(config, refused.get(config, "-"))}
         rows.append({"configuration": config} | dict.fromkeys(runs[0], "-") | figures | pruned)
-    title = "Split Digits, in percent; passes per sample served; training FLOPs in percent of dense ones; seconds"
-    harness.show(title, rows, list(rows[0]), plain=("backward passes", "seconds", "kept, kB"))
+    harness.beside(rows, next(row for row in rows if row["configuration"] == "derpp"))
+    title = "Split Digits, in percent; passes per sample served; TFLOPs; seconds"
+    plain = ("backward passes", "seconds", "kept, kB", "TFLOPs", "TFLOPs as in the tables")
+    harness.show(title, rows, list(rows[0]), plain)
     if not args.quick:
         harness.save("split_digits_methods", rows, seeds=seeds)
 
