@@ -107,6 +107,26 @@ def run(row: str, sparsity: float, seed: int, epochs: int, per_class: int, image
     }
 
 
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Accuracy over training FLOPs: median and range."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
+    for axis, key in zip(axes, ("Class-IL", "Task-IL")):
+        for i, row in enumerate(rows):
+            x, y = 100 * row["of DER++"]["median"], {k: 100 * v for k, v in row[key].items()}
+            label = f"{row['method']}, {100 * row['sparsity']:g} %" if row["sparsity"] else row["method"]
+            span = [[y["median"] - y["min"]], [y["max"] - y["median"]]]
+            marker = "o^sDvP*X"[i % 8]
+            axis.errorbar(x, y["median"], span, fmt=marker, ms=5, capsize=2, elinewidth=0.8, label=label)
+        axis.set(title=f"{key} accuracy, %", xlabel="training FLOPs, % of DER++", xscale="log")
+        axis.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside right center", fontsize=7)
+    figure.tight_layout(rect=(0, 0, 0.78, 1))
+    figure.savefig(harness.RESULTS / "esacl_cifar10.png", dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/cifar10-images")
@@ -128,6 +148,7 @@ def main() -> None:
     columns = ["method", "sparsity", "Class-IL before", "Class-IL", "Task-IL", "of DER++", "of plain", "used"]
     harness.show("Split CIFAR-10, in percent", table, columns)
     if not args.quick and not args.rows:
+        draw([row for row in table if row["sparsity"] != 0.8])
         harness.save("esacl_cifar10", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class)
 
 

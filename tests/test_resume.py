@@ -193,7 +193,9 @@ AT_PRUNING = {
 
 
 @pytest.mark.parametrize("more", [[], pytest.param(ACCELERATED, marks=pytest.mark.slow)], ids=["dense", "kernels"])
-@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some points", "all points"])
+@pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some points", "all points"]
+)
 def test_efficient_esacl_killed_and_resumed(tmp_path, whole_run, every, more):
     whole, ends = whole_run("esacl", *EFFICIENT, *more)
     chosen = points(ends, 0) | AT_PRUNING

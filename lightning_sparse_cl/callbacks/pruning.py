@@ -85,16 +85,18 @@ class OneShotPruning(ScorePruning):
         self._pruned = False
 
     def _check_epoch(self, trainer: pl.Trainer) -> None:
+        if self.epoch is None:
+            return
         schedule = first_callback(trainer, TaskSchedule)
         data = task_data(trainer) if schedule is not None else None
         tasks = [0] if data is None else range(len(data.learnt.classes) if data.learnt else 0, data.num_tasks)
-        for task in tasks if self.epoch is not None else ():
+        for task in tasks:
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
             if self.epoch >= epochs:
                 of = "the fit" if schedule is None else f"task {task + 1}"
                 raise ValueError(
-                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, and epoch {self.epoch}, counted from "
-                    f"0, is not among them; use 1 to {epochs - 1}, or null to prune at the end"
+                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, and epoch {self.epoch}, counted "
+                    f"from 0, is not among them; use 1 to {epochs - 1}, or null to prune at the end"
                 )
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:

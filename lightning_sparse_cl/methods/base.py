@@ -197,10 +197,16 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             if (size < len(y) or thinned) and not whole:
                 with torch.no_grad(), batch_norm_still(self):
                     whole.update(self._terms(x, y, replay if thinned else None))
+                if thinned and "replayed" not in whole:
+                    raise ValueError(
+                        f"{type(self.objective).__name__}.forward() tells no 'replayed', losses to select by"
+                    )
             kept = selection.top(whole["per_sample"], size) if size < len(y) else slice(None)
             if thinned and exemplars is not None:
-                tops = [selection.top(l, selection.size("replay", len(l), epoch)) for l in whole["replayed"]]
-                exemplars = [draw.at(top) for draw, top in zip(exemplars, tops, strict=True)]
+                exemplars = [
+                    draw.at(selection.top(losses, selection.size("replay", len(losses), epoch)))
+                    for draw, losses in zip(exemplars, whole["replayed"], strict=True)
+                ]
             still = moved or (replay is not None and not replays)  # statistics move once, and see the exemplars
             with batch_norm_still(self, still):
                 outputs = self._terms(x[kept], y[kept], exemplars)

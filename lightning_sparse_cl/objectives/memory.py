@@ -19,7 +19,8 @@ class Exemplars(NamedTuple):
 
     def at(self, rows: Tensor) -> Exemplars:
         """Those at the indices ``rows`` (n,)."""
-        return Exemplars(*(None if part is None else part[rows] for part in self))
+        logits = None if self.logits is None else self.logits[rows]
+        return Exemplars(self.images[rows], self.labels[rows], self.tasks[rows], logits)
 
 
 class ExemplarMemory(nn.Module):

@@ -22,7 +22,7 @@ class LossSelection:
     the passes with gradient then see the selected samples only, which is where the computation is saved.
 
     The paper thins out the current batch only. ``replay`` does the same with exemplars, draw by draw, each draw by its
-    own term of the loss. (To rank exemplars together with the batch was no better.) Penalty terms are kept whole.
+    own term of the loss. Penalty terms are kept whole.
 
     Args:
         sse: fraction kept in the ascent pass, in (0, 1]; 1 switches SSE off.

@@ -1,12 +1,12 @@
-"""FLOPs against a count by hand: what SAM, selection and replay cost, of one plain pass over what was served and drawn."""
+"""FLOPs against a count by hand: what SAM, selection and replay cost beside one plain pass over served and drawn."""
 
 import itertools
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from toy_trainer import trainer
 from torch import nn
+from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import toy_tasks

@@ -3,8 +3,8 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from toy_trainer import trainer
 from torch.nn import functional as F
+from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import toy_tasks
@@ -90,25 +90,28 @@ def test_losses_of_exemplars_are_those_of_the_formula(objective):
     torch.testing.assert_close(torch.stack([each.mean() for each in losses]).sum(), expected)
 
 
-def test_batch_norm_moves_in_the_pass_that_sees_the_exemplars():
+@pytest.mark.parametrize("replays", [True, False])
+def test_batch_norm_moves_in_the_pass_that_sees_the_exemplars(replays):
     """Once a step; an ascent without replay would move it by the current task's images alone."""
-    for replays in (True, False):
-        pl.seed_everything(0, verbose=False)
-        module = scl.ContinualModule(scl.SmallCNN(4), scl.ER(40, 10), scl.SharpnessAware(replays=replays))
-        norm = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d))
-        moved: list[int] = []
+    pl.seed_everything(0, verbose=False)
+    module = scl.ContinualModule(scl.SmallCNN(4), scl.ER(40, 10), scl.SharpnessAware(replays=replays))
+    norm = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen: list[tuple[int, int]] = []  # samples of each pass, and how often statistics had moved before it
+    norm.register_forward_pre_hook(lambda layer, args: seen.append((len(args[0]), int(layer.num_batches_tracked))))
+    trainer(epochs=1).fit(module, toy_tasks(num_tasks=1, per_class=40, batch_size=16))
+    assert int(norm.num_batches_tracked) == 5
+    moved = [n for (n, before), (_, after) in zip(seen, [*seen[1:], (0, 5)]) if after > before]
+    assert moved == [16, *[26] * 4]  # in the first step the memory is empty
 
-        def look(layer, args, moved=moved, norm=norm):
-            before = int(norm.num_batches_tracked)
-            moved.append(before)
-            sizes.append(len(args[0]))
 
-        sizes: list[int] = []
-        norm.register_forward_pre_hook(look)
-        trainer(epochs=1).fit(module, toy_tasks(num_tasks=1, per_class=40, batch_size=16))
-        assert int(norm.num_batches_tracked) == 5
-        at = [size for size, a, b in zip(sizes, moved, [*moved[1:], 5]) if b > a and size in (16, 26)]
-        assert at[1:] == [26] * 4  # after the first step, when the memory is empty
+def test_an_objective_that_forgets_to_tell_losses_is_named():
+    class Silent(scl.ER):
+        def forward(self, model, x, y, replay):
+            return {k: v for k, v in super().forward(model, x, y, replay).items() if k != "replayed"}
+
+    module = scl.ContinualModule(scl.SmallMLP([8]), Silent(40, 10), selection=scl.LossSelection(1, 1, 0, replay=0.4))
+    with pytest.raises(ValueError, match="Silent.forward\\(\\) tells no 'replayed'"):
+        trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
 
 
 @pytest.mark.parametrize("objective", [None, scl.EWC(), scl.LwF(), scl.CO2L(40, 8)])
