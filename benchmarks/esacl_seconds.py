@@ -38,7 +38,7 @@ def run(
     if name in RUNS:
         plain: dict[str, Any] = {"update": scl.SingleBackward(), "selection": scl.LossSelection(1, 1)}
         module: scl.ContinualModule = scl.EsaCL(
-            backbone, objective, 0.9, prune_epoch=1, reopen=scl.Reopen("zero", 0.1),
+            backbone, objective, 0.9, prune_epoch=1, reopen=scl.Reopen("zero", 0.3),
             policies=[turns, scl.SparseAcceleration()], **plain, **RUNS[name],
         )  # fmt: skip
     else:

@@ -120,12 +120,10 @@ def test_every_overlay_fits_over_its_base(overlay):
         "without_sa": lambda m: type(m.update).__name__ == "SingleBackward",
         "without_sp": lambda m: isinstance(m.trainer.optimizers[0], torch.optim.SGD),
         "efficient": lambda m: (
-            m.policies[0].epoch == 2
-            and m.policies[1].part < 1
-            and not m.update.replays
-            and m.selection.kept["replay"] < 1
-            and m.selection.warmup == 2
-            and m.update.rho == 0.05
+            (m.policies[0].epoch, m.policies[1].part) == (2, 0.3)
+            and type(m.update).__name__ == "SingleBackward"
+            and set(m.selection.kept.values()) == {1.0}
+            and m.trainer.optimizers[0].param_groups[0]["k"] == pytest.approx(0.1)
         ),
         "without_sse": lambda m: m.selection.kept["ascent"] == 1.0 and m.selection.kept["descent"] == 0.4,
         "without_ere": lambda m: m.selection.kept["ascent"] == 0.4 and m.selection.kept["descent"] == 1.0,

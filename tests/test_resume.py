@@ -182,9 +182,11 @@ def test_killed_and_resumed_with_sparse_kernels(tmp_path, whole_run, config):
     assert dense["state_dict"].keys() == fast["state_dict"].keys()
 
 
-EFFICIENT = [
+EFFICIENT = [  # and the parts that it leaves out
     "-c", str(CONFIGS.parent / "esacl" / "efficient.yaml"), "--model.init_args.prune_epoch=1",
-    "--model.init_args.selection.init_args.warmup=1",
+    "--model.init_args.update=SharpnessAware", "--model.init_args.update.init_args.replays=false",
+    "--model.init_args.selection.init_args.sse=0.4", "--model.init_args.selection.init_args.ere=0.4",
+    "--model.init_args.selection.init_args.replay=0.4", "--model.init_args.selection.init_args.warmup=1",
 ]  # fmt: skip
 AT_PRUNING = {
     "before the epoch that prunes": ("on_train_epoch_start", 2 * EPOCHS),

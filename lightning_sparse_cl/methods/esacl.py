@@ -60,7 +60,8 @@ class EsaCL(ContinualModule):
         update: if None, SAM with rho = 0.05.
         optimizer: if None, stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
             pruned and takes SGD steps for the others. Where its ``k`` is None, K is a quarter of the fraction that a
-            task's pruning keeps: at K above that fraction accuracy collapses.
+            task's pruning keeps: at K above that fraction accuracy collapses. If the task is pruned inside, K is that
+            fraction.
         selection: if None, SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
         dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
@@ -101,6 +102,7 @@ class EsaCL(ContinualModule):
         )
         self.sparsity, self.dense = sparsity, dense
         self._reading = freeze  # ``freeze`` is a method of LightningModule
+        self._pruned_inside = prune_epoch is not None
 
     def configure_optimizers(self) -> Optimizer:
         """Two groups of parameters: the pruned weights, which Frank-Wolfe constrains, and the others."""
@@ -114,5 +116,5 @@ class EsaCL(ContinualModule):
             kept /= task_data(self.trainer).num_tasks
         for group in optimizer.param_groups:
             if "k" in group and group["k"] is None:
-                group["k"] = kept / 4
+                group["k"] = kept if self._pruned_inside else kept / 4
         return optimizer

@@ -28,6 +28,9 @@ def test_k_follows_the_sparsity_unless_set(sparsity, k):
     module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity)
     module.build((1, 8, 8), 10)
     assert module.configure_optimizers().param_groups[0]["k"] == pytest.approx(k)
+    module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity, prune_epoch=1)
+    module.build((1, 8, 8), 10)
+    assert module.configure_optimizers().param_groups[0]["k"] == pytest.approx(1 - sparsity)
     module = EsaCL(SmallMLP([30, 20]), sparsity=sparsity, optimizer=partial(StochasticFrankWolfe, k=0.3))
     module.build((1, 8, 8), 10)
     assert module.configure_optimizers().param_groups[0]["k"] == 0.3

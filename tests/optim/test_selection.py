@@ -110,7 +110,7 @@ def test_an_objective_that_forgets_to_tell_losses_is_named():
             return {k: v for k, v in super().forward(model, x, y, replay).items() if k != "replayed"}
 
     module = scl.ContinualModule(scl.SmallMLP([8]), Silent(40, 10), selection=scl.LossSelection(1, 1, 0, replay=0.4))
-    with pytest.raises(ValueError, match="Silent.forward\\(\\) tells no 'replayed'"):
+    with pytest.raises(ValueError, match=r"Silent.forward\(\) tells no 'replayed'"):
         trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
 
 
