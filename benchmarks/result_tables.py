@@ -34,6 +34,16 @@ COLUMNS = {
         "variant": "", "before": "dense", "keep 40 %": "keep 40 %", "keep 20 %": "20 %", "keep 10 %": "10 %",
         "keep 5 %": "5 %",
     },
+    "esacl_cifar10": {
+        "method": "", "sparsity": "sparsity", "Class-IL before": "Class-IL before pruning", "Class-IL": "Class-IL",
+        "Task-IL": "Task-IL", "of plain": "FLOPs, % of plain training", "of DER++": "% of DER++",
+        "of DER++ as in the tables": "% of DER++, as the tables count", "backward passes": "backward passes a sample",
+        "used": "weights in use",
+    },
+    "esacl_seconds": {
+        "method": "", "seed": "seed", "DER++, s": "DER++, s", "EsaCL, s": "EsaCL with kernels, s",
+        "seconds of DER++": "seconds of DER++", "FLOPs of DER++": "FLOPs of DER++",
+    },
     "esacl_choices": {
         "choice": "", "sparsity": "sparsity", "class_il_before": "Class-IL before", "class_il": "Class-IL after",
         "task_il": "Task-IL after", "used": "weights in use",

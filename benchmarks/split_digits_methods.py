@@ -28,6 +28,8 @@ EFFICIENT = {
     "esacl, efficient, without_sp": ["esacl/efficient", "esacl/without_sp"],
 }
 """Rows of overlays on ``esacl``."""
+COMPARED = {"derpp", "sparcl", "esacl", *EFFICIENT}
+"""Rows of five seeds, which are compared with each other; the others have three."""
 
 
 def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
@@ -72,19 +74,20 @@ def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict
 def main() -> None:
     args = harness.arguments(__doc__)
     configs = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
-    seeds, epochs = ([0], 3) if args.quick else (list(range(5)), None)
+    epochs = 3 if args.quick else None
     based = [c for c in configs if (OVERLAYS / f"{c}.yaml").exists()]
     of = {config: (config, []) for config in configs} | {row: ("esacl", laid) for row, laid in EFFICIENT.items()}
-    jobs = [(config, seed, epochs, laid) for config, laid in of.values() for seed in seeds]
+    seeds = {row: list(range(1 if args.quick else 5 if row in COMPARED else 3)) for row in of}
+    jobs = [(config, seed, epochs, laid) for row, (config, laid) in of.items() for seed in seeds[row]]
     jobs += [("esacl", 0, epochs, [f"objectives/{c}"]) for c in based]
     run_all = harness.run_all if args.quick else partial(harness.run_kept, "split_digits_methods")
     (*results,) = run_all(run, jobs, args.processes)
-    under = dict(zip(based, (r["Class-IL"] for r in results[len(of) * len(seeds) :]), strict=True))
+    under = dict(zip(based, (r["Class-IL"] for r in results[-len(based) :]), strict=True))
     refused = {"gpm": "refused", "lamaml": "another update"}
     results = iter(results)
     rows = []
     for config in of:
-        runs = [next(results) for _ in seeds]
+        runs = [next(results) for _ in seeds[config]]
         figures = {k: harness.spread([r[k] for r in runs]) for k in runs[0] if runs[0][k] is not None}
         pruned = {ESACL: under.get(config, refused.get(config, "-"))}
         rows.append({"configuration": config} | dict.fromkeys(runs[0], "-") | figures | pruned)

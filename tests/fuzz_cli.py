@@ -73,7 +73,8 @@ def base(name: str) -> dict[str, Any]:
     for file in ([f"split_digits/{below[folder]}"] if folder in below else []) + [name]:
         _merge(found, yaml.safe_load(files[file].read_text()))
     found.setdefault("trainer", {}).update(limit_train_batches=2, enable_progress_bar=False, accelerator="cpu")
-    found["schedule"] = found.get("schedule", {}) | {"epochs": 2 if "cl_lsg" in name else 1}
+    epochs = 3 if name == "esacl/efficient" else 2 if "cl_lsg" in name else 1
+    found["schedule"] = found.get("schedule", {}) | {"epochs": epochs}
     own = found.get("data", {}).get("init_args", {})
     found["data"] = {"class_path": "SplitDigits", "init_args": {k: own[k] for k in ("joint",) if k in own}}
     found["data"]["init_args"] |= {"num_tasks": 5, "batch_size": 40, "val_fraction": 0.1, "num_workers": 0}

@@ -51,8 +51,8 @@ class SharpnessAware(UpdateRule):
     Args:
         rho: radius of the perturbation, >= 0.
         replays: whether the ascent replays exemplars, too. The paper does not say; Algorithm 1 climbs on the loss of
-            the whole objective. If False, it climbs on the current batch alone, which saves a third of the passes of
-            DER++; batch-norm statistics then move in the descent, which sees the exemplars.
+            the whole objective. If False, it climbs on the current batch alone, which saves two of the six passes that
+            a sample takes with DER++; batch-norm statistics then move in the descent, which sees the exemplars.
 
     Raises:
         ValueError: if ``rho`` is negative.
