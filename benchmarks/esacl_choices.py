@@ -5,6 +5,7 @@ python benchmarks/esacl_choices.py [--quick]
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,8 @@ class SeparateForwards(scl.DERpp):
     def forward(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, replay: Any) -> dict[str, Any]:
         terms = scl.CrossEntropy.forward(self, model, x, y, None)
         if replay is not None:
-            terms["rest"] = self.replay_loss([model(e.images) for e in replay], replay)
+            losses = self.replay_losses([model(e.images) for e in replay], replay)
+            terms["rest"] = torch.stack([each.mean() for each in losses]).sum()
         return terms
 
 
@@ -37,7 +39,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "as shipped": {},
     "freeze: share": {"freeze": "share"},
     "freeze: free": {"freeze": "free"},
-    "reopened weights at zero": {"reopen": "zero"},
+    "reopened weights at zero": {"reopen": scl.Reopen("zero")},
     "no selection": {"selection": scl.LossSelection(1, 1)},
     "sse .4, ere .4, no warm-up": {"selection": scl.LossSelection(0.4, 0.4, 0)},
     "momentum 0.9 (average)": {"optimizer": partial(SFW, k=None, momentum=0.9)},
@@ -49,13 +51,10 @@ ALSO_AT_95 = ["as shipped", "freeze: share", "freeze: free", "momentum 0.9 (aver
 
 def run(choice: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     """One sequence; ACC before and after the last pruning."""
-    options = dict(CHOICES[choice])
-    objective, reopen = options.pop("objective", scl.DERpp), options.pop("reopen", "random")
+    options = copy.deepcopy(CHOICES[choice])
+    objective = options.pop("objective", scl.DERpp)
     pl.seed_everything(seed, verbose=False)
     module = scl.EsaCL(scl.SmallCNN(32), objective(memory=200, replay_batch_size=16), sparsity=sparsity, **options)
-    for policy in module.policies:
-        if isinstance(policy, scl.Reopen):
-            policy.init = reopen
     metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
     return {
         "class_il_before": metrics["class_il_before"]["acc"],
