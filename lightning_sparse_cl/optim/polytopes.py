@@ -42,6 +42,8 @@ class KSparsePolytope:
         Returns:
             The vertex v, of m's shape: -r*sign(m) on the K largest |m|, 0 elsewhere. Entries with m = 0 stay 0.
         """
+        if m.is_cpu and int(m.count_nonzero()) <= self.k:  # as where masks leave K weights: nothing is to be ranked
+            return m.sign().mul_(-self.radius)
         size = m.abs()
         vertex, n = torch.zeros_like(size), size.numel()
         top = largest(size.as_strided((n,), (1,)), min(self.k, n))  # in memory order: channels_last
@@ -61,14 +63,16 @@ SAMPLED = 64
 
 
 def largest(values: Tensor, k: int) -> Tensor:
-    """Indices (k,) of the ``k`` largest of ``values`` (n,), in any order: ``topk``, several times as fast on CPUs.
+    """Indices (k,) of the ``k`` largest of ``values`` (n,), none of them negative, in any order.
 
-    A sample tells a value that is most likely below the k-th largest, and only what reaches it is ranked.
+    On CPUs it takes a fraction of the time of ``topk``: a sample tells a value that is most likely below the k-th
+    largest, and only what reaches it is ranked.
     """
     sample = values[::SAMPLED]
     likely = int(1.2 * k / SAMPLED) + 8
     if values.is_cpu and likely < len(sample):
-        candidates = (values >= sample.topk(likely, sorted=False).values.min()).nonzero().squeeze(1)
+        least = sample.topk(likely, sorted=False).values.min()
+        candidates = (values >= least if least > 0 else values).nonzero().squeeze(1)
         if len(candidates) >= k:
             return candidates[values[candidates].topk(k, sorted=False).indices]
     return values.topk(k, sorted=False).indices

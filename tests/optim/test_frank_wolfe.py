@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_sparse_cl import KSparsePolytope, StochasticFrankWolfe
+from lightning_sparse_cl.optim.polytopes import largest
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -30,6 +31,30 @@ def test_lmo_is_the_same_in_every_memory_format():
     m = torch.randn(8, 4, 3, 3)
     lmo = KSparsePolytope(20, radius=1.0).lmo
     assert torch.equal(lmo(m), lmo(m.to(memory_format=torch.channels_last)))
+
+
+@pytest.mark.parametrize("n", [100, 5_000, 100_000])
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.025, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "sparse", "zeros", "ties", "rising", "falling", "never in the sample"])
+def test_the_largest_are_found_whatever_the_values(n, part, kind):
+    k, generator = max(1, int(part * n)), torch.Generator().manual_seed(n)
+    at, drawn = torch.arange(n), torch.rand(n, generator=generator)
+    values = {
+        "normal": drawn, "sparse": drawn * (torch.rand(n, generator=generator) < 0.1), "zeros": drawn * 0,
+        "ties": (4 * drawn).floor(), "rising": at / n, "falling": 1 - at / n,
+        "never in the sample": drawn * (at % 64 != 0),
+    }[kind]  # fmt: skip
+    found = largest(values, k)
+    assert len(found.unique()) == len(found) == k
+    assert torch.equal(values[found].sort(descending=True).values, values.topk(k).values)
+
+
+def test_a_vertex_where_fewer_than_k_weights_are_alive():
+    m = torch.randn(4_000, generator=torch.Generator().manual_seed(0)) * (torch.arange(4_000) % 10 == 3)
+    for k in (399, 400, 401, 4_000):
+        v = KSparsePolytope(k, radius=0.5).lmo(m)
+        assert int(v.count_nonzero()) == min(k, 400)
+        assert torch.equal(v[v != 0], -0.5 * m[v != 0].sign())
 
 
 def quadratic(weight, target):
