@@ -4,7 +4,7 @@ The preset of sparcl.py: five tasks of two classes, 400 images a class, halved t
 500 exemplars, batch 32, 10 epochs a task. Masked networks run by sparse kernels. What is chosen here was chosen on
 seeds 100 to 102.
 
-python benchmarks/esacl_cifar10.py [--quick] [--root FOLDER] [--rows TEXT]
+python benchmarks/esacl_cifar10.py [--quick] [--root FOLDER] [--finished]
 
 FOLDER holds CIFAR-10 as torchvision downloads it, or as an image folder {train,test}/<class>/*. Finished runs are kept
 in benchmarks/results/esacl_cifar10_runs.json; the same command goes on with what is missing.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from collections.abc import Callable
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -117,7 +118,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
             x, y = 100 * row["of DER++"]["median"], {k: 100 * v for k, v in row[key].items()}
             label = f"{row['method']}, {100 * row['sparsity']:g} %" if row["sparsity"] else row["method"]
             span = [[y["median"] - y["min"]], [y["max"] - y["median"]]]
-            marker = "o^sDvP*X"[i % 8]
+            marker = "o^sDvP*X<>dhp"[i % 13]
             axis.errorbar(x, y["median"], span, fmt=marker, ms=5, capsize=2, elinewidth=0.8, label=label)
         axis.set(title=f"{key} accuracy, %", xlabel="training FLOPs, % of DER++", xscale="log")
         axis.set_xticks([10, 20, 50, 100, 200], ["10", "20", "50", "100", "200"])
@@ -130,10 +131,13 @@ def draw(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data/cifar10-images")
-    parser.add_argument("--rows", default="", help="only rows whose names contain this; nothing is saved")
+    parser.add_argument("--finished", action="store_true", help="run nothing; save the rows whose runs are all kept")
     args = harness.arguments(parser)
-    rows = [r for r in ROWS if r[0] == "DER++" or args.rows in r[0]]
+    rows = ROWS
     seeds, epochs, per_class = ([0], 4, 48) if args.quick else (list(range(5)), EPOCHS, 400)
+    if args.finished:
+        done = harness.kept_runs("esacl_cifar10")
+        rows = [r for r in ROWS if all(json.dumps([*r, seed, epochs, per_class]) in done for seed in seeds)]
     jobs = [(*row, seed, epochs, per_class) for row in rows for seed in seeds]
     run_all = harness.run_all if args.quick else partial(harness.run_kept, "esacl_cifar10")
     with TemporaryDirectory() as folder:
@@ -147,9 +151,12 @@ def main() -> None:
     harness.beside(table, table[0])
     columns = ["method", "sparsity", "Class-IL before", "Class-IL", "Task-IL", "of DER++", "of plain", "used"]
     harness.show("Split CIFAR-10, in percent", table, columns)
-    if not args.quick and not args.rows:
+    if not args.quick:
+        missing = [f"{row}, {s:g}" for row, s in ROWS if (row, s) not in rows]
         draw([row for row in table if row["sparsity"] != 0.8])
-        harness.save("esacl_cifar10", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class)
+        harness.save(
+            "esacl_cifar10", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class, missing=missing
+        )
 
 
 if __name__ == "__main__":

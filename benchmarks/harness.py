@@ -100,17 +100,22 @@ def run_all(
     return results
 
 
+def kept_runs(name: str) -> dict[str, Any]:
+    """Results that :func:`run_kept` has kept, by the job as JSON."""
+    path = RESULTS / f"{name}_runs.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def run_kept(name: str, run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> list[Any]:
     """:func:`run_all` of long measurements: each result is kept in ``results/NAME_runs.json`` as soon as it is there.
 
-    The same command goes on with what is missing; :func:`save` takes the file away.
+    The same command goes on with what is missing; :func:`save` takes the file away when nothing is.
     """
-    path = RESULTS / f"{name}_runs.json"
-    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    done = kept_runs(name)
 
     def keep(job: tuple, result: Any) -> None:
         done[json.dumps(job)] = result
-        path.write_text(json.dumps(done, indent=1) + "\n")
+        (RESULTS / f"{name}_runs.json").write_text(json.dumps(done, indent=1) + "\n")
 
     run_all(run, [job for job in jobs if json.dumps(job) not in done], processes, keep)
     return [done[json.dumps(job)] for job in jobs]
@@ -143,7 +148,8 @@ def save(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
         "rows": rows,
     }  # fmt: skip
     path.write_text(json.dumps(result, indent=1) + "\n")
-    (RESULTS / f"{name}_runs.json").unlink(missing_ok=True)
+    if not more.get("missing"):
+        (RESULTS / f"{name}_runs.json").unlink(missing_ok=True)
     return path
 
 
