@@ -109,13 +109,16 @@ def kept_runs(name: str) -> dict[str, Any]:
 def run_kept(name: str, run: Callable[..., Any], jobs: Sequence[tuple], processes: int) -> list[Any]:
     """:func:`run_all` of long measurements: each result is kept in ``results/NAME_runs.json`` as soon as it is there.
 
-    The same command goes on with what is missing; :func:`save` takes the file away when nothing is.
+    The same command goes on with what is missing; :func:`save` takes the file away when nothing is. Where a change of
+    the code changes the results, take it away by hand.
     """
     done = kept_runs(name)
 
     def keep(job: tuple, result: Any) -> None:
         done[json.dumps(job)] = result
-        (RESULTS / f"{name}_runs.json").write_text(json.dumps(done, indent=1) + "\n")
+        part = RESULTS / f"{name}_runs.part"
+        part.write_text(json.dumps(done, indent=1) + "\n")
+        part.replace(RESULTS / f"{name}_runs.json")
 
     run_all(run, [job for job in jobs if json.dumps(job) not in done], processes, keep)
     return [done[json.dumps(job)] for job in jobs]

@@ -128,6 +128,7 @@ METHODS = {
     "scratch": ("a network a task, from scratch", "", "callbacks/subnetworks.py", "Task-IL"),
     "finetune_copies": ("a network a task, fine-tuned", "", "callbacks/subnetworks.py", "Task-IL"),
     "esacl": ("EsaCL-DER++", "Ren & Honavar, 2024", "methods/esacl.py", "both"),
+    "esacl, efficient": ("efficient EsaCL-DER++, 90 %", "", "methods/esacl.py", "both"),
     "sparcl": ("SparCL-DER++", "Wang et al., 2022", "methods/sparcl.py", "both"),
     "continual_dst": ("Continual DST", "Yildirim et al., 2024", "methods/continual_dst.py", "Task-IL"),
     "cl_lsg": ("CL-LSG", "Yang et al., 2022", "methods/cl_lsg.py", "Task-IL"),

@@ -27,9 +27,8 @@ UNIT = 64  # uses of a weight are counted in this part of one, for a call may us
 
 @dataclass
 class _Plain:
-    """The largest pass of a network in the running step."""
+    """A pass of one sample through a network, as in the running step."""
 
-    samples: int = 0
     macs: int = 0
     backward: bool = False
 
@@ -67,10 +66,10 @@ class FlopsCounter(pl.Callback):
     * ``papers``: of the training steps as SparCL's tables count (see
       :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, a
       gradient mask saves its part in all layers alike, and RigL's whole gradients are not charged;
-    * ``dense``: of plain training, the yardstick: one dense forward and backward pass of every sample served, of every
-      one that was removed, and of every exemplar that was drawn for replay. What SAM, selection, masks and data removal
-      cost or save shows in ``training / dense``; so do a teacher's passes and a second view. In modules without an
-      ``objective``, whose samples are not known apart, it is the largest pass of each network in each step;
+    * ``dense``: of plain training, the yardstick: one dense forward and backward pass, through each network that a step
+      calls, of every sample served, of every one that was removed, and of every exemplar that an :class:`Objective`
+      draws. What SAM, selection, masks and data removal cost or save shows in ``training / dense``; so do a teacher's
+      passes and further views;
     * ``per_layer``: ``training`` of each weight, by its name;
     * ``weightless``: ``training`` of products of activations, which no mask reduces;
     * ``not_counted``: what is missing in all of these, and why; empty if nothing is known to be.
@@ -203,16 +202,13 @@ class FlopsCounter(pl.Callback):
             if not isinstance(call.module, Teacher):
                 plain = self._plain.setdefault(call.name, _Plain())
                 plain.backward |= call.backward
-                if passes.macs > plain.macs:
-                    plain.samples, plain.macs = n, passes.macs
+                plain.macs = max(plain.macs, passes.macs // max(n, 1))
 
     def _add_plain(self, served: int, objective: Any) -> None:
         """What plain training would have taken for the step that is over."""
-        for name, plain in self._plain.items():
-            macs = plain.macs
-            if name == "" and isinstance(objective, Objective):
-                macs = macs // max(plain.samples, 1) * (served + objective.drawn)
-            self._dense += 2 * macs * self._processes * (1 + 2 * plain.backward) * self._whole
+        samples = served + (objective.drawn if isinstance(objective, Objective) else 0)
+        for plain in self._plain.values():
+            self._dense += 2 * plain.macs * samples * self._processes * (1 + 2 * plain.backward) * self._whole
         self._plain = {}
 
     def _look(self) -> None:

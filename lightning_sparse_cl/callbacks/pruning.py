@@ -14,14 +14,14 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
-from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, task_data
+from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import check_number, top_k_mask, whole_part
 
 
 class OneShotPruning(ScorePruning):
-    """Keep the largest weights of every pruned layer, when a task ends or inside of it; nothing is retrained.
+    """Keep the largest weights of every pruned layer: at a task's end, without retraining, or inside the task.
 
     Per layer and not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between layers, so
     that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept, ties broken
@@ -29,8 +29,8 @@ class OneShotPruning(ScorePruning):
     checkpoints of its end are pruned. Where the last checkpoint was written earlier, a warning says so.
 
     With ``epoch`` the weights are pruned inside the task, and the mask then holds until the task ends: the rest of the
-    task costs what a sparse network costs, and goes on from where it is. Momentum and other optimiser state of pruned
-    weights is cleared, so that Frank-Wolfe does not spend its K on them. A task that ends before is pruned at its end.
+    task trains the sparse network. Momentum and other optimiser state of pruned weights is cleared, so that Frank-Wolfe
+    does not spend its K on them. A task that ends before this epoch is pruned at its end.
 
     Args:
         sparsity: zero fraction, in [0, 1).
@@ -41,8 +41,9 @@ class OneShotPruning(ScorePruning):
         sparse: weights that are pruned; see :class:`Sparsifier`.
         ranking: ``"layer"``, or ``"global"``, all weights ranked together.
         distribution: see :class:`ScorePruning`.
-        epoch: the epoch of each task, counted from 0, at whose start the weights are pruned, at least 1; so many epochs
-            train all weights that are open. Without a :class:`TaskSchedule` it is that of the fit. If None, at the end.
+        epoch: the epoch of each task, counted from 0, at whose start the weights are pruned, at least 1. The epochs
+            before it train every weight that is not pruned or frozen. Without a :class:`TaskSchedule` it is an epoch of
+            the fit. If None, the weights are pruned at the task's end.
 
     Raises:
         ValueError: if an argument is out of range, or a task has no such epoch.
@@ -68,7 +69,13 @@ class OneShotPruning(ScorePruning):
             if epoch < 1:
                 raise ValueError(f"OneShotPruning(epoch={epoch}): an epoch of each task, counted from 0, at least 1")
         self.of, self.epoch = of, epoch
-        self._pruned = False
+        self._pruned_at: int | None = None
+        """Step before which this task's weights were pruned."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._pruned_at = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.of == "share" and not has_schedule(trainer):
@@ -82,10 +89,9 @@ class OneShotPruning(ScorePruning):
             )
         self._check_epoch(trainer)
         super().on_fit_start(trainer, pl_module)
-        self._pruned = False
 
     def _check_epoch(self, trainer: pl.Trainer) -> None:
-        if self.epoch is None:
+        if self.epoch is None or parts_of(trainer).fast_dev_run:
             return
         schedule = first_callback(trainer, TaskSchedule)
         data = task_data(trainer) if schedule is not None else None
@@ -94,9 +100,10 @@ class OneShotPruning(ScorePruning):
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
             if self.epoch >= epochs:
                 of = "the fit" if schedule is None else f"task {task + 1}"
+                allowed = "" if epochs < 2 else "1, or " if epochs == 2 else f"1 to {epochs - 1}, or "
                 raise ValueError(
-                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, and epoch {self.epoch}, counted "
-                    f"from 0, is not among them; use 1 to {epochs - 1}, or null to prune at the end"
+                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, counted from 0; use {allowed}null "
+                    "to prune at the end"
                 )
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
@@ -127,17 +134,24 @@ class OneShotPruning(ScorePruning):
             self.masks.set_alive(name, None)  # all compete again
         super().prune(trainer, pl_module, batch)
         reset_state(trainer, pl_module, {name: ~self.masks.alive[name] for name in self.names(pl_module)})
+        self._pruned_at = trainer.global_step
+
+    def is_pruned(self, pl_module: pl.LightningModule) -> bool:
+        """Whether all weights of the running task have been pruned, those that were unfrozen late included."""
+        return self._pruned_at is not None and not self.unmasked(pl_module)
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        self._pruned_at = None
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if batch_idx == 0 and self.epoch is not None and position(trainer).epoch == self.epoch:
+        if self.epoch is not None and self._pruned_at is None and position(trainer).epoch >= self.epoch:
             self.prune(trainer, pl_module, batch)
-            self._pruned = True
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        if self.epoch is None or position(trainer).epoch < self.epoch:
+        if not self.is_pruned(pl_module):
             self.prune(trainer, pl_module)
 
     def on_train_batch_end(
@@ -146,23 +160,29 @@ class OneShotPruning(ScorePruning):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         last_step = 0 < trainer.max_steps <= trainer.global_step
         over = position(trainer).over or _averaging_ends(trainer)
-        if not has_schedule(trainer) and not self._pruned and (last_step or (trainer.is_last_batch and over)):
-            self._pruned = True
+        ends = not has_schedule(trainer) and (last_step or (trainer.is_last_batch and over))
+        if ends and not self.is_pruned(pl_module):
             self.prune(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if has_schedule(trainer):
             return
-        early = not self._pruned
+        early = not self.is_pruned(pl_module)
         if early:
-            self._pruned = True
             self.prune(trainer, pl_module)
         saved = [c for c in callbacks_of(trainer, ModelCheckpoint) if c.last_model_path or c.best_model_path]
-        if any(early or c._last_global_step_saved < trainer.global_step for c in saved):
+        if any(early or c._last_global_step_saved < (self._pruned_at or 0) for c in saved):
             rank_zero_warn(
                 "OneShotPruning: the last checkpoint was written before the weights were pruned; the module is pruned, "
                 "the checkpoint is not: save it with trainer.save_checkpoint"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"pruned_at": self._pruned_at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._pruned_at = state.get("pruned_at")
 
 
 def _averaging_ends(trainer: pl.Trainer) -> bool:
@@ -179,8 +199,8 @@ class Reopen(Sparsifier):
             them grow from zero, so that the function learnt so far is unchanged. With what was kept, a random draw may
             start up to half outside the L1 budget of a K-sparse polytope (1.3 to 1.4 times on Split Digits); it is
             not scaled, which would change what was learnt, and Frank-Wolfe steps contract it into the polytope.
-        part: fraction of each layer's pruned weights that is given back, drawn at random, in (0, 1]; the others stay
-            pruned for another task, so that it trains a sparse network from its first step.
+        part: fraction of each layer's pruned weights that is given back, at least one of them, drawn at random, in
+            (0, 1]. The others stay pruned for another task, which so trains a sparse network from its first step.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -201,7 +221,7 @@ class Reopen(Sparsifier):
         for i, (name, alive) in enumerate(list(self.masks.alive.items())):
             reopened = ~(alive | self.masks.frozen_part(name))
             if self.part < 1:
-                count = whole_part(self.part, int(reopened.sum()))
+                count = max(1, whole_part(self.part, int(reopened.sum())))
                 reopened = top_k_mask(self.random(pl_module, [name], task, i)[name], count, reopened)
             self.masks.set_alive(name, None if self.part == 1 else alive | reopened)
             if self.init == "random":

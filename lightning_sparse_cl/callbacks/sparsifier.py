@@ -213,9 +213,9 @@ class Sparsifier(TaskCallback):
         return first_callback(trainer, Sparsifier) is self
 
 
-def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, grown: Mapping[str, Tensor]) -> None:
-    """Momentum and other optimiser state of weights that have just been grown starts from zero."""
-    for name, mask in grown.items():
+def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, where: Mapping[str, Tensor]) -> None:
+    """Momentum and other optimiser state of the weights that ``where`` selects, by name, starts from zero."""
+    for name, mask in where.items():
         weight = pl_module.get_parameter(name)
         for optimizer in trainer.optimizers:
             for value in optimizer.state.get(weight, {}).values():

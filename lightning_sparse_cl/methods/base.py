@@ -42,8 +42,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         policies: callbacks that go with the method (pruning, freezing, ...), in the order in which they act.
 
     Raises:
-        ValueError: if the backbone has no ``forward``, or exemplars are to be selected and the objective tells no loss
-            of each.
+        ValueError: if the backbone has no ``forward``, or exemplars are to be selected and the objective does not
+            return the loss of each.
     """
 
     automatic_optimization = False
@@ -179,6 +179,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             x = torch.stack([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))], 1)
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
+        drawn = self.objective.drawn * self.objective.views
         selection, epoch = self.selection or LossSelection(1, 1), data.epoch_in_task
         thinned = replay is not None and selection.thins_replay(epoch)
         whole: Outputs = {}  # everything before the update: losses to rank, logits to remember
@@ -196,20 +197,22 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             size, exemplars = selection.size(stage, len(y), epoch), replay if replays else None
             if (size < len(y) or thinned) and not whole:
                 with torch.no_grad(), batch_norm_still(self):
-                    whole.update(self._terms(x, y, replay if thinned else None))
+                    whole.update(self._terms(x, y, replay if thinned else None, drawn))
                 if thinned and "replayed" not in whole:
                     raise ValueError(
-                        f"{type(self.objective).__name__}.forward() tells no 'replayed', losses to select by"
+                        f"LossSelection(replay={selection.kept['replay']}): {type(self.objective).__name__}.forward() "
+                        "returns no 'replayed', the losses of each draw; use replay=1, or return them"
                     )
-            kept = selection.top(whole["per_sample"], size) if size < len(y) else slice(None)
+            kept, replayed = selection.top(whole["per_sample"], size) if size < len(y) else slice(None), drawn
             if thinned and exemplars is not None:
                 exemplars = [
                     draw.at(selection.top(losses, selection.size("replay", len(losses), epoch)))
                     for draw, losses in zip(exemplars, whole["replayed"], strict=True)
                 ]
+                replayed = sum(len(draw.labels) for draw in exemplars)
             still = moved or (replay is not None and not replays)  # statistics move once, and see the exemplars
             with batch_norm_still(self, still):
-                outputs = self._terms(x[kept], y[kept], exemplars)
+                outputs = self._terms(x[kept], y[kept], exemplars, replayed)
             moved = not still or moved
             if not whole:
                 whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
@@ -229,15 +232,13 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             self.log("train/loss", value, prog_bar=True)
         return {"loss": value, "logits": whole["logits"]}
 
-    def _terms(self, x: Tensor, y: Tensor, replay: Any) -> Outputs:
-        """Of one pass; whoever counts passes is told how many exemplars are in it."""
-        objective = self.objective
-        whole = replay is None or not objective.ranks_replay
-        objective.replayed = objective.drawn * (replay is not None) if whole else sum(len(e.labels) for e in replay)
+    def _terms(self, x: Tensor, y: Tensor, replay: Any, replayed: int) -> Outputs:
+        """Of one pass; whoever counts passes is told how many exemplars are in it, if any are."""
+        self.objective.replayed = 0 if replay is None else replayed
         try:
-            return objective(self, x, y, replay)
+            return self.objective(self, x, y, replay)
         finally:
-            objective.replayed = 0
+            self.objective.replayed = 0
 
     def penalty(self) -> Tensor | float:
         """What a method adds to the loss, once a pass."""

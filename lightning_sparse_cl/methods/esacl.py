@@ -42,7 +42,7 @@ class EsaCL(ContinualModule):
     Args:
         backbone: images (B, C, H, W) to features (B, D).
         objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars, the paper's main variant.
-        sparsity: fraction S of the weights of every pruned layer that each task's end removes, in [0, 1).
+        sparsity: fraction S of the weights of every pruned layer that each task's pruning removes, in [0, 1).
         freeze: how lines 11-12 are read, for "freeze the pruned parameters" contradicts the paper's own capacity
             column (20 % for any number of tasks at S = 80 %):
 
@@ -60,8 +60,8 @@ class EsaCL(ContinualModule):
         update: if None, SAM with rho = 0.05.
         optimizer: if None, stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
             pruned and takes SGD steps for the others. Where its ``k`` is None, K is a quarter of the fraction that a
-            task's pruning keeps: at K above that fraction accuracy collapses. If the task is pruned inside, K is that
-            fraction.
+            task's pruning keeps: at K above that fraction accuracy collapses. With ``prune_epoch`` K is the
+            whole fraction.
         selection: if None, SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
             :class:`LossSelection` for why).
         dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
@@ -90,6 +90,10 @@ class EsaCL(ContinualModule):
     ) -> None:
         if freeze not in ("none", "share", "free"):
             raise ValueError(f"EsaCL(freeze={freeze!r}): the readings of lines 11-12 are none, share, free")
+        if prune_epoch is not None and (not isinstance(prune_epoch, int) or prune_epoch < 1):
+            raise ValueError(f"EsaCL(prune_epoch={prune_epoch!r}): an epoch of each task, counted from 0, at least 1")
+        if not isinstance(reopen, Reopen | None):
+            raise ValueError(f"EsaCL(reopen={reopen!r}): reopen is a Reopen, such as Reopen('zero', 0.3)")
         pruning = OneShotPruning(sparsity, "share" if freeze == "share" else "free", dense, epoch=prune_epoch)
         freezing = [] if freeze == "none" else [FreezeMasks()]
         super().__init__(

@@ -45,11 +45,11 @@ class Objective(TaskHooks, nn.Module):
     """
 
     drawn = 0
-    """Exemplars of the last :meth:`draw`. FlopsCounter reads it."""
+    """Exemplars of the last :meth:`draw`, which sets it. FlopsCounter reads it."""
     replayed = 0
-    """Exemplars of the running pass; 0 in passes that do not replay any. FlopsCounter reads it."""
+    """Views of exemplars in the running pass; 0 in passes that do not replay any. FlopsCounter reads it."""
     ranks_replay = False
-    """Whether it tells the loss of each exemplar, so that :class:`LossSelection` can select among them."""
+    """Whether :meth:`forward` returns the loss of each exemplar, so that :class:`LossSelection` can select by it."""
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     views = 1

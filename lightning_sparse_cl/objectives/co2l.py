@@ -85,9 +85,7 @@ class CO2L(LooksBack, Replay):
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
     def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
-        drawn = super().draw(lambda images: torch.stack([prepare(images), prepare(images)], 1))
-        self.drawn *= self.views
-        return drawn
+        return super().draw(lambda images: torch.stack([prepare(images), prepare(images)], 1))
 
     def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         """``x`` is (B, 2, C, H, W)."""

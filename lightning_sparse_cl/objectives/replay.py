@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ class Replay(CrossEntropy):
     """Independent draws from memory a step."""
     keeps_logits = False
     ranks_replay = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "replay_loss" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__}.replay_loss() is not called any more: override replay_losses(), which returns, for "
+                "each draw, the loss of each exemplar"
+            )
 
     def __init__(self, memory: ExemplarMemory, replay_batch_size: int = 32, single_head: bool = False) -> None:
         super().__init__(single_head)
@@ -73,6 +82,10 @@ class Replay(CrossEntropy):
         sizes = [len(x), *(len(e.labels) for e in replay)]
         logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
         losses = self.replay_losses(replayed, replay)
+        if not isinstance(losses, list) or len(losses) != len(replay):
+            raise TypeError(
+                f"{type(self).__name__}.replay_losses() returns a list with one tensor for each draw, {len(replay)} here"
+            )
         return {
             "per_sample": self.current_loss(logits, y),
             "rest": torch.stack([each.mean() for each in losses]).sum(),
@@ -81,8 +94,13 @@ class Replay(CrossEntropy):
         }
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
-        """Of each draw the loss (m,) of each exemplar, from its ``logits`` (m, num_classes); their means are added."""
-        raise NotImplementedError
+        """A list with one entry per draw: the loss (m,) of each of its exemplars. The objective adds their means.
+
+        Args:
+            logits: of each draw (m, num_classes).
+            replay: the draws.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say what its replay costs: override replay_losses()")
 
 
 class ER(Replay):

@@ -39,7 +39,8 @@ class StochasticFrankWolfe(Optimizer):
         lr: eta, the step towards the vertex, in (0, 1].
         tau: radius factor; r = tau * ||W at init|| / sqrt(K).
         k: K as a fraction of a weight's free coordinates, in (0, 1]; at least ``min_k`` coordinates. Keep it below
-            the fraction that is to survive pruning (:class:`~lightning_sparse_cl.EsaCL` takes a quarter of it).
+            the fraction that is to survive pruning (:class:`~lightning_sparse_cl.EsaCL` takes a quarter of it, and all
+            of it where a mask holds already).
             None must be filled in, in the parameter groups, before the first step.
         momentum: None accumulates (eq 3.15), a float in [0, 1) averages.
         sgd_lr: learning rate of what is not constrained.

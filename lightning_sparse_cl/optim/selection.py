@@ -22,14 +22,14 @@ class LossSelection:
     When the first pass is thinned out, the losses to rank come from a forward pass of everything without gradient;
     the passes with gradient then see the selected samples only, which is where the computation is saved.
 
-    The paper thins out the current batch only. ``replay`` does the same with exemplars, draw by draw, each draw by its
-    own term of the loss; in that benchmark it costs accuracy and saves little, as everything is ranked. Penalty terms
-    are kept whole.
+    The paper thins out the current batch only. ``replay`` selects among exemplars, too: in each draw, those with the
+    largest loss in that draw's own term. In that benchmark it costs accuracy and saves little, as everything is ranked.
+    Penalty terms are kept whole.
 
     Args:
         sse: fraction kept in the ascent pass, in (0, 1]; 1 switches SSE off.
         ere: fraction kept in the descent pass, in (0, 1]; 1 switches ERE off.
-        warmup: epochs at the start of every task that use whole batches.
+        warmup: epochs at the start of every task that use whole batches and draws.
         replay: fraction kept of each draw from memory, in every pass that replays it, in (0, 1].
 
     Raises:
@@ -38,8 +38,8 @@ class LossSelection:
 
     def __init__(self, sse: float = 0.4, ere: float = 0.4, warmup: int = 2, replay: float = 1.0) -> None:
         for name, value in (("sse", sse), ("ere", ere), ("replay", replay)):
-            if not 0 < value <= 1:
-                raise ValueError(f"LossSelection({name}={value}): {name} is the fraction kept, in (0, 1]")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"LossSelection({name}={value!r}): {name} is the fraction kept, in (0, 1]")
         if warmup < 0:
             raise ValueError(f"LossSelection(warmup={warmup}): warmup is a number of epochs, >= 0")
         self.kept = {"ascent": sse, "descent": ere, "replay": replay}
@@ -49,7 +49,7 @@ class LossSelection:
         """J: how many of ``whole`` samples are kept in the given epoch of the task; at least one.
 
         Args:
-            of: the pass, of whose batch they are, or ``"replay"``, of a draw from memory.
+            of: what is thinned out: the batch of this pass, or ``"replay"``, a draw from memory.
             whole: how many there are.
             epoch: the epoch of the task, counted from 0.
         """

@@ -142,15 +142,120 @@ def test_without_a_schedule_the_epoch_is_that_of_the_fit():
     fit(scl.OneShotPruning(0.75, epoch=2), 4)
     n = model.net[3].weight.numel()
     assert zeros.seen == [0, 0, round(0.75 * n), round(0.75 * n)]
-    with pytest.raises(ValueError, match=r"OneShotPruning\(epoch=4\): the fit has 4 epochs.*use 1 to 3"):
+    with pytest.raises(ValueError, match=r"OneShotPruning\(epoch=4\): the fit has 4 epochs.*use 1 to 3, or null"):
         fit(scl.OneShotPruning(0.75, epoch=4), 4)
+
+
+class Plain(pl.LightningModule):
+    """Somebody else's module; the last layer but one is frozen at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(),
+            torch.nn.Linear(64, 16),
+            *(torch.nn.Linear(16, 16) for _ in range(2)),
+            torch.nn.Linear(16, 4),
+        )
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+    def train_dataloader(self):
+        xy = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8), torch.arange(8) % 4)
+        return torch.utils.data.DataLoader(xy, 4)
+
+
+class Late(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[3])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.net[3], optimizer)
+
+
+@pytest.mark.parametrize("epoch", [None, 1])
+def test_a_layer_that_is_unfrozen_after_the_epoch_is_pruned_at_the_end(epoch):
+    model = Plain()
+    pl.Trainer(accelerator="cpu", max_epochs=4, callbacks=[scl.OneShotPruning(0.75, epoch=epoch), Late()], logger=False,
+               enable_checkpointing=False, enable_progress_bar=False).fit(model)  # fmt: skip
+    assert [int((model.net[i].weight == 0).sum()) for i in (1, 2, 3, 4)] == [0, 192, 192, 0]
+
+
+@pytest.mark.parametrize(("epoch", "every", "said"), [(2, 4, False), (None, 4, True), (None, 6, False), (5, 2, False)])
+def test_a_checkpoint_from_before_the_pruning_is_told(tmp_path, recwarn, epoch, every, said):
+    saver = pl.callbacks.ModelCheckpoint(tmp_path, every_n_epochs=every)
+    pl.Trainer(accelerator="cpu", max_epochs=6, callbacks=[scl.OneShotPruning(0.5, epoch=epoch), saver], logger=False,
+               enable_progress_bar=False).fit(Plain())  # fmt: skip
+    assert any("the last checkpoint was written before" in str(w.message) for w in recwarn) == said
+
+
+def test_a_run_that_is_resumed_past_the_epoch_is_pruned_all_the_same(tmp_path):
+    """Asked for only then: a resumed run may have other settings, by an explicit path."""
+
+    def fit(pruning, epochs, path=None):
+        module = scl.ContinualModule(scl.SmallCNN(4), policies=[pruning, scl.Reopen("zero")])
+        stop = Stop(epochs)
+        trainer(stop, epochs=5, enable_checkpointing=False).fit(module, toy_tasks(num_tasks=1), ckpt_path=path)
+        return module
+
+    class Stop(pl.Callback):
+        def __init__(self, after):
+            self.after = after
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch + 1 == self.after:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    fit(scl.OneShotPruning(0.5), 3)
+    module = fit(scl.OneShotPruning(0.5, epoch=2), 9, tmp_path / "x.ckpt")
+    assert all(float(m.float().mean()) == pytest.approx(0.5) for m in scl.Masks.of(module).alive.values())
+    assert len(scl.Masks.of(module).alive) == 3
+
+
+def test_a_trial_run_of_one_batch_is_not_refused():
+    module = Plain()
+    pl.Trainer(fast_dev_run=True, accelerator="cpu", callbacks=[scl.OneShotPruning(0.5, epoch=2)]).fit(module)
+
+
+@pytest.mark.parametrize("init", ["zero", "random"])
+def test_a_reopened_part_is_drawn_at_random_for_each_task_and_the_rest_is_left_alone(init):
+    class Look(pl.Callback):
+        parts: list = []
+
+        def on_after_task_end(self, trainer, pl_module, task):
+            self.kept = {n: (m.clone(), pl_module.get_parameter(n).detach().clone())
+                         for n, m in scl.Masks.of(pl_module).alive.items()}  # fmt: skip
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.datamodule.task and trainer.datamodule.epoch_in_task == batch_idx == 0:
+                name, (before, values) = next(iter(self.kept.items()))
+                alive, weight = scl.Masks.of(pl_module).alive[name], pl_module.get_parameter(name)
+                opened = alive & ~before
+                assert torch.equal(weight[before], values[before])
+                assert bool(weight[opened].any()) == (init == "random") and not weight[~alive].any()
+                places = (~before).flatten().nonzero().squeeze(1)
+                self.parts.append(opened.flatten()[places])
+
+    look = Look()
+    module = scl.ContinualModule(scl.SmallCNN(8), policies=[scl.OneShotPruning(0.5), scl.Reopen(init, 0.2)])
+    trainer(look, epochs=1).fit(module, toy_tasks())
+    a, b = look.parts
+    n = int(a.sum())
+    assert not a[:n].all() and not b[:n].all() and not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("epochs", [2, [5, 2, 5]])
 def test_an_epoch_beyond_the_task_is_refused_before_anything_is_trained(epochs):
     module = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8), prune_epoch=2)
     task = 1 if epochs == 2 else 2
-    with pytest.raises(ValueError, match=rf"OneShotPruning\(epoch=2\): task {task} has 2 epochs.*use 1") as error:
+    with pytest.raises(
+        ValueError, match=rf"OneShotPruning\(epoch=2\): task {task} has 2 epochs.*use 1, or null"
+    ) as error:
         trainer(epochs=epochs).fit(module, toy_tasks())
     assert "\n" not in str(error.value) and not scl.Masks.of(module).alive
 
@@ -160,7 +265,9 @@ def test_an_epoch_beyond_the_task_is_refused_before_anything_is_trained(epochs):
     [
         (lambda: scl.OneShotPruning(0.5, epoch=0), r"OneShotPruning\(epoch=0\).*at least 1"),
         (lambda: scl.OneShotPruning(0.5, epoch=1.5), r"epoch=1.5\): epoch is a whole number"),
-        (lambda: scl.EsaCL(scl.SmallMLP(), prune_epoch=-1), r"epoch=-1"),
+        (lambda: scl.EsaCL(scl.SmallMLP(), prune_epoch=0), r"EsaCL\(prune_epoch=0\).*at least 1"),
+        (lambda: scl.EsaCL(scl.SmallMLP(), reopen="zero"), r"EsaCL\(reopen='zero'\): reopen is a Reopen"),
+        (lambda: scl.SharpnessAware(replays="no"), r"SharpnessAware\(replays='no'\)"),
         (lambda: scl.Reopen(part=0), r"Reopen\(part=0\): the fraction .* in \(0, 1\]"),
         (lambda: scl.Reopen(part=1.5), r"Reopen\(part=1.5\)"),
         (lambda: scl.Reopen(part=float("nan")), r"Reopen\(part=nan\)"),

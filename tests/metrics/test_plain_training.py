@@ -77,6 +77,10 @@ def test_a_second_view_and_a_teacher_are_paid_for():
     trainer(flops, epochs=2).fit(module, toy_tasks(num_tasks=1))
     co2l = flops.summary()
     assert co2l["training"] / co2l["dense"] == pytest.approx(2, rel=0.05)  # and the projection, which is small
+    replaying = scl.FlopsCounter()
+    module = scl.ContinualModule(scl.SmallCNN(4), scl.CO2L(40, 8, dim=4))
+    trainer(replaying, epochs=1).fit(module, toy_tasks(num_tasks=2))
+    assert replaying.summary()["dense"] == pytest.approx(co2l["dense"] * (160 + 5 * 8) / 160, rel=0.01)
     flops = scl.FlopsCounter()
     trainer(flops, epochs=2).fit(scl.ContinualModule(scl.SmallCNN(4), scl.LwF()), toy_tasks(num_tasks=2))
     assert flops.summary()["training"] / flops.summary()["dense"] == pytest.approx((3 + 4) / 6)
@@ -103,6 +107,28 @@ class OwnSAM(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class MicroBatches(OwnSAM):
+    """One that passes each sample once, a few at a time."""
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        for x, y in zip(batch[0].split(4), batch[1].split(4)):
+            self.manual_backward(nn.functional.cross_entropy(self.net(x), y))
+        self.optimizers().step()
+
+
+def test_parts_of_a_batch_are_plain_training_and_a_reference_gradient_is_not():
+    flops, data = scl.FlopsCounter(), toy_tasks(num_tasks=1, per_class=40, batch_size=BATCH)
+    trainer(flops, epochs=1).fit(MicroBatches(), data)
+    assert flops.summary()["training"] == flops.summary()["dense"] == 6 * 64 * 6 * BATCH * STEPS
+    shares = []
+    for module in (scl.demos.PlainClassifier(), scl.ContinualModule(scl.SmallCNN(4))):
+        agem = scl.FlopsCounter()
+        trainer(agem, scl.AGEM(30, 32), epochs=1).fit(module, toy_tasks())
+        shares.append(agem.summary()["training"] / agem.summary()["dense"])
+    assert shares[0] == pytest.approx(shares[1]) and shares[0] > 1.5
 
 
 def test_passes_of_a_foreign_module_show_too():

@@ -45,7 +45,7 @@ def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
     assert co2l.memory.contents().labels.bincount().tolist() == [3, 3]
     x, y = torch.randn(3, 2, 1, 2, 2), torch.tensor([2, 2, 1])
     replay = co2l.draw(lambda raw: raw / 128 - 1 + 0.1 * torch.randn(len(raw), 1, 2, 2))
-    assert co2l.drawn == 8
+    assert co2l.drawn == 4
     terms = co2l(model, x, y, replay)
     assert terms["per_sample"].shape == (3,) and terms["logits"].shape == (3, 3)
     all_views = torch.cat([x[:, 0], replay[0].images[:, 0], x[:, 1], replay[0].images[:, 1]])

@@ -41,7 +41,7 @@ class Quadratic(nn.Module):
     def manual_backward(self, loss):
         loss.backward()
 
-    def loss(self, stage, replays=True):
+    def loss(self, stage):
         self.stages.append(stage)
         return {"loss": self.theta @ self.A @ self.theta / 2}
 

@@ -110,8 +110,38 @@ def test_an_objective_that_forgets_to_tell_losses_is_named():
             return {k: v for k, v in super().forward(model, x, y, replay).items() if k != "replayed"}
 
     module = scl.ContinualModule(scl.SmallMLP([8]), Silent(40, 10), selection=scl.LossSelection(1, 1, 0, replay=0.4))
-    with pytest.raises(ValueError, match=r"Silent.forward\(\) tells no 'replayed'"):
+    with pytest.raises(ValueError, match=r"LossSelection\(replay=0.4\): Silent.forward\(\) returns no 'replayed'"):
         trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
+
+
+def test_an_objective_of_before_is_told_what_to_override():
+    with pytest.raises(TypeError, match=r"Old.replay_loss\(\) is not called any more: override replay_losses"):
+
+        class Old(scl.ER):
+            def replay_loss(self, logits, replay):
+                return F.cross_entropy(logits[0], replay[0].labels)
+
+    class Single(scl.ER):
+        def replay_losses(self, logits, replay):
+            return F.cross_entropy(logits[0], replay[0].labels, reduction="none")
+
+    with pytest.raises(
+        TypeError, match=r"Single.replay_losses\(\) returns a list with one tensor for each draw, 1 here"
+    ):
+        trainer(epochs=1).fit(scl.ContinualModule(scl.SmallMLP([8]), Single(40, 10)), toy_tasks(num_tasks=1))
+
+
+def test_draws_of_another_form_need_no_losses_of_each():
+    class Own(scl.ER):
+        def draw(self, prepare):
+            drawn = super().draw(prepare)
+            return None if drawn is None else (drawn[0].images, drawn[0].labels)
+
+        def forward(self, model, x, y, replay):
+            terms = scl.CrossEntropy.forward(self, model, x, y, None)
+            return terms if replay is None else terms | {"rest": F.cross_entropy(model(replay[0]), replay[1])}
+
+    trainer(epochs=1).fit(scl.ContinualModule(scl.SmallMLP([8]), Own(40, 10)), toy_tasks(num_tasks=1))
 
 
 @pytest.mark.parametrize("objective", [None, scl.EWC(), scl.LwF(), scl.CO2L(40, 8)])
@@ -121,7 +151,7 @@ def test_selection_of_replay_without_replay_is_refused(objective):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("value", [0, -0.1, 1.1, float("nan")])
+@pytest.mark.parametrize("value", [0, -0.1, 1.1, float("nan"), "0.4", True, None])
 def test_a_fraction_is_in_0_to_1(value):
     with pytest.raises(ValueError, match=r"LossSelection\(replay="):
         scl.LossSelection(replay=value)
