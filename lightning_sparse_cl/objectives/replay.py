@@ -83,9 +83,8 @@ class Replay(CrossEntropy):
         logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
         losses = self.replay_losses(replayed, replay)
         if not isinstance(losses, list) or len(losses) != len(replay):
-            raise TypeError(
-                f"{type(self).__name__}.replay_losses() returns a list with one tensor for each draw, {len(replay)} here"
-            )
+            name, draws = type(self).__name__, len(replay)
+            raise TypeError(f"{name}.replay_losses() returns a list with one tensor for each draw, {draws} here")
         return {
             "per_sample": self.current_loss(logits, y),
             "rest": torch.stack([each.mean() for each in losses]).sum(),
