@@ -1,6 +1,6 @@
 """Seconds of efficient EsaCL with sparse kernels beside dense DER++, on a network large enough for kernels to matter.
 
-Split CIFAR-10, five tasks, ResNet-18 of width 64 on 32x32 images, 64 images a class, batch 32 and two replay draws of
+Split CIFAR-10, five tasks, ResNet-18 of width 64 on 32x32 images, 32 images a class, batch 32 and two replay draws of
 32, four epochs a task, pruned after the first; two CPU threads. The two runs of a seed are two new processes that take
 turns of a few steps, so that what disturbs the machine disturbs both; seconds are a process's own of the whole fit,
 with the evaluation after every task. Images and epochs are enough to compare times, not accuracies.
@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10, as images or as distributed")
     args = harness.arguments(parser)
-    width, per_class, epochs, seeds = (16, 32, 2, [0]) if args.quick else (64, 64, 4, [0, 1, 2])
+    width, per_class, epochs, seeds = (16, 32, 2, [0]) if args.quick else (64, 32, 4, [0, 1, 2])
     images = harness.first_of_each(args.root, per_class, 20)
     rows: list[dict[str, Any]] = []
     for name, seed in track([(name, seed) for name in RUNS for seed in seeds], "pairs of runs"):
