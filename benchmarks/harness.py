@@ -26,6 +26,7 @@ from rich.table import Table
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.whole_file import whole_file
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -116,9 +117,8 @@ def run_kept(name: str, run: Callable[..., Any], jobs: Sequence[tuple], processe
 
     def keep(job: tuple, result: Any) -> None:
         done[json.dumps(job)] = result
-        part = RESULTS / f"{name}_runs.part"
-        part.write_text(json.dumps(done, indent=1) + "\n")
-        part.replace(RESULTS / f"{name}_runs.json")
+        with whole_file(RESULTS / f"{name}_runs.json") as part:
+            part.write_text(json.dumps(done, indent=1) + "\n")
 
     run_all(run, [job for job in jobs if json.dumps(job) not in done], processes, keep)
     return [done[json.dumps(job)] for job in jobs]

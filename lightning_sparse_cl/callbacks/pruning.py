@@ -110,7 +110,7 @@ class OneShotPruning(ScorePruning):
         return {name: pl_module.get_parameter(name).detach().abs() for name in self.names(pl_module)}
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        return False
+        return self.epoch is not None and self._pruned_at is None and position(trainer).epoch >= self.epoch
 
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
         frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
@@ -142,13 +142,6 @@ class OneShotPruning(ScorePruning):
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._pruned_at = None
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self.epoch is not None and self._pruned_at is None and position(trainer).epoch >= self.epoch:
-            self.prune(trainer, pl_module, batch)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if not self.is_pruned(pl_module):
