@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whoever else writes beside them."""
+"""Files that are there whole or not at all, even if another process writes the same name."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class FollowedMasks:
         return self._enforcement.needs_whole
 
     def begin_compact(self, weights: Iterable[str]) -> None:
-        """Weights are trained as compact vectors from now on: whoever enforces the masks leaves them alone."""
+        """From now on weights are trained as compact vectors, and masks are not enforced on them."""
         self._enforcement.leave_to_others(self._prefix + weight for weight in weights)
 
     def end_compact(self, weights: Iterable[str]) -> None:

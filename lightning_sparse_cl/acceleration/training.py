@@ -32,7 +32,7 @@ class CompactTraining:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """Follow the steps of the optimisers, and whoever looks at their state."""
+        """Follow the steps of the optimisers, and every look at their state."""
         for optimizer in self._optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))

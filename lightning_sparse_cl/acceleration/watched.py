@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Watched(dict[str, Any]):
-    """The parameters of a layer; whoever reads one calls ``wake`` first. A copy is a plain ``dict``."""
+    """The parameters of a layer. Reading one calls ``wake`` first. A copy is a plain ``dict``."""
 
     def __init__(self, parameters: Mapping[str, Tensor | None], wake: Callable[[], None]) -> None:
         super().__init__(parameters)

@@ -133,7 +133,7 @@ class _Batch:
 
     def largest(self, kept: Largest | None, asked: int) -> Largest:
         """Of all subnetworks; ``kept`` are the largest logits of the first ``asked`` of them."""
-        dtype = self._running.dtype if self._some_unknown else None  # of what combined gives; None: of the answers
+        dtype = self._running.dtype if self._some_unknown else None  # if None, that of the answers
         if kept is None or len(kept[0]) != len(self._x) or dtype not in (None, kept[0].dtype):
             kept, asked = None, 0
         for task in range(asked, len(self._learnt)):

@@ -41,7 +41,7 @@ class Sparsifier(TaskCallback):
 
     after: ClassVar[tuple[type, ...]] = (FlopsCounter, *AVERAGING)
     makes_masks: ClassVar[bool] = False
-    """Whether it prunes: whoever freezes needs one that does."""
+    """Whether it prunes: a callback that freezes needs one that does."""
     masks_gradients: ClassVar[bool] = False
     """Whether it sets gradient masks, which hold until it sets others."""
     masks: Masks
@@ -78,7 +78,7 @@ class Sparsifier(TaskCallback):
         return [name for name in self.names(pl_module) if name not in alive]
 
     def protected(self, name: str) -> Tensor:
-        """Where whoever drops weights has to keep them: frozen and alive; of the weight's shape."""
+        """Weights that must not be dropped: frozen and alive; of the weight's shape."""
         frozen, alive = self.masks.frozen_part(name), self.masks.record(name).alive
         return frozen if alive is None else frozen & alive
 

@@ -31,8 +31,8 @@ class TaskCallback(TaskHooks, pl.Callback):
 def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Sort the Trainer's callbacks by what they declare, and otherwise leave them in their order.
 
-    Whoever announces tasks comes behind the others, so that it sees what they have done with a batch, and before the
-    checkpoints, which see consolidated weights.
+    A callback that announces tasks comes after the others, so that it sees what they have done with a batch, and before
+    the checkpoints, which then see consolidated weights.
 
     Raises:
         TypeError: if a method looks like a hook of tasks and is none, or a callback needs tasks and there are none.

@@ -1,4 +1,4 @@
-"""Fingerprints of tasks: whoever goes on with a run sees whether its data are the same."""
+"""Fingerprints of tasks: a run that goes on can tell whether its data are the same."""
 
 from __future__ import annotations
 

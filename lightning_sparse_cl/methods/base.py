@@ -233,7 +233,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         return {"loss": value, "logits": whole["logits"]}
 
     def _terms(self, x: Tensor, y: Tensor, replay: Any, replayed: int) -> Outputs:
-        """Of one pass; whoever counts passes is told how many exemplars are in it, if any are."""
+        """The losses of one pass. ``objective.replayed`` tells those who count passes how many exemplars are in it."""
         self.objective.replayed = 0 if replay is None else replayed
         try:
             return self.objective(self, x, y, replay)

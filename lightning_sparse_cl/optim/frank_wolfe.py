@@ -41,8 +41,8 @@ class StochasticFrankWolfe(Optimizer):
         k: K as a fraction of a weight's free coordinates, in (0, 1]; at least ``min_k`` coordinates. Keep it below
             the fraction that is to survive pruning (:class:`~lightning_sparse_cl.EsaCL` takes a quarter of it, and all
             of it where a mask holds already).
-            None must be filled in, in the parameter groups, before the first step.
-        momentum: None accumulates (eq 3.15), a float in [0, 1) averages.
+            If None, it has to be set in the parameter groups before the first step.
+        momentum: if None, gradients add up (eq 3.15); a float in [0, 1) averages them.
         sgd_lr: learning rate of what is not constrained.
         sgd_momentum: its momentum.
         min_k: lower bound on K.

@@ -153,8 +153,8 @@ class Enforcement:
     def take_away_step(self, optimizer: Optimizer) -> None:
         """The coming step of ``optimizer`` changes nothing: weights and optimiser state are put back after it.
 
-        Gradients stay where they are, for whoever clips or logs them. For the step, the optimiser's weights and state
-        are held twice.
+        Gradients stay where they are, so that they can be clipped and logged. For the step, the optimiser's weights
+        and state are held twice.
         """
         self._taken_away[optimizer] = _Before(optimizer)
 

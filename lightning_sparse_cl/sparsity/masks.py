@@ -21,12 +21,12 @@ class WeightMask:
     frozen: Tensor | None = None
     updated: Tensor | None = None
     values: Tensor | None = None
-    """The weight when it was last held, kept to put back; None unless some of it is frozen or not updated."""
+    """The weight when it was last held, kept to put back. If nothing of it is held, None."""
     version: int = 0
     """Grows with every change."""
 
     def free(self) -> Tensor | None:
-        """Where a weight of which something is held may move, pruned or not; None if nothing is held."""
+        """Where a weight of which something is held may move, pruned or not. If nothing is held, None."""
         if self.frozen is None:
             return self.updated
         return ~self.frozen if self.updated is None else ~self.frozen & self.updated
@@ -62,8 +62,9 @@ class Masks:
     optimiser, see :func:`~lightning_sparse_cl.sparsity.enforce`.
 
     Masks are stored with the layers. They travel with ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the module
-    or of any part of it, and whoever contains the layers finds them. Names are those of ``module.named_parameters()``,
-    in its order; a weight that several layers share has one mask, which goes by its first name.
+    or of any part of it, and a module that contains the layers finds them. Names are those of
+    ``module.named_parameters()``, in its order; a weight that several layers share has one mask, which goes by its
+    first name.
 
     Args:
         module: the module whose weights are masked.

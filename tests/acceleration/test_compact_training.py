@@ -1,4 +1,4 @@
-"""Training the alive values alone is training the weights, and whoever reads a weight finds it up to date."""
+"""Training the alive values alone is training the weights, and every read of a weight finds it up to date."""
 
 import copy
 import gc

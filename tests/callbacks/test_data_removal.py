@@ -34,7 +34,7 @@ def test_samples_left_are_those_of_the_paper():
 
 
 class Watch(pl.Callback):
-    """What each sample did in the stage, and who was removed, by hand."""
+    """What each sample did in the stage, and which were removed, by hand."""
 
     def __init__(self, removal):
         self.removal, self.interval, self.stage, self.left = removal, removal.interval, defaultdict(list), []

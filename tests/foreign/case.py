@@ -32,7 +32,7 @@ class Case:
     """Whether ``copy.deepcopy`` takes the module after a fit; torch refuses one that keeps losses with their graphs."""
 
     def words(self, policy: str) -> str | None:
-        """With which words the policy is refused; None if it works."""
+        """The words with which the policy is refused. If it works, None."""
         return self.refused.get(policy, self.refused.get("*"))
 
 

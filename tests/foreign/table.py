@@ -59,7 +59,7 @@ def table(rows: list[list[str]]) -> str:
 
 
 class Notes:
-    """Words that are said, each once, whoever says them."""
+    """The messages of a run, each once."""
 
     def __init__(self) -> None:
         self.words: list[str] = []

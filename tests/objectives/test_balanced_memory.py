@@ -118,7 +118,7 @@ def test_a_memory_that_is_saved_and_loaded_goes_on_with_the_same_bits(sizes, tmp
 
 @pytest.mark.parametrize("sizes", [(6, 3), (None, 3, 6), (6, 3, 6)])
 def test_no_step_waits_for_the_device(sizes):
-    """On the device that has no values, whoever asks for one fails."""
+    """A device without values: code that asks for one fails."""
     m = memory(*sizes).to("meta")
     for _ in range(3):
         present_on_meta = torch.zeros(8, 1, 1, 1, dtype=torch.long, device="meta")
