@@ -22,7 +22,7 @@ class SeparateForwards(scl.DERpp):
     def forward(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, replay: Any) -> dict[str, Any]:
         terms = scl.CrossEntropy.forward(self, model, x, y, None)
         if replay is not None:
-            losses = self.replay_losses([model(e.images) for e in replay], replay)
+            losses = self.replay_losses([model(e.inputs) for e in replay], replay)
             terms["rest"] = torch.stack([each.mean() for each in losses]).sum()
         return terms
 

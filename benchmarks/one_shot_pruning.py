@@ -69,7 +69,7 @@ def run(variant: str, seed: int, images: str, epochs: int) -> dict[str, float]:
 def accuracy(module: pl.LightningModule, data: scl.TaskDataModule) -> float:
     """On the test images, in eval mode."""
     test = data.test_sets[0]
-    logits = [module.eval()(data.prepare(x, augment=False)) for x in test.images.split(250)]
+    logits = [module.eval()(data.prepare(x, augment=False)) for x in test.inputs.split(250)]
     return (torch.cat(logits).argmax(1) == test.labels).float().mean().item()
 
 

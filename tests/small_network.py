@@ -53,7 +53,7 @@ def images(n, seed=0):
 def learnt(objective, *labels):
     """The objective after a task for each of ``labels``, with a network that has moved since."""
     model = Net()
-    objective.build(model.network, (1, 2, 2), seed=0)
+    objective.build(model.network, torch.empty(0, 1, 2, 2, dtype=torch.uint8), seed=0)
     for task, y in enumerate(labels):
         data = Data(images(len(y), task), torch.tensor(y))
         trainer = SimpleNamespace(datamodule=data)

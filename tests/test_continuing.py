@@ -127,7 +127,7 @@ def test_a_sequence_stopped_inside_a_task_goes_on_with_it_and_then_further(tmp_p
         (["--schedule.epochs=[1,2,3]"], "3 entries for 5 tasks, 2 of them further ones"),
         (
             ["--model.init_args.objective.init_args.memory=40"],
-            "memory.images is (200, 1, 8, 8) in it and (40, 1, 8, 8)",
+            "memory.samples is (200, 1, 8, 8) in it and (40, 1, 8, 8)",
         ),
         (["--data=test_continuing.Named"], "its classes are 'zero', 'one'"),
     ],
@@ -150,7 +150,7 @@ class Larger(scl.SplitDigits):
     """Digits of twice the size."""
 
     def load(self):
-        return [[scl.ImageTensors(d.images.repeat(1, 1, 2, 2), d.labels) for d in sets] for sets in super().load()]
+        return [[scl.SampleTensors(d.inputs.repeat(1, 1, 2, 2), d.labels) for d in sets] for sets in super().load()]
 
 
 class LateSource(scl.DigitsSource):

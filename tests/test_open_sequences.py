@@ -25,7 +25,7 @@ def digits(*classes):
     data = scl.SplitDigits(tasks=[list(classes)])
     data.setup()
     label = torch.tensor(classes)
-    train, test = ((d.images, label[d.labels]) for d in (data.train_sets[0], data.test_sets[0]))
+    train, test = ((d.inputs, label[d.labels]) for d in (data.train_sets[0], data.test_sets[0]))
     return torch.utils.data.TensorDataset(*train), torch.utils.data.TensorDataset(*test)
 
 

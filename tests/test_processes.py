@@ -46,7 +46,7 @@ class Compare(pl.Callback):
         starts = trainer.datamodule.starts
         assert broadcast(starts) == starts  # each process has losses of its own, and they stop together
         if isinstance(pl_module.objective, scl.DERpp):
-            assert "objective.memory.images" in state and masks.alive
+            assert "objective.memory.samples" in state and masks.alive
             seen = pl_module.objective.memory.seen
             assert broadcast(seen) == seen == self.flops.counts["samples"]
             assert self.removal or seen == 5 * 16 * starts[task + 1]
@@ -107,7 +107,7 @@ def fit_and_compare(method, gradients="", by=""):
     model.eval()
     test = data.test_sets[1]
     with torch.no_grad():
-        alone = (model(data.prepare(test.images, augment=False)).argmax(1) == test.labels).float().mean()
+        alone = (model(data.prepare(test.inputs, augment=False)).argmax(1) == test.labels).float().mean()
     assert abs(float(evaluation.matrices["class_il"].R[-1, 1]) - float(alone)) < 1e-6
 
 

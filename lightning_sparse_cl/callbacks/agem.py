@@ -59,7 +59,7 @@ class AGEM(TaskCallback):
         data = task_data(trainer, self)
         self.memory.room_for(data.num_tasks, self)
         self.memory = BalancedMemory(self.memory.size, by="task")
-        self.memory.build(data.input_shape, None, 0, data.stored_dtype)
+        self.memory.build(data.layout, None, 0)
         if self._loaded is not None:
             if (found := len(self._loaded["labels"])) != self.memory.size:
                 raise ValueError(
@@ -79,7 +79,7 @@ class AGEM(TaskCallback):
         """g_ref: mean over exemplars and processes, of each of ``params``."""
         drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            logits = logits_of(pl_module(task_data(trainer).prepare(drawn.images)), pl_module)
+            logits = logits_of(pl_module(task_data(trainer).prepare(drawn.inputs)), pl_module)
             loss = F.cross_entropy(logits.float(), drawn.labels)
         with Enforcement.of(pl_module).unrecorded():
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)

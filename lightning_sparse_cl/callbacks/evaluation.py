@@ -14,6 +14,7 @@ from lightning_sparse_cl.callbacks.kept_answers import KeptAnswers
 from lightning_sparse_cl.callbacks.outputs import logits_of, of_classes
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics import AccuracyMatrix
+from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity import Subnetworks
 
 SCENARIOS = ("class_il", "task_il")
@@ -127,7 +128,7 @@ class ContinualEvaluation(pl.Callback):
             matrix.close_row(row)
 
     def _count(
-        self, pl_module: pl.LightningModule, x: Tensor, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix],
+        self, pl_module: pl.LightningModule, x: Nest, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix],
         logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         learnt, live = Subnetworks.of(pl_module), self._live[task].to(y.device)
@@ -218,7 +219,7 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
     Args:
         trainer: the trainer, in ``fit``.
         pl_module: put in eval mode for it.
-        logits: maps images (B, C, H, W) to logits (B, num_classes), or to what holds them.
+        logits: maps a batch to logits (B, num_classes), or to what holds them.
     """
     data, was_training = _data(trainer), pl_module.training
     live, right = data.live().to(pl_module.device), torch.zeros(2, device=pl_module.device, dtype=torch.long)

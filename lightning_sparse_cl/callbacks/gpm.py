@@ -15,6 +15,7 @@ from lightning_sparse_cl.callbacks.agem import AGEM
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning, Reopen
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
+from lightning_sparse_cl.nests import split
 from lightning_sparse_cl.optim.projection import correlation, extend_basis, null_space_, projectable
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
@@ -134,7 +135,7 @@ class GPM(pl.Callback):
         hooks = [m.register_forward_pre_hook(partial(look, name=n)) for n, m in self.layers.items()]
         with in_eval(pl_module):
             for x, _ in task_data(trainer).samples(self.samples, share=False):
-                for part in x.split(25):  # patches take memory
+                for part in split(x, 25):  # patches take memory
                     pl_module(part)
         for hook in hooks:
             hook.remove()

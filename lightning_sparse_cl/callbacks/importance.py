@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.own_loss import LossOf, own_loss
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.nests import split
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
@@ -99,5 +100,5 @@ def memory_of(pl_module: pl.LightningModule) -> ExemplarMemory | None:
 def memory_batches(trainer: pl.Trainer, exemplars: Exemplars, size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """Exemplars as the network sees them, not augmented."""
     data = parts_of(trainer).datamodule
-    for x, y in zip(exemplars.images.split(size), exemplars.labels.split(size), strict=True):
+    for x, y in zip(split(exemplars.inputs, size), exemplars.labels.split(size), strict=True):
         yield data.prepare(x, augment=False) if isinstance(data, TaskDataModule) else x, y

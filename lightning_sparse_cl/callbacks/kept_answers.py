@@ -14,6 +14,7 @@ from lightning_sparse_cl.callbacks.outputs import of_classes
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.loader import ShareSampler
 from lightning_sparse_cl.metrics import AccuracyMatrix
+from lightning_sparse_cl.nests import Nest, count, moved
 from lightning_sparse_cl.sparsity.bits import digest
 from lightning_sparse_cl.sparsity.subnetworks import Subnetwork, Subnetworks, starts_with
 
@@ -76,7 +77,7 @@ class KeptAnswers:
                     continue
             in_order = _is_in_order(loader)
             for number, (x, y) in enumerate(loader):
-                x, y = data.prepare(x.to(device), augment=False), y.to(device)
+                x, y = data.prepare(moved(x, device), augment=False), y.to(device)
                 batch = _Batch(learnt, x, task, known, some_unknown)
                 if class_il:
                     largest = batch.largest(self._largest.get((task, number)), len(self._asked))
@@ -102,13 +103,13 @@ class _Batch:
 
     Args:
         learnt: the subnetworks.
-        x: the images.
+        x: the samples.
         task: of the test set.
         known: which classes (num_classes,) some subnetwork has.
         some_unknown: whether an output of the head is of no known class, so that the network being trained answers.
     """
 
-    def __init__(self, learnt: Subnetworks, x: Tensor, task: int, known: Tensor, some_unknown: bool) -> None:
+    def __init__(self, learnt: Subnetworks, x: Nest, task: int, known: Tensor, some_unknown: bool) -> None:
         self._learnt, self._x, self._task, self._known, self._some_unknown = learnt, x, task, known, some_unknown
         self._own: Tensor | None = None
 
@@ -134,7 +135,7 @@ class _Batch:
     def largest(self, kept: Largest | None, asked: int) -> Largest:
         """Of all subnetworks; ``kept`` are the largest logits of the first ``asked`` of them."""
         dtype = self._running.dtype if self._some_unknown else None  # if None, that of the answers
-        if kept is None or len(kept[0]) != len(self._x) or dtype not in (None, kept[0].dtype):
+        if kept is None or len(kept[0]) != count(self._x) or dtype not in (None, kept[0].dtype):
             kept, asked = None, 0
         for task in range(asked, len(self._learnt)):
             answer = self._answer(task)

@@ -19,6 +19,7 @@ from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
+from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 
@@ -28,7 +29,7 @@ class Growing(Protocol):
 
     gates: GrowthGates
 
-    def running(self, x: Tensor) -> Tensor:
+    def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) by the network of the running task."""
 
 
@@ -175,13 +176,13 @@ def _growing(pl_module: pl.LightningModule) -> Growing:
     return cast(Growing, pl_module)  # on_fit_start has looked
 
 
-def _equal_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Images, without a last batch that is smaller: each counts as much as another."""
+def _equal_batches(batches: Iterable[tuple[Nest, Tensor]]) -> Iterator[tuple[Nest]]:
+    """Samples, without a last batch that is smaller, for each counts as much as another; in tuples, as torch wants."""
     size = 0
-    for x, _ in batches:
-        if len(x) >= size:
-            size = len(x)
-            yield x
+    for x, y in batches:
+        if len(y) >= size:
+            size = len(y)
+            yield (x,)
 
 
 def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks: int) -> list[float]:

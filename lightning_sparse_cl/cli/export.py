@@ -51,6 +51,6 @@ class ExportingTrainer(pl.Trainer):
             )
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        shape = checkpoint["built_for"]["input_shape"]
+        shape = checkpoint["built_for"]["inputs"].shape[1:]
         left = scl.export_network(network_of(model), output, shape)
         print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")

@@ -14,7 +14,7 @@ from lightning_sparse_cl.data.domains import (
 )
 from lightning_sparse_cl.data.growing_folder import GrowingImageFolder
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.open_tasks import OpenTasks, TaskStream, learn
 from lightning_sparse_cl.data.source_tasks import SourceTasks
 from lightning_sparse_cl.data.sources import (
@@ -49,7 +49,6 @@ __all__ = [
     "GrowingImageFolder",
     "ImageFolderSource",
     "ImageSource",
-    "ImageTensors",
     "ImageTransform",
     "MNISTSource",
     "MiniImageNetSource",
@@ -60,6 +59,7 @@ __all__ = [
     "Rotated",
     "RotatedDigits",
     "RotatedMNIST",
+    "SampleTensors",
     "SourceTasks",
     "SplitCIFAR10",
     "SplitCIFAR100",

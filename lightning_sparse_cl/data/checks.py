@@ -11,28 +11,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.items import Items
-from lightning_sparse_cl.data.loader import ImageTensors, length
+from lightning_sparse_cl.data.loader import SampleTensors, length
+from lightning_sparse_cl.nests import Nest, is_image, layout_of_one, named, refuse_other_kind, rows
 
-Part = ImageTensors | Items
+Part = SampleTensors | Items
 """The training or test set of a task, once it is known to be one."""
 
 
 def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset], every: bool = True) -> None:
-    """Every task has training and test images.
+    """Every task has training and test samples.
 
     Args:
         name: for the error.
         train, test: data sets, one per task.
-        every: if False, a task may have no training images: it was learnt before.
+        every: if False, a task may have no training samples: it was learnt before.
     """
     for part, sets in {"training": train, "test": test}.items():
         for t, data in enumerate(sets):
             if not length(data) and (every or part == "test"):
-                raise ValueError(f"{name}: task {t} has no {part} images")
+                raise ValueError(f"{name}: task {t} has no {part} samples")
 
 
-def check_images(name: str, train: Sequence[Part], test: Sequence[Part]) -> None:
-    """Images of all tasks have one shape, one type and about one range, and their values are finite.
+def check_samples(name: str, train: Sequence[Part], test: Sequence[Part]) -> None:
+    """Samples of all tasks have the same keys, shapes and types, and their values are finite; images have one range.
 
     Of items that are not in memory, eight of each set are read, evenly spaced.
 
@@ -40,28 +41,34 @@ def check_images(name: str, train: Sequence[Part], test: Sequence[Part]) -> None
         ValueError: in one line, with the task.
     """
     first = _example(train[0])
-    refuse_channels_last(name, tuple(first.shape), first.dtype, batch=isinstance(train[0], ImageTensors))
+    refuse_odd_types(name, layout_of_one(first))
+    images = is_image(layout_of_one(first))
+    if images:
+        refuse_channels_last(name, tuple(first.shape), first.dtype, batch=isinstance(train[0], SampleTensors))
     before: tuple[str, Tensor] | None = None  # the latest training images that are not all zero
     for task, pair in enumerate(zip(train, test, strict=True)):
-        examples = [_example(data) for data in pair]
-        shapes, types = [tuple(e.shape) for e in examples], [e.dtype for e in examples]
-        if any(shape != first.shape for shape in shapes):
-            raise ValueError(f"{name}: images of task {task} are {shapes}, of task 0 {tuple(first.shape)}")
-        if any(dtype != first.dtype for dtype in types):
-            raise ValueError(
-                f"{name}: the training and test images of task {task} are {types[0]} and {types[1]}, the training "
-                f"images of task 0 {first.dtype}; all must be equal"
-            )
-        if first.dtype != torch.uint8 and not first.is_floating_point():
-            raise ValueError(f"{name}: images are uint8 or float, got {first.dtype}")
         for data, part in zip(pair, ("training", "test"), strict=True):
-            if isinstance(data, ImageTensors):
-                _refuse_not_finite(f"{name}: task {task}, {part} image", data.images)
+            refuse_other_kind(f"{name}: {part} samples of task {task}", _example(data), "those of task 0", first)
+            if isinstance(data, SampleTensors):
+                for key, tensor in named(data.inputs).items():
+                    _refuse_not_finite(f"{name}: task {task}, {part} sample", tensor, f", {key!r}," if key else "")
+            if not images:
+                continue
             sample = f"the {part} images of task {task}", _sample(data)
             if before is not None:
                 refuse_other_range(name, before, sample)
             if part == "training" and (before is None or sample[1].any()):
                 before = sample
+
+
+def refuse_odd_types(name: str, layout: Nest) -> None:
+    """Raises ValueError, in the name of ``name``, if samples are (C, H, W) and no images, or are complex."""
+    for key, tensor in named(layout).items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if not key and tensor.ndim == 4 and not is_image(tensor):
+            raise ValueError(f"{name}: images are uint8 or float, got {kind}")
+        if tensor.is_complex():
+            raise ValueError(f"{name}: {f'{key!r} of the ' if key else ''}samples are real numbers, got {kind}")
 
 
 def refuse_channels_last(name: str, shape: Sequence[int], dtype: torch.dtype, batch: bool) -> None:
@@ -126,17 +133,17 @@ def warn_of_untested(name: str, train: Sequence[Tensor], test: Sequence[Tensor],
     for task, (learnt, tested) in enumerate(zip(train, test, strict=True)):
         if missing := sorted(set(learnt.unique().tolist()) - set(tested.unique().tolist())):
             names = ", ".join(repr(class_names[c]) for c in missing[:5]) + ", ..." * (len(missing) > 5)
-            rank_zero_warn(f"{name}: task {task} has no test images of {len(missing)} of its classes: {names}")
+            rank_zero_warn(f"{name}: task {task} has no test samples of {len(missing)} of its classes: {names}")
 
 
-def _example(data: Part) -> Tensor:
-    return data.images[0] if isinstance(data, ImageTensors) else data.first
+def _example(data: Part) -> Nest:
+    return rows(data.inputs, 0) if isinstance(data, SampleTensors) else data.first
 
 
 def _sample(data: Part) -> Tensor:
     """Images (n, C, H, W), evenly spaced, of which at most 8 are read."""
-    if isinstance(data, ImageTensors):
-        return _spaced(data.images)
+    if isinstance(data, SampleTensors):
+        return _spaced(data.inputs)
     n = min(len(data), 8)
     return torch.stack([data[i * len(data) // n][0] for i in range(n)])
 
@@ -147,7 +154,9 @@ def _spaced(images: Tensor) -> Tensor:
     return images[torch.arange(n, device=images.device) * len(images) // n]
 
 
-def _refuse_not_finite(where: str, images: Tensor) -> None:
-    if images.is_floating_point() and not all(bool(v.isfinite()) for v in images.aminmax()):  # one pass, no copy
-        first = next(i for i, image in enumerate(images) if not image.isfinite().all())
-        raise ValueError(f"{where} {first} has values that are NaN or infinite")
+def _refuse_not_finite(where: str, values: Tensor, key: str) -> None:
+    if not values.is_floating_point() or not values.numel():
+        return
+    if not all(bool(v.isfinite()) for v in values.aminmax()):  # one pass, no copy
+        first = next(i for i, value in enumerate(values) if not value.isfinite().all())
+        raise ValueError(f"{where} {first}{key} has values that are NaN or infinite")

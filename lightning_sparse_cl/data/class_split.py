@@ -16,9 +16,10 @@ from lightning_sparse_cl.data.class_tasks import (
     refuse_other_than_one,
     task_sizes,
 )
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
 from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.nests import Nest, rows
 
 Order = int | list[int] | None
 
@@ -39,7 +40,7 @@ class ClassSplit(SourceTasks):
     labels t*c ... (t+1)*c - 1.
 
     Args:
-        source: the images.
+        source: the samples.
         num_tasks: a divisor of the number of classes. If None, and no other way is given, the usual number, if there is
             one: 5, of Tiny ImageNet, Mini-ImageNet and CIFAR-100 10.
         class_order: the source's classes in the order in which they are met. If None, the natural one, or, where a
@@ -100,7 +101,7 @@ class ClassSplit(SourceTasks):
         self.sizes = counts
         self.tasks = tasks
 
-    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
         self._members = self._found()
         self.class_order = self._members.order
         return super().load()
@@ -128,11 +129,11 @@ class ClassSplit(SourceTasks):
             rank_zero_warn(f"{name}: {len(left_out)} of {len(names)} classes are in no task and left out: {shown}")
         return found
 
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+    def divide(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
         labels = self._members.labels(labels)
-        return [ImageTensors(images[here], labels[here]) for here in self._members.members(labels, share=False)]
+        return [SampleTensors(rows(inputs, at), labels[at]) for at in self._members.members(labels, share=False)]
 
-    def divide_training(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+    def divide_training(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
         labels = self._members.labels(labels)
         times, counts = self._members.turns().amax(0) + 1, labels.bincount(minlength=len(self.class_order) + 1)
         if len(scarce := ((counts < times) & (times > 1)).nonzero()):
@@ -141,4 +142,4 @@ class ClassSplit(SourceTasks):
                 f"{type(self).__name__}(tasks=...): class {self.source.names()[self.class_order[c]]!r} has "
                 f"{int(counts[c])} training samples for {int(times[c])} tasks; each takes at least one"
             )
-        return [ImageTensors(images[here], labels[here]) for here in self._members.members(labels, share=True)]
+        return [SampleTensors(rows(inputs, at), labels[at]) for at in self._members.members(labels, share=True)]

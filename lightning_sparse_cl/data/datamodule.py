@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
-from lightning_sparse_cl.data.loader import ImageTensors, ShareSampler, TaskLoader, TaskSampler, collate, length, union
-from lightning_sparse_cl.data.standardised import standardised
+from lightning_sparse_cl.data.loader import SampleTensors, ShareSampler, TaskLoader, TaskSampler, collate, length, union
+from lightning_sparse_cl.data.standardised import Normalisation, Standardisation, normaliser, standardised
 from lightning_sparse_cl.data.task_sets import following, read_tasks
+from lightning_sparse_cl.nests import Nest, described, each, joined, layout_of_one, moved, rows
 
 
 class TaskDataModule(pl.LightningDataModule):
     """One data set a task, served one after the other within a single ``trainer.fit``.
 
-    Batches are ``(x, y)``: x (B, C, H, W) float, normalised and, in training, augmented on the device; y (B,) in
-    ``range(num_classes)``. Which task is served follows from the epoch alone: :attr:`starts` holds the first epoch of
-    each task, and :meth:`end_task` (called by :class:`~lightning_sparse_cl.TaskSchedule`) ends the running one.
+    Batches are ``(x, y)``: x a tensor or nest of tensors (B, ...), images for example (B, C, H, W), normalised and, in
+    training, augmented on the device; y (B,) in ``range(num_classes)``. Which task is served follows from the epoch
+    alone: :attr:`starts` holds the first epoch of each task, and :meth:`end_task` (called by
+    :class:`~lightning_sparse_cl.TaskSchedule`) ends the running one.
 
     * training: the current task's samples that are ``alive``;
     * validation during ``fit``: the current task's validation samples, if ``val_fraction`` > 0;
@@ -38,11 +40,13 @@ class TaskDataModule(pl.LightningDataModule):
     Args:
         batch_size: samples per batch and process. The last, smaller batch of an epoch is left out.
         val_fraction: fraction of each task's training samples set aside for validation, in [0, 1).
-        augment: random crop and flip, where the data set has them.
+        augment: random crop and flip, where the data set has them; or a callable that changes a stored batch in
+            training, on the device and before ``transform``, such as one of ``torchvision.transforms.v2``.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
         num_workers: loader processes for data that are not in memory.
-        transform: from stored to network input. If None, uint8 images are normalised by the mean and deviation of the
-            first task's training images: of an evenly spaced sample of 2,000 where there are more.
+        transform: from a stored batch to network input, on the device: any callable. If None, uint8 images, series and
+            tables are normalised by the mean and deviation of the first task's training samples (of an evenly spaced
+            sample of 2,000 where there are more), and all else passes unchanged; see :func:`standardised`.
 
     Raises:
         ValueError: if an argument is out of range, or a task has no samples, or fewer for training than a batch.
@@ -56,10 +60,10 @@ class TaskDataModule(pl.LightningDataModule):
         *,
         batch_size: int = 32,
         val_fraction: float = 0.0,
-        augment: bool = True,
+        augment: bool | Callable[[Any], Any] = True,
         joint: bool = False,
         num_workers: int = 0,
-        transform: ImageTransform | None = None,
+        transform: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -75,7 +79,7 @@ class TaskDataModule(pl.LightningDataModule):
         self.joint = joint
         self.num_workers = num_workers
         self.transform = self.given_transform = self.usual_transform = transform
-        self._computed_transform: ImageTransform | None = None  # of the data, when they were read
+        self._computed_transform: Normalisation | None = None  # of the data, when they were read
         self.starts = [0]
         """First epoch of each task begun so far, and of the next once :meth:`end_task` was called."""
         self.alive: list[Tensor] = []
@@ -88,12 +92,12 @@ class TaskDataModule(pl.LightningDataModule):
         self.fingerprints: list[str] = []
         """Of each task a digest of all its stored samples and labels, see :mod:`lightning_sparse_cl.data.fingerprint`.
         With ``joint`` there is one of everything."""
-        self.input_shape: tuple[int, ...] = ()
-        self.stored_dtype = torch.uint8
+        self.layout: Nest = None
+        """A batch of no samples, as they are stored: shapes and types."""
         self.tested: list[int] | None = None
         """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it for
         their time. If None, all."""
-        self.raw: Tensor | None = None
+        self.raw: Nest = None
         """The last batch as stored: not augmented, not normalised. What a memory keeps."""
         self.samples_per_task: list[int] = []
         """Training samples of each task, also of those whose data are not there any more."""
@@ -115,9 +119,10 @@ class TaskDataModule(pl.LightningDataModule):
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
         """The training and test data sets, one a task. Called once, in :meth:`setup`, on every process.
 
-        Items are pairs (image, label): images are tensors (C, H, W), uint8 in 0-255 or float, labels integers from 0
-        on. If this method sets :attr:`class_names`, labels are positions in it. Else the classes of all tasks are
-        counted: in ascending order their labels become 0, 1, ..., and their names are the old labels as text.
+        Items are pairs (sample, label): samples are tensors or nests of tensors, all alike, such as images (C, H, W),
+        uint8 in 0-255 or float; labels are integers from 0 on. If this method sets :attr:`class_names`, labels are
+        positions in it. Else the classes of all tasks are counted: in ascending order their labels become 0, 1, ...,
+        and their names are the old labels as text.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override load()")
 
@@ -127,6 +132,11 @@ class TaskDataModule(pl.LightningDataModule):
     def num_tasks(self) -> int:
         """Tasks to train on one after the other."""
         return len(self.train_sets)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of a stored sample that is one tensor, such as an image (C, H, W)."""
+        return tuple(self.layout.shape[1:])
 
     @property
     def task(self) -> int:
@@ -165,7 +175,7 @@ class TaskDataModule(pl.LightningDataModule):
         """Training samples of a task before any was removed: all that are not set aside for validation."""
         return length(self.train_sets[task]) - len(self._held_out[task])
 
-    def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+    def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Nest, Tensor]]:
         """The current task's samples that are alive, once, in batches, not augmented.
 
         Args:
@@ -175,18 +185,23 @@ class TaskDataModule(pl.LightningDataModule):
         for x, y in self._batches(count, share):
             yield self.prepare(x, augment=False), y
 
-    def stored(self, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """All :meth:`samples` at once as they are stored, images (n, C, H, W) and labels (n,), on every process."""
-        images, labels = zip(*self._batches(count, share=False))
-        return torch.cat(images), torch.cat(labels)
+    def stored(self, count: int | None = None) -> tuple[Nest, Tensor]:
+        """All :meth:`samples` at once as they are stored, and their labels (n,), on every process."""
+        inputs, labels = zip(*self._batches(count, share=False))
+        return joined(inputs), torch.cat(labels)
 
-    def _batches(self, count: int | None, share: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def example(self) -> Nest:
+        """One sample as network input, in a batch."""
+        data = next(d for d in (*self.train_sets, *self.test_sets) if length(d))
+        return self.prepare(rows(data[0][0], None), augment=False)
+
+    def _batches(self, count: int | None, share: bool) -> Iterator[tuple[Nest, Tensor]]:
         device, alive = self._attached.strategy.root_device, self.alive[self.task]
         if count is not None:
             generator = torch.Generator().manual_seed(self.order_seed + self.task)
             alive = alive[torch.randperm(len(alive), generator=generator)[:count]]
         for x, y in self._eval_loader(self.train_sets[self.task], alive, share):
-            yield x.to(device), y.to(device)
+            yield moved(x, device), y.to(device)
 
     # -- Lightning ---------------------------------------------------------------------------------------------
 
@@ -201,8 +216,9 @@ class TaskDataModule(pl.LightningDataModule):
             self._load(learnt, by_classes=True)
         if fitting or not self.alive:
             self._begin()
-        if self.trainer is not None and self.transform is not None:
-            self.transform.to(self.trainer.strategy.root_device)
+        for part in (self.transform, self.augment):
+            if self.trainer is not None and isinstance(part, nn.Module):
+                part.to(self.trainer.strategy.root_device)
 
     def unload(self) -> None:
         """Forget the data sets, so that the next fit reads them anew."""
@@ -216,7 +232,7 @@ class TaskDataModule(pl.LightningDataModule):
         return self.known == learnt or (same and self._is_normalised_as(learnt))
 
     def _is_normalised_as(self, learnt: LearntTasks) -> bool:
-        return isinstance(self.transform, ImageTransform) and self.transform.normalisation() == learnt.normalisation
+        return isinstance(self.transform, Normalisation) and self.transform.normalisation() == learnt.normalisation
 
     def names_of_tasks(self) -> list[list[str]]:
         """Names of each task's classes."""
@@ -246,18 +262,20 @@ class TaskDataModule(pl.LightningDataModule):
         if self.joint:
             self.fingerprints, self.samples_per_task = [combined(self.fingerprints)], [sum(found.samples)]
         example = next(d for d in (*joined, *found.test) if length(d))
-        image = example[0][0]
-        self.input_shape, self.stored_dtype = tuple(image.shape), image.dtype
+        self.layout = layout_of_one(example[0][0])
         if self.transform is None:
             self.transform = self._normalised(example)
         self.train_sets, self.test_sets = list(joined), list(found.test)
         if learnt is not None and learnt.normalisation is not None and not self._is_normalised_as(learnt):
-            rank_zero_warn(f"{name}(transform=...): images are not normalised as those that were learnt before")
+            rank_zero_warn(f"{name}(transform=...): samples are not normalised as those that were learnt before")
 
-    def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
-        """As the images learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
+    def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
+        """As the samples learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
         before = None if self.known is None else self.known.normalisation
-        found = standardised(data, crop, flip) if before is None else ImageTransform(**before, crop=crop, flip=flip)
+        if before is None:
+            found = standardised(data, crop, flip)
+        else:
+            found = normaliser(layout_of_one(data[0][0]), **before, crop=crop, flip=flip)
         self._computed_transform = found
         return found
 
@@ -320,19 +338,27 @@ class TaskDataModule(pl.LightningDataModule):
             self.raw = x
         return self.prepare(x, augment=training), y
 
-    def prepare(self, x: Tensor, augment: bool = True) -> Tensor:
-        """Stored images to network input, on their device; augmented if asked and if the data module augments."""
+    def prepare(self, x: Nest, augment: bool = True) -> Nest:
+        """Stored samples to network input, on their device; augmented if asked and if the data module augments."""
         if self.transform is None:
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
-        x = self.transform(x, augment=augment and self.augment)
-        return x if self.trainer is None else x.to(self.trainer.lightning_module.dtype)  # of bf16-true, 64-true
+        if augment and callable(self.augment):
+            x = self.augment(x)
+        if isinstance(self.transform, ImageTransform):
+            x = self.transform(x, augment=augment and self.augment is True)
+        else:
+            x = self.transform(x)
+        if self.trainer is None:
+            return x
+        dtype = self.trainer.lightning_module.dtype  # of bf16-true, 64-true
+        return each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, x)
 
     def description(self) -> DataDescription:
         """What a trained network has to know of these data. After :meth:`setup`."""
-        known = self.transform if type(self.transform) is ImageTransform else None
+        exactly = type(self.transform) in (ImageTransform, Standardisation)  # a subclass may do anything
+        known = cast(Normalisation, self.transform) if exactly else None
         return DataDescription(
-            input_shape=self.input_shape,
-            dtype=self.stored_dtype,
+            layout=self.layout,
             mean=known.mean if known else None,
             std=known.std if known else None,
             size=None,
@@ -346,8 +372,8 @@ class TaskDataModule(pl.LightningDataModule):
             "class_names": self.class_names, "classes": self.classes, "fingerprints": self.fingerprints,
             "samples": self.samples_per_task, "planned": self.num_tasks if self.learnt is None else self.learnt.planned,
             "learnt_before": 0 if self.learnt is None else len(self.learnt.classes),
-            "input_shape": list(self.input_shape), "stored_dtype": str(self.stored_dtype), "joint": self.joint,
-            "normalisation": self.transform.normalisation() if isinstance(self.transform, ImageTransform) else None,
+            "layout": described(self.layout), "joint": self.joint,
+            "normalisation": self.transform.normalisation() if isinstance(self.transform, Normalisation) else None,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -370,10 +396,10 @@ class TaskDataModule(pl.LightningDataModule):
 
     def _placed(self, data: Dataset) -> Dataset:
         """Data in memory goes to the device once, so that batches are gathered there."""
-        return data.to(self._attached.strategy.root_device) if isinstance(data, ImageTensors) else data
+        return data.to(self._attached.strategy.root_device) if isinstance(data, SampleTensors) else data
 
     def _workers(self, data: Dataset) -> int:
-        return 0 if isinstance(data, ImageTensors) else self.num_workers
+        return 0 if isinstance(data, SampleTensors) else self.num_workers
 
     def _eval_loader(self, data: Dataset, indices: Tensor, share: bool = True) -> DataLoader:
         rank = self.trainer.global_rank if self.trainer is not None else 0

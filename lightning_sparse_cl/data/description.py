@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
-from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.data.standardised import Normalisation, normaliser
+from lightning_sparse_cl.nests import Nest
 
 
 @dataclass(frozen=True)
@@ -16,26 +17,34 @@ class DataDescription:
     """What is known of the data that a module was trained on; in primitives, so that a checkpoint holds it.
 
     Args:
-        input_shape: of a stored image, (C, H, W).
-        dtype: of stored images: uint8 in 0-255, or a float type.
-        mean, std: per channel, on the scale 0-1: the normalisation of uint8 images. If None, the data had a transform
-            of their own, which is not known here.
+        layout: a batch of no samples, as they were stored.
+        mean, std: the normalisation: of uint8 images per channel, on the scale 0-1; of series per channel, of tables
+            per column. If None, the data had a transform of their own, which is not known here.
         size: side in pixels that image files were resized to. If None, images had their size before.
         class_names: name of each label.
         classes: labels of each task.
     """
 
-    input_shape: tuple[int, ...]
-    dtype: torch.dtype
+    layout: Nest = field(compare=False)
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     size: int | None
     class_names: tuple[str, ...]
     classes: tuple[tuple[int, ...], ...]
 
-    def transform(self) -> ImageTransform | None:
-        """From stored images to network input. If the data had one of their own, None."""
-        return None if self.mean is None or self.std is None else ImageTransform(self.mean, self.std)
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of a stored sample that is one tensor."""
+        return tuple(self.layout.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a stored sample that is one tensor."""
+        return self.layout.dtype
+
+    def transform(self) -> Normalisation | None:
+        """From stored samples to network input. If the data had one of their own, None."""
+        return None if self.mean is None or self.std is None else normaliser(self.layout, self.mean, self.std)
 
     def task_of(self, label: int) -> int | None:
         """The task that has a class, counted from 0. If several tasks have it, None."""
@@ -48,7 +57,7 @@ class DataDescription:
 
     def to_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> DataDescription:

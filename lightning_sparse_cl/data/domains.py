@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
 from lightning_sparse_cl.data.sources import DigitsSource, ImageSource, MNISTSource
 
@@ -35,10 +35,10 @@ class Permuted(SourceTasks):
         order = np.random.RandomState([self.seed, task]).permutation(pixels) if task else np.arange(pixels)
         return torch.from_numpy(order)
 
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+    def divide(self, images: Tensor, labels: Tensor) -> list[SampleTensors]:
         pixels = images.flatten(2)
         orders = [self.permutation(t, pixels.shape[2]) for t in range(self.planned)]
-        return [ImageTensors(pixels[:, :, order].view_as(images), labels) for order in orders]
+        return [SampleTensors(pixels[:, :, order].view_as(images), labels) for order in orders]
 
 
 class Rotated(SourceTasks):
@@ -57,7 +57,7 @@ class Rotated(SourceTasks):
         super().__init__(source, num_tasks, **kwargs)
         self.angles = [t * max_angle / max(num_tasks - 1, 1) for t in range(num_tasks)]
 
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+    def divide(self, images: Tensor, labels: Tensor) -> list[SampleTensors]:
         from torchvision.transforms.functional import InterpolationMode, rotate
 
         def turn(angle: float) -> Tensor:  # in pieces, as it takes many times the memory of its input
@@ -65,7 +65,7 @@ class Rotated(SourceTasks):
                 return images
             return torch.cat([rotate(part, angle, InterpolationMode.BILINEAR) for part in images.split(4096)])
 
-        return [ImageTensors(turn(angle), labels) for angle in self.angles]
+        return [SampleTensors(turn(angle), labels) for angle in self.angles]
 
 
 class PermutedDigits(Permuted):

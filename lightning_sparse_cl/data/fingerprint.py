@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from lightning_sparse_cl.data.items import Items
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
+from lightning_sparse_cl.nests import tensors
 
 DIGITS = 16
 
 
-def fingerprints(train: Sequence[ImageTensors | Items], test: Sequence[ImageTensors | Items]) -> list[str]:
+def fingerprints(train: Sequence[SampleTensors | Items], test: Sequence[SampleTensors | Items]) -> list[str]:
     """A short hexadecimal digest of each task: of its training and test samples as they are stored, and their labels.
 
     It is the same on every process, machine and device. Of data that are read item by item nothing is decoded: it
@@ -46,9 +47,10 @@ def _digest(parts: Iterable[bytes | memoryview]) -> str:
     return total.hexdigest()[:DIGITS]
 
 
-def _parts(data: ImageTensors | Items) -> Iterator[bytes | memoryview]:
-    if isinstance(data, ImageTensors):
-        yield from _values(data.images)
+def _parts(data: SampleTensors | Items) -> Iterator[bytes | memoryview]:
+    if isinstance(data, SampleTensors):
+        for tensor in tensors(data.inputs):
+            yield from _values(tensor)
         yield from _values(data.labels)
     else:
         yield from _values(data.targets)
@@ -74,8 +76,9 @@ def _behind(data: Any, at: Tensor) -> Iterator[bytes | memoryview]:
         for part, end in zip(data.datasets, data.cumulative_sizes, strict=True):
             yield from _behind(part, at[(at >= first) & (at < end)] - first)
             first = end
-    elif isinstance(data, ImageTensors):
-        yield from _values(data.images, at)
+    elif isinstance(data, SampleTensors):
+        for tensor in tensors(data.inputs):
+            yield from _values(tensor, at)
     else:
         yield f"{len(at)} items ".encode()
         for held in (getattr(data, "data", None), *(getattr(data, "tensors", None) or ())):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.image_files import ImageFolderSource
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.open_tasks import OpenTasks
 
 MARKER = "complete"
@@ -54,7 +54,7 @@ class GrowingImageFolder(OpenTasks):
                 raise ValueError(f"{type(self).__name__}({name}={value}): seconds, at least 0")
         self.root, self.size, self.crop, self.flip = root, size, crop, flip
         self.settled, self.wait = settled, wait
-        self._read: dict[Path, tuple[list[str], ImageTensors, ImageTensors]] = {}
+        self._read: dict[Path, tuple[list[str], SampleTensors, SampleTensors]] = {}
 
     def complete(self) -> list[Path]:
         """The folders of the tasks that are complete, in order."""
@@ -99,14 +99,14 @@ class GrowingImageFolder(OpenTasks):
         for names, *sets in self._read.values():
             label = torch.tensor([self.class_names.index(name) for name in names])
             for part, data in zip(parts, sets, strict=True):
-                part.append(ImageTensors(data.images, label[data.labels]))
+                part.append(SampleTensors(data.inputs, label[data.labels]))
         if self.transform is None:
             self.transform = self._normalised(parts[0][0], self.crop, self.flip)
         return parts
 
-    def _task(self, folder: Path) -> tuple[list[str], ImageTensors, ImageTensors]:
+    def _task(self, folder: Path) -> tuple[list[str], SampleTensors, SampleTensors]:
         source = ImageFolderSource(str(folder), self.size, self.crop, self.flip)
         if only := source.tested_only():
             raise ValueError(f"{source}: there are test images of the class {only[0]!r}, and none for training")
-        train, test = (ImageTensors(*source.read(part)) for part in (True, False))
+        train, test = (SampleTensors(*source.read(part)) for part in (True, False))
         return source.names(), train, test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -13,15 +14,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.labels import listed_labels, whole, whole_labels
-from lightning_sparse_cl.data.loader import ImageTensors, length
+from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.data.pictures import pixels
+from lightning_sparse_cl.nests import Nest, as_nest, each, refuse_other_kind, rows, tensors
 
 
 class Items(Dataset):
-    """Any data set of pairs (image, label), with images as tensors (C, H, W), all alike, and labels as integers.
+    """Any data set of pairs (sample, label), with samples as tensors or nests, all alike, and labels as integers.
 
-    Images are PIL images, see :func:`~lightning_sparse_cl.data.pictures.eight_bits`, or tensors or arrays (C, H, W),
-    uint8 or float. Labels are whole numbers of any type.
+    A sample is a PIL image, see :func:`~lightning_sparse_cl.data.pictures.eight_bits`, a tensor, an array of numbers, a
+    number, or a dict, tuple or list of these. Labels are whole numbers of any type.
 
     Args:
         data: has a length, and items by index.
@@ -52,23 +54,23 @@ class Items(Dataset):
     def __len__(self) -> int:
         return length(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Nest, int]:
         if index >= len(self):  # ends an iteration, which not every data set does by itself
             raise IndexError(index)
-        image, label = self._read(index)
+        sample, label = self._read(index)
         if label != (known := int(self._found[index])):
             source = "the data set's list of labels (.targets) has" if self._listed is not None else "it once had"
             raise ValueError(f"{self.name}: item {index} has the label {label}, but {source} {known}")
-        return image, label if self.numbers is None else self.numbers[label]
+        return sample, label if self.numbers is None else self.numbers[label]
 
     @cached_property
-    def first(self) -> Tensor:
-        """The image of item 0, (C, H, W); all others have its shape and type."""
+    def first(self) -> Nest:
+        """The sample of item 0; all others have its keys, shapes and types."""
         return self._pair(0)[0]
 
     @property
     def targets(self) -> Tensor:
-        """Labels (N,), without decoding the images if the data set lists them."""
+        """Labels (N,), without reading the samples if the data set lists them."""
         if self.numbers is None:
             return self._found
         return torch.tensor([self.numbers[label] for label in self._found.tolist()])
@@ -86,51 +88,55 @@ class Items(Dataset):
             return self._listed
         return torch.tensor([self._read(i)[1] for i in range(len(self))])
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._pair(index)
-        if image.shape != self.first.shape or image.dtype != self.first.dtype:
-            raise ValueError(
-                f"{self.name}: item {index} is {image.dtype} {tuple(image.shape)}, item 0 {self.first.dtype} "
-                f"{tuple(self.first.shape)}; all must be equal"
-            )
-        return image, label
+    def _read(self, index: int) -> tuple[Nest, int]:
+        sample, label = self._pair(index)
+        if index:
+            refuse_other_kind(f"{self.name}: tensors of item {index}", sample, "those of item 0", self.first)
+        return sample, label
 
-    def _pair(self, index: int) -> tuple[Tensor, int]:
+    def _pair(self, index: int) -> tuple[Nest, int]:
         item = self.data[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise ValueError(f"{self.name}: items are pairs (image, label); item {index} is {_what(item)}")
-        image, label = self._tensor(index, item[0]), whole(item[1])
+            raise ValueError(f"{self.name}: items are pairs (sample, label); item {index} is {_what(item)}")
+        sample, label = self._sample(index, item[0]), whole(item[1])
         if label is None:
             raise ValueError(
-                f"{self.name}: labels are whole numbers, one for each image; that of item {index} is {_what(item[1])}"
+                f"{self.name}: labels are whole numbers, one for each sample; that of item {index} is {_what(item[1])}"
             )
-        return image, label
+        return sample, label
 
-    def _tensor(self, index: int, image: Any) -> Tensor:
-        if hasattr(image, "getbands"):  # a PIL image
+    def _sample(self, index: int, value: Any) -> Nest:
+        if hasattr(value, "getbands"):  # a PIL image
             try:
-                image = pixels(image)
+                return pixels(value)
             except Exception as error:  # the file of an image may be read only now, and be broken in any way
                 raise ValueError(f"{self.name}: cannot take the image of item {index}: {error}") from error
-        elif isinstance(image, np.ndarray) and image.dtype.kind in "biuf":
-            image = torch.from_numpy(image.astype(image.dtype.newbyteorder("=")))  # a copy: the array may be read-only
-        known = isinstance(image, Tensor) and (image.dtype == torch.uint8 or image.is_floating_point())
-        if not known or image.ndim != 3:
+        if isinstance(value, Mapping):
+            return {key: self._sample(index, part) for key, part in value.items()}
+        if isinstance(value, tuple | list) and not all(isinstance(part, int | float) for part in value):
+            return tuple(self._sample(index, part) for part in value)
+        if isinstance(value, np.ndarray):
+            value = value.copy()  # it may be read-only
+        try:
+            tensor: Tensor = as_nest(value, "")
+        except ValueError:
             raise ValueError(
-                f"{self.name}: images are PIL images or (C, H, W) tensors, uint8 or float; item {index} is "
-                f"{_what(image)}"
-            )
-        if image.is_floating_point() and not bool(image.isfinite().all()):
-            raise ValueError(f"{self.name}: the image of item {index} has values that are NaN or infinite")
-        return image.detach()
+                f"{self.name}: samples are images, tensors, arrays, numbers, or dicts, tuples and lists of them; item "
+                f"{index} is or has {_what(value)}"
+            ) from None
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{self.name}: the sample of item {index} has values that are NaN or infinite")
+        return tensor.detach()
 
-    def gather(self) -> ImageTensors:
+    def gather(self) -> SampleTensors:
         """The whole set in memory."""
-        if isinstance(self.data, ImageTensors):
+        if isinstance(self.data, SampleTensors):
             return self.data
-        images, labels = self.first.new_empty(len(self), *self.first.shape), torch.empty(len(self), dtype=torch.long)
+        inputs = each(lambda tensor: tensor.new_empty(len(self), *tensor.shape), self.first)
+        labels = torch.empty(len(self), dtype=torch.long)
         for i in range(len(self)):
-            images[i], labels[i] = self._read(i)
+            sample, labels[i] = self._read(i)
+            each(Tensor.copy_, rows(inputs, i), sample)
         if self._listed is not None and len(wrong := (labels != self._listed).nonzero()):
             i = int(wrong[0])
             rank_zero_warn(
@@ -138,13 +144,13 @@ class Items(Dataset):
                 f"has {int(self._listed[i])}; in memory the items count"
             )
         for i in range(0, len(self), -(-len(self) // 8)):  # eight, evenly spaced
-            if not torch.equal(self._read(i)[0], images[i]):
+            if not all(map(torch.equal, tensors(self._read(i)[0]), tensors(rows(inputs, i)))):
                 rank_zero_warn(
                     f"{self.name}: item {i} is another each time it is read; in memory it stays what it was the first "
                     "time, in_memory=False draws anew"
                 )
                 break
-        return ImageTensors(images, labels)
+        return SampleTensors(inputs, labels)
 
 
 def _what(value: Any) -> str:

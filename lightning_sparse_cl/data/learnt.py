@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.labels import is_number
+from lightning_sparse_cl.nests import described as kinds
 
 RECORD = "sequence"
 """Attribute of a module: what its sequence was when its last fit ended, as in a checkpoint, without the weights."""
@@ -35,10 +36,10 @@ class LearntTasks:
     """Fingerprint of the task within which the sequence was stopped. If it stopped between tasks, None."""
     planned: int
     """Tasks of the whole sequence, as it was planned when it began."""
-    image: tuple[tuple[int, ...], str]
-    """Shape (C, H, W) and type of a stored image."""
+    layout: dict[str, str]
+    """What a stored sample is; see :func:`~lightning_sparse_cl.nests.described`."""
     normalisation: dict[str, list[float]] | None
-    """``mean`` and ``std`` of :class:`ImageTransform`. If the images were normalised in another way, None."""
+    """``mean`` and ``std`` of the transform. If the samples had a transform of another kind, None."""
     joint: bool = False
     is_sequence: bool = True
     """Whether there is a sequence to go on from. If a module knows classes alone, False."""
@@ -61,15 +62,15 @@ class LearntTasks:
             epochs=list(checkpoint["task_sequence"]["epochs"][:ended]),
             running=state["fingerprints"][ended] if begun > ended else None,
             planned=state["planned"],
-            image=(tuple(state["input_shape"]), state["stored_dtype"]),
+            layout=dict(state["layout"]),
             normalisation=state["normalisation"],
             joint=state["joint"],
         )
 
     @classmethod
-    def names_alone(cls, class_names: Sequence[str], image: tuple[tuple[int, ...], str]) -> LearntTasks:
+    def names_alone(cls, class_names: Sequence[str], layout: dict[str, str]) -> LearntTasks:
         """Of a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
-        return cls(list(class_names), [], [], [], [], None, 0, image, None, is_sequence=False)
+        return cls(list(class_names), [], [], [], [], None, 0, layout, None, is_sequence=False)
 
     @property
     def names(self) -> list[list[str]]:
@@ -150,8 +151,7 @@ def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) 
         described = getattr(trainer.lightning_module, "data_description", None) if fitting else None
         if described is None:
             return Before()
-        image = tuple(described.input_shape), str(described.dtype)
-        return Before(LearntTasks.names_alone(described.class_names, image))
+        return Before(LearntTasks.names_alone(described.class_names, kinds(described.layout)))
     if not fitting and (state["joint"] or joint):
         return Before()
     sequence = record["task_sequence"]

@@ -10,38 +10,44 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
 from lightning_sparse_cl.data.labels import whole_labels
+from lightning_sparse_cl.nests import Nest, as_nest, each, gathered, joined, moved, named, rows, tensors
 
 
-class ImageTensors(Dataset):
-    """Images (N, C, H, W) and labels (N,) in memory; whole batches are gathered at once.
+class SampleTensors(Dataset):
+    """Samples and their labels (N,) in memory; whole batches are gathered at once.
+
+    Args:
+        inputs: N samples: a tensor (N, ...), such as images (N, C, H, W), or a dict, tuple or list of tensors.
+        labels: whole numbers.
 
     Raises:
-        ValueError: if the lengths differ, images do not have four dimensions, or a label is not a whole number.
+        ValueError: if the lengths differ, or a label is not a whole number.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        images, labels = torch.as_tensor(images), torch.as_tensor(labels)  # arrays are taken too
-        if images.ndim != 4 or labels.ndim != 1 or len(images) != len(labels):
-            raise ValueError(
-                f"ImageTensors: images are (N, C, H, W) and labels (N,), got {tuple(images.shape)} "
-                f"and {tuple(labels.shape)}"
-            )
-        self.images = images.detach()
-        self.labels = whole_labels(labels, "ImageTensors").to(images.device)
+    def __init__(self, inputs: Nest, labels: Tensor) -> None:
+        inputs, labels = as_nest(inputs, "SampleTensors"), torch.as_tensor(labels)
+        for key, tensor in named(inputs).items():
+            if not tensor.ndim or labels.shape != tensor.shape[:1]:
+                raise ValueError(
+                    f"SampleTensors: {f'{key!r} of the ' if key else ''}samples are (N, ...) and labels (N,), got "
+                    f"{tuple(tensor.shape)} and {tuple(labels.shape)}"
+                )
+        self.inputs = each(Tensor.detach, inputs)
+        self.labels = whole_labels(labels, "SampleTensors").to(tensors(inputs)[0].device)
 
-    def to(self, device: torch.device) -> ImageTensors:
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
+    def to(self, device: torch.device) -> SampleTensors:
+        self.inputs, self.labels = moved(self.inputs, device), self.labels.to(device)
         return self
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Nest, Tensor]:
+        return rows(self.inputs, index), self.labels[index]
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        at = torch.tensor(indices).to(self.images.device, non_blocking=True)
-        return self.images.index_select(0, at), self.labels[at]
+    def __getitems__(self, indices: list[int]) -> tuple[Nest, Tensor]:
+        at = torch.tensor(indices).to(self.labels.device, non_blocking=True)
+        return gathered(self.inputs, at), self.labels[at]
 
 
 class TaskSampler(DistributedSampler):
@@ -123,13 +129,13 @@ def length(data: Dataset) -> int:
 
 
 def collate(batch: Any) -> Any:
-    """Batches of ``ImageTensors`` come gathered; others are lists of items."""
+    """Batches of ``SampleTensors`` come gathered; others are lists of items."""
     return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
 
 
 def union(sets: Sequence[Dataset]) -> Dataset:
     """All samples of several data sets; in memory, if those are."""
-    held = [d for d in sets if isinstance(d, ImageTensors)]
+    held = [d for d in sets if isinstance(d, SampleTensors)]
     if len(held) == len(sets):
-        return ImageTensors(torch.cat([d.images for d in held]), torch.cat([d.labels for d in held]))
+        return SampleTensors(joined([d.inputs for d in held]), torch.cat([d.labels for d in held]))
     return ConcatDataset(sets)

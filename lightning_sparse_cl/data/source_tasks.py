@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.checks import refuse_empty
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import whole_labels
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.nests import Nest, as_nest, rows
 
 
 class SourceTasks(TaskDataModule):
     """Tasks made of one source; a subclass overrides :meth:`divide`.
 
     Args:
-        source: the images.
+        source: the samples.
         num_tasks: tasks to make of them.
         transform: from stored to network input. If None, the source's, or else normalisation by the mean and deviation
-            of the first task's training images (a sample, see :class:`TaskDataModule`).
+            of the first task's training samples, see :class:`TaskDataModule`.
         kwargs: see :class:`TaskDataModule`.
     """
 
     def __init__(
-        self, source: ImageSource, num_tasks: int, transform: ImageTransform | None = None, **kwargs: Any
+        self, source: ImageSource, num_tasks: int, transform: Callable[[Any], Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(transform=transform, **kwargs)
         self.transform = self.usual_transform = source.image_transform() if transform is None else transform
@@ -39,13 +40,13 @@ class SourceTasks(TaskDataModule):
         self.planned = num_tasks
         """Tasks the source is divided into; with ``joint`` they are tested, but not trained, apart."""
 
-    def divide(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
-        """One part of the source, images (N, C, H, W) and labels (N,), as one data set a task."""
+    def divide(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
+        """One part of the source, N samples and labels (N,), as one data set per task."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override divide()")
 
-    def divide_training(self, images: Tensor, labels: Tensor) -> list[ImageTensors]:
+    def divide_training(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
         """The same for the training part, if that is divided in another way than the test part."""
-        return self.divide(images, labels)
+        return self.divide(inputs, labels)
 
     def prepare_data(self) -> None:
         self.source.fetch()
@@ -54,11 +55,11 @@ class SourceTasks(TaskDataModule):
         """Names of the classes, by label."""
         return self.source.names()
 
-    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
         spare = self._spare()
-        train, (images, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
+        train, (inputs, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
         own = labels < self.source.num_classes
-        test = self.divide(images[own], labels[own])
+        test = self.divide(rows(inputs, own), labels[own])
         refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         learnt_otherwise = self.known is not None and self.known.normalisation is not None
         if self.transform is None or (learnt_otherwise and self.given_transform is None):
@@ -71,8 +72,8 @@ class SourceTasks(TaskDataModule):
                 here = torch.isin(labels, torch.tensor([spare[name] for name in there]))
                 label = torch.zeros(int(labels.max()) + 1, dtype=torch.long)
                 label[list(spare.values())] = len(names) + torch.arange(len(spare))
-                train.append(ImageTensors(images[:0], labels[:0]))
-                test.append(ImageTensors(images[here], label[labels[here]]))
+                train.append(SampleTensors(rows(inputs, slice(0)), labels[:0]))
+                test.append(SampleTensors(rows(inputs, here), label[labels[here]]))
         return train, test
 
     def _spare(self) -> dict[str, int]:
@@ -96,15 +97,16 @@ class SourceTasks(TaskDataModule):
     def description(self) -> DataDescription:
         return replace(super().description(), size=getattr(self.source, "size", None))
 
-    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+    def _read(self, train: bool) -> tuple[Nest, Tensor]:
         """A part of the source, with labels in ``range(source.num_classes)``."""
         name = f"{type(self).__name__} of {self.source}"
-        images, labels = map(torch.as_tensor, self.source.read(train))
-        labels = whole_labels(labels, name)  # uint8 would choose like a mask where it is an index
+        inputs, labels = self.source.read(train)
+        inputs = as_nest(inputs, name)
+        labels = whole_labels(torch.as_tensor(labels), name)  # uint8 would choose like a mask where it is an index
         most = self.source.num_classes + (0 if train else len(self.source.tested_only()))
         if (wrong := labels[(labels < 0) | (labels >= most)]).numel():
             raise ValueError(
                 f"{name}: a source of {self.source.num_classes} classes labels them 0-{self.source.num_classes - 1}, "
                 f"got {int(wrong[0])}"
             )
-        return images, labels
+        return inputs, labels

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lightning_sparse_cl.data.augment import ImageTransform
+from lightning_sparse_cl.nests import Nest
 
 
 class ImageSource:
-    """Labelled images with a training and a test part. A subclass sets the attributes and overrides :meth:`read`.
+    """Labelled samples, mostly images, with a training and a test part. A subclass sets the attributes and overrides
+    :meth:`read`.
 
     Attributes:
         num_classes: labels are in ``range(num_classes)``.
@@ -35,8 +37,8 @@ class ImageSource:
     def fetch(self) -> None:
         """Download what is missing, if the source was told to. Called by one process, before any of them reads."""
 
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W), uint8 or float, and labels (N,), whole numbers, of the training or the test part."""
+    def read(self, train: bool) -> tuple[Nest, Tensor]:
+        """N samples, such as images (N, C, H, W), and labels (N,), whole numbers, of the training or the test part."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its images are: override read()")
 
     def names(self) -> list[str]:

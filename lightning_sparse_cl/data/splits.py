@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.data.class_split import ClassSplit, Order
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
-from lightning_sparse_cl.data.loader import ImageTensors
+from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.sources import (
     CIFAR10Source,
     CIFAR100Source,
@@ -106,7 +106,7 @@ class SplitCIFAR100(ClassSplit):
         super().__init__(CIFAR100Source(root, download), num_tasks, class_order, **kwargs)
         self.superclasses = superclasses
 
-    def load(self) -> tuple[list[ImageTensors], list[ImageTensors]]:
+    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
         if self.superclasses:
             self.class_order = self.source.superclasses().argsort(stable=True).tolist()
             self._in_natural_order = False

@@ -2,25 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
-from lightning_sparse_cl.data.loader import ImageTensors, length
+from lightning_sparse_cl.data.loader import SampleTensors, length
+from lightning_sparse_cl.nests import Nest, is_image, joined, layout, rows
 
 
-def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> ImageTransform:
-    """Normalisation by the mean and deviation of the images, or of an evenly spaced sample of 2,000 if there are more.
+class Standardisation(nn.Module):
+    """Series (B, C, T) or tables (B, C) less the mean of each channel or column, over its deviation.
 
-    The sample depends on the number of images alone. Floats pass unchanged.
+    Args:
+        mean, std: per channel. If both are empty, samples of any kind pass unchanged.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Sequence[float] = (), std: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.register_buffer("shift", torch.tensor(self.mean), persistent=False)
+        self.register_buffer("scale", 1 / torch.tensor(self.std), persistent=False)
+
+    def forward(self, x: Nest) -> Nest:
+        """Floats of the same shape."""
+        if not self.mean:
+            return x
+        shape = [-1, *[1] * (x.ndim - 2)]
+        return (x.float() - self.shift.view(shape)) * self.scale.view(shape)
+
+    def normalisation(self) -> dict[str, list[float]]:
+        """The arguments ``mean`` and ``std``."""
+        return {"mean": list(self.mean), "std": list(self.std)}
+
+
+Normalisation = ImageTransform | Standardisation
+
+
+def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
+    """Normalisation by the mean and deviation of all samples, or of an evenly spaced sample of 2,000 if there are more.
+
+    uint8 images are normalised per channel, series (C, T) and tables (C,) of uint8 or float per channel or column. All
+    else passes unchanged: float images, integers of other types, such as tokens, and dicts and tuples of tensors. The
+    sample depends on the number of samples alone.
     """
     n = min(length(data), 2000)
-    sample = torch.arange(n) * length(data) // n
-    if isinstance(data, ImageTensors):
-        images = data.images[sample]
+    at = torch.arange(n) * length(data) // n
+    if isinstance(data, SampleTensors):
+        samples = rows(data.inputs, at.to(data.labels.device))
     else:
-        images = torch.stack([data[i][0] for i in sample.tolist()])
-    if images.is_floating_point():
-        return ImageTransform([0.0] * images.shape[1], [1.0] * images.shape[1])
-    pixels = images.transpose(0, 1).flatten(1).float() / 255
-    return ImageTransform(pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist(), crop, flip)
+        samples = joined([rows(data[i][0], None) for i in at.tolist()])
+    if is_image(samples) and samples.dtype == torch.uint8:
+        pixels = samples.transpose(0, 1).flatten(1).float() / 255
+        return ImageTransform(pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist(), crop, flip)
+    if is_image(samples):
+        return ImageTransform([0.0] * samples.shape[1], [1.0] * samples.shape[1])
+    if not is_row_or_series(layout(samples)):
+        return Standardisation()
+    values = samples.transpose(0, 1).flatten(1).float()
+    return Standardisation(values.mean(1).tolist(), values.std(1).clamp_min(1e-3).tolist())
+
+
+def normaliser(
+    of: Nest, mean: Sequence[float], std: Sequence[float], crop: int = 0, flip: bool = False
+) -> Normalisation:
+    """The normalisation of samples of the layout ``of``."""
+    return ImageTransform(mean, std, crop, flip) if is_image(of) else Standardisation(mean, std)
+
+
+def is_row_or_series(of: Nest) -> bool:
+    """Whether samples are one tensor (C,) or (C, T), uint8 or float."""
+    known = isinstance(of, Tensor) and of.ndim in (2, 3)
+    return known and (of.dtype == torch.uint8 or of.is_floating_point())

@@ -10,11 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_sparse_cl.data.checks import Part, check_images, check_labels, refuse_empty, warn_of_untested
+from lightning_sparse_cl.data.checks import Part, check_labels, check_samples, refuse_empty, warn_of_untested
 from lightning_sparse_cl.data.fingerprint import fingerprints
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.learnt import LearntTasks
-from lightning_sparse_cl.data.loader import ImageTensors, length
+from lightning_sparse_cl.data.loader import SampleTensors, length
+from lightning_sparse_cl.nests import described, in_words, layout_of_one
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def read_tasks(
     refuse_empty(name, train, test, every=learnt is None)
     trained = [length(data) > 0 for data in train]
     parts = {
-        part: [d if isinstance(d, ImageTensors | Items) else Items(d, f"{name}: {part} of task {t}") for t, d in s]
+        part: [d if isinstance(d, SampleTensors | Items) else Items(d, f"{name}: {part} of task {t}") for t, d in s]
         for part, s in (
             ("training", [(t, d) for t, d in enumerate(train) if trained[t]]),
             ("test", [(t, d) for t, d in enumerate(test) if trained[t]]),
@@ -132,7 +133,7 @@ def read_tasks(
         )
     }
     there, tested, others = parts["training"], parts["test"], parts["other test"]
-    check_images(name, there or others, tested or others)
+    check_samples(name, there or others, tested or others)
     if there:
         check_labels(name, [labels_of(d) for d in there], [labels_of(d) for d in tested])
     ids = torch.cat([labels_of(d) for d in (*there, *others)]).unique()
@@ -145,10 +146,10 @@ def read_tasks(
     for t, data in zip([t for t, there_is in enumerate(trained) if not there_is], others, strict=True):
         named = dict(zip(numbers, names, strict=True))
         if learnt is None or {named[c] for c in labels_of(data).unique().tolist()} - set(learnt.class_names):
-            raise ValueError(f"{name}: task {t} has no training images")
+            raise ValueError(f"{name}: task {t} has no training samples")
     positions = list(range(len(names)))
     if learnt is not None:
-        _refuse_other_images(name, (there or others)[0], learnt)
+        _refuse_other_samples(name, (there or others)[0], learnt)
         names, positions = learnt.labels_of(names, name)
     if positions != numbers:
         label = dict(zip(numbers, positions, strict=True))
@@ -208,22 +209,21 @@ def following(
     return joined, learnt
 
 
-def _refuse_other_images(name: str, data: Part, learnt: LearntTasks) -> None:
-    image = data[0][0]
-    found = tuple(image.shape), str(image.dtype)
-    if found != learnt.image:
-        kinds = [f"{dtype.removeprefix('torch.')} {shape}" for shape, dtype in (found, learnt.image)]
-        raise ValueError(f"{name}: images are {kinds[0]}, those learnt before {kinds[1]}; all must be equal")
+def _refuse_other_samples(name: str, data: Part, learnt: LearntTasks) -> None:
+    found = described(layout_of_one(data[0][0]))
+    if found != learnt.layout:
+        kinds = [in_words(kind) for kind in (found, learnt.layout)]
+        raise ValueError(f"{name}: samples are {kinds[0]}, those learnt before {kinds[1]}; all must be equal")
 
 
-def _nothing(like: Part) -> ImageTensors:
+def _nothing(like: Part) -> SampleTensors:
     """A data set without samples."""
-    return ImageTensors(like[0][0][None][:0], torch.zeros(0, dtype=torch.long))
+    return SampleTensors(layout_of_one(like[0][0]), torch.zeros(0, dtype=torch.long))
 
 
 def labels_of(data: Part) -> Tensor:
     """Labels (N,), on the CPU."""
-    return data.labels.cpu() if isinstance(data, ImageTensors) else data.targets
+    return data.labels.cpu() if isinstance(data, SampleTensors) else data.targets
 
 
 def _renumbered(data: Part, label: dict[int, int]) -> Part:
@@ -232,4 +232,4 @@ def _renumbered(data: Part, label: dict[int, int]) -> Part:
         return data.renumbered(label)
     table = torch.zeros(max(label) + 1, dtype=torch.long)
     table[list(label)] = torch.tensor(list(label.values()))
-    return ImageTensors(data.images, table.to(data.labels.device)[data.labels])
+    return SampleTensors(data.inputs, table.to(data.labels.device)[data.labels])

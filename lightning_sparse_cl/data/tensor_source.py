@@ -1,4 +1,4 @@
-"""Images and labels of your own as a source."""
+"""Samples and labels of your own as a source."""
 
 from __future__ import annotations
 
@@ -9,30 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.data.checks import refuse_channels_last, refuse_other_range
+from lightning_sparse_cl.data.checks import refuse_channels_last, refuse_odd_types, refuse_other_range
 from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.nests import Nest, as_nest, each, is_image, named, refuse_other_kind, rows
 
 
 @dataclass(frozen=True, eq=False)
 class TensorSource(ImageSource):
-    """Images and labels of your own.
+    """Samples and labels of your own.
 
     Labels are ids, with gaps if you like: the classes are those that occur in training, in ascending order, and
     :meth:`names` has their ids as text. Or labels are names, which are counted in alphabetical order. Negative ids are
     refused, since -1 marks samples without a label elsewhere.
 
     Args:
-        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,), integers from 0 on or names;
-            tensors, numpy arrays or, of names, lists.
+        train, test: N samples and labels (N,). Samples are a tensor or array (N, ...), such as images (N, C, H, W),
+            uint8 in 0-255 or float, series (N, C, T), tables (N, C) or tokens (N, T), or a dict or tuple of such.
+            Labels are integers from 0 on, or names, in a tensor, an array or a list.
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`; for uint8 images.
 
     Raises:
-        ValueError: if they are something else, or training and test images differ in shape, type or range.
+        ValueError: if they are something else, or training and test samples differ in keys, shape, type or, of images,
+            range.
     """
 
-    train: tuple[Tensor, Tensor] = field(repr=False)
-    test: tuple[Tensor, Tensor] = field(repr=False)
+    train: tuple[Any, Any] = field(repr=False)
+    test: tuple[Any, Any] = field(repr=False)
     crop: int = 0
     flip: bool = False
     ids: Tensor = field(init=False, repr=False)
@@ -47,15 +50,12 @@ class TensorSource(ImageSource):
             object.__setattr__(self, name, _with_numbers(f"TensorSource({name}=...)", getattr(self, name), names))
         for name in ("train", "test"):
             object.__setattr__(self, name, _pair(f"TensorSource({name}=...)", getattr(self, name)))  # it is frozen
-        if (self.crop or self.flip) and self.train[0].is_floating_point():
-            raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, floats pass unchanged")
         (train, labels), (test, tested) = self.train, self.test
-        if train.shape[1:] != test.shape[1:]:
-            shapes = tuple(train.shape[1:]), tuple(test.shape[1:])
-            raise ValueError(f"TensorSource: train and test images differ in shape, {shapes[0]} and {shapes[1]}")
-        if train.dtype != test.dtype:
-            raise ValueError(f"TensorSource: train and test images differ in type, {train.dtype} and {test.dtype}")
-        refuse_other_range("TensorSource", ("train images", train), ("test images", test))
+        if (self.crop or self.flip) and not (is_image(train) and train.dtype == torch.uint8):
+            raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, all else passes unchanged")
+        refuse_other_kind("TensorSource: test samples", rows(test, 0), "train samples", rows(train, 0))
+        if is_image(train):
+            refuse_other_range("TensorSource", ("train images", train), ("test images", test))
         object.__setattr__(self, "ids", labels.unique())
         if unknown := set(tested.tolist()) - set(self.ids.tolist()):
             raise ValueError(f"TensorSource(test=...): no training sample has the label {min(unknown)}")
@@ -67,9 +67,9 @@ class TensorSource(ImageSource):
     def names(self) -> list[str]:
         return [self.given_names[i] if self.given_names else str(i) for i in self.ids.tolist()]
 
-    def read(self, train: bool) -> tuple[Tensor, Tensor]:
-        images, labels = self.train if train else self.test
-        return images, torch.searchsorted(self.ids, labels)
+    def read(self, train: bool) -> tuple[Nest, Tensor]:
+        inputs, labels = self.train if train else self.test
+        return inputs, torch.searchsorted(self.ids, labels)
 
 
 def _names_in(given: Any) -> list[str]:
@@ -82,33 +82,33 @@ def _names_in(given: Any) -> list[str]:
 
 
 def _with_numbers(name: str, given: Any, names: list[str]) -> tuple[Any, Tensor]:
-    """Images, and for each name of a class its number."""
-    images, labels = given
+    """The samples, and for each name of a class its number."""
+    inputs, labels = given
     numbers = {known: i for i, known in enumerate(names)}
     if unknown := [str(label) for label in labels if str(label) not in numbers]:
         raise ValueError(f"{name}: no training sample has the label {unknown[0]!r}")
-    return images, torch.tensor([numbers[str(label)] for label in labels])
+    return inputs, torch.tensor([numbers[str(label)] for label in labels])
 
 
-def _pair(name: str, given: Any) -> tuple[Tensor, Tensor]:
-    """Images and labels as tensors on the CPU, where tasks are made of them."""
+def _pair(name: str, given: Any) -> tuple[Nest, Tensor]:
+    """Samples and labels as tensors on the CPU, where tasks are made of them."""
     if not isinstance(given, tuple | list) or len(given) != 2:
         kind = f"{type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
-        raise ValueError(f"{name}: give a pair (images, labels), got a {kind}")
-    try:
-        images, labels = (torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x) for x in given)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: images and labels are tensors or arrays of numbers: {error}") from error
-    images, labels = images.detach().cpu(), labels.cpu()
-    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
-        raise ValueError(
-            f"{name}: images are (N, C, H, W) and labels (N,), N > 0, got {tuple(images.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise ValueError(f"{name}: images are uint8 or float, got {images.dtype}")
-    refuse_channels_last(name, images.shape[1:], images.dtype, batch=True)
+        raise ValueError(f"{name}: give a pair (samples, labels), got a {kind}")
+    inputs, labels = as_nest(given[0], f"{name}: samples"), as_nest(given[1], f"{name}: labels")
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{name}: labels are one tensor (N,), got a {type(given[1]).__name__} of several")
+    inputs, labels = each(lambda tensor: tensor.detach().cpu(), inputs), labels.cpu()
+    for key, tensor in named(inputs).items():
+        if not tensor.ndim or labels.shape != tensor.shape[:1] or not len(labels):
+            raise ValueError(
+                f"{name}: {f'{key!r} of the ' if key else ''}samples are (N, ...) and labels (N,), N > 0, got "
+                f"{tuple(tensor.shape)} and {tuple(labels.shape)}"
+            )
+    refuse_odd_types(name, inputs)
+    if is_image(inputs):
+        refuse_channels_last(name, inputs.shape[1:], inputs.dtype, batch=True)
     labels = whole_labels(labels, name)
     if labels.min() < 0:
         raise ValueError(f"{name}: labels are integers from 0 on, got {int(labels.min())}")
-    return images, labels
+    return inputs, labels

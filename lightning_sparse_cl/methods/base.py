@@ -22,6 +22,8 @@ from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.going_on import GoesOn
 from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
 from lightning_sparse_cl.methods.predicting import PredictsImages
+from lightning_sparse_cl.nests import Nest, each, rows, stacked
+from lightning_sparse_cl.nests import layout as layout_of
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
@@ -34,7 +36,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
     """Composes the orthogonal parts of a continual-learning method; each can be exchanged on its own.
 
     Args:
-        backbone: images (B, C, H, W) to features (B, D); lazy layers take their sizes from the data.
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D); lazy layers take their
+            sizes from the data.
         objective: loss and memory. If None, cross-entropy (fine-tuning).
         update: how the loss becomes gradients. If None, one backward pass.
         optimizer: makes the optimiser from the parameters. If None, SGD with learning rate 0.03.
@@ -82,7 +85,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         data = task_data(self.trainer, self)
         if self.head is None:
             seed = self.trainer.strategy.broadcast(torch.initial_seed())
-            self.build(data.input_shape, data.num_classes, seed, data.stored_dtype)
+            self.build(data.layout, data.num_classes, seed, layout_of(data.example()))
         elif self.trainer.state.fn == "fit" and data.num_classes > self.head.out_features and data.learnt is None:
             raise ValueError(
                 f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
@@ -90,22 +93,32 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 "checkpoint"
             )
 
-    def build(
-        self, input_shape: Sequence[int], num_classes: int, seed: int = 0, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``."""
+    def build(self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None) -> None:
+        """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``.
+
+        Args:
+            layout: a batch as the data are stored, of which shapes and types count; or the shape of a stored image.
+            num_classes: number of outputs.
+            seed: of the head, and of what the objective draws.
+            inputs: a batch as the network gets it, likewise. If None, ``layout`` with floats in the place of uint8.
+        """
         training = self.backbone.training
+        if isinstance(layout, tuple | list) and all(isinstance(size, int) for size in layout):
+            layout = torch.empty(0, *layout, dtype=torch.uint8)
+        if inputs is None:
+            inputs = each(lambda t: t.float() if t.dtype == torch.uint8 else t, layout)
+        layout, inputs = layout_of(layout), layout_of(inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled backbone would draw other weights
             own = next((p.dtype for p in self.backbone.parameters()), torch.float32)  # Trainer(precision) comes later
-            features = self.backbone.eval()(torch.zeros(1, *input_shape, dtype=own))
+            features = self.backbone.eval()(each(partial(_zeros, floats=own), inputs))
         self.backbone.train(training)
         with torch.random.fork_rng([]):
             self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
         self._seed = seed
         self.draw_head()
         channels_last_(self.backbone)
-        self.built = {"input_shape": list(input_shape), "num_classes": num_classes, "seed": seed, "dtype": dtype}
-        self.objective.build(self.network, input_shape, seed, dtype)
+        self.built = {"layout": layout, "num_classes": num_classes, "seed": seed, "inputs": inputs}
+        self.objective.build(self.network, layout, seed)
         self.update.build(self)
 
     def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
@@ -119,7 +132,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
 
     @property
     def network(self) -> nn.Sequential:
-        """What maps images (B, C, H, W) to logits: backbone and head, under the names they have here."""
+        """What maps a batch to logits: backbone and head, under the names they have here."""
         return nn.Sequential(OrderedDict(backbone=self.backbone, head=self.head))
 
     def configure_callbacks(self) -> list[pl.Callback]:
@@ -158,8 +171,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         super().on_fit_start()
         keep_freed_memory()
 
-    def forward(self, x: Tensor, features: bool = False) -> Any:
-        """Images (B, C, H, W) to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
+    def forward(self, x: Nest, features: bool = False) -> Any:
+        """A batch to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
 
         With ``features``, a pair of logits and what they are made of, (B, D).
         """
@@ -171,12 +184,12 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             logits = self.head(found) if self.training else self.objective.classify(self.head, found)
         return (logits, found) if features else logits
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Outputs:
+    def training_step(self, batch: tuple[Nest, Tensor], batch_idx: int) -> Outputs:
         x, y = batch
         data, optimizers = task_data(self.trainer), self.optimizers()
-        stored = cast(Tensor, data.raw)  # the batch before it was augmented
+        stored = data.raw  # the batch before it was augmented
         if self.objective.views > 1:
-            x = torch.stack([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))], 1)
+            x = stacked([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))])
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
         replay = self.objective.draw(data.prepare)
         drawn = self.objective.drawn * self.objective.views
@@ -190,9 +203,9 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             if part is not None:
                 if part[1] > len(y):
                     raise ValueError(f"{type(self.update).__name__}: a batch of {len(y)} has no {part[1]} parts")
-                rows = torch.arange(len(y), device=y.device).tensor_split(part[1])[part[0]]
+                here = torch.arange(len(y), device=y.device).tensor_split(part[1])[part[0]]
                 with batch_norm_still(self):
-                    outputs = self.objective(self, x[rows], y[rows], None)
+                    outputs = self.objective(self, rows(x, here), y[here], None)
                 return outputs | {"loss": outputs["per_sample"].mean()}
             size, exemplars = selection.size(stage, len(y), epoch), replay if replays else None
             if (size < len(y) or thinned) and not whole:
@@ -212,27 +225,27 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 replayed = sum(len(draw.labels) for draw in exemplars)
             still = moved or (replay is not None and not replays)  # statistics move once, and see the exemplars
             with batch_norm_still(self, still):
-                outputs = self._terms(x[kept], y[kept], exemplars, replayed)
+                outputs = self._terms(rows(x, kept), y[kept], exemplars, replayed)
             moved = not still or moved
             if not whole:
                 whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
             return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"] + self.penalty()}
 
-        for each in (optimizer, *others):
-            each.zero_grad()
+        for one in (optimizer, *others):
+            one.zero_grad()
         outputs = self.update(self, loss)
         optimizer.step()
         for other in others:
             other.optimizer.step()  # Lightning does not count it: a batch is one step
         if type(self.objective).observe is not Objective.observe:
-            raw, labels, logits = self._from_all(stored, y, whole["logits"])
+            raw, labels, logits = self._from_all((stored, y, whole["logits"]))
             self.objective.observe(raw, labels, logits, data.task)
         value = outputs["loss"].detach()
         if self._logs():
             self.log("train/loss", value, prog_bar=True)
         return {"loss": value, "logits": whole["logits"]}
 
-    def _terms(self, x: Tensor, y: Tensor, replay: Any, replayed: int) -> Outputs:
+    def _terms(self, x: Nest, y: Tensor, replay: Any, replayed: int) -> Outputs:
         """The losses of one pass. ``objective.replayed`` tells those who count passes how many exemplars are in it."""
         self.objective.replayed = 0 if replay is None else replayed
         try:
@@ -280,7 +293,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 torch.distributed.broadcast(tensor.data, 0)
         Enforcement.of(self).apply_()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+    def validation_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         x, y = batch
         fitting = self.trainer.state.fn == "fit"
         logits = self.held_out_logits(x) if fitting else self(x)
@@ -289,14 +302,14 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             self.log("val/acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
         return {"logits": logits}
 
-    def held_out_logits(self, x: Tensor) -> Tensor:
+    def held_out_logits(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) by which a running task is validated."""
         return self.network(x)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+    def test_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return {"logits": self(batch[0])}
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def predict_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Predicted labels (B,), out of all classes."""
         return self(batch[0]).argmax(1)
 
@@ -305,7 +318,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             for optimizer in self.trainer.optimizers:
                 enforce(self, optimizer)
 
-    def scoring_loss(self, batch: tuple[Tensor, Tensor], live: Tensor | None) -> tuple[Tensor, int]:
+    def scoring_loss(self, batch: tuple[Nest, Tensor], live: Tensor | None) -> tuple[Tensor, int]:
         """By which SparCL ranks weights: the cross-entropy among the classes ``live`` (C,), summed over the batch."""
         x, y = batch
         logits = self(x)
@@ -349,8 +362,13 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         if "masks" in checkpoint:  # gradient masks are those of a step that is over
             Masks.of(self).load_state_dict(checkpoint["masks"] | {"updated": {}})
 
-    def _from_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _from_all(self, batch: Nest) -> Nest:
         """What every process has seen, in the same order on each, so that all hold the same memory."""
         if self.trainer.world_size == 1:
-            return tensors
-        return tuple(cast(Tensor, self.all_gather(t)).flatten(0, 1) for t in tensors)
+            return batch
+        return each(lambda tensor: cast(Tensor, self.all_gather(tensor)).flatten(0, 1), batch)
+
+
+def _zeros(tensor: Tensor, floats: torch.dtype) -> Tensor:
+    """A batch of one sample, with floats of the type ``floats``."""
+    return torch.zeros(1, *tensor.shape[1:], dtype=floats if tensor.is_floating_point() else tensor.dtype)

@@ -16,6 +16,7 @@ from lightning_sparse_cl.callbacks.pruning import Reopen
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.isolation import IsolatingModule
+from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import UpdateRule
 from lightning_sparse_cl.sparsity.gates import GrowthGates
@@ -87,10 +88,8 @@ class CLLSG(IsolatingModule):
         self.gates = gates or GrowthGates()
         self.mask_optimizer = mask_optimizer or partial(Adam, lr=0.0005)
 
-    def build(
-        self, input_shape: Sequence[int], num_classes: int, seed: int = 0, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        super().build(input_shape, num_classes, seed, dtype)
+    def build(self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None) -> None:
+        super().build(layout, num_classes, seed, inputs)
         self.gates.build(self.network)
 
     def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
@@ -102,7 +101,7 @@ class CLLSG(IsolatingModule):
             with torch.no_grad():
                 self.head.weight[rows] *= (len(used) / used.sum()).sqrt()
 
-    def running(self, x: Tensor) -> Tensor:
+    def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of the network that grows: its weights times masks, drawn in training mode."""
         network, own = self.network, self.objective.own_classes if self.training else None
         weights = self.gates.weights(network)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.base import ContinualModule
+from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity import Subnetworks
 
 
@@ -31,7 +32,7 @@ class IsolatingModule(ContinualModule):
             )
         return super().configure_callbacks()
 
-    def forward(self, x: Tensor, features: bool = False) -> Tensor:
+    def forward(self, x: Nest, features: bool = False) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork.
 
         Raises:
@@ -44,11 +45,11 @@ class IsolatingModule(ContinualModule):
             return self.running(x)
         return learnt.combined(x, learnt.answers(x))
 
-    def running(self, x: Tensor) -> Tensor:
+    def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of the network that the running task trains."""
         return super().forward(x)
 
-    def predict(self, x: Tensor, task: int) -> Tensor:
+    def predict(self, x: Nest, task: int) -> Tensor:
         """Labels (B,) of images (B, C, H, W), out of the classes of ``task``, by its compact subnetwork alone.
 
         Raises:
@@ -63,7 +64,7 @@ class IsolatingModule(ContinualModule):
         joint = getattr(parts_of(self.trainer).datamodule, "joint", False)
         return self.predict(batch[0], 0 if joint else dataloader_idx)
 
-    def held_out_logits(self, x: Tensor) -> Tensor:
+    def held_out_logits(self, x: Nest) -> Tensor:
         """Of the running task alone, among its classes."""
         live = task_data(self.trainer).live().to(x.device)
         return self.running(x).masked_fill(~live, -torch.inf)

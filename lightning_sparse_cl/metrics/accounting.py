@@ -34,7 +34,7 @@ class DenseCost:
 
     @classmethod
     def of(cls, network: nn.Module, input_shape: Sequence[int]) -> DenseCost:
-        """The cost of one image (C, H, W), of zeros; see :meth:`of_call`."""
+        """The cost of one sample of this shape, of zeros, such as an image (C, H, W); see :meth:`of_call`."""
         own = next(network.parameters())
         return cls.of_call(network, torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype))
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.task_hooks import TaskHooks
 
 Terms = dict[str, Any]
@@ -23,7 +24,7 @@ class Learner(Protocol):
 
     @property
     def backbone(self) -> nn.Module:
-        """Maps images (B, C, H, W) to features (B, D)."""
+        """Maps a batch of B samples to features (B, D)."""
 
     @property
     def head(self) -> nn.Linear:
@@ -33,8 +34,8 @@ class Learner(Protocol):
     def network(self) -> nn.Module:
         """Backbone and head, one after the other."""
 
-    def __call__(self, x: Tensor, features: bool = False) -> Any:
-        """Maps images (B, C, H, W) to logits (B, num_classes); with ``features=True`` to logits and features (B, D)."""
+    def __call__(self, x: Nest, features: bool = False) -> Any:
+        """Maps a batch to logits (B, num_classes); with ``features=True`` to logits and features (B, D)."""
 
 
 class Objective(TaskHooks, nn.Module):
@@ -53,46 +54,49 @@ class Objective(TaskHooks, nn.Module):
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     views = 1
-    """Augmented views of each image of the current batch; of several, ``x`` is (B, views, C, H, W)."""
+    """Augmented views of each sample of the current batch; of several, the tensors of ``x`` are (B, views, ...)."""
 
     @property
     def own_classes(self) -> Tensor | None:
         """Labels (n,) of the only classes whose logits a training step needs. If None, it needs all."""
         return None
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        """Allocate what depends on the network (its ``head`` is linear) and on shape and type of a stored image.
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
+        """Allocate what depends on the network (its ``head`` is linear) and on what a sample is.
 
         Called once, before a checkpoint is restored.
+
+        Args:
+            network: backbone and head.
+            layout: a batch of no samples, as they are stored: their shapes and types.
+            seed: of what is drawn.
         """
 
-    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Tensor]) -> None:
+    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Nest]) -> None:
         """Called when ``model`` has got outputs for further classes, before it trains on them.
 
         Args:
             model: the module that learns.
             known: number of classes that it had before.
-            prepare: makes stored images network input.
+            prepare: makes stored samples network input.
         """
 
-    def draw(self, prepare: Callable[[Tensor], Tensor]) -> Any:
-        """What the step replays, if anything; ``prepare`` augments and normalises stored images."""
+    def draw(self, prepare: Callable[[Nest], Nest]) -> Any:
+        """What the step replays, if anything; ``prepare`` augments and normalises stored samples."""
         return None
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: Any) -> Terms:
         """The loss terms of one pass.
 
         Args:
             model: the module that learns.
-            x: images of the current batch, or of the samples of it that the pass keeps.
+            x: the current batch as network input, or the samples of it that the pass keeps.
             y: labels (B,).
             replay: what :meth:`draw` gave, or None to leave replay out.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its loss is: override forward()")
 
-    def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
+    def observe(self, raw: Nest, y: Tensor, logits: Tensor, task: int) -> None:
         """Called after the update with the whole batch as stored, and its logits from before the update."""
 
     def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
@@ -134,9 +138,7 @@ class CrossEntropy(Objective):
         self.single_head = single_head
         self._own: Tensor | None = None  # labels of ``live``
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         if self.single_head:
             self.register_buffer("live", torch.ones(head_of(network).out_features, dtype=torch.bool))
 
@@ -154,7 +156,7 @@ class CrossEntropy(Objective):
             self._own = self.live.nonzero().squeeze(1)
         return self._own
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: Any) -> Terms:
         logits = model(x)
         return {"per_sample": self.current_loss(logits, y), "rest": logits.new_zeros(()), "logits": logits}
 

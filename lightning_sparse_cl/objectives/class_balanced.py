@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.nests import Nest, each
 from lightning_sparse_cl.objectives.memory import ReservoirMemory
 
 
@@ -62,10 +61,8 @@ class ClassBalancedReservoir(ReservoirMemory):
                 "use a larger memory"
             )
 
-    def build(
-        self, input_shape: Sequence[int], num_classes: int | None, seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        super().build(input_shape, num_classes, seed, dtype)
+    def build(self, layout: Nest, num_classes: int | None, seed: int) -> None:
+        super().build(layout, num_classes, seed)
         self.register_buffer("lots", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("presented", torch.zeros(self.classes, dtype=torch.long))
         self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.long))
@@ -77,8 +74,8 @@ class ClassBalancedReservoir(ReservoirMemory):
         return self.seen > 0  # asked in every step: without waiting for the device
 
     @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
-        """Present a batch: stored images (B, C, H, W), labels (B,), logits (B, num_classes)."""
+    def add(self, inputs: Nest, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
+        """Present a batch of B samples as stored, with labels (B,) and logits (B, num_classes)."""
         generator, device = self._generator(), self.labels.device
         lots = torch.randint(2**LOT_BITS, (len(labels),), generator=generator).to(device, non_blocking=True)
         self.seen += len(labels)
@@ -106,7 +103,9 @@ class ClassBalancedReservoir(ReservoirMemory):
         self.labels[slots] = labels[rows].where(written, self.labels[slots])
         self.lots[slots] = lots[rows].where(written, self.lots[slots])
         self.tasks[slots] = self.tasks[slots].masked_fill(written, task)
-        self.images[slots] = images[rows].where(_as(written, images), self.images[slots])
+        each(
+            lambda to, new: to.index_copy_(0, slots, new[rows].where(_as(written, new), to[slots])), self.inputs, inputs
+        )
         if self.logits is not None and logits is not None:
             kept = logits[rows].to(self.logits.dtype)
             self.logits[slots] = kept.where(_as(written, kept), self.logits[slots])

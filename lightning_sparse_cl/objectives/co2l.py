@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.nests import Nest, each, joined, rows, stacked
 from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
@@ -72,33 +73,31 @@ class CO2L(LooksBack, Replay):
         self.dim = positive(self, "dim", dim)
         self.teacher = Teacher()
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         head = head_of(network)
         classes, width = head.weight.shape
         self.memory.room_for(classes, self)
-        super().build(network, input_shape, seed, dtype)
+        super().build(network, layout, seed)
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim))
         self.projection.to(head.weight.dtype)
         self.teacher.build(nn.Sequential(network.get_submodule("backbone"), self.projection))
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
-    def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
-        return super().draw(lambda images: torch.stack([prepare(images), prepare(images)], 1))
+    def draw(self, prepare: Callable[[Nest], Nest]) -> list[Exemplars] | None:
+        return super().draw(lambda stored: stacked([prepare(stored), prepare(stored)]))
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
-        """``x`` is (B, 2, C, H, W)."""
-        (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
-        images = torch.cat([x, drawn.images]).transpose(0, 1).flatten(0, 1)  # (2N, C, H, W): first views, then second
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+        """The tensors of ``x`` are (B, 2, ...)."""
+        (drawn,) = replay or (Exemplars(rows(x, slice(0)), y[:0], y[:0]),)
         labels = torch.cat([y, drawn.labels])
-        _, features = model(images, features=True)
+        views = each(lambda both: both.transpose(0, 1).flatten(0, 1), joined([x, drawn.inputs]))  # first ones first
+        _, features = model(views, features=True)
         z = F.normalize(self.projection(features).float())
         contrast = supervised_contrast(z, labels.repeat(2), self.temperature).view(2, -1).mean(0)
         logits = model.head(features.detach())
         rest = F.cross_entropy(logits, labels.repeat(2))
         if self.tasks and replay is not None:
-            before = F.normalize(self.teacher(images).float())
+            before = F.normalize(self.teacher(views).float())
             rest = rest + self.alpha * relation_distance(z, before, self.student_temperature, self.teacher_temperature)
         return {"per_sample": contrast[: len(y)], "rest": rest, "logits": logits[: len(y)]}
 
@@ -109,10 +108,11 @@ class CO2L(LooksBack, Replay):
         self.teacher.take(nn.Sequential(pl_module.backbone, self.projection))
         raw, labels = trainer.datamodule.stored()
         held = self.memory.contents()
-        features = features_of(pl_module.backbone, torch.cat([held.images, raw]), trainer.datamodule.prepare)
+        features = features_of(pl_module.backbone, joined([held.inputs, raw]), trainer.datamodule.prepare)
         fit_head(pl_module.head, features, torch.cat([held.labels, labels]), self.seen)
-        order = torch.randperm(len(raw), generator=torch.Generator().manual_seed(self.memory.seed + task))
-        self.memory.admit(raw[order.to(raw.device)], labels[order.to(raw.device)], task)
+        generator = torch.Generator().manual_seed(self.memory.seed + task)
+        order = torch.randperm(len(labels), generator=generator).to(labels.device)
+        self.memory.admit(rows(raw, order), labels[order], task)
         super().on_task_end(trainer, pl_module, task)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.nests import Nest, rows, split
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, positive
 
 
@@ -63,16 +64,14 @@ class EWC(LooksBack, CrossEntropy):
             raise ValueError(f"EWC(samples={samples}): at least one sample a task, or None for all")
         self.gamma, self.samples = gamma, samples
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        super().build(network, input_shape, seed, dtype)
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
+        super().build(network, layout, seed)
         theta = vector(network.parameters()).detach()
         self.register_buffer("F", torch.zeros_like(theta))
         self.register_buffer("anchor", theta)
         self.weight_names = [name for name, _ in network.named_parameters()]
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks:
             moved = vector(model.network.parameters()) - self.anchor
@@ -93,19 +92,19 @@ def vector(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], among: Tensor | None = None) -> Tensor:
+def fisher(network: nn.Module, batches: Iterable[tuple[Nest, Tensor]], among: Tensor | None = None) -> Tensor:
     """Empirical Fisher information, diagonal, (P,): E[(d log p(y|x) / d theta)^2] over all samples and processes.
 
     Args:
-        network: maps images to logits; in eval mode for it, and left as it was.
-        batches: (x, y), images (B, C, H, W) and labels (B,); each process its own.
+        network: maps samples to logits; in eval mode for it, and left as it was.
+        batches: (x, y), B samples as network input and labels (B,); each process its own.
         among: classes (num_classes,) that compete in p(y|x). If None, all.
     """
     theta = {name: p.detach() for name, p in network.named_parameters()}
     at_once = max(1, min(256, 2**27 // sum(p.numel() for p in theta.values())))  # half a gigabyte of gradients
 
-    def log_likelihood(theta: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = functional_call(network, theta, (x[None],))[0].float()
+    def log_likelihood(theta: dict[str, Tensor], x: Nest, y: Tensor) -> Tensor:
+        logits = functional_call(network, theta, (rows(x, None),))[0].float()
         logits = logits if among is None else logits.masked_fill(~among, -torch.inf)
         return logits.log_softmax(0).gather(0, y[None])[0]
 
@@ -115,7 +114,7 @@ def fisher(network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], among: 
     count = torch.zeros((), device=next(iter(theta.values())).device)
     with in_eval(network), torch.compiler.set_stance("force_eager"):
         for xs, ys in batches:
-            for x, y in zip(xs.split(at_once), ys.split(at_once), strict=True):
+            for x, y in zip(split(xs, at_once), ys.split(at_once), strict=True):
                 for name, g in vmap(grad(log_likelihood), (None, 0, 0))(theta, x, y).items():
                     squares[name] += g.square().sum(0)
                 count += len(y)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.nests import split
 from lightning_sparse_cl.objectives.base import coefficient
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
@@ -53,5 +54,5 @@ class FDR(Replay):
     def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
         raw, labels = trainer.datamodule.stored(self.memory.size)
         with in_eval(pl_module):
-            logits = torch.cat([pl_module(trainer.datamodule.prepare(x, augment=False)) for x in raw.split(256)])
+            logits = torch.cat([pl_module(trainer.datamodule.prepare(x, augment=False)) for x in split(raw, 256)])
         self.memory.admit(raw, labels, task, logits)

@@ -10,13 +10,14 @@ from torch.nn import functional as F
 from torch.optim import LBFGS
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.nests import Nest, split
 
 
 @torch.no_grad()
-def features_of(backbone: nn.Module, images: Tensor, prepare: Callable[..., Tensor]) -> Tensor:
-    """Features (n, D) of images (n, C, H, W) as stored, in eval mode; ``prepare`` makes them network input."""
+def features_of(backbone: nn.Module, stored: Nest, prepare: Callable[..., Nest]) -> Tensor:
+    """Features (n, D) of n samples as stored, in eval mode; ``prepare`` makes them network input."""
     with in_eval(backbone):
-        return torch.cat([backbone(prepare(x, augment=False)).float() for x in images.split(256)])
+        return torch.cat([backbone(prepare(x, augment=False)).float() for x in split(stored, 256)])
 
 
 def fit_head(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
+from lightning_sparse_cl.nests import Nest, joined, rows
 from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, head_of
 from lightning_sparse_cl.objectives.features import features_of
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
@@ -55,12 +55,10 @@ class ICaRL(LooksBack, Replay):
         super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
         self.teacher = Teacher()
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         classes, width = head_of(network).weight.shape
         self.memory.room_for(classes, self)
-        super().build(network, input_shape, seed, dtype)
+        super().build(network, layout, seed)
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(classes, dtype=torch.bool))
         self.register_buffer("elsewhere", torch.zeros(classes, dtype=torch.bool))
@@ -72,13 +70,13 @@ class ICaRL(LooksBack, Replay):
         self.seen |= live
         self.elsewhere.copy_(self.old & ~live)
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
-        (drawn,) = replay or (Exemplars(x[:0], y[:0], y[:0]),)
-        images, labels = torch.cat([x, drawn.images]), torch.cat([y, drawn.labels])
-        logits = model(images)
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+        (drawn,) = replay or (Exemplars(rows(x, slice(0)), y[:0], y[:0]),)
+        everything, labels = joined([x, drawn.inputs]), torch.cat([y, drawn.labels])
+        logits = model(everything)
         target = F.one_hot(labels, logits.shape[1]).to(logits)
         if self.tasks:
-            target = torch.where(self.elsewhere, self.teacher(images).to(logits).sigmoid(), target)
+            target = torch.where(self.elsewhere, self.teacher(everything).to(logits).sigmoid(), target)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         current, replayed = ((loss * self.seen).sum(1) / self.seen.sum()).split([len(y), len(drawn.labels)])
         rest = replayed.mean() if len(replayed) else logits.new_zeros(())
@@ -95,10 +93,10 @@ class ICaRL(LooksBack, Replay):
         held = self.memory.contents()
         raw, labels = trainer.datamodule.stored()
         everything = Exemplars(
-            torch.cat([held.images, raw]), torch.cat([held.labels, labels]),
+            joined([held.inputs, raw]), torch.cat([held.labels, labels]),
             torch.cat([held.tasks, torch.full_like(labels, task)]),
         )  # fmt: skip
-        features = F.normalize(features_of(pl_module.backbone, everything.images, trainer.datamodule.prepare))
+        features = F.normalize(features_of(pl_module.backbone, everything.inputs, trainer.datamodule.prepare))
         new = trainer.datamodule.live().to(labels.device)[everything.labels]
         order, at = [(~new).nonzero().squeeze(1)], torch.arange(len(new), device=new.device)
         most = -(-self.memory.size // int(self.seen.sum()))
@@ -106,7 +104,7 @@ class ICaRL(LooksBack, Replay):
             of_class = at[everything.labels == c]
             order.append(of_class[herding(features[of_class], min(len(of_class), most))])
         kept = torch.cat(order)
-        self.memory.fill(Exemplars(*(part[kept] for part in everything[:3])))
+        self.memory.fill(everything.at(kept))
         self._average(pl_module, trainer.datamodule)
         self.teacher.take(pl_module.network)
         self.old.copy_(self.seen)
@@ -115,7 +113,7 @@ class ICaRL(LooksBack, Replay):
     def _average(self, model: Learner, data: TaskDataModule) -> None:
         """The mean feature of each class's exemplars, of length one."""
         held = self.memory.contents()
-        features = F.normalize(features_of(model.backbone, held.images, data.prepare))
+        features = F.normalize(features_of(model.backbone, held.inputs, data.prepare))
         sums = features.new_zeros(self.means.shape).index_add_(0, held.labels, features)
         self.means.copy_(F.normalize(sums))
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.nests import Nest, rows
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.teacher import Teacher
@@ -44,10 +44,8 @@ class LwF(LooksBack, CrossEntropy):
         self.warmup = warmup
         self.teacher = Teacher()
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        super().build(network, input_shape, seed, dtype)
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
+        super().build(network, layout, seed)
         self.teacher.build(network)
         self.register_buffer("old", torch.zeros(head_of(network).out_features, dtype=torch.bool))
 
@@ -59,12 +57,12 @@ class LwF(LooksBack, CrossEntropy):
             of_new = new[labels]
             fit_head(
                 pl_module.head,
-                features_of(pl_module.backbone, raw[of_new], trainer.datamodule.prepare),
+                features_of(pl_module.backbone, rows(raw, of_new), trainer.datamodule.prepare),
                 labels[of_new],
                 new,
             )
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: Any) -> Terms:
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: Any) -> Terms:
         terms = super().forward(model, x, y, replay)
         if self.tasks and self.alpha:
             p = (self.teacher(x).float() / self.temperature).masked_fill(~self.old, -torch.inf).softmax(1)

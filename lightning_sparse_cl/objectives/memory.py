@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.nests import Nest, each, filled, gathered, named, rows
+
 
 class Exemplars(NamedTuple):
-    """Stored images, labels (m,), tasks (m,), and logits (m, num_classes) if they are kept."""
+    """Samples, labels (m,), tasks (m,), and logits (m, num_classes) if they are kept."""
 
-    images: Tensor
+    inputs: Nest
     labels: Tensor
     tasks: Tensor
     logits: Tensor | None = None
 
-    def at(self, rows: Tensor) -> Exemplars:
-        """Those at the indices ``rows`` (n,)."""
-        logits = None if self.logits is None else self.logits[rows]
-        return Exemplars(self.images[rows], self.labels[rows], self.tasks[rows], logits)
+    def at(self, places: Tensor | slice) -> Exemplars:
+        """Those at indices (n,), or in a slice."""
+        logits = None if self.logits is None else self.logits[places]
+        return Exemplars(rows(self.inputs, places), self.labels[places], self.tasks[places], logits)
 
 
 class ExemplarMemory(nn.Module):
     """Exemplars in preallocated tensors on the training device: the same ones on every process.
 
-    Images are kept as stored in the data set: un-augmented, as a rule uint8, a quarter of float's size.
+    Samples are kept as stored in the data set: not augmented, and images as a rule as uint8, a quarter of float's size.
 
     Args:
         size: number of exemplars M.
@@ -35,7 +36,6 @@ class ExemplarMemory(nn.Module):
         ValueError: if ``size`` is not positive.
     """
 
-    images: Tensor
     labels: Tensor
     tasks: Tensor
     logits: Tensor | None
@@ -47,15 +47,26 @@ class ExemplarMemory(nn.Module):
         self.size = size
         self.seed = 0
 
-    def build(
-        self, input_shape: Sequence[int], num_classes: int | None, seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        """Allocate for images of a shape and type as stored; if ``num_classes`` is None, no logits are kept."""
-        self.seed = seed
-        self.register_buffer("images", torch.zeros(self.size, *input_shape, dtype=dtype))
+    def build(self, layout: Nest, num_classes: int | None, seed: int) -> None:
+        """Allocate.
+
+        Args:
+            layout: a batch of no samples, as they are stored.
+            num_classes: length of the logits. If None, none are kept.
+            seed: of what is drawn.
+        """
+        self.seed, self._layout = seed, layout
+        for name, tensor in named(layout).items():
+            self.register_buffer(_buffer(name), tensor.new_zeros(self.size, *tensor.shape[1:]))
         self.register_buffer("labels", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("tasks", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("logits", None if num_classes is None else torch.zeros(self.size, num_classes))
+
+    @property
+    def inputs(self) -> Nest:
+        """The samples, and the room for more: a batch of ``size``."""
+        held: dict[str, Any] = self._buffers
+        return filled(self._layout, [held[_buffer(name)] for name in named(self._layout)])
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -64,7 +75,7 @@ class ExemplarMemory(nn.Module):
         """``count`` exemplars without repetition, or all there are; ``times`` draws in a row."""
         at = torch.cat([self._places(count) for _ in range(times)])
         logits = None if self.logits is None else self.logits[at]
-        return Exemplars(self.images.index_select(0, at), self.labels[at], self.tasks[at], logits)
+        return Exemplars(gathered(self.inputs, at), self.labels[at], self.tasks[at], logits)
 
     def _places(self, count: int) -> Tensor:
         """Where the exemplars of a draw lie."""
@@ -74,9 +85,7 @@ class ExemplarMemory(nn.Module):
 
     def contents(self) -> Exemplars:
         """All exemplars, in the order in which they lie; views of the memory."""
-        n = len(self)
-        logits = None if self.logits is None else self.logits[:n]
-        return Exemplars(self.images[:n], self.labels[:n], self.tasks[:n], logits)
+        return Exemplars(self.inputs, self.labels, self.tasks, self.logits).at(slice(len(self)))
 
 
 class ReservoirMemory(ExemplarMemory):
@@ -116,18 +125,18 @@ class ReservoirMemory(ExemplarMemory):
         return torch.Generator().manual_seed((self.seed + self.seen * 0x9E3779B97F4A7C15) % 2**63)
 
     @torch.no_grad()
-    def add(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
-        """Present a batch: stored images (B, C, H, W), labels (B,), logits (B, num_classes)."""
-        slots, rows = self.slots(len(labels))
+    def add(self, inputs: Nest, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
+        """Present a batch of B samples as stored, with labels (B,) and logits (B, num_classes)."""
+        slots, chosen = self.slots(len(labels))
         self.seen += len(labels)
         if not len(slots):
             return
-        slots, rows = (i.to(self.labels.device, non_blocking=True) for i in (slots, rows))
-        self.images[slots] = images[rows]
-        self.labels[slots] = labels[rows]
+        slots, chosen = (i.to(self.labels.device, non_blocking=True) for i in (slots, chosen))
+        each(lambda held, new: held.index_copy_(0, slots, new[chosen]), self.inputs, inputs)
+        self.labels[slots] = labels[chosen]
         self.tasks[slots] = task
         if self.logits is not None and logits is not None:
-            self.logits[slots] = logits[rows].to(self.logits.dtype)
+            self.logits[slots] = logits[chosen].to(self.logits.dtype)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"seen": self.seen, "seed": self.seed}
@@ -181,20 +190,22 @@ class BalancedMemory(ExemplarMemory):
         share = self.size // len(groups) + (torch.arange(len(groups), device=group.device) < self.size % len(groups))
         kept = (place < share[group]).nonzero().squeeze(1)
         self.stored = len(kept)
-        for held, offered in zip(self.contents(), candidates, strict=True):
+        candidates = candidates.at(kept)
+        each(lambda held, offered: held.copy_(offered), self.contents().inputs, candidates.inputs)
+        for held, offered in zip(self.contents()[1:], candidates[1:], strict=True):
             if held is not None and offered is not None:
-                held.copy_(offered[kept])
+                held.copy_(offered)
 
-    def admit(self, images: Tensor, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
-        """:meth:`fill` with what is held and then these: images as stored (n, C, H, W), labels (n,), logits (n, C)."""
+    def admit(self, inputs: Nest, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
+        """:meth:`fill` with what is held and then these: n samples as stored, labels (n,), logits (n, num_classes)."""
 
-        def joined(old: Tensor, new: Tensor) -> Tensor:
+        def both(old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([old, new.to(old)])
 
         held, tasks = self.contents(), torch.full_like(labels, task)
-        all_logits = None if held.logits is None or logits is None else joined(held.logits, logits)
+        all_logits = None if held.logits is None or logits is None else both(held.logits, logits)
         self.fill(
-            Exemplars(joined(held.images, images), joined(held.labels, labels), joined(held.tasks, tasks), all_logits)
+            Exemplars(each(both, held.inputs, inputs), both(held.labels, labels), both(held.tasks, tasks), all_logits)
         )
 
     def get_extra_state(self) -> dict[str, int]:
@@ -202,3 +213,8 @@ class BalancedMemory(ExemplarMemory):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.stored, self.seed = state["stored"], state["seed"]
+
+
+def _buffer(name: str) -> str:
+    """The name of the buffer that holds a tensor of the samples; names of buffers have no dots."""
+    return "/".join(["samples", *name.split(".")] if name else ["samples"])

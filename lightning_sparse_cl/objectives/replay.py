@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.nests import Nest, joined, split
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
@@ -46,14 +47,12 @@ class Replay(CrossEntropy):
         self.memory = memory
         self.replay_batch_size = replay_batch_size
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
-        super().build(network, input_shape, seed, dtype)
-        self.memory.build(input_shape, head_of(network).out_features if self.keeps_logits else None, seed, dtype)
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
+        super().build(network, layout, seed)
+        self.memory.build(layout, head_of(network).out_features if self.keeps_logits else None, seed)
 
     @torch.no_grad()
-    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Tensor]) -> None:
+    def add_classes(self, model: Learner, known: int, prepare: Callable[..., Nest]) -> None:
         """Logits of exemplars are kept for all classes: of new ones, those of the network before it learns them.
 
         So it is, too, where all classes are known from the beginning.
@@ -61,26 +60,26 @@ class Replay(CrossEntropy):
         held = self.memory.contents()
         if held.logits is not None and len(held.logits):
             with in_eval(model.network):
-                now = [model.network(prepare(x, augment=False)) for x in held.images.split(256)]
+                now = [model.network(prepare(x, augment=False)) for x in split(held.inputs, 256)]
             held.logits[:, known:] = torch.cat(now)[:, known:].to(held.logits)
 
-    def draw(self, prepare: Callable[[Tensor], Tensor]) -> list[Exemplars] | None:
+    def draw(self, prepare: Callable[[Nest], Nest]) -> list[Exemplars] | None:
         if not self.memory:
             self.drawn = 0
             return None
         drawn = self.memory.draw(self.replay_batch_size, self.draws)
         self.drawn = len(drawn.labels)
-        drawn = drawn._replace(images=prepare(drawn.images))
-        parts = [[None] * self.draws if part is None else part.chunk(self.draws) for part in drawn]
-        return [Exemplars(*draw) for draw in zip(*parts, strict=True)]
+        each = self.drawn // self.draws
+        drawn = drawn._replace(inputs=prepare(drawn.inputs))
+        return [drawn.at(slice(i * each, (i + 1) * each)) for i in range(self.draws)]
 
-    def forward(self, model: Learner, x: Tensor, y: Tensor, replay: list[Exemplars] | None) -> Terms:
+    def forward(self, model: Learner, x: Nest, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:
             return super().forward(model, x, y, None)
         # One forward for all: batch-norm sees old and new classes together, and one pass costs less than three. The
         # released DER++ code sends each through alone; accuracies are the same within the seeds' spread.
-        sizes = [len(x), *(len(e.labels) for e in replay)]
-        logits, *replayed = model(torch.cat([x, *(e.images for e in replay)])).split(sizes)
+        sizes = [len(y), *(len(e.labels) for e in replay)]
+        logits, *replayed = model(joined([x, *(e.inputs for e in replay)])).split(sizes)
         losses = self.replay_losses(replayed, replay)
         if not isinstance(losses, list) or len(losses) != len(replay):
             name, draws = type(self).__name__, len(replay)
@@ -134,24 +133,22 @@ class ER(Replay):
         else:
             super().__init__(ReservoirMemory(size), replay_batch_size, single_head)
 
-    def build(
-        self, network: nn.Module, input_shape: Sequence[int], seed: int, dtype: torch.dtype = torch.uint8
-    ) -> None:
+    def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         if isinstance(self.memory, ClassBalancedReservoir):
             self.memory.room_for(head_of(network).out_features, self)
-        super().build(network, input_shape, seed, dtype)
+        super().build(network, layout, seed)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
         return [F.cross_entropy(logits[0], replay[0].labels, reduction="none")]
 
-    def observe(self, raw: Tensor, y: Tensor, logits: Tensor, task: int) -> None:
+    def observe(self, raw: Nest, y: Tensor, logits: Tensor, task: int) -> None:
         self.memory.add(raw, y, task, logits)
 
 
 class DER(ER):
     """Dark experience replay: L = CE(x, y) + alpha * MSE(logits(x'), z'), with one draw x' from memory.
 
-    z' are the logits of the augmented view that was trained on, from before that update; the image is stored without
+    z' are the logits of the augmented view that was trained on, from before that update; the sample is stored without
     augmentation.
 
     Args:

@@ -10,6 +10,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.nests import Nest, count
 from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
@@ -196,33 +197,33 @@ class Subnetworks:
         """The classes that tasks have learnt, in ascending order. If None, all tasks."""
         return sorted({c for task in (range(len(self)) if tasks is None else tasks) for c in self.tasks[task].classes})
 
-    def running(self, x: Tensor) -> Tensor:
+    def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of the network that is being trained, whatever tasks have been learnt."""
         own = getattr(type(self.module), "running", None)
         return own(self.module, x) if callable(own) else self.module(x)
 
-    def answers(self, x: Tensor, task: int | None = None) -> dict[int, Tensor]:
-        """Logits (B, len(classes)) of each task's subnetwork for images (B, C, H, W); of one task, or of all learnt."""
+    def answers(self, x: Nest, task: int | None = None) -> dict[int, Tensor]:
+        """Logits (B, len(classes)) of each task's subnetwork for a batch; of one task, or of all learnt."""
         asked = range(len(self.tasks)) if task is None else range(task, min(task + 1, len(self.tasks)))
         return {i: self.network(i)(x) for i in asked}
 
-    def combined(self, x: Tensor, answers: Mapping[int, Tensor], task: int | None = None) -> Tensor:
+    def combined(self, x: Nest, answers: Mapping[int, Tensor], task: int | None = None) -> Tensor:
         """Logits (B, num_classes): each class has that of its task's subnetwork.
 
         A class that several tasks have, as in domain-incremental learning, has the largest of theirs; one that none of
         ``answers`` has, that of the network which is being trained.
 
         Args:
-            x: the images.
+            x: the batch.
             answers: of :meth:`answers`.
-            task: that of the images, where it is known; if it is learnt, only its classes are answered.
+            task: that of the samples, where it is known; if it is learnt, only its classes are answered.
         """
         if task is not None:
             answers = {task: answers[task]} if task in answers else {}
         classes = len(self.module.get_parameter(self.head[0]))
         known = self.known(answers)
         if len(known) == classes or (task is not None and answers):
-            logits = next(iter(answers.values())).new_full((len(x), classes), -torch.inf)
+            logits = next(iter(answers.values())).new_full((count(x), classes), -torch.inf)
         else:
             logits = self.running(x).clone()
         logits[:, known] = -torch.inf

@@ -135,7 +135,7 @@ def test_footprint_and_size_of_a_run(tmp_path):
     fresh = scl.ContinualModule(scl.SmallCNN(16))
     fresh.build(data.input_shape, data.num_classes)
     fresh.load_state_dict(state)
-    x = data.prepare(data.test_sets[0].images, augment=False)
+    x = data.prepare(data.test_sets[0].inputs, augment=False)
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 

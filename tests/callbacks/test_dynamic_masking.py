@@ -94,7 +94,7 @@ def test_importance_is_that_of_equations_1_and_3():
             with Enforcement.of(pl_module).scoring():
                 current = torch.autograd.grad(F.cross_entropy(logits, y - 2 * at), weights)
                 n = len(memory)
-                logits = pl_module(data.prepare(memory.images[:n], augment=False))
+                logits = pl_module(data.prepare(memory.inputs[:n], augment=False))
                 old = torch.autograd.grad(F.cross_entropy(logits, memory.labels[:n]), weights)
             for m, mean in zip(norms, statistics):
                 m.running_mean.copy_(mean)

@@ -34,7 +34,7 @@ def test_figures_agree_with_a_measurement_by_hand(tmp_path):
     for scenario, offset in (("class_il", 0), ("task_il", 1)):
         row = []
         for task, test in enumerate(data.test_sets):
-            logits = model(data.prepare(test.images, augment=False))
+            logits = model(data.prepare(test.inputs, augment=False))
             if offset:
                 logits = logits[:, 2 * task : 2 * task + 2]
             row.append(float((logits.argmax(1) + 2 * task * offset == test.labels).float().mean()))

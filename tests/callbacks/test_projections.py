@@ -167,7 +167,7 @@ def test_what_the_first_task_learnt_stays_where_the_threshold_is_one(reopened):
             data = trainer.datamodule
             pl_module.eval()
             with torch.no_grad():
-                kept[task] = pl_module(data.prepare(data.train_sets[0].images, augment=False))[:, data.classes[0]]
+                kept[task] = pl_module(data.prepare(data.train_sets[0].inputs, augment=False))[:, data.classes[0]]
 
     module.policies.append(Watch())
     fitted(module)

@@ -78,7 +78,7 @@ def test_only_the_current_task_is_trained_on_and_removed_samples_are_not():
             data = trainer.datamodule
             indices = data.indices(batch_idx)
             assert torch.equal(data.train_sets[data.task].labels[indices], batch[1])
-            assert torch.equal(data.train_sets[data.task].images[indices], data.raw)
+            assert torch.equal(data.train_sets[data.task].inputs[indices], data.raw)
             self.seen.setdefault(trainer.current_epoch, []).extend(indices.tolist())
             if trainer.is_last_batch and trainer.current_epoch == 0:
                 data.alive[0] = data.alive[0][:48]

@@ -88,11 +88,11 @@ def test_it_is_the_same_on_every_machine() -> None:
 
 
 def test_tensors_in_data_sets_and_in_memory_agree() -> None:
-    tensors = [scl.ImageTensors(IMAGES, LABELS)]
+    tensors = [scl.SampleTensors(IMAGES, LABELS)]
     pairs = [TensorDataset(IMAGES, LABELS)]
     gathered = of(scl.TaskDatasets(pairs, pairs))
     assert gathered == of(scl.TaskDatasets(tensors, tensors))
-    half = scl.ImageTensors(IMAGES.to(torch.bfloat16), LABELS)  # numpy does not know this type
+    half = scl.SampleTensors(IMAGES.to(torch.bfloat16), LABELS)  # numpy does not know this type
     assert of(scl.TaskDatasets([half], [half])) != gathered
 
 

@@ -72,7 +72,7 @@ def test_other_labels_are_refused_by_item(label: Any, what: str, in_memory: bool
     )
 
 
-@pytest.mark.parametrize("make", [scl.ImageTensors, lambda x, y: scl.SplitTensors((x, y), (x, y), 2)])
+@pytest.mark.parametrize("make", [scl.SampleTensors, lambda x, y: scl.SplitTensors((x, y), (x, y), 2)])
 def test_labels_in_tensors(make: Any) -> None:
     refused(lambda: make(IMAGES, LABELS + 0.7), "labels are whole numbers; label 0 is 0.7")
     refused(lambda: make(IMAGES, torch.eye(2)[LABELS]), r"labels \(N,\).*got .*\(80, 2\)")
@@ -89,7 +89,7 @@ def test_labels_of_a_source_are_indices() -> None:
         def read(self, train: bool) -> tuple[Tensor, Tensor]:
             return IMAGES, self.labels
 
-    assert torch.equal(ready(scl.ClassSplit(Own(), 2)).train_sets[1].images, IMAGES[LABELS == 1])
+    assert torch.equal(ready(scl.ClassSplit(Own(), 2)).train_sets[1].inputs, IMAGES[LABELS == 1])
     Own.labels = LABELS + 1
     for split in (scl.ClassSplit(Own(), 2), scl.Permuted(Own(), 2)):
         refused(lambda s=split: s, "a source of 2 classes labels them 0-1, got 2")
@@ -107,7 +107,7 @@ def test_ids_of_tensors_are_counted(ids: Tensor) -> None:
     assert split.class_names == [str(int(ids[c])) for c in split.class_order]
     assert plain.class_names == [str(c) for c in plain.class_order]
     for ours, theirs in zip(split.train_sets + split.test_sets, plain.train_sets + plain.test_sets, strict=True):
-        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.labels, theirs.labels)
     joint = ready(scl.SplitTensors(*[(IMAGES, labels)] * 2, num_tasks=2, joint=True))
     assert (joint.num_classes, joint.class_names) == (4, [str(i) for i in ids.tolist()])
     assert ready(scl.Permuted(scl.TensorSource(*[(IMAGES, labels)] * 2), 2)).class_names == joint.class_names
@@ -130,7 +130,7 @@ def test_ids_of_data_sets_are_counted_over_all_tasks(joint: bool, in_memory: boo
     assert torch.equal(y, 2 + LABELS) and split.train_sets[0][5][1] == 3
     if joint:
         assert split.train_sets[0][80 + 5][1] == 1
-    tensors = [scl.ImageTensors(IMAGES, y) for y in reversed(parts)]
+    tensors = [scl.SampleTensors(IMAGES, y) for y in reversed(parts)]
     again = ready(Loaded(tensors, tensors, joint=joint))
     assert (again.classes, again.class_names) == (split.classes, split.class_names)
     assert tensors[0].labels.tolist() == parts[1].tolist()  # what was given stays as it is
@@ -182,7 +182,7 @@ def test_names_of_the_classes(tmp_path: Path, monkeypatch: Any) -> None:
 def test_items_with_ids_train_as_tensors_do(workers: int) -> None:
     parts = [(IMAGES[:40], IDS[LABELS[:40]]), (IMAGES[40:], IDS[2 + LABELS[40:]])]
     items = [Pairs(x, y.tolist()) for x, y in parts]
-    tensors = [scl.ImageTensors(x, y) for x, y in parts]
+    tensors = [scl.SampleTensors(x, y) for x, y in parts]
     ends = []
     for data in (
         scl.TaskDatasets(items, items, in_memory=False, num_workers=workers, batch_size=8),

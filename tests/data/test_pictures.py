@@ -54,7 +54,7 @@ def test_sixteen_bits_of_grey_are_scaled_in_items(mode: str, in_memory: bool) ->
 def test_sixteen_bits_of_grey_are_scaled_in_files(mode: str, ending: str, tmp_path: Path) -> None:
     split = folder(tmp_path, sixteen(mode), ending)
     split.setup()
-    assert split.train_sets[0].images[7].tolist() == [SCALED] * 3
+    assert split.train_sets[0].inputs[7].tolist() == [SCALED] * 3
 
 
 def test_a_dark_png_that_older_pillow_opens_as_32_bits() -> None:
@@ -136,5 +136,5 @@ def test_files_that_are_not_read_are_told_once(tmp_path: Path) -> None:
 def test_a_class_without_test_images_is_named(tmp_path: Path) -> None:
     fake_data.write_image_folder(tmp_path, classes=4)
     (tmp_path / "test" / "class_3").rename(tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match="task 1 has no test images of 1 of its classes: 'class_3'"):
+    with pytest.warns(UserWarning, match="task 1 has no test samples of 1 of its classes: 'class_3'"):
         scl.SplitImageFolder(str(tmp_path), num_tasks=2).setup()

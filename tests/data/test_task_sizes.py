@@ -43,7 +43,7 @@ def test_equal_tasks_are_the_same_bits_however_they_are_said():
             images, labels = scl.DigitsSource().read(train)
             labels = torch.tensor(order).argsort()[labels]
             for t, task in enumerate(sets):
-                assert torch.equal(task.images, images[labels // 2 == t])
+                assert torch.equal(task.inputs, images[labels // 2 == t])
                 assert torch.equal(task.labels, labels[labels // 2 == t])
 
 
@@ -66,7 +66,7 @@ def test_sizes_follow_the_class_order(way, sizes):
     images, labels = scl.DigitsSource().read(train=True)
     for task, classes in zip(split.train_sets, split.classes, strict=True):
         for c in classes:
-            assert rows(task.images[task.labels == c]) == rows(images[labels == split.class_order[c]])
+            assert rows(task.inputs[task.labels == c]) == rows(images[labels == split.class_order[c]])
             assert split.class_names[c] == str(split.class_order[c])
 
 
@@ -78,7 +78,7 @@ def test_repeated_classes_share_their_training_samples_and_have_all_their_test_s
     for train, sets in {True: split.train_sets, False: split.test_sets}.items():
         images, labels = scl.DigitsSource().read(train)
         for c, name in enumerate(split.class_names):
-            parts = [d.images[d.labels == c] for d in sets if (d.labels == c).any()]
+            parts = [d.inputs[d.labels == c] for d in sets if (d.labels == c).any()]
             all_ = images[labels == int(name)]
             assert len(parts) == {"9": 3, "3": 2}.get(name, 1)
             if train:
@@ -87,7 +87,7 @@ def test_repeated_classes_share_their_training_samples_and_have_all_their_test_s
             else:
                 assert all(torch.equal(part, all_) for part in parts)
     joint = ready(scl.SplitDigits(tasks=[[9, 3], ["7", 9], [0, 3, 9]], joint=True))
-    assert rows(joint.train_sets[0].images) == rows(torch.cat([d.images for d in split.train_sets]))
+    assert rows(joint.train_sets[0].inputs) == rows(torch.cat([d.inputs for d in split.train_sets]))
     assert (joint.num_tasks, len(joint.test_sets), joint.num_classes) == (1, 3, 4)
 
 
@@ -98,7 +98,7 @@ def test_numbers_are_names_where_names_are_numbers_and_else_labels(tmp_path):
     images, ids = torch.randint(256, (40, 1, 4, 4), dtype=torch.uint8), torch.arange(40) % 4 + 7
     split = ready(scl.SplitTensors((images, ids), (images, ids), tasks=[[10, 7], [8, 9]], batch_size=8))
     assert split.class_names == ["10", "7", "8", "9"]
-    assert torch.equal(split.train_sets[0].images, images[(ids == 10) | (ids == 7)])
+    assert torch.equal(split.train_sets[0].inputs, images[(ids == 10) | (ids == 7)])
 
 
 def test_superclasses_stay_and_other_sizes_work_beside_them(tmp_path, monkeypatch):

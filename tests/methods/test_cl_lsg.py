@@ -208,13 +208,13 @@ class ByHand(scl.Sparsifier):
     def on_after_task_end(self, trainer, pl_module, task):
         data, network = trainer.datamodule, pl_module.network.eval()
         at = data._held_out[task]
-        x = data.prepare(data.train_sets[task].images[at], augment=False)
+        x = data.prepare(data.train_sets[task].inputs[at], augment=False)
         labels, live = data.train_sets[task].labels[at], data.live()
         right = network(x).masked_fill(~live, -torch.inf).argmax(1) == labels
         assert right.float().mean().item() == pytest.approx(pl_module.policies[1].reached[task])
         assert len(at) == 16 and not set(at.tolist()) & set(data.alive[task].tolist())
         network.train()
-        images = data.prepare(data.train_sets[task].images[data.alive[task]], augment=False)
+        images = data.prepare(data.train_sets[task].inputs[data.alive[task]], augment=False)
         before = network.backbone[0](images)
         torch.testing.assert_close(network.backbone[1].running_mean, before.mean((0, 2, 3)))
         torch.testing.assert_close(network.backbone[1].running_var, before.var((0, 2, 3)))

@@ -51,8 +51,8 @@ def test_float_images_survive_a_checkpoint_in_memory(tmp_path):
     loaded = ContinualModule.load_from_checkpoint(
         tmp_path / "x.ckpt", backbone=SmallMLP([8]), objective=DERpp(20, 8), weights_only=True
     )
-    assert model.objective.memory.images.dtype == torch.float32
-    assert torch.equal(loaded.objective.memory.images, model.objective.memory.images)
+    assert model.objective.memory.inputs.dtype == torch.float32
+    assert torch.equal(loaded.objective.memory.inputs, model.objective.memory.inputs)
 
 
 def test_selection_saves_passes_after_its_warm_up():
@@ -79,11 +79,11 @@ def test_memory_keeps_stored_images_and_the_logits_from_before_the_update(update
     before = copy.deepcopy(model)
     trainer(epochs=1).fit(model, data)
     memory = model.objective.memory
-    assert len(memory) == 16 and memory.images.dtype == torch.uint8
-    torch.testing.assert_close(memory.logits, before(data.prepare(memory.images, augment=False)))
-    assert not torch.allclose(memory.logits, model(data.prepare(memory.images, augment=False)))
-    assert sorted(memory.images.flatten(1).sum(1).tolist()) == sorted(
-        data.train_sets[0].images.flatten(1).sum(1).tolist()
+    assert len(memory) == 16 and memory.inputs.dtype == torch.uint8
+    torch.testing.assert_close(memory.logits, before(data.prepare(memory.inputs, augment=False)))
+    assert not torch.allclose(memory.logits, model(data.prepare(memory.inputs, augment=False)))
+    assert sorted(memory.inputs.flatten(1).sum(1).tolist()) == sorted(
+        data.train_sets[0].inputs.flatten(1).sum(1).tolist()
     )
 
 

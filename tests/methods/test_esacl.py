@@ -63,7 +63,7 @@ def test_a_network_loads_from_its_checkpoint_without_a_trainer(tmp_path):
     )
     x = torch.rand(3, 1, 8, 8)
     assert torch.equal(loaded.eval()(x), module.eval()(x))
-    assert torch.equal(loaded.objective.memory.images, module.objective.memory.images)
+    assert torch.equal(loaded.objective.memory.inputs, module.objective.memory.inputs)
 
 
 @pytest.mark.slow

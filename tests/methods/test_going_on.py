@@ -79,7 +79,7 @@ def test_the_head_grows_and_rows_of_old_classes_stay_bit_for_bit():
             for name, value in before.items():
                 assert torch.equal(now[name][tuple(slice(n) for n in value.shape)], value), name
             memory = pl_module.objective.memory
-            x = trainer.datamodule.prepare(memory.images[: len(memory)], augment=False)
+            x = trainer.datamodule.prepare(memory.inputs[: len(memory)], augment=False)
             pl_module.eval()
             expected = pl_module.network(x)
             pl_module.train()
@@ -263,7 +263,7 @@ def test_data_are_normalised_for_the_module_that_learns_them():
         data.setup()
 
     def sets(data, factor):
-        return [[scl.ImageTensors(d.images // factor, d.labels) for d in s] for s in (data.train_sets, data.test_sets)]
+        return [[scl.SampleTensors(d.inputs // factor, d.labels) for d in s] for s in (data.train_sets, data.test_sets)]
 
     first, later = (scl.TaskDatasets(*sets(data, k), batch_size=32) for data, k in ((old, 1), (new, 2)))
     trainer().fit(esacl(), later)
@@ -280,12 +280,12 @@ def test_a_further_task_without_images_is_refused():
     new = digits([[8, 9]])
     new.setup()
     image, label = new.train_sets[0][0]
-    empty = scl.ImageTensors(image[None][:0], label[None][:0])
-    labelled = scl.ImageTensors(new.test_sets[0].images, new.test_sets[0].labels + 8)
+    empty = scl.SampleTensors(image[None][:0], label[None][:0])
+    labelled = scl.SampleTensors(new.test_sets[0].inputs, new.test_sets[0].labels + 8)
 
     class Own(scl.TaskDataModule):
         def load(self):
             return [empty], [labelled]
 
-    with pytest.raises(ValueError, match="Own: task 0 has no training images"):
+    with pytest.raises(ValueError, match="Own: task 0 has no training samples"):
         go_on(learnt(), Own())

@@ -104,7 +104,7 @@ def test_a_kind_of_image_does_not_matter(trained, photos):
 def test_networks_for_grey_images_take_colour():
     data = scl.SplitDigits(num_tasks=5, batch_size=32)
     trainer(epochs=1).fit(model := scl.ContinualModule(scl.SmallMLP([8])), data)
-    grey = data.test_sets[0].images[:4]
+    grey = data.test_sets[0].inputs[:4]
     colour = [Image.fromarray(image[0].numpy()).convert("RGB") for image in grey]
     assert model.predict_images(grey) == model.predict_images(colour)
     assert torch.equal(model.prepare_images(grey.repeat(1, 3, 1, 1)), model.prepare_images(grey))
@@ -116,7 +116,7 @@ def test_each_tasks_subnetwork_is_asked():
     trainer(epochs=6).fit(
         model := scl.ContinualDST(scl.SmallMLP([16]), growth=scl.SET(0.5, dense=["head.weight"])), data
     )
-    images = torch.cat([d.images for d in data.test_sets])
+    images = torch.cat([d.inputs for d in data.test_sets])
     found = model.predict_images(images)
     logits = model.eval()(data.prepare(images, augment=False))
     assert [p.name for p in found] == [str(i) for i in logits.argmax(1).tolist()]

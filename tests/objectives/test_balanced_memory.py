@@ -14,7 +14,7 @@ from lightning_sparse_cl.objectives.class_balanced import equal_shares
 def memory(size, classes, per_class=None, seed=0):
     m = scl.ClassBalancedReservoir(size, per_class)
     m.room_for(classes, m)
-    m.build((1, 1, 1), 2, seed, torch.long)
+    m.build(torch.empty(0, 1, 1, 1, dtype=torch.long), 2, seed)
     return m
 
 
@@ -66,7 +66,7 @@ def test_each_class_has_its_share_and_holds_those_of_the_lowest_lots(stream, siz
             assert count == most or max(counts) - 1 <= count < most
         kept = {i for c, ids in enumerate(offered) for i in sorted(ids, key=lambda i: lots[i])[: counts[c]]}
         held = m.contents()
-        ids = held.images.flatten()
+        ids = held.inputs.flatten()
         assert set(ids.tolist()) == kept and len(m) == len(ids) == len(kept)
         assert torch.equal(held.labels, labels[ids]) and torch.equal(held.logits[:, 1].long(), ids)
         assert torch.equal(held.tasks, ids // batch * batch)
@@ -90,7 +90,7 @@ def test_every_sample_of_a_class_is_kept_with_equal_probability(per_class):
     for seed in range(trials):
         m = memory(None, 3, 5, seed) if per_class else memory(15, 3, seed=seed)
         present(m, labels, batch=9)
-        kept[m.contents().images.flatten()] += 1
+        kept[m.contents().inputs.flatten()] += 1
     p = 5 / labels.bincount()[labels]
     chi2 = ((kept - trials * p) ** 2 / (trials * p * (1 - p))).sum()
     assert chi2 < 131  # below the 99.99 % quantile of 77 degrees of freedom
@@ -131,11 +131,11 @@ def test_a_draw_repeats_exemplars_only_where_there_are_too_few():
     assert not m and len(m) == 0
     present(m, torch.zeros(10, dtype=torch.long), 10)
     assert sorted(m.draw(6).labels.tolist()) == [0] * 6
-    assert m.draw(6).images.flatten().unique(return_counts=True)[1].sort().values.tolist() == [1, 1, 2, 2]
+    assert m.draw(6).inputs.flatten().unique(return_counts=True)[1].sort().values.tolist() == [1, 1, 2, 2]
     present(m, torch.tensor([2] * 9), 9, start=10)
     for _ in range(20):
-        assert m.draw(6).images.flatten().unique().numel() == 6
-        assert set(m.draw(100).images.flatten().tolist()) == set(m.contents().images.flatten().tolist())
+        assert m.draw(6).inputs.flatten().unique().numel() == 6
+        assert set(m.draw(100).inputs.flatten().tolist()) == set(m.contents().inputs.flatten().tolist())
 
 
 def fitted(objective):
@@ -160,7 +160,7 @@ def test_options_of_the_replay_objectives(kind):
 
 def test_draws_of_the_reservoir_are_those_of_a_permutation():
     m = scl.ReservoirMemory(20)
-    m.build((1, 1, 1), None, 0, torch.long)
+    m.build(torch.empty(0, 1, 1, 1, dtype=torch.long), None, 0)
     m.add(torch.arange(20).view(-1, 1, 1, 1), torch.arange(20), 0)
     torch.manual_seed(5)
     drawn = m.draw(6, times=2).labels

@@ -48,13 +48,13 @@ def test_exemplars_are_no_anchors_and_the_head_does_not_shape_features():
     assert co2l.drawn == 4
     terms = co2l(model, x, y, replay)
     assert terms["per_sample"].shape == (3,) and terms["logits"].shape == (3, 3)
-    all_views = torch.cat([x[:, 0], replay[0].images[:, 0], x[:, 1], replay[0].images[:, 1]])
+    all_views = torch.cat([x[:, 0], replay[0].inputs[:, 0], x[:, 1], replay[0].inputs[:, 1]])
     labels = torch.cat([y, replay[0].labels]).repeat(2)
     z = F.normalize(co2l.projection(model.backbone(all_views)))
     anchors = supervised_contrast(z, labels, 0.5)[[0, 1, 2, 7, 8, 9]]
     torch.testing.assert_close(terms["per_sample"].mean(), anchors.mean())
     without = scl.CO2L(memory=6, replay_batch_size=4, dim=5, alpha=0.0)
-    without.build(model.network, (1, 2, 2), seed=0)
+    without.build(model.network, torch.empty(0, 1, 2, 2, dtype=torch.uint8), seed=0)
     rest = without(model, x, y, None)["rest"]
     grads = torch.autograd.grad(rest, model.network.parameters(), allow_unused=True, materialize_grads=True)
     assert [bool(g.any()) for g in grads] == [False] * 4 + [True] * 2

@@ -44,7 +44,7 @@ def test_icarl_stores_equal_shares_and_classifies_by_the_nearest_mean():
     assert icarl.memory.contents().labels.bincount().tolist() == [3, 2, 2]
     data = Data(images(1), torch.tensor([0]))
     before = Net().eval()
-    features = F.normalize(before.backbone(data.prepare(icarl.memory.contents().images)))
+    features = F.normalize(before.backbone(data.prepare(icarl.memory.contents().inputs)))
     labels = icarl.memory.contents().labels
     means = torch.stack([F.normalize(features[labels == c].mean(0), dim=0) for c in range(3)])
     torch.testing.assert_close(icarl.means, means)
@@ -83,7 +83,7 @@ def test_icarl_learns_classes_that_come_back_from_their_labels():
 
 def test_close_means_are_told_apart_under_autocast():
     icarl = scl.ICaRL(memory=100)
-    icarl.build(nn.Sequential(OrderedDict(head=nn.Linear(64, 100))), (1, 2, 2), seed=0)
+    icarl.build(nn.Sequential(OrderedDict(head=nn.Linear(64, 100))), torch.empty(0, 1, 2, 2, dtype=torch.uint8), seed=0)
     torch.manual_seed(0)
     features = torch.rand(100, 64) * 0.1 + 1
     icarl.means.copy_(F.normalize(features))

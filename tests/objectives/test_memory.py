@@ -8,7 +8,7 @@ from lightning_sparse_cl import BalancedMemory, ReservoirMemory
 
 def memory(size, seed=0, logits=None):
     m = ReservoirMemory(size)
-    m.build((1, 2, 2), logits, seed)
+    m.build(torch.empty(0, 1, 2, 2, dtype=torch.uint8), logits, seed)
     return m
 
 
@@ -55,7 +55,7 @@ def test_state_dict_carries_the_counter(tmp_path):
     resumed.load_state_dict(torch.load(tmp_path / "m.pt", weights_only=True))
     for one in (m, resumed):
         fill(one, 70, batch=5, start=35)
-    assert resumed.seen == 70 and torch.equal(resumed.labels, m.labels) and torch.equal(resumed.images, m.images)
+    assert resumed.seen == 70 and torch.equal(resumed.labels, m.labels) and torch.equal(resumed.inputs, m.inputs)
 
 
 def test_draws_do_not_repeat_an_exemplar_and_carry_their_logits():
@@ -64,11 +64,11 @@ def test_draws_do_not_repeat_an_exemplar_and_carry_their_logits():
     m.add(ids.byte().view(-1, 1, 1, 1).expand(-1, 1, 2, 2), ids, 1, logits=ids.float()[:, None].expand(-1, 3))
     drawn = m.draw(12)
     assert drawn.labels.unique().numel() == 12
-    assert torch.equal(drawn.images[:, 0, 0, 0].long(), drawn.labels) and torch.equal(
+    assert torch.equal(drawn.inputs[:, 0, 0, 0].long(), drawn.labels) and torch.equal(
         drawn.logits[:, 0].long(), drawn.labels
     )
     assert len(m.draw(50).labels) == 20
-    assert m.images.dtype == torch.uint8 and (m.tasks == 1).all()
+    assert m.inputs.dtype == torch.uint8 and (m.tasks == 1).all()
 
 
 def test_size_must_be_positive():
@@ -80,7 +80,7 @@ def test_size_must_be_positive():
 def test_a_balanced_memory_holds_the_first_of_each_group(by):
     """Against a slow count: M/G each, the rest one by one, and never more than there are; old ones lose their last."""
     m = BalancedMemory(11, by)
-    m.build((1, 1, 1), None, 0, torch.long)
+    m.build(torch.empty(0, 1, 1, 1, dtype=torch.long), None, 0)
     offered, preference = {}, 0
     for task, labels in enumerate([[0] * 9 + [1] * 2, [2] * 8, [0] * 3 + [3] * 6]):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(task))
@@ -93,11 +93,11 @@ def test_a_balanced_memory_holds_the_first_of_each_group(by):
         share = [11 // len(offered) + (k < 11 % len(offered)) for k in range(len(offered))]
         offered = {g: offered[g][:n] for g, n in zip(sorted(offered), share)}
         held = m.contents()
-        assert sorted(held.images.flatten().tolist()) == sorted(i for kept in offered.values() for i in kept)
+        assert sorted(held.inputs.flatten().tolist()) == sorted(i for kept in offered.values() for i in kept)
         assert len(m) == len(held.labels) <= 11
     assert held.tasks.unique().tolist() == [0, 1, 2]
     other = BalancedMemory(11, by)
-    other.build((1, 1, 1), None, 0, torch.long)
+    other.build(torch.empty(0, 1, 1, 1, dtype=torch.long), None, 0)
     other.load_state_dict(m.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.contents(), held) if a is not None)
     with pytest.raises(ValueError, match=r"BalancedMemory\(memory=1\): one exemplar a .* there are"):

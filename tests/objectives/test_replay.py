@@ -15,7 +15,7 @@ from lightning_sparse_cl.objectives import Exemplars
 def prepared(objective, filled=True):
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(backbone=nn.Flatten(), head=nn.Linear(4, 3)))
-    objective.build(model, (1, 2, 2), seed=0)
+    objective.build(model, torch.empty(0, 1, 2, 2, dtype=torch.uint8), seed=0)
     if filled:
         raw = torch.randint(256, (10, 1, 2, 2), dtype=torch.uint8)
         objective.observe(raw, torch.arange(10) % 3, torch.randn(10, 3), task=0)
@@ -35,23 +35,23 @@ def test_er_adds_the_cross_entropy_of_one_draw():
     (drawn,) = replay = er.draw(prepare)
     terms = er(model, x, y, replay)
     torch.testing.assert_close(terms["per_sample"], cross_entropy(model(x), y))
-    torch.testing.assert_close(terms["rest"], cross_entropy(model(drawn.images), drawn.labels).mean())
+    torch.testing.assert_close(terms["rest"], cross_entropy(model(drawn.inputs), drawn.labels).mean())
 
 
 def test_derpp_takes_logits_from_one_draw_and_labels_from_another():
     model, x, y = prepared(derpp := DERpp(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
     first, second = replay = derpp.draw(prepare)
-    assert not torch.equal(first.labels, second.labels) or not torch.equal(first.images, second.images)
-    expected = 0.3 * ((model(first.images) - first.logits) ** 2).sum() / (4 * 3)
-    expected += 0.7 * cross_entropy(model(second.images), second.labels).mean()
+    assert not torch.equal(first.labels, second.labels) or not torch.equal(first.inputs, second.inputs)
+    expected = 0.3 * ((model(first.inputs) - first.logits) ** 2).sum() / (4 * 3)
+    expected += 0.7 * cross_entropy(model(second.inputs), second.labels).mean()
     torch.testing.assert_close(derpp(model, x, y, replay)["rest"], expected)
 
 
 def test_one_draw_variant_uses_the_same_exemplars_for_both_terms():
     model, x, y = prepared(one := DERppOneDraw(memory=10, replay_batch_size=4, alpha=0.3, beta=0.7))
     (drawn,) = replay = one.draw(prepare)
-    expected = 0.3 * ((model(drawn.images) - drawn.logits) ** 2).mean()
-    expected += 0.7 * cross_entropy(model(drawn.images), drawn.labels).mean()
+    expected = 0.3 * ((model(drawn.inputs) - drawn.logits) ** 2).mean()
+    expected += 0.7 * cross_entropy(model(drawn.inputs), drawn.labels).mean()
     torch.testing.assert_close(one(model, x, y, replay)["rest"], expected)
 
 
@@ -72,7 +72,7 @@ def test_bad_arguments_are_named(bad):
 
 def test_a_single_head_leaves_other_classes_out_of_the_current_loss_only():
     objective = ER(20, 4, single_head=True)
-    objective.build(nn.Sequential(OrderedDict(head=nn.Linear(1, 4))), (1,), seed=0, dtype=torch.float32)
+    objective.build(nn.Sequential(OrderedDict(head=nn.Linear(1, 4))), torch.empty(0, 1), seed=0)
     data = SimpleNamespace(live=lambda: torch.tensor([False, True, True, False]))
     objective.on_task_start(SimpleNamespace(datamodule=data), nn.Identity(), 1)
     logits, y = torch.randn(5, 4), torch.tensor([1, 2, 2, 1, 1])

@@ -60,9 +60,9 @@ def test_training_selects_the_largest_losses_of_the_batch_and_of_each_draw(updat
                 continue
             for draw, of, losses in zip(one["replay"], ranking["replay"], ranking["replayed"], strict=True):
                 top = losses.topk(3).indices
-                assert same(draw.images, of.images[top]) and torch.equal(draw.labels, of.labels[top])
+                assert same(draw.inputs, of.inputs[top]) and torch.equal(draw.labels, of.labels[top])
                 assert draw.logits is not None and torch.equal(draw.logits, of.logits[top])
-                chosen += not same(draw.images, of.images[:3])
+                chosen += not same(draw.inputs, of.inputs[:3])
     assert chosen
 
 
@@ -135,7 +135,7 @@ def test_draws_of_another_form_need_no_losses_of_each():
     class Own(scl.ER):
         def draw(self, prepare):
             drawn = super().draw(prepare)
-            return None if drawn is None else (drawn[0].images, drawn[0].labels)
+            return None if drawn is None else (drawn[0].inputs, drawn[0].labels)
 
         def forward(self, model, x, y, replay):
             terms = scl.CrossEntropy.forward(self, model, x, y, None)
