@@ -149,3 +149,13 @@ def is_image(layout: Nest) -> bool:
     """Whether samples are one tensor (C, H, W), uint8 or float."""
     known = isinstance(layout, Tensor) and layout.ndim == 4
     return known and (layout.dtype == torch.uint8 or layout.is_floating_point())
+
+
+def is_padded(layout: Nest) -> bool:
+    """Whether samples are series of different lengths: ``{"series": (C, T), "length": ()}``."""
+    return isinstance(layout, dict) and set(layout) == {"series", "length"} and layout["series"].ndim == 3
+
+
+def within(length: Tensor, series: Tensor) -> Tensor:
+    """Which steps of series (B, C, T) are before their ends ``length`` (B,), as a mask (B, 1, T)."""
+    return (torch.arange(series.shape[2], device=series.device) < length.view(-1, 1)).unsqueeze(1)

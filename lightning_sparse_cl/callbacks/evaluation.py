@@ -14,7 +14,7 @@ from lightning_sparse_cl.callbacks.kept_answers import KeptAnswers
 from lightning_sparse_cl.callbacks.outputs import logits_of, of_classes
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics import AccuracyMatrix
-from lightning_sparse_cl.nests import Nest
+from lightning_sparse_cl.nests import Nest, moved
 from lightning_sparse_cl.sparsity import Subnetworks
 
 SCENARIOS = ("class_il", "task_il")
@@ -121,7 +121,7 @@ class ContinualEvaluation(pl.Callback):
             else:
                 for task, loader in enumerate(data.test_dataloader()):
                     for x, y in loader:
-                        x = data.prepare(x.to(pl_module.device), augment=False)
+                        x = data.prepare(moved(x, pl_module.device), augment=False)
                         self._count(pl_module, x, y.to(pl_module.device), task, matrices)
         pl_module.train(was_training)
         for matrix in matrices.values():
@@ -226,7 +226,7 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
     pl_module.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         for x, y in data.val_dataloader()[0]:
-            x, y = data.prepare(x.to(pl_module.device), augment=False), y.to(pl_module.device)
+            x, y = data.prepare(moved(x, pl_module.device), augment=False), y.to(pl_module.device)
             known = of_classes(logits_of(logits(x), pl_module), live.numel(), pl_module)
             hits = known.masked_fill(~live, -torch.inf).argmax(1) == y
             right += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(y))])

@@ -16,14 +16,15 @@ from lightning_sparse_cl.data.growing_folder import GrowingImageFolder
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.open_tasks import OpenTasks, TaskStream, learn
+from lightning_sparse_cl.data.series import JapaneseVowelsSource, padded
 from lightning_sparse_cl.data.source_tasks import SourceTasks
 from lightning_sparse_cl.data.sources import (
     CIFAR10Source,
     CIFAR100Source,
     DigitsSource,
     FashionMNISTSource,
-    ImageSource,
     MNISTSource,
+    Source,
 )
 from lightning_sparse_cl.data.splits import (
     SplitCIFAR10,
@@ -31,11 +32,13 @@ from lightning_sparse_cl.data.splits import (
     SplitDigits,
     SplitFashionMNIST,
     SplitImageFolder,
+    SplitJapaneseVowels,
     SplitMiniImageNet,
     SplitMNIST,
     SplitTensors,
     SplitTinyImageNet,
 )
+from lightning_sparse_cl.data.standardised import Standardisation
 from lightning_sparse_cl.data.task_datasets import TaskDatasets
 from lightning_sparse_cl.data.tensor_source import TensorSource
 
@@ -48,8 +51,8 @@ __all__ = [
     "FashionMNISTSource",
     "GrowingImageFolder",
     "ImageFolderSource",
-    "ImageSource",
     "ImageTransform",
+    "JapaneseVowelsSource",
     "MNISTSource",
     "MiniImageNetSource",
     "OpenTasks",
@@ -60,20 +63,24 @@ __all__ = [
     "RotatedDigits",
     "RotatedMNIST",
     "SampleTensors",
+    "Source",
     "SourceTasks",
     "SplitCIFAR10",
     "SplitCIFAR100",
     "SplitDigits",
     "SplitFashionMNIST",
     "SplitImageFolder",
+    "SplitJapaneseVowels",
     "SplitMNIST",
     "SplitMiniImageNet",
     "SplitTensors",
     "SplitTinyImageNet",
+    "Standardisation",
     "TaskDataModule",
     "TaskDatasets",
     "TaskStream",
     "TensorSource",
     "TinyImageNetSource",
     "learn",
+    "padded",
 ]

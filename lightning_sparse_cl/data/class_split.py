@@ -18,7 +18,7 @@ from lightning_sparse_cl.data.class_tasks import (
 )
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
-from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.data.sources import Source
 from lightning_sparse_cl.nests import Nest, rows
 
 Order = int | list[int] | None
@@ -64,7 +64,7 @@ class ClassSplit(SourceTasks):
 
     def __init__(
         self,
-        source: ImageSource,
+        source: Source,
         num_tasks: int | None = None,
         class_order: Order = None,
         *,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.source_tasks import SourceTasks
-from lightning_sparse_cl.data.sources import DigitsSource, ImageSource, MNISTSource
+from lightning_sparse_cl.data.sources import DigitsSource, MNISTSource, Source
 
 
 class Permuted(SourceTasks):
@@ -25,7 +25,7 @@ class Permuted(SourceTasks):
         kwargs: see :class:`TaskDataModule`.
     """
 
-    def __init__(self, source: ImageSource, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
+    def __init__(self, source: Source, num_tasks: int = 5, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(source, num_tasks, **kwargs)
         self.augment = False
         self.seed = seed
@@ -53,7 +53,7 @@ class Rotated(SourceTasks):
         kwargs: see :class:`TaskDataModule`.
     """
 
-    def __init__(self, source: ImageSource, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
+    def __init__(self, source: Source, num_tasks: int = 5, max_angle: float = 180.0, **kwargs: Any) -> None:
         super().__init__(source, num_tasks, **kwargs)
         self.angles = [t * max_angle / max(num_tasks - 1, 1) for t in range(num_tasks)]
 

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.data.pictures import decode, image_paths, read_rgb, unread
-from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.data.sources import Source
 
 
 @dataclass(frozen=True)
-class TinyImageNetSource(ImageSource):
+class TinyImageNetSource(Source):
     """Tiny ImageNet, 200 classes of 64x64 (CS231n, Stanford, 2015); its validation part is the test part.
 
     A subset works: classes may lack images, and ``wnids.txt`` may list fewer classes.
@@ -74,7 +74,7 @@ class TinyImageNetSource(ImageSource):
 
 
 @dataclass(frozen=True)
-class MiniImageNetSource(ImageSource):
+class MiniImageNetSource(Source):
     """Mini-ImageNet, 100 classes of 600 images (Vinyals et al., 2016), numbered as they first appear in the splits.
 
     For continual learning the three few-shot splits are joined, and the last sixth of every class is the test part.
@@ -120,7 +120,7 @@ class MiniImageNetSource(ImageSource):
 
 
 @dataclass(frozen=True)
-class ImageFolderSource(ImageSource):
+class ImageFolderSource(Source):
     """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``), read as RGB.
 
     Classes are the folders of the training part, numbered alphabetically. Files of JPEG, PNG, BMP, PPM, WebP and TIFF

@@ -14,7 +14,7 @@ from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.loader import SampleTensors
-from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.data.sources import Source
 from lightning_sparse_cl.nests import Nest, as_nest, rows
 
 
@@ -30,10 +30,10 @@ class SourceTasks(TaskDataModule):
     """
 
     def __init__(
-        self, source: ImageSource, num_tasks: int, transform: Callable[[Any], Any] | None = None, **kwargs: Any
+        self, source: Source, num_tasks: int, transform: Callable[[Any], Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(transform=transform, **kwargs)
-        self.transform = self.usual_transform = source.image_transform() if transform is None else transform
+        self.transform = self.usual_transform = source.transform() if transform is None else transform
         if num_tasks < 1:
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
         self.source = source

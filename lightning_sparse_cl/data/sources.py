@@ -18,7 +18,7 @@ from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.nests import Nest
 
 
-class ImageSource:
+class Source:
     """Labelled samples, mostly images, with a training and a test part. A subclass sets the attributes and overrides
     :meth:`read`.
 
@@ -49,13 +49,13 @@ class ImageSource:
         """Names of classes that have test images alone; their labels come after ``num_classes``."""
         return []
 
-    def image_transform(self) -> ImageTransform | None:
+    def transform(self) -> ImageTransform | None:
         """From stored images to network input. If the source has no mean and deviation, None."""
         return ImageTransform(self.mean, self.std, self.crop, self.flip) if self.mean else None
 
 
 @dataclass(frozen=True)
-class DigitsSource(ImageSource):
+class DigitsSource(Source):
     """1797 real handwritten digits, 8x8, 10 classes; they come with the package. A fixed fifth is the test part.
 
     "Optical Recognition of Handwritten Digits", E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998,
@@ -80,7 +80,7 @@ class DigitsSource(ImageSource):
 
 
 @dataclass(frozen=True)
-class _TorchvisionSource(ImageSource):
+class _TorchvisionSource(Source):
     """The images of ``dataset``, a class in ``torchvision.datasets``.
 
     Args:

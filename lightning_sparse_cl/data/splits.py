@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from lightning_sparse_cl.data.class_split import ClassSplit, Order
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import SampleTensors
+from lightning_sparse_cl.data.series import JapaneseVowelsSource
 from lightning_sparse_cl.data.sources import (
     CIFAR10Source,
     CIFAR100Source,
@@ -24,6 +23,15 @@ class SplitDigits(ClassSplit):
 
     def __init__(self, num_tasks: int | None = None, class_order: Order = None, **kwargs: Any) -> None:
         super().__init__(DigitsSource(), num_tasks, class_order, **kwargs)
+
+
+class SplitJapaneseVowels(ClassSplit):
+    """:class:`ClassSplit` of the real series that come with the package, :class:`JapaneseVowelsSource`: 3 tasks."""
+
+    usual_tasks = 3
+
+    def __init__(self, num_tasks: int | None = None, class_order: Order = None, **kwargs: Any) -> None:
+        super().__init__(JapaneseVowelsSource(), num_tasks, class_order, **kwargs)
 
 
 class _SplitDownloadable(ClassSplit):
@@ -162,13 +170,13 @@ class SplitImageFolder(ClassSplit):
 
 
 class SplitTensors(ClassSplit):
-    """:class:`ClassSplit` of images and labels of your own: :class:`TensorSource`.
+    """:class:`ClassSplit` of samples and labels of your own: :class:`TensorSource`.
 
     Labels may have gaps: classes are those that occur, counted in ascending order, also in ``class_order``.
 
     Args:
-        train, test: images (N, C, H, W), uint8 in 0-255 or float, and labels (N,) of integers from 0 on; tensors or
-            numpy arrays.
+        train, test: N samples and labels (N,), see :class:`TensorSource`: images (N, C, H, W), uint8 in 0-255 or float,
+            series (N, C, T), tables (N, C), tokens (N, T), or a dict or tuple of tensors; tensors or numpy arrays.
         crop: zero padding in pixels before a random crop in training; 0 is none. For uint8 images.
         flip: mirror half of the training images. For uint8 images.
     """
@@ -177,8 +185,8 @@ class SplitTensors(ClassSplit):
 
     def __init__(
         self,
-        train: tuple[Tensor, Tensor],
-        test: tuple[Tensor, Tensor],
+        train: tuple[Any, Any],
+        test: tuple[Any, Any],
         num_tasks: int | None = None,
         crop: int = 0,
         flip: bool = False,

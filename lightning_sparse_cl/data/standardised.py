@@ -10,11 +10,13 @@ from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.loader import SampleTensors, length
-from lightning_sparse_cl.nests import Nest, is_image, joined, layout, rows
+from lightning_sparse_cl.nests import Nest, is_image, is_padded, joined, rows, within
 
 
 class Standardisation(nn.Module):
     """Series (B, C, T) or tables (B, C) less the mean of each channel or column, over its deviation.
+
+    Series may be padded: ``{"series": (B, C, T), "length": (B,)}``; what is behind their ends stays zero.
 
     Args:
         mean, std: per channel. If both are empty, samples of any kind pass unchanged.
@@ -33,6 +35,8 @@ class Standardisation(nn.Module):
         """Floats of the same shape."""
         if not self.mean:
             return x
+        if isinstance(x, dict):
+            return x | {"series": self(x["series"]) * within(x["length"], x["series"])}
         shape = [-1, *[1] * (x.ndim - 2)]
         return (x.float() - self.shift.view(shape)) * self.scale.view(shape)
 
@@ -47,9 +51,9 @@ Normalisation = ImageTransform | Standardisation
 def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
     """Normalisation by the mean and deviation of all samples, or of an evenly spaced sample of 2,000 if there are more.
 
-    uint8 images are normalised per channel, series (C, T) and tables (C,) of uint8 or float per channel or column. All
-    else passes unchanged: float images, integers of other types, such as tokens, and dicts and tuples of tensors. The
-    sample depends on the number of samples alone.
+    uint8 images are normalised per channel; series (C, T), padded ones included, and tables (C,), uint8 or float, per
+    channel or column. All else passes unchanged: float images, integers of other types, such as tokens, and dicts and
+    tuples of tensors. The sample depends on the number of samples alone.
     """
     n = min(length(data), 2000)
     at = torch.arange(n) * length(data) // n
@@ -62,9 +66,13 @@ def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisat
         return ImageTransform(pixels.mean(1).tolist(), pixels.std(1).clamp_min(1e-3).tolist(), crop, flip)
     if is_image(samples):
         return ImageTransform([0.0] * samples.shape[1], [1.0] * samples.shape[1])
-    if not is_row_or_series(layout(samples)):
+    if is_padded(samples):
+        steps = within(samples["length"], samples["series"])
+        values = samples["series"].float().transpose(0, 1)[:, steps.squeeze(1)]
+    elif is_row_or_series(samples):
+        values = samples.transpose(0, 1).flatten(1).float()
+    else:
         return Standardisation()
-    values = samples.transpose(0, 1).flatten(1).float()
     return Standardisation(values.mean(1).tolist(), values.std(1).clamp_min(1e-3).tolist())
 
 

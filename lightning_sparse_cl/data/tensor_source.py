@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightning_sparse_cl.data.checks import refuse_channels_last, refuse_odd_types, refuse_other_range
 from lightning_sparse_cl.data.labels import whole_labels
-from lightning_sparse_cl.data.sources import ImageSource
+from lightning_sparse_cl.data.sources import Source
 from lightning_sparse_cl.nests import Nest, as_nest, each, is_image, named, refuse_other_kind, rows
 
 
 @dataclass(frozen=True, eq=False)
-class TensorSource(ImageSource):
+class TensorSource(Source):
     """Samples and labels of your own.
 
     Labels are ids, with gaps if you like: the classes are those that occur in training, in ascending order, and

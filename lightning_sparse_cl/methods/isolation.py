@@ -66,7 +66,7 @@ class IsolatingModule(ContinualModule):
 
     def held_out_logits(self, x: Nest) -> Tensor:
         """Of the running task alone, among its classes."""
-        live = task_data(self.trainer).live().to(x.device)
+        live = task_data(self.trainer).live().to(self.device)
         return self.running(x).masked_fill(~live, -torch.inf)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -83,7 +83,7 @@ def test_labels_in_tensors(make: Any) -> None:
 
 
 def test_labels_of_a_source_are_indices() -> None:
-    class Own(scl.ImageSource):
+    class Own(scl.Source):
         num_classes, labels = 2, LABELS.to(torch.uint8)  # uint8 would choose like a mask
 
         def read(self, train: bool) -> tuple[Tensor, Tensor]:

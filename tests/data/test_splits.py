@@ -231,7 +231,7 @@ def broken_folder(root: Path, change: Callable[[Path], Any], **kwargs: Any) -> s
 X, Y = torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
 
 
-class OneClass(scl.ImageSource):
+class OneClass(scl.Source):
     """Two classes, and no image of the first."""
 
     num_classes = 2
