@@ -30,6 +30,10 @@ COLUMNS = {
         "FLOPs of plain": "training FLOPs, % of plain training", "of DER++": "% of DER++",
         "of DER++ as in the tables": "% of DER++, as the tables count", "seconds": "seconds",
     },
+    "split_japanese_vowels": {
+        "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
+        "sparsity": "sparsity", "FLOPs of plain": "training FLOPs, % of plain training", "seconds": "seconds",
+    },
     "one_shot_pruning": {
         "variant": "", "before": "dense", "keep 40 %": "keep 40 %", "keep 20 %": "20 %", "keep 10 %": "10 %",
         "keep 5 %": "5 %",

@@ -17,11 +17,11 @@ import torch
 
 import lightning_sparse_cl as scl
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
+CONFIGS = Path(__file__).parents[1] / "configs"
 FIGURES = {"Class-IL": ("class_il", "acc"), "Task-IL": ("task_il", "acc"), "forgetting": ("class_il", "forgetting")}
 
 
-OVERLAYS = CONFIGS.parent / "objectives"
+OVERLAYS = CONFIGS / "objectives"
 ESACL = "under EsaCL"
 EFFICIENT = {
     "esacl, efficient": ["esacl/efficient"],
@@ -45,10 +45,10 @@ def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
 
 
 def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict[str, Any]:
-    """One run of the command line, in process."""
+    """One run of the command line, in process; ``config`` is the name of one, such as ``split_digits/esacl``."""
     from lightning_sparse_cl.__main__ import main
 
-    laid = [part for overlay in overlays for part in ("-c", str(CONFIGS.parent / f"{overlay}.yaml"))]
+    laid = [part for overlay in overlays for part in ("-c", str(CONFIGS / f"{overlay}.yaml"))]
     with TemporaryDirectory() as folder:
         cli = main(
             ["fit", "-c", str(CONFIGS / f"{config}.yaml"), *laid, f"--seed_everything={seed}",
@@ -73,13 +73,13 @@ def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict
 
 def main() -> None:
     args = harness.arguments(__doc__)
-    configs = sorted(p.stem for p in CONFIGS.glob("*.yaml"))
+    configs = sorted(p.stem for p in (CONFIGS / "split_digits").glob("*.yaml"))
     epochs = 3 if args.quick else None
     based = [c for c in configs if (OVERLAYS / f"{c}.yaml").exists()]
     of = {config: (config, []) for config in configs} | {row: ("esacl", laid) for row, laid in EFFICIENT.items()}
     seeds = {row: list(range(1 if args.quick else 5 if row in COMPARED else 3)) for row in of}
-    jobs = [(config, seed, epochs, laid) for row, (config, laid) in of.items() for seed in seeds[row]]
-    jobs += [("esacl", 0, epochs, [f"objectives/{c}"]) for c in based]
+    jobs = [(f"split_digits/{config}", seed, epochs, laid) for row, (config, laid) in of.items() for seed in seeds[row]]
+    jobs += [("split_digits/esacl", 0, epochs, [f"objectives/{c}"]) for c in based]
     run_all = harness.run_all if args.quick else partial(harness.run_kept, "split_digits_methods")
     (*results,) = run_all(run, jobs, args.processes)
     under = dict(zip(based, (r["Class-IL"] for r in results[-len(based) :]), strict=True))

@@ -36,7 +36,7 @@ NO_RESULT = {
     "where the files are": {"root", "download", "folder"},
     "bases and data containers": {"ClassSplit", "SourceTasks", "TaskDataModule", "Permuted", "Rotated", "TaskDatasets",
         "Objective", "UpdateRule", "Sparsifier", "ScorePruning", "DropAndGrow", "TaskCallback", "AccuracyMatrix",
-        "ReservoirMemory", "BalancedMemory", "ClassBalancedReservoir", "ImageTransform"},
+        "ReservoirMemory", "BalancedMemory", "ClassBalancedReservoir", "ImageTransform", "Standardisation"},
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "tasks that come one after the other, tested in test_open_sequences": {"OpenTasks", "TaskStream",
         "GrowingImageFolder"},
@@ -47,16 +47,17 @@ NO_RESULT = {
     "what is tested, not how it is trained, tested in test_some_tasks": {"ContinualEvaluation.tasks"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
-        for name in ("Digits", "MNIST", "FashionMNIST")},
+        for name in ("Digits", "MNIST", "FashionMNIST")} | {"SplitJapaneseVowels.augment"},
     "must fit the number of classes, tried with SplitDigits": {f"Split{name}.{way}"
-        for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "ImageFolder", "MNIST", "MiniImageNet", "Tensors",
-            "TinyImageNet") for way in ("base", "increment", "sizes")},
+        for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "ImageFolder", "JapaneseVowels", "MNIST",
+            "MiniImageNet", "Tensors", "TinyImageNet") for way in ("base", "increment", "sizes")},
     "goes with base": {"SplitDigits.increment"},
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
 
+OF_SERIES = {"SplitJapaneseVowels", "SeriesCNN", "SeriesGRU"}
 THE_DATA = toy_tasks()
-IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for part in ("images", "labels"))
+IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for part in ("inputs", "labels"))
 
 # What a class needs to be made at all or to show a difference, and the other value where it is not obvious.
 BASE: dict[str, dict[str, Any]] = {
@@ -86,7 +87,7 @@ BASE: dict[str, dict[str, Any]] = {
     "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
     "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3}, "SplitImageFolder": {"num_tasks": 2, "crop": 2},
     # As quick as it gets.
-    "SplitDigits": {"batch_size": 64},
+    "SplitDigits": {"batch_size": 64}, "SeriesCNN": {"width": 4}, "SeriesGRU": {"width": 4},
     **{name: {"num_tasks": 3, "batch_size": 64} for name in ("PermutedDigits", "RotatedDigits")},
     "VGG16": {"width": 4}, "ResNet18": {"width": 8}, "SmallImageMobileNetV2": {"width": 0.25},
 }  # fmt: skip
@@ -124,6 +125,9 @@ OTHER |= {
     "reopen": scl.Reopen("random"),
     "mask_optimizer": partial(SGD, lr=1.0),
     "LeNet5.width": 8,
+    "kernel": 3,
+    "SplitJapaneseVowels.tasks": [[2, 1, 0], [5, 4]],
+    "SplitJapaneseVowels.num_tasks": 9,
     "SmallImageMobileNetV2.width": 0.5,
     "TaskLRSchedule.interval": "step",
     "masking": scl.TaskAwareDynamicMasking(0.7, 1),
@@ -182,7 +186,7 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
         flip = {"flip": True, "crop": 2} if name == "SplitTensors" else {}
         sequence = part(**({"batch_size": 16} | flip | kwargs))
     else:
-        sequence = toy_tasks(**data)
+        sequence = scl.SplitJapaneseVowels(**data) if name in OF_SERIES else toy_tasks(**data)
     selection = scl.LossSelection(warmup=0)
     if issubclass(part, scl.ContinualModule):
         model = part(**kwargs)
@@ -207,7 +211,11 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
     policies.sort(key=lambda c: not isinstance(c, scl.OneShotPruning))
     objective = scl.DERpp(30, 8)
     model = model or scl.ContinualModule(
-        scl.SmallCNN(4), objective, optimizer=partial(SGD, lr=0.1), selection=selection, policies=policies
+        scl.SeriesCNN(4) if name in OF_SERIES else scl.SmallCNN(4),
+        objective,
+        optimizer=partial(SGD, lr=0.1),
+        selection=selection,
+        policies=policies,
     )
     evaluation = next((c for c in callbacks if isinstance(c, scl.ContinualEvaluation)), scl.ContinualEvaluation())
     schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))

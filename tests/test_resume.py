@@ -16,6 +16,7 @@ from toy_trainer import shortened
 from lightning_sparse_cl.__main__ import main, run
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
+SERIES = [f"../split_japanese_vowels/{name}" for name in ("derpp", "esacl")]
 EPOCHS = 2
 BATCH_SIZE = 48  # about six steps an epoch
 EVERY = 3  # steps from one checkpoint to the next
@@ -154,7 +155,14 @@ ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measureme
 
 @pytest.mark.parametrize(
     "config",
-    ["continual_dst", "esacl", "sparcl", "cl_lsg", pytest.param("derpp", marks=pytest.mark.xdist_group("derpp"))],
+    [
+        "continual_dst",
+        "esacl",
+        "sparcl",
+        "cl_lsg",
+        *SERIES,
+        pytest.param("derpp", marks=pytest.mark.xdist_group("derpp")),
+    ],
 )
 def test_killed_and_resumed(tmp_path, whole_run, config):
     whole, ends = whole_run(config)
@@ -206,7 +214,7 @@ def test_efficient_esacl_killed_and_resumed(tmp_path, whole_run, every, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("config", [*sorted(p.stem for p in CONFIGS.glob("*.yaml")), *SERIES])
 def test_killed_anywhere_and_resumed(tmp_path, whole_run, config):
     whole, ends = whole_run(config)
     chosen = points(ends, config)

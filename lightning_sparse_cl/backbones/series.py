@@ -10,6 +10,8 @@ from lightning_sparse_cl.nests import Nest, within
 class SeriesCNN(nn.Module):
     """Three convolutions over time with batch-norm, averaged over the steps of each series.
 
+    What is behind a series' end does not matter, but that batch-norm's statistics include it in training.
+
     Args:
         width: channels of the first convolution; the others have twice as many.
         kernel: steps that a convolution sees at once; odd.
@@ -25,22 +27,24 @@ class SeriesCNN(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"SeriesCNN(kernel={kernel}): a kernel sees an odd number of steps, such as 5")
 
-        def block(conv: nn.Module, outputs: int) -> list[nn.Module]:
-            return [conv, nn.BatchNorm1d(outputs), nn.ReLU()]
+        def block(conv: nn.Module, outputs: int) -> nn.Sequential:
+            return nn.Sequential(conv, nn.BatchNorm1d(outputs), nn.ReLU())
 
-        self.steps = nn.Sequential(
-            *block(nn.LazyConv1d(width, kernel, padding=kernel // 2, bias=False), width),
-            *block(nn.Conv1d(width, 2 * width, kernel, padding=kernel // 2, bias=False), 2 * width),
-            *block(nn.Conv1d(2 * width, 2 * width, kernel, padding=kernel // 2, bias=False), 2 * width),
+        self.blocks = nn.Sequential(
+            block(nn.LazyConv1d(width, kernel, padding=kernel // 2, bias=False), width),
+            block(nn.Conv1d(width, 2 * width, kernel, padding=kernel // 2, bias=False), 2 * width),
+            block(nn.Conv1d(2 * width, 2 * width, kernel, padding=kernel // 2, bias=False), 2 * width),
         )
 
     def forward(self, x: Nest) -> Tensor:
         """Series (B, C, T), or ``{"series": (B, C, T), "length": (B,)}``, to features (B, 2 * width)."""
-        series, length = series_and_length(x)
-        found = self.steps(series)
+        found, length = series_and_length(x)
         if length is None:
-            return found.mean(2)
-        return (found * within(length, found)).sum(2) / length.view(-1, 1).clamp_min(1)
+            return self.blocks(found).mean(2)
+        steps = within(length, found)
+        for block in self.blocks:
+            found = block(found) * steps  # behind its end a series is as if padded anew in every layer
+        return found.sum(2) / length.view(-1, 1).clamp_min(1)
 
 
 class SeriesGRU(nn.Module):

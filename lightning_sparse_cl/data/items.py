@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -28,20 +28,21 @@ class Items(Dataset):
     Args:
         data: has a length, and items by index.
         name: for errors.
+        transform: makes of each sample what is checked and given. If None, it stays as it is.
 
     Raises:
         ValueError: at once if the data set is empty or has no length; with each item that is something else, not
             finite, unlike item 0, or not what the data set lists in ``.targets``.
     """
 
-    def __init__(self, data: Dataset, name: str) -> None:
+    def __init__(self, data: Dataset, name: str, transform: Callable[[Any], Any] | None = None) -> None:
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
                 f"{name}: a data set has a length, and items by index; {type(data).__name__} does not, read it into one"
             )
         if not length(data):
             raise ValueError(f"{name}: the data set is empty")
-        self.data, self.name = data, name
+        self.data, self.name, self.transform = data, name, transform
         self.numbers: dict[int, int] | None = None
         """The label inside of each label of the data set. If None, they are the same."""
 
@@ -98,7 +99,8 @@ class Items(Dataset):
         item = self.data[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ValueError(f"{self.name}: items are pairs (sample, label); item {index} is {_what(item)}")
-        sample, label = self._sample(index, item[0]), whole(item[1])
+        value = item[0] if self.transform is None else self.transform(item[0])
+        sample, label = self._sample(index, value), whole(item[1])
         if label is None:
             raise ValueError(
                 f"{self.name}: labels are whole numbers, one for each sample; that of item {index} is {_what(item[1])}"
@@ -130,7 +132,7 @@ class Items(Dataset):
 
     def gather(self) -> SampleTensors:
         """The whole set in memory."""
-        if isinstance(self.data, SampleTensors):
+        if isinstance(self.data, SampleTensors) and self.transform is None:
             return self.data
         inputs = each(lambda tensor: tensor.new_empty(len(self), *tensor.shape), self.first)
         labels = torch.empty(len(self), dtype=torch.long)

@@ -130,7 +130,12 @@ def length(data: Dataset) -> int:
 
 def collate(batch: Any) -> Any:
     """Batches of ``SampleTensors`` come gathered; others are lists of items."""
-    return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
+    if isinstance(batch, tuple):
+        return batch
+    samples, labels = zip(*batch, strict=True)
+    if isinstance(samples[0], Tensor):
+        return torch.utils.data.default_collate(batch)
+    return each(lambda *parts: torch.stack(parts), *samples), torch.utils.data.default_collate(list(labels))
 
 
 def union(sets: Sequence[Dataset]) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -15,7 +15,8 @@ from lightning_sparse_cl.data.named_labels import numbered
 class TaskDatasets(TaskDataModule):
     """A sequence of torch data sets of your own, one a task.
 
-    Items are pairs (image, label). Images are PIL images, or tensors or arrays (C, H, W), uint8 in 0-255 or float; see
+    Items are pairs (sample, label). Samples are PIL images, tensors or arrays, such as images (C, H, W), uint8 in 0-255
+    or float, or dicts, tuples and lists of tensors; all have the same keys, shapes and types. See
     :class:`~lightning_sparse_cl.data.items.Items` for what is refused. Labels are whole numbers from 0 on, with gaps if
     you like, or names: classes are counted over all tasks in ascending order, and ``class_names`` has their labels as
     text.
@@ -23,11 +24,18 @@ class TaskDatasets(TaskDataModule):
     Args:
         train, test: one data set a task.
         in_memory: read them once into tensors; else they are read item by item, for which ``num_workers`` helps.
+        item_transform: makes of each sample, when it is read, one that is stored: any callable, such as one that
+            resizes images or pads series to one length.
         kwargs: see :class:`TaskDataModule`.
     """
 
     def __init__(
-        self, train: Sequence[Dataset], test: Sequence[Dataset], in_memory: bool = True, **kwargs: Any
+        self,
+        train: Sequence[Dataset],
+        test: Sequence[Dataset],
+        in_memory: bool = True,
+        item_transform: Callable[[Any], Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not all(isinstance(sets, Sequence) for sets in (train, test)):
@@ -38,13 +46,14 @@ class TaskDatasets(TaskDataModule):
                 f"TaskDatasets: one training and one test set a task, got {len(train)} training, {len(test)} test sets"
             )
         self.given = {"train": train, "test": test}
-        self.in_memory = in_memory
+        self.in_memory, self.item_transform = in_memory, item_transform
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
         sets, self.class_names = numbered([data for part in self.given.values() for data in part])
         given = {"train": sets[: len(sets) // 2], "test": sets[len(sets) // 2 :]}
         train, test = (
-            [Items(data, f"TaskDatasets({part}[{t}])") for t, data in enumerate(sets)] for part, sets in given.items()
+            [Items(data, f"TaskDatasets({part}[{t}])", self.item_transform) for t, data in enumerate(sets)]
+            for part, sets in given.items()
         )
         if self.in_memory:
             return [items.gather() for items in train], [items.gather() for items in test]

@@ -1,9 +1,9 @@
-"""Predictions for raw images: a module knows what its training's images were made into, and its classes by name."""
+"""Predictions: a module knows what its training's samples were made into, and its classes by name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -14,13 +14,25 @@ from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.raw_images import RawImages, as_stored
+from lightning_sparse_cl.nests import (
+    Nest,
+    as_nest,
+    described,
+    each,
+    in_words,
+    is_image,
+    moved,
+    refuse_other_kind,
+    rows,
+    split,
+)
 
 DESCRIPTION = "data_description"
 """Entry of a checkpoint: what is known of the data, as primitives."""
 
 
 class Prediction(NamedTuple):
-    """What an image is taken for."""
+    """What a sample is taken for."""
 
     name: str
     """Of the class."""
@@ -31,7 +43,7 @@ class Prediction(NamedTuple):
 
 
 class PredictsImages(pl.LightningModule):
-    """Base of modules that answer for raw images, after a fit or out of a checkpoint."""
+    """Base of modules that answer for raw images and other samples, after a fit or out of a checkpoint."""
 
     data_description: DataDescription | None = None
     """What is known of the data of the latest fit. If there was none yet, None."""
@@ -70,13 +82,10 @@ class PredictsImages(pl.LightningModule):
                 transform of its own and none is given.
         """
         known = self._known()
-        transform = transform or known.transform()
-        if transform is None:
-            raise ValueError(
-                f"{type(self).__name__}: the data it was trained on had a transform of their own; give transform=..."
-            )
-        weight = next(self.parameters())
-        return transform(as_stored(images, known).to(weight.device)).to(weight.dtype)
+        if not is_image(known.layout):
+            kinds = in_words(described(known.layout))
+            raise ValueError(f"{type(self).__name__}: it was trained on {kinds}, no images; use predict_samples")
+        return self._prepared(as_stored(images, known), transform)
 
     @torch.no_grad()
     def predict_images(
@@ -93,16 +102,47 @@ class PredictsImages(pl.LightningModule):
         Raises:
             ValueError: as for :meth:`prepare_images`.
         """
-        known, was_training = self._known(), self.training
         if isinstance(images, str | os.PathLike) or hasattr(images, "getbands"):
             images = [images]
+        batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+        return self._predictions(self.prepare_images(batch, transform) for batch in batches)
+
+    @torch.no_grad()
+    def predict_samples(
+        self, stored: Nest, transform: Callable[[Nest], Nest] | None = None, batch_size: int = 64
+    ) -> list[Prediction]:
+        """The class of each of N samples of any kind, out of all classes.
+
+        Args:
+            stored: N samples as the training's were stored: a tensor (N, ...), or a dict or tuple of tensors.
+            transform: from a stored batch to network input. If None, the training's normalisation.
+            batch_size: samples that are sent through the network at a time.
+
+        Raises:
+            ValueError: if the samples are of another kind than the training's; and as for :meth:`prepare_images`.
+        """
+        name, known = type(self).__name__, each(lambda tensor: tensor.new_empty(tensor.shape[1:]), self._known().layout)
+        stored = as_nest(stored, name)
+        refuse_other_kind(f"{name}: samples", rows(stored, 0), "the training's", known)
+        return self._predictions(self._prepared(batch, transform) for batch in split(stored, batch_size))
+
+    def _prepared(self, stored: Nest, transform: Callable[[Nest], Nest] | None) -> Nest:
+        transform = transform or self._known().transform()
+        if transform is None:
+            raise ValueError(
+                f"{type(self).__name__}: the data it was trained on had a transform of their own; give transform=..."
+            )
+        weight = next(self.parameters())
+        x = transform(moved(stored, weight.device))
+        return each(lambda tensor: tensor.to(weight.dtype) if tensor.is_floating_point() else tensor, x)
+
+    def _predictions(self, batches: Iterable[Nest]) -> list[Prediction]:
+        known, was_training = self._known(), self.training
         self.eval()
         found: list[Prediction] = []
         try:
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                logits = self(self.prepare_images(batch, transform))[:, : len(known.class_names)]
-                best = logits.float().softmax(1).max(1)
+            for x in batches:
+                best = self(x)[:, : len(known.class_names)].float().softmax(1).max(1)
                 found += [
                     Prediction(known.class_names[label], probability, known.task_of(label))
                     for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
