@@ -32,6 +32,7 @@ WIDTH, EPOCHS, PRUNED_AFTER = 16, 10, 2
 PLAIN: dict[str, Any] = {"update": scl.SingleBackward(), "selection": scl.LossSelection(1, 1)}
 """Neither SAM nor selection."""
 WITHOUT_SP: dict[str, Any] = {"optimizer": partial(SGD, lr=0.03)}
+SMALL_STEPS: dict[str, Any] = {"optimizer": partial(scl.StochasticFrankWolfe, lr=0.001, k=None, momentum=0.9)}
 PARTS: dict[str, dict[str, Any]] = {
     "pruning inside": {"prune_epoch": PRUNED_AFTER},
     "a part reopened": {"reopen": scl.Reopen("zero", 0.3)},
@@ -54,8 +55,8 @@ ESACL: dict[str, dict[str, Any]] = {
     "SFW, share": PLAIN | {"freeze": "share"},
     "SFW, free": PLAIN | {"freeze": "free"},
     "efficient": PLAIN | SPARSE,
+    "efficient, small steps": PLAIN | SPARSE | SMALL_STEPS,
     "efficient without SP": PLAIN | SPARSE | WITHOUT_SP,
-    "half": PLAIN | HALF,
     "half without SP": PLAIN | HALF | WITHOUT_SP,
     "efficient with SAM": PLAIN | SPARSE | PARTS["ascent without replay"],
     "efficient with SAM, rho 0.01": PLAIN | SPARSE | {"update": scl.SharpnessAware(0.01, replays=False)},
@@ -75,11 +76,11 @@ OTHERS: dict[str, Callable[[float], list[pl.Callback]]] = {
 ROWS = [
     ("DER++", 0.0), ("SparCL", 0.9), ("efficient", 0.9), ("efficient without SP", 0.9), ("half without SP", 0.9),
     ("EsaCL", 0.9), ("all four parts", 0.9), *((f"all but {part}", 0.9) for part in PARTS),
-    *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.9), ("SNIP", 0.9), ("RigL", 0.9), ("EsaCL", 0.8),
-    ("SFW, share", 0.8), ("SparCL", 0.8), ("efficient", 0.8), ("efficient without SP", 0.8), ("SFW, free", 0.9),
-    ("SFW, free", 0.8), ("SFW, none", 0.9), ("SFW, none", 0.8), ("half", 0.9), ("efficient with SAM", 0.9),
-    ("efficient with SAM, rho 0.01", 0.9), ("efficient without SP, with SAM, rho 0.01", 0.9), ("EsaCL, share", 0.9),
-    ("EsaCL, share", 0.8),
+    ("efficient, small steps", 0.9), ("SFW, share", 0.9), ("SFW, none", 0.9), ("SFW, free", 0.9), ("SNIP", 0.9),
+    ("RigL", 0.9), ("EsaCL", 0.8), ("SparCL", 0.8), ("efficient", 0.8), ("efficient without SP", 0.8),
+    *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.8), ("efficient, small steps", 0.8),
+    ("EsaCL, share", 0.9), ("efficient with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
+    ("efficient without SP, with SAM, rho 0.01", 0.9), ("efficient with SAM", 0.9),
 ]  # fmt: skip
 
 

@@ -77,3 +77,16 @@ def test_snippets_run(page, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for path in re.findall(r"\]\(([\w./]+)\)", (DOCS / page).read_text()):
         assert (DOCS / path).exists(), path
+
+
+def test_what_the_page_on_data_shows_is_taken():
+    snippets = re.findall(r"```python\n(import .*?)```", (DOCS / "data.md").read_text(), re.S)
+    made = [part for snippet in snippets for part in re.split(r"^(?=data = )", snippet, flags=re.M)]
+    namespace, taken = {}, 0
+    for part in made:
+        exec(compile(part, "data.md", "exec"), namespace)
+        if part.startswith("data = "):
+            namespace["data"].setup()
+            namespace["data"].prepare(namespace["data"].train_sets[0].inputs)
+            taken += 1
+    assert taken == 5

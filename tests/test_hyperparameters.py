@@ -52,6 +52,7 @@ NO_RESULT = {
         for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "ImageFolder", "JapaneseVowels", "MNIST",
             "MiniImageNet", "Tensors", "TinyImageNet") for way in ("base", "increment", "sizes")},
     "goes with base": {"SplitDigits.increment"},
+    "rows of files, tested in test_text_and_csv": {"SplitCSV", "SplitTextFolder", "TextTransformer"},
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
 

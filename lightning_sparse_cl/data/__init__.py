@@ -2,6 +2,7 @@
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.class_split import ClassSplit
+from lightning_sparse_cl.data.csv_files import CSVSource
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.domains import (
@@ -29,6 +30,7 @@ from lightning_sparse_cl.data.sources import (
 from lightning_sparse_cl.data.splits import (
     SplitCIFAR10,
     SplitCIFAR100,
+    SplitCSV,
     SplitDigits,
     SplitFashionMNIST,
     SplitImageFolder,
@@ -36,20 +38,24 @@ from lightning_sparse_cl.data.splits import (
     SplitMiniImageNet,
     SplitMNIST,
     SplitTensors,
+    SplitTextFolder,
     SplitTinyImageNet,
 )
 from lightning_sparse_cl.data.standardised import Standardisation
 from lightning_sparse_cl.data.task_datasets import TaskDatasets
 from lightning_sparse_cl.data.tensor_source import TensorSource
+from lightning_sparse_cl.data.text import HashTokenizer, TextFolderSource
 
 __all__ = [
     "CIFAR10Source",
     "CIFAR100Source",
+    "CSVSource",
     "ClassSplit",
     "DataDescription",
     "DigitsSource",
     "FashionMNISTSource",
     "GrowingImageFolder",
+    "HashTokenizer",
     "ImageFolderSource",
     "ImageTransform",
     "JapaneseVowelsSource",
@@ -67,6 +73,7 @@ __all__ = [
     "SourceTasks",
     "SplitCIFAR10",
     "SplitCIFAR100",
+    "SplitCSV",
     "SplitDigits",
     "SplitFashionMNIST",
     "SplitImageFolder",
@@ -74,12 +81,14 @@ __all__ = [
     "SplitMNIST",
     "SplitMiniImageNet",
     "SplitTensors",
+    "SplitTextFolder",
     "SplitTinyImageNet",
     "Standardisation",
     "TaskDataModule",
     "TaskDatasets",
     "TaskStream",
     "TensorSource",
+    "TextFolderSource",
     "TinyImageNetSource",
     "learn",
     "padded",

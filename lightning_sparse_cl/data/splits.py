@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_sparse_cl.data.class_split import ClassSplit, Order
+from lightning_sparse_cl.data.csv_files import CSVSource
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.series import JapaneseVowelsSource
@@ -16,6 +17,7 @@ from lightning_sparse_cl.data.sources import (
     MNISTSource,
 )
 from lightning_sparse_cl.data.tensor_source import TensorSource
+from lightning_sparse_cl.data.text import TextFolderSource, Tokenizer
 
 
 class SplitDigits(ClassSplit):
@@ -167,6 +169,53 @@ class SplitImageFolder(ClassSplit):
         **kwargs: Any,
     ) -> None:
         super().__init__(ImageFolderSource(root, size, crop, flip), num_tasks, class_order, **kwargs)
+
+
+class SplitTextFolder(ClassSplit):
+    """:class:`ClassSplit` of text files in folders, ``root/train/<class>/**.txt`` and ``root/test/<class>/**.txt``.
+
+    Args:
+        root, length, tokenizer: see :class:`TextFolderSource`.
+    """
+
+    usual_tasks = None
+
+    def __init__(
+        self,
+        root: str,
+        num_tasks: int | None = None,
+        length: int = 64,
+        tokenizer: Tokenizer | None = None,
+        class_order: Order = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(TextFolderSource(root, length, tokenizer), num_tasks, class_order, **kwargs)
+
+
+class SplitCSV(ClassSplit):
+    """:class:`ClassSplit` of the rows of a CSV file: texts, or numbers.
+
+    Args:
+        path, label, text, columns, test, length, tokenizer: see :class:`CSVSource`.
+    """
+
+    usual_tasks = None
+
+    def __init__(
+        self,
+        path: str,
+        num_tasks: int | None = None,
+        label: str = "label",
+        text: str | None = None,
+        columns: list[str] | None = None,
+        test: str | None = None,
+        length: int = 64,
+        tokenizer: Tokenizer | None = None,
+        class_order: Order = None,
+        **kwargs: Any,
+    ) -> None:
+        source = CSVSource(path, label, text, columns, test, length, tokenizer)
+        super().__init__(source, num_tasks, class_order, **kwargs)
 
 
 class SplitTensors(ClassSplit):

@@ -1,0 +1,123 @@
+"""Rows of CSV files: texts, or numbers."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.data.sources import Source
+from lightning_sparse_cl.data.text import HashTokenizer, Tokenizer, encoded, positive_length
+from lightning_sparse_cl.nests import Nest
+
+EVERY = 5
+"""Where there is no test file, every fifth row of each class is for testing."""
+
+
+@dataclass(frozen=True)
+class CSVSource(Source):
+    """Rows of a CSV file with a header: a column of texts, or columns of numbers; the classes are what the labels are.
+
+    Args:
+        path: the file, in UTF-8.
+        label: name of the column that has the class.
+        text: name of the column that has the text: samples are token ids and their mask, see
+            :func:`~lightning_sparse_cl.data.text.encoded`. If None, samples are the numbers of ``columns``.
+        columns: names of the columns of numbers. If None, all but ``label``.
+        test: the file with the test part. If None, every fifth row of each class is for testing.
+        length: tokens that are kept of each text; shorter ones are padded.
+        tokenizer: see :data:`~lightning_sparse_cl.data.text.Tokenizer`. If None, :class:`HashTokenizer`.
+
+    Raises:
+        FileNotFoundError: when it is read, if there is no such file.
+        ValueError: likewise, if a column is missing, a number is none, a label is empty, or a text has no tokens.
+    """
+
+    path: str
+    label: str = "label"
+    text: str | None = None
+    columns: Sequence[str] | None = None
+    test: str | None = None
+    length: int = 64
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        positive_length(type(self).__name__, self.length)
+        if self.text is not None and self.columns is not None:
+            raise ValueError(f"CSVSource(text={self.text!r}, columns={list(self.columns)}): give one of them")
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
+        return len(self.names())
+
+    def names(self) -> list[str]:
+        return sorted({row[self.label] for _, row in self._rows(self.path)})
+
+    def encode(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """Texts as the training's were stored."""
+        return encoded(texts, self.tokenizer or HashTokenizer(), self.length)
+
+    def read(self, train: bool) -> tuple[Nest, Tensor]:
+        own = train or self.test is None
+        rows = self._split(self._rows(self.path), train) if own else self._rows(self.test or "")
+        numbers = {name: i for i, name in enumerate(self.names())}
+        for _, row in rows:
+            if row[self.label] not in numbers:
+                raise ValueError(
+                    f"CSVSource(test={self.test!r}): no row for training has the label {row[self.label]!r}"
+                )
+        labels = torch.tensor([numbers[row[self.label]] for _, row in rows])
+        if self.text is not None:
+            return self.encode(row[self.text] for _, row in rows), labels
+        columns = self.columns or [name for name in self._rows(self.path)[0][1] if name != self.label]
+        return torch.tensor([[self._number(line, row, name) for name in columns] for line, row in rows]), labels
+
+    def _rows(self, path: str) -> list[tuple[int, dict[str, str]]]:
+        """Number of the line, and the row by names of the columns."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"CSVSource: there is no file {path!r}")
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restval="")
+            rows = [(reader.line_num, row) for row in reader]
+        there = list(reader.fieldnames or [])
+        texts = [] if self.text is None else [self.text]
+        wanted = {"label": [self.label], "text": texts, "columns": list(self.columns or [])}
+        for argument, names in wanted.items():
+            if missing := [name for name in names if name not in there]:
+                raise ValueError(
+                    f"CSVSource({argument}={missing[0]!r}): {path!r} has no such column; it has {', '.join(there)}"
+                )
+        if not rows:
+            raise ValueError(f"CSVSource: {path!r} has no rows")
+        for line, row in rows:
+            if None in row:
+                raise ValueError(f"CSVSource: {path!r}, line {line}, has more fields than the header")
+            if not row[self.label]:
+                raise ValueError(f"CSVSource: {path!r}, line {line}, has no {self.label}")
+        return rows
+
+    def _split(self, rows: list[tuple[int, dict[str, str]]], train: bool) -> list[tuple[int, dict[str, str]]]:
+        if self.test is not None:
+            return rows
+        met: dict[str, int] = {}
+        chosen = []
+        for line, row in rows:
+            met[row[self.label]] = met.get(row[self.label], 0) + 1
+            if (met[row[self.label]] % EVERY == 0) != train:
+                chosen.append((line, row))
+        return chosen
+
+    @staticmethod
+    def _number(line: int, row: dict[str, str], name: str) -> float:
+        try:
+            value = float(row[name])
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"CSVSource: line {line}, column {name}: a number is expected, got {row[name]!r}")
+        return value

@@ -1,0 +1,127 @@
+"""Texts as token ids: any tokenizer, one that needs no vocabulary, and text files in folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.data.sources import Source
+
+Tokenizer = Callable[[str], Any]
+"""From a text to its token ids, a list of integers from 0 on; or a mapping with ``input_ids``, as tokenizers of
+transformers give."""
+
+
+@dataclass(frozen=True)
+class HashTokenizer:
+    """Words, in lower case, to ids by a hash: no vocabulary has to be learnt or kept, and no word is unknown.
+
+    Different words may share an id. The id 0 is left for padding.
+
+    Args:
+        vocabulary: ids are in 1 ... vocabulary - 1.
+
+    Raises:
+        ValueError: if ``vocabulary`` leaves no id.
+    """
+
+    vocabulary: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < 2:
+            raise ValueError(f"HashTokenizer(vocabulary={self.vocabulary}): one id is for padding, so at least 2")
+
+    def __call__(self, text: str) -> list[int]:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+        return [1 + crc32(word.encode()) % (self.vocabulary - 1) for word in words]
+
+
+def encoded(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[str, Tensor]:
+    """Texts as one batch: ``ids`` (N, T) int64, with 0 behind each end, and ``mask`` (N, T), true for tokens.
+
+    Args:
+        texts: N texts; of each the first T tokens are kept.
+        tokenizer: see :data:`Tokenizer`.
+        length: T.
+
+    Raises:
+        ValueError: if a text has no tokens, or the tokenizer gives something else.
+    """
+    rows = []
+    for i, text in enumerate(texts):
+        found = tokenizer(text)
+        found = found["input_ids"] if isinstance(found, Mapping) else found
+        try:
+            ids = torch.as_tensor(found)
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.empty(0, 0)
+        if ids.ndim == 1 and not len(ids):
+            raise ValueError(f"text {i}, {text[:40]!r}, has no tokens")
+        if ids.ndim != 1 or ids.is_floating_point() or ids.min() < 0:
+            raise ValueError(f"tokenizer: a list of integers from 0 on is expected for each text, got {found!r:.60}")
+        rows.append(ids.long()[:length])
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, True
+    return {"ids": ids, "mask": mask}
+
+
+def positive_length(owner: str, length: int) -> None:
+    """Raises ValueError, in the name of ``owner``, unless texts have room for a token."""
+    if length < 1:
+        raise ValueError(f"{owner}(length={length}): tokens that are kept of each text, at least 1")
+
+
+@dataclass(frozen=True)
+class TextFolderSource(Source):
+    """Text files in folders, ``root/train/<class>/**.txt`` and ``root/test/<class>/**.txt``, in UTF-8.
+
+    Args:
+        root: the folder.
+        length: tokens that are kept of each text; shorter ones are padded.
+        tokenizer: see :data:`Tokenizer`. If None, :class:`HashTokenizer`.
+
+    Raises:
+        FileNotFoundError: when the classes are asked for, if there are none.
+        ValueError: if a class has no texts, or one has no tokens.
+    """
+
+    root: str = "data"
+    length: int = 64
+    tokenizer: Tokenizer | None = None
+
+    def __post_init__(self) -> None:
+        positive_length(type(self).__name__, self.length)
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
+        return len(self.names())
+
+    def names(self) -> list[str]:
+        folder = Path(self.root, "train")
+        found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        if not found:
+            raise FileNotFoundError(f"{self}: there is no folder {str(folder)!r}/<class>")
+        return found
+
+    def encode(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """Texts as the training's were stored; see :func:`encoded`."""
+        return encoded(texts, self.tokenizer or HashTokenizer(), self.length)
+
+    def read(self, train: bool) -> tuple[dict[str, Tensor], Tensor]:
+        part = Path(self.root, "train" if train else "test")
+        texts, labels = [], []
+        for label, name in enumerate(self.names()):
+            files = sorted((part / name).rglob("*.txt"))
+            if not files and train:
+                raise ValueError(f"{self}: the class {name!r} has no files .txt in {str(part / name)!r}")
+            texts += [file.read_text(encoding="utf-8") for file in files]
+            labels += [label] * len(files)
+        return self.encode(texts), torch.tensor(labels)
