@@ -83,7 +83,7 @@ def test_classes_of_several_tasks_leave_the_task_empty(photos, sparsecl, tmp_pat
         (["--ckpt_path=none.ckpt"], "checkpoint none.ckpt: this file is not there"),
         (["--ckpt_path=older.ckpt"], "checkpoint older.ckpt: it does not say what its network and data were"),
         (["--ckpt_path=own.ckpt"], "checkpoint own.ckpt: its data had a transform of their own"),
-        (["--ckpt_path=floats.ckpt"], "checkpoint floats.ckpt: its training images were torch.float32 (1, 8, 8)"),
+        (["--ckpt_path=floats.ckpt"], "checkpoint floats.ckpt: its training samples were float32 (1, 8, 8)"),
         (["--batch_size=0"], "--batch_size=0: a batch has at least one image"),
         (["--output=no/such.csv"], "--output=no/such.csv: there is no folder 'no'"),
         (["--device=nonsense"], "--device=nonsense: "),

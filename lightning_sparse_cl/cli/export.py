@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
+from torch import Tensor
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.nests import described, in_words
 from lightning_sparse_cl.sparsity.layers import network_of
 
 
@@ -51,6 +53,12 @@ class ExportingTrainer(pl.Trainer):
             )
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        shape = checkpoint["built_for"]["inputs"].shape[1:]
+        inputs = checkpoint["built_for"]["inputs"]
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            raise ValueError(
+                f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
+                "takes one tensor of floats"
+            )
+        shape = tuple(inputs.shape[1:])
         left = scl.export_network(network_of(model), output, shape)
         print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")

@@ -20,6 +20,7 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.pictures import image_paths, unread_below
 from lightning_sparse_cl.data.raw_images import one_as_stored
+from lightning_sparse_cl.nests import described, in_words, is_image
 from lightning_sparse_cl.whole_file import whole_file
 
 COLUMNS = ("file", "class", "probability", "task")
@@ -101,10 +102,10 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
         raise ValueError(f"{error}; for that, use predict_images in Python") from error
     if (known := module.data_description) is None or known.transform() is None:
         raise ValueError(f"checkpoint {path}: its data had a transform of their own; use predict_images in Python")
-    if known.dtype != torch.uint8 or known.input_shape[0] not in (1, 3):
+    if not is_image(known.layout) or known.dtype != torch.uint8 or known.input_shape[0] not in (1, 3):
         raise ValueError(
-            f"checkpoint {path}: its training images were {known.dtype} {known.input_shape}, which image files cannot "
-            "be made into; use predict_images in Python"
+            f"checkpoint {path}: its training samples were {in_words(described(known.layout))}, which image files "
+            "cannot be made into; use predict_samples in Python"
         )
     try:
         return module.to(device).eval(), known

@@ -110,7 +110,7 @@ def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The state of the data module in a checkpoint. If it is not of a task sequence of this version, None."""
     sequence = checkpoint.get("task_sequence") or {}
     state = checkpoint.get(str((sequence.get("tested") or {}).get("data")))
-    return state if state is not None and "ended" in sequence and "class_names" in state else None
+    return state if state is not None and "ended" in sequence and "layout" in state else None
 
 
 class Before(NamedTuple):

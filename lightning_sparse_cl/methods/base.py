@@ -335,8 +335,13 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``); its masks.
 
         Raises:
-            ValueError: if the checkpoint is of another network or memory.
+            ValueError: if the checkpoint is of another network or memory, or of a version before samples were nests.
         """
+        if "layout" not in checkpoint.get("built_for", {}):
+            raise ValueError(
+                f"{type(self).__name__}: the checkpoint is of an older version, or no method of this package wrote it; "
+                "train anew, or read it with that version"
+            )
         super().on_load_checkpoint(checkpoint)
         if self.head is None:
             self.build(**checkpoint["built_for"])
