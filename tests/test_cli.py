@@ -17,6 +17,7 @@ EXPERIMENTS = sorted(p for p in CONFIGS.glob("split_*/*.yaml"))
 OVERLAYS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in EXPERIMENTS)
 
 SMALL = {
+    "split_japanese_vowels": [],
     "split_digits": ["--data.init_args.batch_size", "48"],
     "split_cifar10": ["--data.init_args.batch_size", "20"],
     "split_cifar100": ["--data.init_args.batch_size", "16"],
@@ -68,6 +69,8 @@ def similar(config):
     """The same method and network as another, on other data: beside the digits', one of each is tried in CI."""
     method = config.stem.removesuffix("_5_tasks").removesuffix("_20_tasks")
     same = [e for e in EXPERIMENTS if e.parent.name != "split_digits" and e.stem == method]
+    if config.parent.name == "split_japanese_vowels" and method in ("derpp", "esacl", "sparcl", "continual_dst"):
+        return False
     return config.parent.name != "split_digits" and config not in same[:1]
 
 
@@ -89,12 +92,12 @@ def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_roo
         for task, accuracy in enumerate(metrics[scenario]["matrix"][-1]):
             assert float(tested[f"{scenario}/task_{task}"]) == pytest.approx(accuracy, abs=1e-6)
     expected = {"esacl": 0.8, "sparcl": 0.9, "snip_derpp": 0.9, "rigl_derpp": 0.9}
-    expected |= {"sparcl": 0.75} if config.parent.name != "split_digits" else {}
+    expected |= {"split_digits": {}, "split_japanese_vowels": {"sparcl": 0.8}}.get(config.parent.name, {"sparcl": 0.75})
     method = config.stem.removesuffix("_ewc").removesuffix("_co2l")
     if config.stem == "cl_lsg":  # as much as it has grown
         assert metrics["growth"]["grew"] and 0 < metrics["subnetworks"]["used"][-1] <= 1
     elif config.stem.startswith("continual_dst"):  # weights that have just grown are zero too
-        assert metrics["sparsity"] >= 0.9 - 1e-3
+        assert metrics["sparsity"] >= (0.8 if config.parent.name == "split_japanese_vowels" else 0.9) - 1e-3
     else:
         assert metrics["sparsity"] == pytest.approx(expected.get(method, 0.0), abs=0.02)
     if config.stem in ("continual_dst", "cl_lsg"):
@@ -124,6 +127,10 @@ def test_every_overlay_fits_over_its_base(overlay):
             and type(m.update).__name__ == "SingleBackward"
             and set(m.selection.kept.values()) == {1.0}
             and m.trainer.optimizers[0].param_groups[0]["k"] == pytest.approx(0.1)
+        ),
+        "small_steps": lambda m: (
+            (m.trainer.optimizers[0].param_groups[0]["lr"], m.trainer.optimizers[0].param_groups[0]["momentum"])
+            == (0.001, 0.9)
         ),
         "without_sse": lambda m: m.selection.kept["ascent"] == 1.0 and m.selection.kept["descent"] == 0.4,
         "without_ere": lambda m: m.selection.kept["ascent"] == 0.4 and m.selection.kept["descent"] == 1.0,

@@ -129,6 +129,7 @@ OTHER |= {
     "kernel": 3,
     "SplitJapaneseVowels.tasks": [[2, 1, 0], [5, 4]],
     "SplitJapaneseVowels.num_tasks": 9,
+    "SplitJapaneseVowels.transform": scl.Standardisation([0.0] * 12, [1.0] * 12),
     "SmallImageMobileNetV2.width": 0.5,
     "TaskLRSchedule.interval": "step",
     "masking": scl.TaskAwareDynamicMasking(0.7, 1),

@@ -49,7 +49,8 @@ def command(folder, config, *more):
         "fit", "-c", str(CONFIGS / f"{config}.yaml"), f"--schedule.epochs={EPOCHS}",
         "--model.init_args.backbone.width=4", f"--trainer.default_root_dir={folder}", "--trainer.logger=false",
         f"--checkpoint.dirpath={folder}", f"--checkpoint.every_n_train_steps={EVERY}", "--trainer.accelerator=cpu",
-        f"--data.init_args.batch_size={BATCH_SIZE}", "--trainer.enable_progress_bar=false", *shortened(config), *more,
+        f"--data.init_args.batch_size={16 if config in SERIES else BATCH_SIZE}",
+        "--trainer.enable_progress_bar=false", *shortened(config), *more,
     ]  # fmt: skip
 
 

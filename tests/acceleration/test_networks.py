@@ -43,7 +43,8 @@ def test_networks_compute_what_they_did(name, images):
             if g is not None:
                 alive = masks.get(n, torch.tensor(True))
                 error, rounding = ((d[n] - g * alive).norm() for d in (our_grads, {n: usual_grads[n] * alive}))
-                assert error < 1e-5 * g.norm() + 8 * rounding + 1e-6 * largest, n
+                # Both round; where gradients explode, as in a deep network at its start, one up to ten times as much.
+                assert error < 1e-5 * g.norm() + 20 * rounding + 1e-6 * largest, n
                 assert (our_grads[n] * ~alive == 0).all()
         if not training:
             with torch.no_grad():

@@ -33,7 +33,8 @@ def table() -> Tensor:
 
 
 def series() -> dict[str, Tensor]:
-    steps = [torch.randn(2, 3 + i % 5, generator=random()) + LABELS[i] for i in range(COUNT)]
+    level = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])[LABELS]
+    steps = [torch.randn(2, 3 + i % 5, generator=random()) + level[i, :, None] for i in range(COUNT)]
     return scl.padded(steps)
 
 
@@ -86,7 +87,7 @@ METHODS: dict[str, Callable[[], scl.ContinualModule]] = {
     "EsaCL": lambda: scl.EsaCL(AnyBackbone(), scl.DERpp(**REPLAY), selection=scl.LossSelection(warmup=1, replay=0.5)),
     "SparCL": lambda: scl.SparCL(
         AnyBackbone(), scl.DERpp(**REPLAY), scl.TaskAwareDynamicMasking(0.5, 1), scl.DynamicDataRemoval(0.3, 1, 1),
-        scl.DynamicGradientMasking(0.3, 2),
+        scl.DynamicGradientMasking(0.3, 2), optimizer=partial(SGD, lr=0.1),
     ),
     "SNIP": lambda: learner(scl.ER(**REPLAY), policies=[scl.SNIP(0.5)]),
     "RigL": lambda: learner(scl.ER(**REPLAY), policies=[scl.RigL(0.5, interval=3)]),
@@ -130,7 +131,7 @@ def test_every_method_learns_every_kind_of_sample(kind: str, method: str) -> Non
     inputs = KINDS[kind]()
     data = scl.SplitTensors((inputs, LABELS), (inputs, LABELS), 2, batch_size=8)
     module, evaluation = fit(method, data, 8)
-    own = evaluation.matrices["task_il"].R[1:].diag()
+    own = evaluation.matrices["task_il"].R.diag()
     assert own.min() > 0.6, own
     memory = next((m for m in module.modules() if isinstance(m, scl.ReservoirMemory | scl.BalancedMemory)), None)
     if memory is not None:  # it holds samples as they are stored
