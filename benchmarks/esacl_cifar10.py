@@ -74,12 +74,12 @@ OTHERS: dict[str, Callable[[float], list[pl.Callback]]] = {
     "RigL": lambda s: [scl.RigL(s, interval=20)],
 }
 ROWS = [
-    ("DER++", 0.0), ("SparCL", 0.9), ("efficient", 0.9), ("efficient without SP", 0.9), ("half without SP", 0.9),
-    ("EsaCL", 0.9), ("all four parts", 0.9), *((f"all but {part}", 0.9) for part in PARTS),
-    ("efficient, small steps", 0.9), ("SFW, share", 0.9), ("SFW, none", 0.9), ("SFW, free", 0.9), ("SNIP", 0.9),
-    ("RigL", 0.9), ("EsaCL", 0.8), ("SparCL", 0.8), ("efficient", 0.8), ("efficient without SP", 0.8),
-    *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.8), ("efficient, small steps", 0.8),
-    ("EsaCL, share", 0.9), ("efficient with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
+    ("DER++", 0.0), ("SparCL", 0.9), ("SNIP", 0.9), ("RigL", 0.9), ("efficient", 0.9), ("efficient, small steps", 0.9),
+    ("efficient without SP", 0.9), ("half without SP", 0.9), ("EsaCL", 0.9), ("all four parts", 0.9),
+    *((f"all but {part}", 0.9) for part in PARTS), ("SFW, share", 0.9), ("SparCL", 0.8), ("efficient", 0.8),
+    ("efficient, small steps", 0.8), ("efficient without SP", 0.8), ("SFW, none", 0.9), ("EsaCL", 0.8),
+    ("SFW, free", 0.9), *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.8), ("EsaCL, share", 0.9),
+    ("efficient with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
     ("efficient without SP, with SAM, rho 0.01", 0.9), ("efficient with SAM", 0.9),
 ]  # fmt: skip
 

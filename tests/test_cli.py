@@ -66,11 +66,16 @@ def epochs_of(config):
 
 
 def similar(config):
-    """The same method and network as another, on other data: beside the digits', one of each is tried in CI."""
+    """The same method and network as another, on other data, or two that are tried each by itself.
+
+    Beside the digits', one of each is tried in CI.
+    """
     method = config.stem.removesuffix("_5_tasks").removesuffix("_20_tasks")
     same = [e for e in EXPERIMENTS if e.parent.name != "split_digits" and e.stem == method]
-    if config.parent.name == "split_japanese_vowels" and method in ("derpp", "esacl", "sparcl", "continual_dst"):
-        return False
+    if config.parent.name == "split_japanese_vowels":
+        return method not in ("esacl", "continual_dst")
+    if method.endswith(("_co2l", "_ewc")):
+        return True
     return config.parent.name != "split_digits" and config not in same[:1]
 
 

@@ -122,7 +122,7 @@ def fit(method: str, data: scl.TaskDataModule, epochs: int = 3) -> tuple[scl.Con
     return module, evaluation
 
 
-PAIRS = [(kind, "DER++") for kind in KINDS] + [(kind, m) for kind in ("dict", "padded series") for m in METHODS]
+PAIRS = [(kind, method) for kind in KINDS for method in ("DER++", "EsaCL")] + [("dict", method) for method in METHODS]
 
 
 @pytest.mark.parametrize(("kind", "method"), dict.fromkeys(PAIRS))
