@@ -153,7 +153,9 @@ def is_image(layout: Nest) -> bool:
 
 def is_padded(layout: Nest) -> bool:
     """Whether samples are series of different lengths: ``{"series": (C, T), "length": ()}``."""
-    return isinstance(layout, dict) and set(layout) == {"series", "length"} and layout["series"].ndim == 3
+    if not isinstance(layout, dict) or set(layout) != {"series", "length"}:
+        return False
+    return isinstance(layout["series"], Tensor) and layout["series"].ndim == 3
 
 
 def within(length: Tensor, series: Tensor) -> Tensor:
