@@ -109,13 +109,13 @@ def layout_of_one(sample: Nest) -> Nest:
 
 
 def as_nest(value: Any, name: str) -> Nest:
-    """A nest of tensors made of one of tensors, numpy arrays and numbers; mappings become dicts.
+    """A nest of tensors made of one of tensors, numpy arrays and numbers; mappings become dicts, in the keys' order.
 
     Raises:
         ValueError: in the name of ``name``, if there is something else inside, or nothing.
     """
     if isinstance(value, Mapping):
-        made: Any = {key: as_nest(part, f"{name}[{key!r}]") for key, part in value.items()}
+        made: Any = {key: as_nest(value[key], f"{name}[{key!r}]") for key in ordered(value, name)}
     elif isinstance(value, tuple | list) and any(isinstance(v, Tensor | np.ndarray | Mapping | tuple) for v in value):
         made = tuple(as_nest(part, f"{name}[{i}]") for i, part in enumerate(value))
     elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
@@ -131,6 +131,18 @@ def as_nest(value: Any, name: str) -> Nest:
     return made
 
 
+def ordered(value: Mapping[Any, Any], name: str) -> list[str]:
+    """The keys of a dict in alphabetical order, so that its order never matters.
+
+    Raises:
+        ValueError: in the name of ``name``, if one is no text, or has a dot, which joins the keys of nests.
+    """
+    for key in value:
+        if not isinstance(key, str) or "." in key:
+            raise ValueError(f"{name}: keys are texts without dots, got {key!r}")
+    return sorted(value)
+
+
 def refuse_other_kind(one: str, sample: Nest, other: str, first: Nest) -> None:
     """Raises ValueError, which calls the samples ``one`` and ``other``, unless their keys, shapes and types agree."""
     both = isinstance(sample, Tensor) and isinstance(first, Tensor)
@@ -139,7 +151,9 @@ def refuse_other_kind(one: str, sample: Nest, other: str, first: Nest) -> None:
     kinds, known = described(layout_of_one(sample)), described(layout_of_one(first))
     if kinds == known and type(sample) is type(first):
         return
-    if set(kinds) == set(known) and kinds != known:
+    if kinds == known:
+        raise ValueError(f"{one} are of the type {type(sample).__name__}, {other} {type(first).__name__}")
+    if set(kinds) == set(known):
         key = next(key for key in known if kinds[key] != known[key])
         kinds, known = {key: kinds[key]}, {key: known[key]}
     raise ValueError(f"{one} are {in_words(kinds)}, {other} {in_words(known)}; all must be equal")

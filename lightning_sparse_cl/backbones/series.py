@@ -42,6 +42,7 @@ class SeriesCNN(nn.Module):
         if length is None:
             return self.blocks(found).mean(2)
         steps = within(length, found)
+        found = found * steps
         for block in self.blocks:
             found = block(found) * steps  # behind its end a series is as if padded anew in every layer
         return found.sum(2) / length.view(-1, 1).clamp_min(1)

@@ -43,17 +43,19 @@ class TextTransformer(nn.Module):
             ValueError: if there are more tokens than positions, or, on the CPU, an id is not in the vocabulary. (A GPU
                 tells by itself, with an error of its own.)
         """
-        ids = x["ids"] if isinstance(x, dict) else x
-        mask = x["mask"] if isinstance(x, dict) else torch.ones_like(ids, dtype=torch.bool)
+        ids, mask = (x["ids"], x["mask"].bool()) if isinstance(x, dict) else (x, torch.ones_like(x, dtype=torch.bool))
         length, vocabulary = self.positions.num_embeddings, self.tokens.num_embeddings
         if ids.shape[1] > length:
             raise ValueError(
                 f"TextTransformer(length={length}): texts have {ids.shape[1]} tokens; length is at least that"
             )
-        if ids.device.type == "cpu" and ids.numel() and int(ids.max()) >= vocabulary:
-            raise ValueError(f"TextTransformer(vocabulary={vocabulary}): there is the token id {int(ids.max())}")
         mask = mask | (torch.arange(ids.shape[1], device=ids.device) == 0)  # a text without tokens has no mean
-        found = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        try:
+            embedded = self.tokens(ids)
+        except IndexError:  # on the CPU
+            wrong = [i for i in (int(ids.min()), int(ids.max())) if not 0 <= i < vocabulary]
+            raise ValueError(f"TextTransformer(vocabulary={vocabulary}): there is the token id {wrong[0]}") from None
+        found = embedded + self.positions.weight[: ids.shape[1]]
         found = self.encoder(found, src_key_padding_mask=~mask)
         weights = mask.unsqueeze(2).to(found.dtype)
         return (found * weights).sum(1) / weights.sum(1)

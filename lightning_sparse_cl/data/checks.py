@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.loader import SampleTensors, length
-from lightning_sparse_cl.nests import Nest, is_image, layout_of_one, named, refuse_other_kind, rows
+from lightning_sparse_cl.nests import Nest, is_image, is_padded, layout_of_one, named, refuse_other_kind, rows
 
 Part = SampleTensors | Items
 """The training or test set of a task, once it is known to be one."""
@@ -52,6 +52,13 @@ def check_samples(name: str, train: Sequence[Part], test: Sequence[Part]) -> Non
             if isinstance(data, SampleTensors):
                 for key, tensor in named(data.inputs).items():
                     _refuse_not_finite(f"{name}: task {task}, {part} sample", tensor, f", {key!r}," if key else "")
+                if is_padded(data.inputs):
+                    lengths, most = data.inputs["length"], data.inputs["series"].shape[2]
+                    if (wrong := lengths[(lengths < 1) | (lengths > most)]).numel():
+                        raise ValueError(
+                            f"{name}: task {task}, {part} samples: the length {wrong[0].item()} of a series of {most} "
+                            f"steps; lengths are 1 to {most}"
+                        )
             if not images:
                 continue
             sample = f"the {part} images of task {task}", _sample(data)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.data.labels import is_number
 from lightning_sparse_cl.data.sources import Source
 from lightning_sparse_cl.data.text import HashTokenizer, Tokenizer, encoded, positive_length
 from lightning_sparse_cl.nests import Nest
@@ -50,13 +51,18 @@ class CSVSource(Source):
         positive_length(type(self).__name__, self.length)
         if self.text is not None and self.columns is not None:
             raise ValueError(f"CSVSource(text={self.text!r}, columns={list(self.columns)}): give one of them")
+        if self.columns is not None and not self.columns:
+            raise ValueError("CSVSource(columns=[]): at least one column; null takes all but the label's")
+        if self.label in (self.text, *(self.columns or [])):
+            raise ValueError(f"CSVSource(label={self.label!r}): the label is no part of a sample")
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
         return len(self.names())
 
     def names(self) -> list[str]:
-        return sorted({row[self.label] for _, row in self._rows(self.path)})
+        names = {row[self.label] for _, row in self._rows(self.path)}
+        return sorted(names, key=float) if all(map(is_number, names)) else sorted(names)
 
     def encode(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """Texts as the training's were stored."""
@@ -75,16 +81,25 @@ class CSVSource(Source):
         if self.text is not None:
             return self.encode(row[self.text] for _, row in rows), labels
         columns = self.columns or [name for name in self._rows(self.path)[0][1] if name != self.label]
+        if missing := [name for name in columns if name not in rows[0][1]]:
+            raise ValueError(f"CSVSource(test={self.test!r}): it has no column {missing[0]!r}, which {self.path!r} has")
+        if not columns:
+            raise ValueError(f"CSVSource: {self.path!r} has no column but {self.label!r}")
         return torch.tensor([[self._number(line, row, name) for name in columns] for line, row in rows]), labels
 
     def _rows(self, path: str) -> list[tuple[int, dict[str, str]]]:
         """Number of the line, and the row by names of the columns."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"CSVSource: there is no file {path!r}")
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restval="")
-            rows = [(reader.line_num, row) for row in reader]
-        there = list(reader.fieldnames or [])
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, restval="")
+                there = list(reader.fieldnames or [])
+                rows = [(reader.line_num, row) for row in reader]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"CSVSource: {path!r} is not UTF-8 text: {error.reason}") from None
+        if twice := [name for name in there if there.count(name) > 1]:
+            raise ValueError(f"CSVSource: {path!r} has the column {twice[0]!r} twice")
         texts = [] if self.text is None else [self.text]
         wanted = {"label": [self.label], "text": texts, "columns": list(self.columns or [])}
         for argument, names in wanted.items():

@@ -342,6 +342,8 @@ class TaskDataModule(pl.LightningDataModule):
         """Stored samples to network input, on their device; augmented if asked and if the data module augments."""
         if self.transform is None:
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
+        if callable(self.augment) or not isinstance(self.transform, Normalisation):
+            x = each(Tensor.clone, x)  # a callable of the user's may write into what it is given
         if augment and callable(self.augment):
             x = self.augment(x)
         if isinstance(self.transform, ImageTransform):

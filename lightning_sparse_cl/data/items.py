@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from lightning_sparse_cl.data.labels import listed_labels, whole, whole_labels
 from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.data.pictures import pixels
-from lightning_sparse_cl.nests import Nest, as_nest, each, refuse_other_kind, rows, tensors
+from lightning_sparse_cl.nests import Nest, as_nest, each, ordered, refuse_other_kind, rows, tensors
 
 
 class Items(Dataset):
@@ -114,7 +114,7 @@ class Items(Dataset):
             except Exception as error:  # the file of an image may be read only now, and be broken in any way
                 raise ValueError(f"{self.name}: cannot take the image of item {index}: {error}") from error
         if isinstance(value, Mapping):
-            return {key: self._sample(index, part) for key, part in value.items()}
+            return {key: self._sample(index, value[key]) for key in ordered(value, f"{self.name}: item {index}")}
         if isinstance(value, tuple | list) and not all(isinstance(part, int | float) for part in value):
             return tuple(self._sample(index, part) for part in value)
         if isinstance(value, np.ndarray):

@@ -27,6 +27,8 @@ def padded(series: Sequence[Any], length: int | None = None) -> dict[str, Tensor
         ValueError: if one is no series of the others' channels, is empty, or is longer than ``length``.
     """
     found = [torch.as_tensor(one, dtype=torch.float32) for one in series]
+    if not found:
+        raise ValueError("padded: a list of series is expected, got an empty one")
     for i, one in enumerate(found):
         if one.ndim != 2 or not one.numel() or len(one) != len(found[0]):
             raise ValueError(

@@ -68,12 +68,14 @@ def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisat
         return ImageTransform([0.0] * samples.shape[1], [1.0] * samples.shape[1])
     if is_padded(samples):
         steps = within(samples["length"], samples["series"])
-        values = samples["series"].float().transpose(0, 1)[:, steps.squeeze(1)]
+        values = samples["series"].transpose(0, 1)[:, steps.squeeze(1)]
     elif is_row_or_series(samples):
-        values = samples.transpose(0, 1).flatten(1).float()
+        values = samples.transpose(0, 1).flatten(1)
     else:
         return Standardisation()
-    return Standardisation(values.mean(1).tolist(), values.std(1).clamp_min(1e-3).tolist())
+    mean, std = values.double().mean(1), values.double().std(1)
+    std = std.where(std > 1e-6 * mean.abs(), 1.0)  # of what is constant, but for rounding, and of one sample
+    return Standardisation(mean.tolist(), std.tolist())
 
 
 def normaliser(

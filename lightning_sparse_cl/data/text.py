@@ -55,6 +55,8 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[str
         ValueError: if a text has no tokens, or the tokenizer gives something else.
     """
     rows = []
+    if isinstance(texts, str):
+        raise ValueError(f"texts: a list of texts is expected, got one text, {texts[:40]!r}")
     for i, text in enumerate(texts):
         found = tokenizer(text)
         found = found["input_ids"] if isinstance(found, Mapping) else found
@@ -118,7 +120,13 @@ class TextFolderSource(Source):
     def read(self, train: bool) -> tuple[dict[str, Tensor], Tensor]:
         part = Path(self.root, "train" if train else "test")
         texts, labels = [], []
-        for label, name in enumerate(self.names()):
+        names = self.names()
+        there = {path.name for path in part.iterdir() if path.is_dir()} if part.is_dir() else set()
+        if unknown := sorted(there - set(names)):
+            raise ValueError(
+                f"{self}: there are texts of the class {unknown[0]!r} in {str(part)!r}, and none for training"
+            )
+        for label, name in enumerate(names):
             files = sorted((part / name).rglob("*.txt"))
             if not files and train:
                 raise ValueError(f"{self}: the class {name!r} has no files .txt in {str(part / name)!r}")

@@ -22,6 +22,7 @@ from lightning_sparse_cl.nests import (
     in_words,
     is_image,
     moved,
+    named,
     refuse_other_kind,
     rows,
     split,
@@ -123,10 +124,18 @@ class PredictsImages(pl.LightningModule):
         """
         name, known = type(self).__name__, each(lambda tensor: tensor.new_empty(tensor.shape[1:]), self._known().layout)
         stored = as_nest(stored, name)
+        if batch_size < 1:
+            raise ValueError(f"{name}.predict_samples(batch_size={batch_size}): a batch has at least one sample")
+        counts = {key: len(tensor) if tensor.ndim else 0 for key, tensor in named(stored).items()}
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{name}: every tensor has the N samples in its first dimension, got {counts}")
+        if not any(counts.values()):
+            return []
         refuse_other_kind(f"{name}: samples", rows(stored, 0), "the training's", known)
         return self._predictions(self._prepared(batch, transform) for batch in split(stored, batch_size))
 
     def _prepared(self, stored: Nest, transform: Callable[[Nest], Nest] | None) -> Nest:
+        stored = stored if transform is None else each(Tensor.clone, stored)  # it may write into what it is given
         transform = transform or self._known().transform()
         if transform is None:
             raise ValueError(

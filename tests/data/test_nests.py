@@ -1,5 +1,6 @@
 """Samples of any kind, tensors or nests of them, through every method; and what is done to nests."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -128,7 +129,7 @@ PAIRS = [(kind, method) for kind in KINDS for method in ("DER++", "EsaCL")] + [(
 @pytest.mark.parametrize(("kind", "method"), dict.fromkeys(PAIRS))
 def test_every_method_learns_every_kind_of_sample(kind: str, method: str) -> None:
     """In its own task each is far above chance."""
-    inputs = KINDS[kind]()
+    inputs = nests.as_nest(KINDS[kind](), kind)
     data = scl.SplitTensors((inputs, LABELS), (inputs, LABELS), 2, batch_size=8)
     module, evaluation = fit(method, data, 8)
     own = evaluation.matrices["task_il"].R.diag()
@@ -171,6 +172,7 @@ def test_a_checkpoint_answers_as_its_module(kind: str, tmp_path: Any) -> None:
     x = data.prepare(data.test_sets[0].inputs, augment=False)
     assert torch.equal(loaded.eval()(x), module.eval()(x))
     found = loaded.predict_samples(data.test_sets[0].inputs)
+    assert loaded.predict_samples(nests.rows(inputs, slice(0))) == []
     assert [p.name for p in found] == [data.class_names[c] for c in module(x).argmax(1)]
     assert {p.task for p in found} <= {0, 1}
 
@@ -210,6 +212,50 @@ def test_any_callable_transforms_and_augments_batches_on_the_device() -> None:
     trainer(epochs=1).fit(scl.ContinualModule(scl.SmallCNN(4), scl.CO2L(**REPLAY)), data)
 
 
+def test_callables_that_write_into_their_batch_leave_the_memory_as_stored() -> None:
+    stored = series()
+
+    def spoil(x: dict[str, Tensor]) -> dict[str, Tensor]:
+        x["series"].fill_(7.0)
+        x["length"] = x["length"] * 0 + 1
+        return x
+
+    for way in ("augment", "transform"):
+        objective = scl.FDR(**REPLAY)
+        data = scl.SplitTensors((stored, LABELS), (stored, LABELS), 2, batch_size=8, **{way: spoil})
+        module = scl.ContinualModule(AnyBackbone(), objective)
+        trainer(epochs=1).fit(module, data)
+        held = objective.memory.contents().inputs
+        assert held["series"].abs().max() < 7 and held["length"].max() > 1
+    module.predict_samples(stored, transform=spoil)
+    assert stored["series"].abs().max() < 7
+
+
+def test_small_units_large_ones_and_constants_are_standardised() -> None:
+    noise = torch.randn(COUNT, 1, generator=random())
+    columns = [1e-5 * noise, 1e6 + 100 * noise, torch.full((COUNT, 1), 123456789.0), torch.zeros(COUNT, 1)]
+    data = scl.SplitTensors(*[(torch.cat(columns, 1), LABELS)] * 2, num_tasks=1, batch_size=8)
+    data.setup()
+    x = data.prepare(data.train_sets[0].inputs)
+    torch.testing.assert_close(x[:, :2].std(0), torch.ones(2), atol=0.02, rtol=0)
+    assert x[:, 2:].abs().max() < 1e-3 and x.isfinite().all()
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    class Turned(Pairs):
+        def __getitem__(self, index: int) -> tuple[Any, int]:
+            sample, label = super().__getitem__(index)
+            return (dict(reversed(sample.items())) if index % 2 else sample), label
+
+    one, other = Pairs(MIXED, LABELS), Turned(MIXED, LABELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data = scl.TaskDatasets([other, one], [one, other])
+        data.setup()
+    assert {tuple(d.inputs) for d in (*data.train_sets, *data.test_sets)} == {("a", "b")}
+    assert tuple(scl.SampleTensors(dict(reversed(MIXED.items())), LABELS).inputs) == ("a", "b")
+
+
 MIXED = {"a": torch.zeros(COUNT, 2), "b": torch.zeros(COUNT, 3)}
 REFUSED: list[tuple[Callable[[], scl.TaskDataModule], str]] = [
     (
@@ -229,6 +275,18 @@ REFUSED: list[tuple[Callable[[], scl.TaskDataModule], str]] = [
         r"samples\['b'\]: a tensor, an array of numbers or a number is expected, got a list",
     ),
     (lambda: scl.SplitTensors(*[({}, LABELS)] * 2, num_tasks=2), "samples: there is no tensor in it"),
+    (
+        lambda: scl.SplitTensors(*[({1: MIXED["a"], "1": MIXED["b"]}, LABELS)] * 2, num_tasks=2),
+        "samples: keys are texts without dots, got 1",
+    ),
+    (
+        lambda: scl.SplitTensors(*[({"a.b": MIXED["a"]}, LABELS)] * 2, num_tasks=2),
+        "samples: keys are texts without dots, got 'a.b'",
+    ),
+    (
+        lambda: scl.SplitTensors(*[(series() | {"length": 1 + LABELS * 4}, LABELS)] * 2, num_tasks=2),
+        "task 1, training samples: the length 9 of a series of 7 steps; lengths are 1 to 7",
+    ),
     (
         lambda: of_items(MIXED | {"b": torch.full((COUNT, 3), torch.nan)}),
         r"TaskDatasets\(train\[0\]\): the sample of item 0 has values that are NaN or infinite",
@@ -303,7 +361,7 @@ def test_the_vowels_are_those_of_their_archive() -> None:
 @pytest.mark.parametrize("backbone", [scl.SeriesCNN(4), scl.SeriesGRU(4)], ids=["CNN", "GRU"])
 def test_features_of_a_padded_series_are_those_of_the_series(backbone: nn.Module) -> None:
     one, longer = torch.randn(2, 3, 9), torch.zeros(2, 3, 12)
-    longer[..., :9] = one
+    longer[..., :9], longer[..., 9:] = one, 100.0
     backbone(one)
     backbone.eval()
     padded = {"series": longer, "length": torch.tensor([9, 9])}

@@ -133,6 +133,11 @@ def changed(path: str, old: str, new: str) -> str:
     return path
 
 
+def empty(path: str, contents: bytes = b"") -> str:
+    Path(path).write_bytes(contents)
+    return path
+
+
 REFUSED: list[tuple[Callable[[str, str], Any], str]] = [
     (lambda t, n: scl.SplitCSV(t + "x", 2), "CSVSource: there is no file "),
     (lambda t, n: scl.SplitCSV(t, 2), r"CSVSource\(label='label'\): .* has no such column; it has topic, text"),
@@ -145,6 +150,14 @@ REFUSED: list[tuple[Callable[[str, str], Any], str]] = [
     (lambda t, n: split(t, length=0), r"CSVSource\(length=0\): tokens that are kept of each text, at least 1"),
     (lambda t, n: split(t, tokenizer=str.split), "tokenizer: a list of integers from 0 on is expected"),
     (lambda t, n: split(t, tokenizer=lambda text: []), "text 0, '.*', has no tokens"),
+    (lambda t, n: split(t, text="topic"), r"CSVSource\(label='topic'\): the label is no part of a sample"),
+    (lambda t, n: scl.SplitCSV(n, 2, columns=[]), r"CSVSource\(columns=\[\]\): at least one column"),
+    (lambda t, n: scl.SplitCSV(changed(n, "a,b", "a,a"), 2), "has the column 'a' twice"),
+    (lambda t, n: scl.SplitCSV(n, 2, test=empty(t, b"label,a,c\nkind 0,1,2\n")), "it has no column 'b', which"),
+    (lambda t, n: scl.SplitCSV(empty(n), 2), r"CSVSource\(label='label'\): .* has no such column; it has $"),
+    (lambda t, n: scl.SplitCSV(empty(n, b"label,a\n\xff\xfe,1"), 2), "is not UTF-8 text"),
+    (lambda t, n: split(t).source.encode("one text"), "texts: a list of texts is expected, got one text, 'one text'"),
+    (lambda t, n: scl.padded([]), "padded: a list of series is expected, got an empty one"),
     (lambda t, n: scl.HashTokenizer(1), r"HashTokenizer\(vocabulary=1\)"),
     (lambda t, n: scl.SplitTextFolder(t, 2), "there is no folder '.*topics.csv/train'/<class>"),
     (lambda t, n: backbone(heads=3), r"TextTransformer\(width=32, heads=3\): heads divide the width"),
