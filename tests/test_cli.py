@@ -256,3 +256,26 @@ def test_a_fault_that_is_not_the_users_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("lightning_sparse_cl.__main__.main", lambda: {}["a bug"])
     with pytest.raises(KeyError):
         run()
+
+
+def test_torchvisions_transforms_in_a_configuration(tmp_path):
+    """``torch.float32`` is nothing that YAML knows."""
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "seed_everything: 0\n"
+        "model: {class_path: ContinualModule, init_args: {backbone: {class_path: SmallCNN, init_args: {width: 2}}}}\n"
+        "data:\n"
+        "  class_path: SplitDigits\n"
+        "  init_args:\n"
+        "    batch_size: 64\n"
+        "    transform: {class_path: torchvision.transforms.v2.ToDtype, "
+        "init_args: {dtype: torch.float32, scale: true}}\n"
+        "    augment: {class_path: torchvision.transforms.v2.RandomHorizontalFlip}\n"
+        "schedule: {epochs: 1}\n"
+    )
+    options = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", f"--checkpoint.dirpath={tmp_path}"]
+    cli = main(["fit", "-c", str(path), *options])
+    data = cli.datamodule
+    assert torch.equal(data.prepare(data.train_sets[0].inputs, augment=False), data.train_sets[0].inputs / 255)
+    resumed = main(["fit", "-c", str(path), *options, "--ckpt_path=last"])
+    assert resumed.trainer.global_step == cli.trainer.global_step > 0

@@ -29,6 +29,13 @@ OF_TRAINER = (
 """What of the Trainer changes the training."""
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes what YAML does not know, such as ``torch.float32``, as text."""
+
+
+_Plain.add_representer(None, lambda dumper, value: dumper.represent_str(str(value)))
+
+
 class _Run(NamedTuple):
     """A checkpoint that was found."""
 
@@ -40,7 +47,8 @@ class _Run(NamedTuple):
 
 def plain(config: Namespace) -> dict[str, Any]:
     """What a run is, out of its configuration, as a tree of primitives."""
-    found = yaml.safe_load(yaml.safe_dump(Namespace(**{key: config.get(key) for key in PARTS}).as_dict()))
+    parts = Namespace(**{key: config.get(key) for key in PARTS}).as_dict()
+    found = yaml.safe_load(yaml.dump(parts, Dumper=_Plain))
     return found | {"trainer": {key: (found["trainer"] or {}).get(key) for key in OF_TRAINER}}
 
 
