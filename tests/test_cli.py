@@ -276,6 +276,7 @@ def test_torchvisions_transforms_in_a_configuration(tmp_path):
     options = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", f"--checkpoint.dirpath={tmp_path}"]
     cli = main(["fit", "-c", str(path), *options])
     data = cli.datamodule
-    assert torch.equal(data.prepare(data.train_sets[0].inputs, augment=False), data.train_sets[0].inputs / 255)
+    images = data.train_sets[0].inputs
+    torch.testing.assert_close(data.prepare(images, augment=False), images / 255)
     resumed = main(["fit", "-c", str(path), *options, "--ckpt_path=last"])
     assert resumed.trainer.global_step == cli.trainer.global_step > 0
