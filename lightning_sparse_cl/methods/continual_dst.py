@@ -37,7 +37,7 @@ class ContinualDST(IsolatingModule):
     29.6 against 24.1; one seed).
 
     Args:
-        backbone: images (B, C, H, W) to features (B, D).
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         objective: if None, cross-entropy among the task's classes.
         growth: drop and growth, with sparsity and initialisation. If None, gradient growth from a uniform start at
             sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.

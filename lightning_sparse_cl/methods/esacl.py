@@ -40,7 +40,7 @@ class EsaCL(ContinualModule):
     without SSE or ERE ``sse=1`` or ``ere=1``.
 
     Args:
-        backbone: images (B, C, H, W) to features (B, D).
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars, the paper's main variant.
         sparsity: fraction S of the weights of every pruned layer that each task's pruning removes, in [0, 1).
         freeze: how lines 11-12 are read, for "freeze the pruned parameters" contradicts the paper's own capacity
@@ -54,8 +54,9 @@ class EsaCL(ContinualModule):
 
             Measured side by side on Split Digits (``benchmarks/esacl_choices.py``) the three lie within the seeds'
             spread at S = 80 % and 95 %, but A ends with 67 % and 23 % of the weights in use. On natural images B and A
-            forget less, as Frank-Wolfe steps contract whatever is not frozen (``benchmarks/esacl_cifar10.py``). C is
-            the default: it holds the sparsity for any number of tasks, which need not be known in advance.
+            were better on single seeds, as Frank-Wolfe steps contract whatever is not frozen; that is not decided
+            (``benchmarks/esacl_cifar10.py``). C is the default: it holds the sparsity for any number of tasks, which
+            need not be known in advance.
 
         update: if None, SAM with rho = 0.05.
         optimizer: if None, stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are

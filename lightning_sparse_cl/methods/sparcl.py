@@ -28,7 +28,7 @@ class SparCL(ContinualModule):
     ``sparsity=0``. (In other modules they are left out of the list of callbacks.)
 
     Args:
-        backbone: images (B, C, H, W) to features (B, D).
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars.
         masking: TDM. If None, the paper's at sparsity 0.75.
         removal: DDR. If None, the paper's, 30 % in four stages of five epochs.

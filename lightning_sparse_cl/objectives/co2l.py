@@ -20,7 +20,7 @@ from lightning_sparse_cl.objectives.teacher import Teacher
 class CO2L(LooksBack, Replay):
     """Contrastive features that keep their relations, and a linear classifier fitted at each task's end.
 
-    With z projected features of length one, of two views of each image of the batch and of exemplars::
+    With z projected features of length one, of two views of each sample of the batch and of exemplars::
 
         L_asym = - 1/|S| sum_{i in S} 1/|P(i)| sum_{p in P(i)} log softmax_{k != i}(z_i z_k / tau)_p      (eq 3)
         L_IRD  = - 1/N sum_i sum_{j != i} softmax_j(z*_i z*_j / kappa*) log softmax_j(z_i z_j / kappa)    (eqs 4-6)

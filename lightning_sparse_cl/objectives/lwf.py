@@ -14,11 +14,11 @@ from lightning_sparse_cl.objectives.teacher import Teacher
 
 
 class LwF(LooksBack, CrossEntropy):
-    """On new images, keep the answers that the network gave for old classes::
+    """On new samples, keep the answers that the network gave for old classes::
 
         L = CE(x, y) + alpha * CE(softmax(teacher(x) / T), softmax(model(x) / T)),  both among the old classes
 
-    The teacher is the network at the last task's end. It sees the same augmented images as the network, at the cost of
+    The teacher is the network at the last task's end. It sees the same augmented samples as the network, at the cost of
     a forward pass. (The released code records its logits once a task, on images that are not normalised, and compares
     them with those of augmented ones.)
 

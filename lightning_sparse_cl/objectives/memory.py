@@ -91,7 +91,7 @@ class ExemplarMemory(nn.Module):
 class ReservoirMemory(ExemplarMemory):
     """A uniform sample of all samples ever presented.
 
-    Every presentation counts, so that over several epochs the memory may hold an image more than once, as in the
+    Every presentation counts, so that over several epochs the memory may hold a sample more than once, as in the
     released DER++ code. What is inserted depends on ``seed`` and on the number of samples seen only, not on a global
     generator: the memory is the same on every process that sees the same samples, and on a resumed run.
     """

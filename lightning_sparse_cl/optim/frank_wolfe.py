@@ -23,8 +23,9 @@ class StochasticFrankWolfe(Optimizer):
     * Algorithm 1, line 9 lost a minus sign; eq 3.12, ``v - theta``, is used.
     * ``momentum=None`` is eq 3.15 as printed, m <- m + g: a running sum. It is by far the most prunable
       (``benchmarks/esacl_choices.py``), because the set of the K largest |m| becomes nearly constant. A float is the
-      exponential average of the Frank-Wolfe code bases, m <- beta*m + (1 - beta)*g. The learning rate alpha of
-      eq 3.15 is left out: the LMO is invariant to the scale of m. Reset the state at task starts
+      exponential average of the Frank-Wolfe code bases, m <- beta*m + (1 - beta)*g; where a mask holds already, and
+      nothing is pruned afterwards, it is the more accurate with small steps (``benchmarks/esacl_cifar10.py``). The
+      learning rate alpha of eq 3.15 is left out: the LMO is invariant to the scale of m. Reset the state at task starts
       (``optimizer.state.clear()``).
     * Radius r = tau * ||W||_2 / sqrt(K) with the norm of the weight at *initialisation*. It is kept in the parameter
       groups, so that it is checkpointed and survives a reset of the state.
