@@ -74,7 +74,7 @@ def similar(config):
     same = [e for e in EXPERIMENTS if e.parent.name != "split_digits" and e.stem == method]
     if config.parent.name == "split_japanese_vowels":
         return method not in ("esacl", "continual_dst")
-    if method.endswith(("_co2l", "_ewc")):
+    if method.endswith(("_co2l", "_ewc")) or (config.parent.name != "split_digits" and method in ("lamaml", "co2l")):
         return True
     return config.parent.name != "split_digits" and config not in same[:1]
 
