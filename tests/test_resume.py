@@ -150,7 +150,7 @@ def points(ends, seed):
     }
 
 
-IN_CI = ["inside an epoch", "between pruning and measuring", "a checkpoint's write", "its first batch"]
+IN_CI = ["inside an epoch", "between pruning and measuring", "a checkpoint's write"]
 ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measurement", "its first batch"]
 
 
