@@ -246,7 +246,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         return {"loss": value, "logits": whole["logits"]}
 
     def _terms(self, x: Nest, y: Tensor, replay: Any, replayed: int) -> Outputs:
-        """The losses of one pass. ``objective.replayed`` tells those who count passes how many exemplars are in it."""
+        """The losses of one pass. FlopsCounter reads ``objective.replayed``, the number of exemplars in it."""
         self.objective.replayed = 0 if replay is None else replayed
         try:
             return self.objective(self, x, y, replay)
