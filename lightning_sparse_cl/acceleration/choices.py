@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.acceleration.layer import Layer
+from lightning_sparse_cl.acceleration.rows import images_as_rows, rows_as_images
 from lightning_sparse_cl.kernels.functions import Convolution
-from lightning_sparse_cl.kernels.layout import Blocked, Grid
+from lightning_sparse_cl.kernels.layout import Blocked
 
 MOST = 32  # images that are measured with: with more, both take longer in the same way
 
@@ -34,11 +35,14 @@ class Choices:
         """Whether to use the kernels for a layer and its input, forward and, where gradients are taken, backward."""
         if not self.measure:
             return True
+        if isinstance(layer.module, nn.Linear):
+            assert isinstance(x, Tensor), "rows are never blocked"
+            x = rows_as_images(x)
         grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
         shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
         if (shape, grads, threads) in layer.chosen:
             return layer.chosen[shape, grads, threads]
-        images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *(*x.shape[2:], 1, 1)[:2])
+        images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *x.shape[2:])
         images = min(MOST, 1 << (images - 1).bit_length())  # an epoch's last batch may have any size
         about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
         key = f"{about} {threads}"
@@ -68,24 +72,32 @@ def _pixels(x: Blocked) -> tuple[int, int]:
 
 
 def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
-    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here."""
+    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here.
+
+    Args:
+        layer: which.
+        x: its input; of a linear layer, rows as images.
+        grads: whether to measure the way back, too.
+    """
     if isinstance(x, Blocked):
         grid = x.grid._replace(images=min(MOST, x.grid.images))
         x = Blocked(x.data[: grid.groups], grid)
     else:
         x = x[:MOST]
     linear = isinstance(layer.module, nn.Linear)
-    grid = x.grid if isinstance(x, Blocked) else Grid(len(x)) if linear else layer.grid(x)
-    first = x if isinstance(x, Blocked) else Blocked(grid.block(x[:, :, None, None] if linear else x), grid)
+    grid = x.grid if isinstance(x, Blocked) else layer.grid(x)
+    first = x if isinstance(x, Blocked) else Blocked(grid.block(x), grid)
+    if linear and isinstance(x, Tensor):
+        x = x.permute(0, 2, 3, 1).flatten(0, 2)
     pattern = layer.pattern_for(first)
     values, weight = (t.detach().requires_grad_(grads) for t in (pattern.gather(layer.weight), layer.weight))
     there = (x.data if isinstance(x, Blocked) else x).detach().clone().requires_grad_(grads)
 
     def sparse() -> Tensor:
-        given = there[:, :, None, None] if linear else there
+        given = rows_as_images(there) if linear else there
         given = given if isinstance(x, Blocked) else grid.block(given)
         y = Convolution.apply(given, values, None, pattern, grid)
-        return grid.unblock(y).flatten(1) if linear else y
+        return images_as_rows(grid.unblock(y), there.shape) if linear else y
 
     def dense() -> Tensor:
         given = grid.unblock(there) if isinstance(x, Blocked) else there

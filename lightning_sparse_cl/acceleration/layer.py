@@ -65,12 +65,12 @@ class Layer:
         """Whether this is an input that the kernels compute: others are left to torch, and to its errors."""
         data = x.data if isinstance(x, Blocked) else x
         linear = isinstance(self.module, nn.Linear)
-        if not isinstance(x, Blocked) and (data.dtype != torch.float32 or data.ndim != (2 if linear else 4)):
-            return False
-        if data.shape[1] != self.weight.shape[1] or data.numel() == 0:
+        if data.dtype != torch.float32 or data.numel() == 0:
             return False
         if linear:
-            return not isinstance(x, Blocked)
+            return not isinstance(x, Blocked) and data.ndim > 1 and data.shape[-1] == self.weight.shape[1]
+        if (not isinstance(x, Blocked) and data.ndim != 4) or data.shape[1] != self.weight.shape[1]:
+            return False
         h, w = (n * p for n, p in zip(data.shape[2:4], x.grid[1:])) if isinstance(x, Blocked) else data.shape[2:]
         return min(h, w) + 2 * self.geometry.padding >= self.weight.shape[2]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lightning_sparse_cl.acceleration.choices import Choices
 from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.acceleration.pooling import is_mean, keeps_pixels, window_of
+from lightning_sparse_cl.acceleration.rows import images_as_rows, rows_as_images
 from lightning_sparse_cl.acceleration.steps import Step, fuse, is_relu, is_sum, moves
 from lightning_sparse_cl.kernels.functions import Convolution, Norm
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
@@ -63,10 +64,11 @@ class Program:
         if norm is not None and not moves(norm):  # any more: an average of weights is about to count batches
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
+        rows = plain(given).shape if layer is not None and isinstance(layer.module, nn.Linear) else None
         pattern = None if layer is None else layer.pattern_for(x)
         shape = data.shape if pattern is None else pattern.out_shape(data, grid)
         if step.add is not None:
-            add = _like(values[step.add], shape, grid)
+            add = _like(values[step.add] if rows is None else _as_images(values[step.add], rows), shape, grid)
             if add is None:  # something that is broadcast
                 return self._as_it_is(step, values)
         batch = norm is not None and norm.training
@@ -76,7 +78,7 @@ class Program:
             if not batch and not torch.is_grad_enabled():
                 weights, bias = layer.folded(pattern, norm)
                 data = pattern.forward(data.contiguous(), weights, grid, bias, add, step.relu)
-                return self._shaped(step, data, grid)
+                return _shaped(data, grid, rows)
             data = Convolution.apply(data, layer.values(pattern), layer.bias, pattern, grid)
         if norm is not None and batch:
             running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
@@ -90,7 +92,7 @@ class Program:
             flat = F.batch_norm(flat, *about)
             data = flat.unflatten(2, (data.shape[4], *data.shape[2:4])).permute(0, 1, 3, 4, 2)
         data = data if add is None else data + add
-        return self._shaped(step, F.relu(data) if step.relu else data, grid)
+        return _shaped(F.relu(data) if step.relu else data, grid, rows)
 
     def _taken(self, step: Step, given: Blocked | Tensor) -> Blocked | None:
         """The input of a step in blocks, or None if torch computes the step."""
@@ -105,18 +107,13 @@ class Program:
             return None
         return self._blocked(given, layer)
 
-    def _shaped(self, step: Step, data: Tensor, grid: Grid) -> Blocked | Tensor:
-        linear = step.layer is not None and isinstance(step.layer.module, nn.Linear)
-        return grid.unblock(data).flatten(1) if linear else Blocked(data, grid)
-
     def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
         """In a grid whose parts the layer keeps whole."""
         if isinstance(x, Blocked):
             parts = [n % layer.geometry.stride == 0 for n in x.data.shape[2:4]]
             if x.grid[1:] == (1, 1) or (layer.keeps_size and all(parts)):
                 return x
-        images: Tensor = plain(x)
-        images = images[:, :, None, None] if images.ndim == 2 else images
+        images: Tensor = rows_as_images(plain(x)) if isinstance(layer.module, nn.Linear) else plain(x)
         grid = layer.grid(images)
         return Blocked(grid.block(images), grid)
 
@@ -176,6 +173,16 @@ class Program:
 def plain(value: Any) -> Any:
     """A tensor as torch has it."""
     return value.plain() if isinstance(value, Blocked) else value
+
+
+def _shaped(data: Tensor, grid: Grid, rows: Sequence[int] | None) -> Blocked | Tensor:
+    """What a layer gives: of a linear one, whose input has the shape ``rows``, rows."""
+    return Blocked(data, grid) if rows is None else images_as_rows(grid.unblock(data), rows)
+
+
+def _as_images(value: Blocked | Tensor, rows: Sequence[int]) -> Blocked | Tensor:
+    """What is added to the rows of a linear layer, laid as they are, if there are as many."""
+    return rows_as_images(value) if isinstance(value, Tensor) and value.shape[:-1] == rows[:-1] else value
 
 
 def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | None:

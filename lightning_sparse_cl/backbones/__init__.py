@@ -1,6 +1,7 @@
 """Networks that map samples to features; the head is added by the method. Input channels come from the data."""
 
 from lightning_sparse_cl.backbones.mobilenet import SmallImageMobileNetV2
+from lightning_sparse_cl.backbones.pretrained import Timm, Transformers
 from lightning_sparse_cl.backbones.resnet import ResNet18
 from lightning_sparse_cl.backbones.series import SeriesCNN, SeriesGRU
 from lightning_sparse_cl.backbones.small import SmallCNN, SmallMLP
@@ -17,4 +18,6 @@ __all__ = [
     "SmallImageMobileNetV2",
     "SmallMLP",
     "TextTransformer",
+    "Timm",
+    "Transformers",
 ]

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class PixelHead(nn.Linear):
+    """A linear layer for each pixel: features (B, D, H, W) to logits (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 @torch.no_grad()
 def draw_head(head: nn.Linear, seed: int, classes: Iterable[int] | None = None) -> None:
     """Draw a layer that maps features (B, D) to logits (B, num_classes), class by class.

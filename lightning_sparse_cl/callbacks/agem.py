@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
@@ -59,7 +58,7 @@ class AGEM(TaskCallback):
         data = task_data(trainer, self)
         self.memory.room_for(data.num_tasks, self)
         self.memory = BalancedMemory(self.memory.size, by="task")
-        self.memory.build(data.layout, None, 0)
+        self.memory.build(data.layout, None, 0, data.labels)
         if self._loaded is not None:
             if (found := len(self._loaded["labels"])) != self.memory.size:
                 raise ValueError(
@@ -79,8 +78,9 @@ class AGEM(TaskCallback):
         """g_ref: mean over exemplars and processes, of each of ``params``."""
         drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
-            logits = logits_of(pl_module(task_data(trainer).prepare(drawn.inputs)), pl_module)
-            loss = F.cross_entropy(logits.float(), drawn.labels)
+            data = task_data(trainer)
+            logits = logits_of(pl_module(data.prepare(drawn.inputs)), pl_module, data.labels.ndim == 3)
+            loss = data.target.loss(logits.float(), data.target.for_loss(drawn.labels)).mean()
         with Enforcement.of(pl_module).unrecorded():
             grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
         if trainer.world_size > 1:

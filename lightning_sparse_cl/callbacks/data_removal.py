@@ -16,6 +16,7 @@ from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
 from lightning_sparse_cl.data.loader import length
+from lightning_sparse_cl.data.targets import KINDS
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
@@ -27,15 +28,10 @@ def _gradient(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.softmax(1) - F.one_hot(y, logits.shape[1])).norm(dim=1)
 
 
-def _loss(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits, y, reduction="none")
-
-
 DIFFICULTY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "misclassification": _wrong,
     "forgetting": _wrong,
     "gradient": _gradient,
-    "loss": _loss,
 }
 
 
@@ -56,11 +52,11 @@ class DynamicDataRemoval(TaskCallback):
     * ``"gradient"``: norm of the loss's gradient with respect to the logits (DDR-GSS in Table A4, which does not say
       how; GSS itself compares the directions of gradients, which the paper's remark on redundancy does not need);
     * ``"loss"``: its loss (DDR-LARS in Table A4): what ``training_step`` returns under ``per_sample``, (B,), if it
-      does; otherwise its cross-entropy.
+      does; otherwise that of its target, for classes cross-entropy.
 
     Works with any LightningModule on a :class:`TaskDataModule`. If ``training_step`` returns ``logits`` (B, C) of the
-    batch they are used, else the batch goes forward once more, without gradient. Where labels are no classes, only the
-    module's own ``per_sample`` loss can tell.
+    batch they are used, else the batch goes forward once more, without gradient. Where labels are no classes, only
+    ``by="loss"`` can tell.
 
     Args:
         fraction: rho, the fraction of each task's samples that is removed in all, in [0, 1).
@@ -70,7 +66,7 @@ class DynamicDataRemoval(TaskCallback):
         one_shot: remove all at once after stage ``cutoff``, as the comparison in Fig 3.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or labels are no classes and it is not by their loss.
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
@@ -89,8 +85,8 @@ class DynamicDataRemoval(TaskCallback):
             raise ValueError(f"{name}(cutoff={cutoff}): the last stage that removes samples, at least 1")
         if interval < 1:
             raise ValueError(f"{name}(interval={interval}): epochs of a stage, at least 1")
-        if by not in DIFFICULTY:
-            raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(DIFFICULTY)}")
+        if by not in (ways := [*DIFFICULTY, "loss"]):
+            raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(ways)}")
         self.fraction, self.cutoff, self.interval, self.by, self.one_shot = fraction, cutoff, interval, by, one_shot
         self._stage: dict[str, Tensor] = {}
 
@@ -101,6 +97,10 @@ class DynamicDataRemoval(TaskCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, name = task_data(trainer, self), type(self).__name__
+        if self.by != "loss" and data.target is not KINDS["classes"]:
+            raise ValueError(
+                f"{name}(by={self.by!r}): labels of the kind {data.target.kind!r} are no classes; take by='loss'"
+            )
         schedule = first_callback(trainer, TaskSchedule)
         further = range(0 if data.learnt is None else len(data.learnt.classes), data.num_tasks)
         for task in further if self.fraction and not parts_of(trainer).fast_dev_run else ():
@@ -148,16 +148,19 @@ class DynamicDataRemoval(TaskCallback):
         x, y = batch
         if self.by == "loss" and "per_sample" in outputs:
             return outputs["per_sample"].detach().float()
-        if y.ndim != 1 or y.is_floating_point():
+        data = task_data(trainer)
+        if y.ndim != data.labels.ndim or y.is_floating_point() != data.labels.is_floating_point():
             raise ValueError(
                 f"{type(self).__name__}(by={self.by!r}): labels of shape {tuple(y.shape)} and {y.dtype} are no "
-                "classes; return each sample's loss (B,) from training_step under 'per_sample', and take by='loss'"
+                f"{data.target.kind}, as those of the data; return each sample's loss (B,) from training_step under "
+                "'per_sample', and take by='loss'"
             )
+        difficulty = DIFFICULTY.get(self.by, data.target.loss)
         if "logits" in outputs:
-            return DIFFICULTY[self.by](outputs["logits"].float(), y)
+            return difficulty(outputs["logits"].float(), y)
         apart = Enforcement.of(pl_module).scoring()
         with apart, batch_norm_still(pl_module), trainer.precision_plugin.forward_context():
-            return DIFFICULTY[self.by](logits_of(pl_module(x), pl_module).float(), y)
+            return difficulty(logits_of(pl_module(x), pl_module, y.ndim == 3).float(), y)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at, data = position(trainer), task_data(trainer)

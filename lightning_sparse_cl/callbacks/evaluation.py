@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -74,15 +75,15 @@ class ContinualEvaluation(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = _data(trainer)
         self._kept = KeptAnswers()
-        data.tested = None
+        data.tested, measure = None, partial(data.target.measure, data.num_classes)
         if stage == "fit":
             self._loaded, self.held_out = None, []
             names = [*self.scenarios, *(f"{s}_before" for s in self.scenarios if self.before_pruning)]
-            self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes)) for name in names}
+            self.matrices = {name: AccuracyMatrix(data.num_tasks, len(data.classes), measure) for name in names}
         else:
             if self.tasks is not None and stage in ("test", "validate"):
                 data.tested = _chosen(self.tasks, data)
-            self.tested = {name: AccuracyMatrix(1, len(data.classes)) for name in self.scenarios}
+            self.tested = {name: AccuracyMatrix(1, len(data.classes), measure) for name in self.scenarios}
         self._live = torch.zeros(len(data.classes), data.num_classes, dtype=torch.bool)
         for task, labels in enumerate(data.classes):
             self._live[task, labels] = True
@@ -122,14 +123,14 @@ class ContinualEvaluation(pl.Callback):
                 for task, loader in enumerate(data.test_dataloader()):
                     for x, y in loader:
                         x = data.prepare(moved(x, pl_module.device), augment=False)
-                        self._count(pl_module, x, y.to(pl_module.device), task, matrices)
+                        self._count(data, pl_module, x, y.to(pl_module.device), task, matrices)
         pl_module.train(was_training)
         for matrix in matrices.values():
             matrix.close_row(row)
 
     def _count(
-        self, pl_module: pl.LightningModule, x: Nest, y: Tensor, task: int, matrices: Mapping[str, AccuracyMatrix],
-        logits: Tensor | None = None,
+        self, data: TaskDataModule, pl_module: pl.LightningModule, x: Nest, y: Tensor, task: int,
+        matrices: Mapping[str, AccuracyMatrix], logits: Tensor | None = None,
     ) -> None:  # fmt: skip
         learnt, live = Subnetworks.of(pl_module), self._live[task].to(y.device)
         if len(learnt):
@@ -137,11 +138,11 @@ class ContinualEvaluation(pl.Callback):
             known = learnt.combined(x, answers, task)
             logits = learnt.combined(x, answers) if "class_il" in self.scenarios else known
         else:
-            known = logits = logits_of(pl_module(x), pl_module) if logits is None else logits
+            known = logits = logits_of(pl_module(x), pl_module, y.ndim == 3) if logits is None else logits
         known, logits = (of_classes(part, live.numel(), pl_module) for part in (known, logits))
         for scenario, matrix in matrices.items():
             of_task = scenario.startswith("task_il")
-            scores = known.masked_fill(~live, -torch.inf) if of_task else logits
+            scores = data.target.among(known, live) if of_task else logits
             matrix.to(y.device).update(scores, y, task)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -155,7 +156,8 @@ class ContinualEvaluation(pl.Callback):
     ) -> None:  # fmt: skip
         x, y = batch
         logits = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else None
-        self._count(pl_module, x, y, _data(trainer).tasks_tested[dataloader_idx], self.tested, logits)
+        data = _data(trainer)
+        self._count(data, pl_module, x, y, data.tasks_tested[dataloader_idx], self.tested, logits)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for scenario in self.scenarios:
@@ -214,7 +216,9 @@ def _chosen(tasks: list[str | int], data: TaskDataModule) -> list[int]:
 
 
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:
-    """Accuracy of the running task on its held-out samples, over all processes, among the task's classes.
+    """Accuracy, or the target's metric, of the running task on its held-out samples, among the task's classes.
+
+    It is of the samples of all processes.
 
     Args:
         trainer: the trainer, in ``fit``.
@@ -222,15 +226,13 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
         logits: maps a batch to logits (B, num_classes), or to what holds them.
     """
     data, was_training = _data(trainer), pl_module.training
-    live, right = data.live().to(pl_module.device), torch.zeros(2, device=pl_module.device, dtype=torch.long)
+    live = data.live().to(pl_module.device)
+    figure = AccuracyMatrix(1, 1, partial(data.target.measure, data.num_classes)).to(pl_module.device)
     pl_module.eval()
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         for x, y in data.val_dataloader()[0]:
             x, y = data.prepare(moved(x, pl_module.device), augment=False), y.to(pl_module.device)
-            known = of_classes(logits_of(logits(x), pl_module), live.numel(), pl_module)
-            hits = known.masked_fill(~live, -torch.inf).argmax(1) == y
-            right += torch.stack([hits.sum(), torch.full_like(hits.sum(), len(y))])
+            known = of_classes(logits_of(logits(x), pl_module, y.ndim == 3), live.numel(), pl_module)
+            figure.update(data.target.among(known, live), y, 0)
     pl_module.train(was_training)
-    if trainer.world_size > 1:
-        torch.distributed.all_reduce(right)
-    return float(right[0] / right[1])
+    return float(figure.close_row(0))

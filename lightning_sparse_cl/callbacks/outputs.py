@@ -8,28 +8,35 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def logits_of(output: Any, module: nn.Module) -> Tensor:
+def logits_of(output: Any, module: nn.Module, maps: bool = False) -> Tensor:
     """The logits (B, C) in what ``module`` returned.
 
-    They are the output itself, its entry or attribute ``logits``, the only tensor of a dict, or the first tensor of a
-    tuple.
+    They are the output itself, its entry or attribute ``logits`` or ``out``, the only tensor of a dict, or the first
+    tensor of a tuple.
+
+    Args:
+        output: what was returned.
+        module: for errors.
+        maps: logits are (B, C, H, W).
 
     Raises:
-        TypeError: if there are none, or they are not of shape (B, C).
+        TypeError: if there are none, or they are not of that shape.
     """
+    shape = "(B, C, H, W)" if maps else "(B, C)"
     if isinstance(output, Mapping):
         tensors = [value for value in output.values() if isinstance(value, Tensor)]
-        found = output["logits"] if "logits" in output else tensors[0] if len(tensors) == 1 else None
+        name = next((name for name in ("logits", "out") if name in output), None)  # out: torchvision's segmentation
+        found = output[name] if name is not None else tensors[0] if len(tensors) == 1 else None
     elif hasattr(output, "logits"):
         found = output.logits
     elif isinstance(output, tuple | list):
         found = next((value for value in output if isinstance(value, Tensor)), None)
     else:
         found = output
-    if isinstance(found, Tensor) and found.ndim == 2:
+    if isinstance(found, Tensor) and found.ndim == (4 if maps else 2):
         return found
     raise TypeError(
-        f"{type(module).__name__}: its forward must give logits (B, C), alone, as `logits` or first in a tuple; it "
+        f"{type(module).__name__}: its forward must give logits {shape}, alone, as `logits` or first in a tuple; it "
         f"returned {_described(output if found is None else found)}"
     )
 
@@ -43,7 +50,7 @@ def _described(output: Any) -> str:
 
 
 def of_classes(logits: Tensor, classes: int, module: nn.Module) -> Tensor:
-    """The logits (B, classes) of the data's classes, without what a larger head of ``module`` has beyond them.
+    """The logits (B, classes, ...) of the data's classes, without what a larger head of ``module`` has beyond them.
 
     Raises:
         ValueError: if there are fewer logits than classes.

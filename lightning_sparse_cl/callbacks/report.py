@@ -63,7 +63,8 @@ class RunReport(TaskCallback):
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
     ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds``
-    (of training and evaluation, pauses left out), ``class_names``, ``classes`` (the names of each task's classes),
+    (of training and evaluation, pauses left out), ``figure`` (what is measured on each task: accuracy, or mAP, R² or
+    mIoU where labels are of another kind), ``class_names``, ``classes`` (the names of each task's classes),
     ``seed``, ``versions``, ``machine``, ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``
@@ -179,7 +180,8 @@ class RunReport(TaskCallback):
     @rank_zero_only
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         figures = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        print_tested(figures, classes=_classes(trainer).get("classes", ()))
+        known = _classes(trainer)
+        print_tested(figures, classes=known.get("classes", ()), figure=known.get("figure", "accuracy"))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "validate":
@@ -216,11 +218,16 @@ class RunReport(TaskCallback):
 
 
 def _classes(trainer: pl.Trainer) -> dict[str, Any]:
-    """Names of the data's classes, and of those that each task has; nothing if the data have no tasks."""
+    """Names of the data's classes, and of those that each task has, and what is measured; nothing without tasks."""
     data = parts_of(trainer).datamodule
     if not isinstance(data, TaskDataModule):
         return {}
-    return {"class_names": list(data.class_names), "classes": data.description().names_of_tasks()}
+    described = data.description()
+    return {
+        "figure": data.target.figure,
+        "class_names": list(data.class_names),
+        "classes": described.names_of_tasks(),
+    }
 
 
 def _state(trainer: pl.Trainer, finished: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
+from lightning_sparse_cl.data.targets import KINDS
 from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.sharing import sharing
@@ -80,6 +81,11 @@ class TaskSubnetworks(Sparsifier):
         super().on_fit_start(trainer, pl_module)
         self.subnetworks = Subnetworks.of(pl_module)
         data = task_data(trainer, self)
+        if data.target is not KINDS["classes"]:
+            raise ValueError(
+                f"{type(self).__name__}: a class is told by the subnetwork of its task, and the data have labels of "
+                f"the kind {data.target.kind!r}; it takes 'classes'"
+            )
         objective = getattr(pl_module, "objective", None)
         if isinstance(objective, Objective) and not objective.trains_head:
             raise ValueError(

@@ -30,15 +30,16 @@ def print_report(metrics: Mapping[str, Any], console: Console | None = None, is_
         is_written: whether there is a file to point to.
     """
     console = console or Console()
-    scenarios = [s for s in SCENARIOS if s in metrics]
+    scenarios, figure = [s for s in SCENARIOS if s in metrics], metrics.get("figure", "accuracy")
     for scenario in scenarios:
-        _print_matrix(TITLES[scenario], metrics[scenario], console, is_written)
+        _print_matrix(f"{TITLES[scenario]} {figure}", metrics[scenario], console, is_written)
     if scenarios:
         summary = _table("", *(TITLES[s] for s in scenarios))
-        for key, name in {"acc": "ACC", "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}.items():
+        mean = "ACC" if figure == "accuracy" else f"mean {figure}"
+        for key, name in {"acc": mean, "bwt": "BWT", "fwt": "FWT", "forgetting": "forgetting"}.items():
             summary.add_row(name, *(percent(metrics[s][key]) for s in scenarios))
         if before := [metrics[f"{s}_before"]["acc"] for s in scenarios if f"{s}_before" in metrics]:
-            summary.add_row("ACC before the last pruning", *map(percent, before))
+            summary.add_row(f"{mean} before the last pruning", *map(percent, before))
         _print("Summary, %", summary, console)
         _print_classes(class_lists(metrics.get("classes", ())), console)
     console.print()
@@ -53,7 +54,7 @@ def _print_matrix(title: str, result: Mapping[str, Any], console: Console, is_wr
     table.add_row("none", *map(percent, means(result["baseline"], most)))
     for stage in ends(stages, most):
         table.add_row(str(stage + 1), *map(percent, means(result["matrix"][stage], most)))
-    _print(f"{title} accuracy on each task (column) after each task (row), %", table, console)
+    _print(f"{title} on each task (column) after each task (row), %", table, console)
     if tasks > most:
         where = "; the whole matrix is in metrics.json" if is_written else ""
         console.print(f"Columns are means over blocks of tasks{where}.")
@@ -99,14 +100,16 @@ def _spending(metrics: Mapping[str, Any]) -> Table:
 
 
 def print_tested(
-    figures: Mapping[str, float], console: Console | None = None, classes: Sequence[Sequence[str]] = ()
-) -> None:
+    figures: Mapping[str, float], console: Console | None = None, classes: Sequence[Sequence[str]] = (),
+    figure: str = "accuracy",
+) -> None:  # fmt: skip
     """Print the accuracies that ``trainer.test`` or ``trainer.validate`` found, in percent; nothing without them.
 
     Args:
         figures: fractions by name, as :class:`ContinualEvaluation` logs them; others are left out.
         console: where to print; the standard output if None.
         classes: names of each task's classes; nothing is said of them without.
+        figure: what was measured.
     """
     console = console or Console()
     scenarios = [s for s in SCENARIOS if f"{s}/acc" in figures]
@@ -119,8 +122,8 @@ def print_tested(
     for name, *row in zip(_named(tasks, MOST_LINES), *columns, strict=True):
         table.add_row(name, *map(percent, row))
     table.add_section()
-    table.add_row("ACC", *(percent(figures[f"{s}/acc"]) for s in scenarios))
-    _print("Accuracy on each task, %", table, console)
+    table.add_row("ACC" if figure == "accuracy" else "mean", *(percent(figures[f"{s}/acc"]) for s in scenarios))
+    _print(f"{figure[0].upper()}{figure[1:]} on each task, %", table, console)
     _print_classes(class_lists(classes, tasks) if classes else {}, console)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -80,7 +80,8 @@ def command(args: Sequence[str]) -> None:
         table = csv.writer(file)
         table.writerow(COLUMNS)
         for batch, images in _batches(paths, given.batch_size, known):
-            for path, answer in zip(batch, module.predict_images(images, batch_size=given.batch_size), strict=True):
+            answers = cast(list[scl.Prediction], module.predict_images(images, batch_size=given.batch_size))
+            for path, answer in zip(batch, answers, strict=True):
                 task = "" if answer.task is None else answer.task
                 table.writerow((path.relative_to(folder).as_posix(), answer.name, f"{answer.probability:.6f}", task))
                 written += 1
@@ -102,6 +103,11 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
         raise ValueError(f"{error}; for that, use predict_images in Python") from error
     if (known := module.data_description) is None or known.transform() is None:
         raise ValueError(f"checkpoint {path}: its data had a transform of their own; use predict_images in Python")
+    if known.target != "classes":
+        raise ValueError(
+            f"checkpoint {path}: it was trained on labels of the kind {known.target!r}, and the table is of classes; "
+            "use predict_images in Python"
+        )
     if not is_image(known.layout) or known.dtype != torch.uint8 or known.input_shape[0] not in (1, 3):
         raise ValueError(
             f"checkpoint {path}: its training samples were {in_words(described(known.layout))}, which image files "

@@ -117,28 +117,30 @@ def refuse_other_range(name: str, one: tuple[str, Tensor], other: tuple[str, Ten
         )
 
 
-def check_labels(name: str, train: Sequence[Tensor], test: Sequence[Tensor]) -> None:
+def check_labels(name: str, train: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> None:
     """Labels count from 0, since -1 and other negative ones mark samples without a label; what is tested was learnt.
 
     Args:
         name: for errors.
-        train, test: labels (N,) of each task.
+        train, test: labels that occur in each task.
 
     Raises:
         ValueError: in one line, with the task.
     """
-    learnt = set(torch.cat(list(train)).unique().tolist())
-    for task, labels in enumerate(map(torch.cat, zip(train, test, strict=True))):
-        if labels.min() < 0:
-            raise ValueError(f"{name}: task {task} has the label {int(labels.min())}; labels count from 0")
-        if unknown := set(test[task].unique().tolist()) - learnt:
+    learnt = set().union(*train)
+    for task, labels in enumerate(map(set.union, map(set, train), map(set, test))):
+        if min(labels, default=0) < 0:
+            raise ValueError(f"{name}: task {task} has the label {min(labels)}; labels count from 0")
+        if unknown := set(test[task]) - learnt:
             raise ValueError(f"{name}: task {task} is tested on the label {min(unknown)}, which no training sample has")
 
 
-def warn_of_untested(name: str, train: Sequence[Tensor], test: Sequence[Tensor], class_names: Sequence[str]) -> None:
+def warn_of_untested(
+    name: str, train: Sequence[Sequence[int]], test: Sequence[Sequence[int]], class_names: Sequence[str]
+) -> None:
     """Warn of classes that a task trains and does not test. Arguments as for :func:`check_labels`."""
     for task, (learnt, tested) in enumerate(zip(train, test, strict=True)):
-        if missing := sorted(set(learnt.unique().tolist()) - set(tested.unique().tolist())):
+        if missing := sorted(set(learnt) - set(tested)):
             names = ", ".join(repr(class_names[c]) for c in missing[:5]) + ", ..." * (len(missing) > 5)
             rank_zero_warn(f"{name}: task {task} has no test samples of {len(missing)} of its classes: {names}")
 

@@ -18,7 +18,8 @@ from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
 from lightning_sparse_cl.data.loader import SampleTensors, ShareSampler, TaskLoader, TaskSampler, collate, length, union
 from lightning_sparse_cl.data.standardised import Normalisation, Standardisation, normaliser, standardised
-from lightning_sparse_cl.data.task_sets import following, read_tasks
+from lightning_sparse_cl.data.targets import KINDS, Target
+from lightning_sparse_cl.data.task_sets import following, labels_of, read_tasks
 from lightning_sparse_cl.nests import Nest, described, each, joined, layout_of_one, moved, rows
 
 
@@ -52,6 +53,8 @@ class TaskDataModule(pl.LightningDataModule):
         ValueError: if an argument is out of range, or a task has no samples, or fewer for training than a batch.
     """
 
+    target: Target = KINDS["classes"]
+    """What labels are. A subclass may say another."""
     is_open = False
     """Whether nobody knows how many tasks there will be; see :class:`OpenTasks`."""
 
@@ -94,6 +97,8 @@ class TaskDataModule(pl.LightningDataModule):
         With ``joint`` there is one of everything."""
         self.layout: Nest = None
         """A batch of no samples, as they are stored: shapes and types."""
+        self.labels: Tensor = torch.zeros(0, dtype=torch.long)
+        """Labels of such a batch."""
         self.tested: list[int] | None = None
         """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it for
         their time. If None, all."""
@@ -183,10 +188,10 @@ class TaskDataModule(pl.LightningDataModule):
             share: of each process its share; else every process has them all.
         """
         for x, y in self._batches(count, share):
-            yield self.prepare(x, augment=False), y
+            yield self.prepare(x, augment=False), self.target.for_loss(y)
 
     def stored(self, count: int | None = None) -> tuple[Nest, Tensor]:
-        """All :meth:`samples` at once as they are stored, and their labels (n,), on every process."""
+        """All :meth:`samples` at once as they are stored, and their labels (n, ...), on every process."""
         inputs, labels = zip(*self._batches(count, share=False))
         return joined(inputs), torch.cat(labels)
 
@@ -250,7 +255,7 @@ class TaskDataModule(pl.LightningDataModule):
         if self.transform is self._computed_transform:
             self.transform = self.usual_transform
         train, test = map(list, self.load())
-        found, self.left_for_later = read_tasks(name, train, test, self.class_names, learnt), 0
+        found, self.left_for_later = read_tasks(name, train, test, self.class_names, learnt, self.target), 0
         if self.only is not None:
             every, found = len(found.train), found.only(self.only)
             self.left_for_later = every - len(found.train)
@@ -262,7 +267,7 @@ class TaskDataModule(pl.LightningDataModule):
         if self.joint:
             self.fingerprints, self.samples_per_task = [combined(self.fingerprints)], [sum(found.samples)]
         example = next(d for d in (*joined, *found.test) if length(d))
-        self.layout = layout_of_one(example[0][0])
+        self.layout, self.labels = layout_of_one(example[0][0]), labels_of(found.test[0])[:0]
         if self.transform is None:
             self.transform = self._normalised(example)
         self.train_sets, self.test_sets = list(joined), list(found.test)
@@ -336,7 +341,7 @@ class TaskDataModule(pl.LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         if training:
             self.raw = x
-        return self.prepare(x, augment=training), y
+        return self.prepare(x, augment=training), self.target.for_loss(y)
 
     def prepare(self, x: Nest, augment: bool = True) -> Nest:
         """Stored samples to network input, on their device; augmented if asked and if the data module augments."""
@@ -366,6 +371,7 @@ class TaskDataModule(pl.LightningDataModule):
             size=None,
             class_names=tuple(self.class_names),
             classes=tuple(map(tuple, self.classes)),
+            target=self.target.kind,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,7 +380,7 @@ class TaskDataModule(pl.LightningDataModule):
             "class_names": self.class_names, "classes": self.classes, "fingerprints": self.fingerprints,
             "samples": self.samples_per_task, "planned": self.num_tasks if self.learnt is None else self.learnt.planned,
             "learnt_before": 0 if self.learnt is None else len(self.learnt.classes),
-            "layout": described(self.layout), "joint": self.joint,
+            "layout": described(self.layout), "joint": self.joint, "target": self.target.kind,
             "normalisation": self.transform.normalisation() if isinstance(self.transform, Normalisation) else None,
         }  # fmt: skip
 

@@ -23,6 +23,7 @@ class DataDescription:
         size: side in pixels that image files were resized to. If None, images had their size before.
         class_names: name of each label.
         classes: labels of each task.
+        target: the kind of label, by which :mod:`lightning_sparse_cl.data.targets` calls it.
     """
 
     layout: Nest = field(compare=False)
@@ -31,6 +32,7 @@ class DataDescription:
     size: int | None
     class_names: tuple[str, ...]
     classes: tuple[tuple[int, ...], ...]
+    target: str = "classes"
 
     @property
     def input_shape(self) -> tuple[int, ...]:

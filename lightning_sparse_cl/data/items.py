@@ -16,33 +16,42 @@ from torch.utils.data import Dataset
 from lightning_sparse_cl.data.labels import listed_labels, whole, whole_labels
 from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.data.pictures import pixels
+from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import Nest, as_nest, each, ordered, refuse_other_kind, rows, tensors
 
 
 class Items(Dataset):
-    """Any data set of pairs (sample, label), with samples as tensors or nests, all alike, and labels as integers.
+    """Any data set of pairs (sample, label), with samples as tensors or nests, all alike, and labels of one target.
 
     A sample is a PIL image, see :func:`~lightning_sparse_cl.data.pictures.eight_bits`, a tensor, an array of numbers, a
-    number, or a dict, tuple or list of these. Labels are whole numbers of any type.
+    number, or a dict, tuple or list of these. Labels of classes are whole numbers of any type; those of other targets,
+    tensors, arrays, lists, or PIL images of classes, which are all read at once, and are held in memory.
 
     Args:
         data: has a length, and items by index.
         name: for errors.
         transform: makes of each sample what is checked and given. If None, it stays as it is.
+        target: what labels are.
 
     Raises:
         ValueError: at once if the data set is empty or has no length; with each item that is something else, not
             finite, unlike item 0, or not what the data set lists in ``.targets``.
     """
 
-    def __init__(self, data: Dataset, name: str, transform: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        data: Dataset,
+        name: str,
+        transform: Callable[[Any], Any] | None = None,
+        target: Target = KINDS["classes"],
+    ) -> None:
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
                 f"{name}: a data set has a length, and items by index; {type(data).__name__} does not, read it into one"
             )
         if not length(data):
             raise ValueError(f"{name}: the data set is empty")
-        self.data, self.name, self.transform = data, name, transform
+        self.data, self.name, self.transform, self.target = data, name, transform, target
         self.numbers: dict[int, int] | None = None
         """The label inside of each label of the data set. If None, they are the same."""
 
@@ -55,10 +64,14 @@ class Items(Dataset):
     def __len__(self) -> int:
         return length(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Nest, int]:
+    def __getitem__(self, index: int) -> tuple[Nest, int | Tensor]:
         if index >= len(self):  # ends an iteration, which not every data set does by itself
             raise IndexError(index)
         sample, label = self._read(index)
+        if isinstance(label, Tensor):
+            if not torch.equal(stored := self.target.labels(label[None], self.name)[0], self._found[index]):
+                raise ValueError(f"{self.name}: item {index} has another label each time it is read")
+            return sample, stored
         if label != (known := int(self._found[index])):
             source = "the data set's list of labels (.targets) has" if self._listed is not None else "it once had"
             raise ValueError(f"{self.name}: item {index} has the label {label}, but {source} {known}")
@@ -71,14 +84,14 @@ class Items(Dataset):
 
     @property
     def targets(self) -> Tensor:
-        """Labels (N,), without reading the samples if the data set lists them."""
+        """Labels (N, ...), without reading the samples if the data set lists them."""
         if self.numbers is None:
             return self._found
         return torch.tensor([self.numbers[label] for label in self._found.tolist()])
 
     @cached_property
     def _listed(self) -> Tensor | None:
-        labels = listed_labels(self.data)
+        labels = listed_labels(self.data) if self.target is KINDS["classes"] else None
         if labels is not None and len(labels) != len(self):
             raise ValueError(f"{self.name}: .targets lists {len(labels)} labels for {len(self)} items")
         return None if labels is None else whole_labels(labels, self.name)
@@ -87,25 +100,43 @@ class Items(Dataset):
     def _found(self) -> Tensor:
         if self._listed is not None:
             return self._listed
-        return torch.tensor([self._read(i)[1] for i in range(len(self))])
+        return self._stored([self._read(i)[1] for i in range(len(self))])
 
-    def _read(self, index: int) -> tuple[Nest, int]:
+    def _stored(self, labels: list[int | Tensor]) -> Tensor:
+        """Labels (N, ...) as the target has them."""
+        if self.target is KINDS["classes"]:
+            return torch.tensor(labels)
+        parts = [torch.as_tensor(label) for label in labels]
+        if odd := next((i for i, part in enumerate(parts) if part.shape != parts[0].shape), 0):
+            shapes = [tuple(parts[i].shape) for i in (odd, 0)]
+            raise ValueError(f"{self.name}: the label of item {odd} is {shapes[0]}, that of item 0 {shapes[1]}")
+        return self.target.labels(torch.stack(parts), self.name)
+
+    def _read(self, index: int) -> tuple[Nest, int | Tensor]:
         sample, label = self._pair(index)
         if index:
             refuse_other_kind(f"{self.name}: tensors of item {index}", sample, "those of item 0", self.first)
         return sample, label
 
-    def _pair(self, index: int) -> tuple[Nest, int]:
+    def _pair(self, index: int) -> tuple[Nest, int | Tensor]:
         item = self.data[index]
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise ValueError(f"{self.name}: items are pairs (sample, label); item {index} is {_what(item)}")
         value = item[0] if self.transform is None else self.transform(item[0])
-        sample, label = self._sample(index, value), whole(item[1])
-        if label is None:
-            raise ValueError(
-                f"{self.name}: labels are whole numbers, one for each sample; that of item {index} is {_what(item[1])}"
-            )
-        return sample, label
+        return self._sample(index, value), self._label(index, item[1])
+
+    def _label(self, index: int, value: Any) -> int | Tensor:
+        if self.target is KINDS["classes"]:
+            if (label := whole(value)) is not None:
+                return label
+            expected = "whole numbers, one for each sample"
+        else:
+            expected = self.target.expected
+            try:
+                return torch.as_tensor(np.array(value) if hasattr(value, "getbands") else value).detach()
+            except (TypeError, ValueError, RuntimeError):  # a name, for example
+                pass
+        raise ValueError(f"{self.name}: labels are {expected}; that of item {index} is {_what(value)}")
 
     def _sample(self, index: int, value: Any) -> Nest:
         if hasattr(value, "getbands"):  # a PIL image
@@ -135,10 +166,12 @@ class Items(Dataset):
         if isinstance(self.data, SampleTensors) and self.transform is None:
             return self.data
         inputs = each(lambda tensor: tensor.new_empty(len(self), *tensor.shape), self.first)
-        labels = torch.empty(len(self), dtype=torch.long)
+        found: list[int | Tensor] = []
         for i in range(len(self)):
-            sample, labels[i] = self._read(i)
+            sample, label = self._read(i)
             each(Tensor.copy_, rows(inputs, i), sample)
+            found.append(label)
+        labels = self._stored(found)
         if self._listed is not None and len(wrong := (labels != self._listed).nonzero()):
             i = int(wrong[0])
             rank_zero_warn(
@@ -152,7 +185,7 @@ class Items(Dataset):
                     "time, in_memory=False draws anew"
                 )
                 break
-        return SampleTensors(inputs, labels)
+        return SampleTensors(inputs, labels, self.target)
 
 
 def _what(value: Any) -> str:

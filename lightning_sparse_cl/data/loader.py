@@ -9,31 +9,34 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
 
-from lightning_sparse_cl.data.labels import whole_labels
+from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import Nest, as_nest, each, gathered, joined, moved, named, rows, tensors
 
 
 class SampleTensors(Dataset):
-    """Samples and their labels (N,) in memory; whole batches are gathered at once.
+    """Samples and their labels in memory; whole batches are gathered at once.
 
     Args:
         inputs: N samples: a tensor (N, ...), such as images (N, C, H, W), or a dict, tuple or list of tensors.
-        labels: whole numbers.
+        labels: (N, ...), as the target has them; of classes whole numbers (N,).
+        target: what labels are.
 
     Raises:
-        ValueError: if the lengths differ, or a label is not a whole number.
+        ValueError: if the lengths differ, or labels are not what the target expects.
     """
 
-    def __init__(self, inputs: Nest, labels: Tensor) -> None:
-        inputs, labels = as_nest(inputs, "SampleTensors"), torch.as_tensor(labels)
+    def __init__(self, inputs: Nest, labels: Tensor, target: Target = KINDS["classes"]) -> None:
+        inputs, labels, alone = as_nest(inputs, "SampleTensors"), torch.as_tensor(labels), target is KINDS["classes"]
         for key, tensor in named(inputs).items():
-            if not tensor.ndim or labels.shape != tensor.shape[:1]:
+            if not tensor.ndim or not labels.ndim or len(labels) != len(tensor) or (alone and labels.ndim > 1):
                 raise ValueError(
-                    f"SampleTensors: {f'{key!r} of the ' if key else ''}samples are (N, ...) and labels (N,), got "
+                    f"SampleTensors: {f'{key!r} of the ' if key else ''}samples are (N, ...) and labels "
+                    f"{'(N,)' if alone else '(N, ...)'}, got "
                     f"{tuple(tensor.shape)} and {tuple(labels.shape)}"
                 )
         self.inputs = each(Tensor.detach, inputs)
-        self.labels = whole_labels(labels, "SampleTensors").to(tensors(inputs)[0].device)
+        self.labels = target.labels(labels, "SampleTensors").to(tensors(inputs)[0].device)
+        self.target = target
 
     def to(self, device: torch.device) -> SampleTensors:
         self.inputs, self.labels = moved(self.inputs, device), self.labels.to(device)
@@ -142,5 +145,6 @@ def union(sets: Sequence[Dataset]) -> Dataset:
     """All samples of several data sets; in memory, if those are."""
     held = [d for d in sets if isinstance(d, SampleTensors)]
     if len(held) == len(sets):
-        return SampleTensors(joined([d.inputs for d in held]), torch.cat([d.labels for d in held]))
+        labels = torch.cat([d.labels for d in held])
+        return SampleTensors(joined([d.inputs for d in held]), labels, held[0].target)
     return ConcatDataset(sets)

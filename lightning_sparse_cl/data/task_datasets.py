@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.named_labels import numbered
+from lightning_sparse_cl.data.targets import target_of
 
 
 class TaskDatasets(TaskDataModule):
@@ -21,11 +22,18 @@ class TaskDatasets(TaskDataModule):
     you like, or names: classes are counted over all tasks in ascending order, and ``class_names`` has their labels as
     text.
 
+    Labels of other targets: ``multi_label``, 0 or 1 for each of C labels; ``real_numbers``, one or C; ``class_maps``,
+    the class (H, W) of each pixel, or 255 where it does not count, for backbones that give features (B, D, H, W). The
+    objective says which it takes, and the accuracy matrix is of mAP, R² or mIoU.
+
     Args:
         train, test: one data set a task.
         in_memory: read them once into tensors; else they are read item by item, for which ``num_workers`` helps.
         item_transform: makes of each sample, when it is read, one that is stored: any callable, such as one that
             resizes images or pads series to one length.
+        target: what labels are: ``classes``, ``multi_label``, ``real_numbers`` or ``class_maps``; see
+            :mod:`lightning_sparse_cl.data.targets`.
+        class_names: what labels 0, 1, ... are called. If None, their names, or else their numbers.
         kwargs: see :class:`TaskDataModule`.
     """
 
@@ -35,9 +43,12 @@ class TaskDatasets(TaskDataModule):
         test: Sequence[Dataset],
         in_memory: bool = True,
         item_transform: Callable[[Any], Any] | None = None,
+        target: str = "classes",
+        class_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.target = target_of(target, "TaskDatasets")
         if not all(isinstance(sets, Sequence) for sets in (train, test)):
             kinds = f"{type(train).__name__} and {type(test).__name__}"
             raise ValueError(f"TaskDatasets: train and test are lists of data sets, one a task, got {kinds}")
@@ -46,13 +57,16 @@ class TaskDatasets(TaskDataModule):
                 f"TaskDatasets: one training and one test set a task, got {len(train)} training, {len(test)} test sets"
             )
         self.given = {"train": train, "test": test}
-        self.in_memory, self.item_transform = in_memory, item_transform
+        self.in_memory, self.item_transform, self.given_names = in_memory, item_transform, class_names
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
-        sets, self.class_names = numbered([data for part in self.given.values() for data in part])
+        sets, names = numbered([data for part in self.given.values() for data in part])
+        if names and self.given_names is not None:
+            raise ValueError(f"TaskDatasets(class_names=...): labels are names already, such as {names[0]!r}")
+        self.class_names = names if self.given_names is None else list(self.given_names)
         given = {"train": sets[: len(sets) // 2], "test": sets[len(sets) // 2 :]}
         train, test = (
-            [Items(data, f"TaskDatasets({part}[{t}])", self.item_transform) for t, data in enumerate(sets)]
+            [Items(data, f"TaskDatasets({part}[{t}])", self.item_transform, self.target) for t, data in enumerate(sets)]
             for part, sets in given.items()
         )
         if self.in_memory:

@@ -15,6 +15,7 @@ from lightning_sparse_cl.data.fingerprint import fingerprints
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.learnt import LearntTasks
 from lightning_sparse_cl.data.loader import SampleTensors, length
+from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import described, in_words, layout_of_one
 
 
@@ -95,7 +96,7 @@ class TaskSets:
     def _placed(self, places: Sequence[int | None], learnt: LearntTasks) -> TaskSets:
         """What is there of each learnt task, at its place here; of others nothing but what is only tested."""
         nothing = _nothing((self.train or self.tested_only)[0])
-        only = [(set(labels_of(part).unique().tolist()), part) for part in self.tested_only]
+        only = [(set(part.target.occurring(labels_of(part))), part) for part in self.tested_only]
         tested = [next((part for labels, part in only if labels <= set(task)), nothing) for task in learnt.classes]
         return TaskSets(
             train=[nothing if i is None else self.train[i] for i in places],
@@ -109,8 +110,9 @@ class TaskSets:
 
 
 def read_tasks(
-    name: str, train: Sequence[Dataset], test: Sequence[Dataset], class_names: Sequence[str], learnt: LearntTasks | None
-) -> TaskSets:
+    name: str, train: Sequence[Dataset], test: Sequence[Dataset], class_names: Sequence[str],
+    learnt: LearntTasks | None, target: Target = KINDS["classes"],
+) -> TaskSets:  # fmt: skip
     """Check data sets, one per task, and count their classes.
 
     Args:
@@ -118,6 +120,7 @@ def read_tasks(
         train, test: as :meth:`TaskDataModule.load` gives them.
         class_names: names by label. If empty, the classes are counted, and named by their labels.
         learnt: what was learnt before: its classes have the first labels.
+        target: what labels are.
 
     Raises:
         ValueError: in one line, if they are no task sequence, or do not agree with what was learnt.
@@ -125,7 +128,7 @@ def read_tasks(
     refuse_empty(name, train, test, every=learnt is None)
     trained = [length(data) > 0 for data in train]
     parts = {
-        part: [d if isinstance(d, SampleTensors | Items) else Items(d, f"{name}: {part} of task {t}") for t, d in s]
+        part: [_part(d, f"{name}: {part} of task {t}", target) for t, d in s]
         for part, s in (
             ("training", [(t, d) for t, d in enumerate(train) if trained[t]]),
             ("test", [(t, d) for t, d in enumerate(test) if trained[t]]),
@@ -134,33 +137,42 @@ def read_tasks(
     }
     there, tested, others = parts["training"], parts["test"], parts["other test"]
     check_samples(name, there or others, tested or others)
-    if there:
-        check_labels(name, [labels_of(d) for d in there], [labels_of(d) for d in tested])
-    ids = torch.cat([labels_of(d) for d in (*there, *others)]).unique()
+    learning, testing, other = ([target.occurring(labels_of(d)) for d in sets] for sets in (there, tested, others))
+    _refuse_other_labels(name, [labels_of(d) for d in (*there, *tested, *others)])
+    ids = sorted(set().union(*learning, *other))
+    if target is not KINDS["classes"]:
+        ids = list(range(max(target.count(labels_of(d)) for d in (*there, *tested, *others))))
+    elif there:
+        check_labels(name, learning, testing)
     if not class_names:
-        names, numbers = [str(i) for i in ids.tolist()], ids.tolist()
+        names, numbers = [str(i) for i in ids], ids
     elif len(class_names) <= ids[-1]:
-        raise ValueError(f"{name}: load() names {len(class_names)} classes, and there is the label {ids[-1]}")
+        raise ValueError(f"{name}: {len(class_names)} classes have names, and there is the label {ids[-1]}")
     else:
         names, numbers = list(class_names), list(range(len(class_names)))
-    for t, data in zip([t for t, there_is in enumerate(trained) if not there_is], others, strict=True):
+    for t, found in zip([t for t, there_is in enumerate(trained) if not there_is], other, strict=True):
         named = dict(zip(numbers, names, strict=True))
-        if learnt is None or {named[c] for c in labels_of(data).unique().tolist()} - set(learnt.class_names):
+        if learnt is None or {named[c] for c in found} - set(learnt.class_names):
             raise ValueError(f"{name}: task {t} has no training samples")
     positions = list(range(len(names)))
     if learnt is not None:
         _refuse_other_samples(name, (there or others)[0], learnt)
         names, positions = learnt.labels_of(names, name)
+    if positions != numbers and target is not KINDS["classes"]:
+        raise ValueError(
+            f"{name}: a sequence of {target.kind} goes on with the labels learnt before, in the same order, and then "
+            f"others; before there were {', '.join(names[:5])}"
+        )
     if positions != numbers:
         label = dict(zip(numbers, positions, strict=True))
         there, tested, others = ([_renumbered(d, label) for d in sets] for sets in (there, tested, others))
-    learning, testing = ([labels_of(d) for d in sets] for sets in (there, tested))
+        learning, testing = ([sorted(label[c] for c in part) for part in sets] for sets in (learning, testing))
     warn_of_untested(name, learning, testing, names)
     return TaskSets(
         train=there,
         test=tested,
         class_names=names,
-        classes=[torch.cat(both).unique().tolist() for both in zip(learning, testing, strict=True)],
+        classes=[sorted({*one, *other}) for one, other in zip(learning, testing, strict=True)],
         fingerprints=fingerprints(there, tested),
         samples=[length(d) for d in there],
         tested_only=others,
@@ -218,11 +230,26 @@ def _refuse_other_samples(name: str, data: Part, learnt: LearntTasks) -> None:
 
 def _nothing(like: Part) -> SampleTensors:
     """A data set without samples."""
-    return SampleTensors(layout_of_one(like[0][0]), torch.zeros(0, dtype=torch.long))
+    return SampleTensors(layout_of_one(like[0][0]), labels_of(like)[:0], like.target)
+
+
+def _part(data: Dataset, name: str, target: Target) -> Part:
+    """A data set as one of the kinds whose items are known to be right."""
+    known = data if isinstance(data, SampleTensors | Items) else Items(data, name, target=target)
+    if known.target is not target:
+        raise ValueError(f"{name}: labels are {known.target.kind}, those of the sequence {target.kind}")
+    return known
+
+
+def _refuse_other_labels(name: str, labels: Sequence[Tensor]) -> None:
+    """Raises ValueError unless the labels of all data sets have one shape."""
+    shapes = list(dict.fromkeys(tuple(found.shape[1:]) for found in labels))
+    if len(shapes) > 1:
+        raise ValueError(f"{name}: labels of shape {shapes[1]} and of shape {shapes[0]}; all must be equal")
 
 
 def labels_of(data: Part) -> Tensor:
-    """Labels (N,), on the CPU."""
+    """Labels (N, ...), on the CPU."""
     return data.labels.cpu() if isinstance(data, SampleTensors) else data.targets
 
 

@@ -10,15 +10,16 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from lightning_sparse_cl.allocator import keep_freed_memory
 from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
-from lightning_sparse_cl.backbones.head import draw_head, logits_among
+from lightning_sparse_cl.backbones.head import PixelHead, draw_head, logits_among
 from lightning_sparse_cl.backbones.memory_format import channels_last_
+from lightning_sparse_cl.backbones.pretrained import Pretrained
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
+from lightning_sparse_cl.data.targets import KINDS, Target, target_of
 from lightning_sparse_cl.methods.going_on import GoesOn
 from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
 from lightning_sparse_cl.methods.predicting import PredictsImages
@@ -52,6 +53,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
     automatic_optimization = False
     head: nn.Linear
     """Maps features (B, D) to logits (B, num_classes). Made by :meth:`build`."""
+    target: Target = KINDS["classes"]
+    """What labels are."""
 
     def __init__(
         self,
@@ -85,7 +88,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         data = task_data(self.trainer, self)
         if self.head is None:
             seed = self.trainer.strategy.broadcast(torch.initial_seed())
-            self.build(data.layout, data.num_classes, seed, layout_of(data.example()))
+            example = layout_of(data.example())
+            self.build(data.layout, data.num_classes, seed, example, data.target.kind, data.labels)
         elif self.trainer.state.fn == "fit" and data.num_classes > self.head.out_features and data.learnt is None:
             raise ValueError(
                 f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
@@ -93,7 +97,10 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 "checkpoint"
             )
 
-    def build(self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None) -> None:
+    def build(
+        self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None, target: str = "classes",
+        labels: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``.
 
         Args:
@@ -101,7 +108,15 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             num_classes: number of outputs.
             seed: of the head, and of what the objective draws.
             inputs: a batch as the network gets it, likewise. If None, ``layout`` with floats in the place of uint8.
+            target: what labels are; see :mod:`lightning_sparse_cl.data.targets`.
+            labels: those of a batch, of which shape and type count. If None, they are classes.
+
+        Raises:
+            ValueError: if the objective cannot learn such labels, or the features are not what they need.
         """
+        self.target = target_of(target, type(self).__name__)
+        labels = torch.zeros(0, dtype=torch.long) if labels is None else labels[:0].cpu()
+        self.objective.set_target(self.target, labels)
         training = self.backbone.training
         if isinstance(layout, tuple | list) and all(isinstance(size, int) for size in layout):
             layout = torch.empty(0, *layout, dtype=torch.uint8)
@@ -112,12 +127,21 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             own = next((p.dtype for p in self.backbone.parameters()), torch.float32)  # Trainer(precision) comes later
             features = self.backbone.eval()(each(partial(_zeros, floats=own), inputs))
         self.backbone.train(training)
+        maps = labels.ndim == 3
+        if features.ndim != (4 if maps else 2):
+            raise ValueError(
+                f"{type(self.backbone).__name__}: a backbone gives features {'(B, D, H, W)' if maps else '(B, D)'} for "
+                f"labels of {target}, got {tuple(features.shape)}"
+            )
         with torch.random.fork_rng([]):
-            self.head = nn.Linear(features.shape[1], num_classes, dtype=own)
+            self.head = (PixelHead if maps else nn.Linear)(features.shape[1], num_classes, dtype=own)
         self._seed = seed
         self.draw_head()
         channels_last_(self.backbone)
-        self.built = {"layout": layout, "num_classes": num_classes, "seed": seed, "inputs": inputs}
+        self.built = {
+            "layout": layout, "num_classes": num_classes, "seed": seed, "inputs": inputs, "target": target,
+            "labels": labels,
+        }  # fmt: skip
         self.objective.build(self.network, layout, seed)
         self.update.build(self)
 
@@ -298,8 +322,10 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         fitting = self.trainer.state.fn == "fit"
         logits = self.held_out_logits(x) if fitting else self(x)
         if fitting:  # the current task only; `validate` is reported by ContinualEvaluation
-            self.log("val/loss", F.cross_entropy(logits, y), sync_dist=True)
-            self.log("val/acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
+            y = self.target.for_loss(y)
+            self.log("val/loss", self.target.loss(logits, y).mean(), sync_dist=True)
+            if self.target is KINDS["classes"]:
+                self.log("val/acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
         return {"logits": logits}
 
     def held_out_logits(self, x: Nest) -> Tensor:
@@ -310,8 +336,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         return {"logits": self(batch[0])}
 
     def predict_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Predicted labels (B,), out of all classes."""
-        return self(batch[0]).argmax(1)
+        """Predicted labels (B,), out of all classes; of other targets what they are, see :class:`Target`."""
+        return self.target.answers(self(batch[0]))
 
     def on_train_start(self) -> None:
         if Masks.of(self).is_pruned():  # a network that was pruned before stays so, whatever the policies
@@ -319,12 +345,9 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 enforce(self, optimizer)
 
     def scoring_loss(self, batch: tuple[Nest, Tensor], live: Tensor | None) -> tuple[Tensor, int]:
-        """By which SparCL ranks weights: the cross-entropy among the classes ``live`` (C,), summed over the batch."""
+        """By which SparCL ranks weights: the loss among the classes ``live`` (C,), summed over the batch."""
         x, y = batch
-        logits = self(x)
-        if live is not None:  # the module may have more outputs than the data have classes
-            logits = logits.masked_fill(~F.pad(live, (0, logits.shape[1] - len(live))), -torch.inf)
-        return F.cross_entropy(logits.float(), y, reduction="sum"), len(y)
+        return self.target.loss(self(x).float(), self.target.for_loss(y), live).sum(), len(y)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -344,6 +367,9 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             )
         super().on_load_checkpoint(checkpoint)
         if self.head is None:
+            for part in self.backbone.modules():
+                if isinstance(part, Pretrained):
+                    part.weights_follow = True
             self.build(**checkpoint["built_for"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             known, classes = checkpoint["built_for"]["num_classes"], task_data(self.trainer, self).num_classes

@@ -88,8 +88,11 @@ class CLLSG(IsolatingModule):
         self.gates = gates or GrowthGates()
         self.mask_optimizer = mask_optimizer or partial(Adam, lr=0.0005)
 
-    def build(self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None) -> None:
-        super().build(layout, num_classes, seed, inputs)
+    def build(
+        self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None, target: str = "classes",
+        labels: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().build(layout, num_classes, seed, inputs, target, labels)
         self.gates.build(self.network)
 
     def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:

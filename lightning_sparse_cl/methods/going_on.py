@@ -52,7 +52,8 @@ class GoesOn(pl.LightningModule):
         if learner.head.out_features == known < classes:
             masks = Masks.of(self).state_dict()
             with torch.random.fork_rng([]):
-                learner.build(**(checkpoint["built_for"] | {"num_classes": classes}))
+                labels = task_data(self.trainer).labels
+                learner.build(**(checkpoint["built_for"] | {"num_classes": classes, "labels": labels}))
             checkpoint["state_dict"] = grown(checkpoint["state_dict"], self)
             checkpoint["masks"] = grown_masks(checkpoint.get("masks", masks), self)
             self._known_classes = known

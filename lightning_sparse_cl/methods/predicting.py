@@ -43,6 +43,11 @@ class Prediction(NamedTuple):
     """The task that has the class, counted from 0. If several tasks have it, None."""
 
 
+Answer = Prediction | list[Prediction] | dict[str, float] | Tensor
+"""What is said of a sample: its class; of several labels those whose probability is above one half, the most probable
+first; real numbers by their names; or a map (H, W) of the labels of classes."""
+
+
 class PredictsImages(pl.LightningModule):
     """Base of modules that answer for raw images and other samples, after a fit or out of a checkpoint."""
 
@@ -91,8 +96,8 @@ class PredictsImages(pl.LightningModule):
     @torch.no_grad()
     def predict_images(
         self, images: RawImages, transform: Callable[[Tensor], Tensor] | None = None, batch_size: int = 64
-    ) -> list[Prediction]:
-        """The class of each raw image, out of all classes.
+    ) -> list[Answer]:
+        """The class of each raw image, out of all classes; of other targets see :data:`Answer`.
 
         Where each task has a subnetwork, all of them are asked, and the task is that of the winning class.
 
@@ -111,8 +116,8 @@ class PredictsImages(pl.LightningModule):
     @torch.no_grad()
     def predict_samples(
         self, stored: Nest, transform: Callable[[Nest], Nest] | None = None, batch_size: int = 64
-    ) -> list[Prediction]:
-        """The class of each of N samples of any kind, out of all classes.
+    ) -> list[Answer]:
+        """The class of each of N samples of any kind, out of all classes; of other targets see :data:`Answer`.
 
         Args:
             stored: N samples as the training's were stored: a tensor (N, ...), or a dict or tuple of tensors.
@@ -145,17 +150,13 @@ class PredictsImages(pl.LightningModule):
         x = transform(moved(stored, weight.device))
         return each(lambda tensor: tensor.to(weight.dtype) if tensor.is_floating_point() else tensor, x)
 
-    def _predictions(self, batches: Iterable[Nest]) -> list[Prediction]:
+    def _predictions(self, batches: Iterable[Nest]) -> list[Answer]:
         known, was_training = self._known(), self.training
         self.eval()
-        found: list[Prediction] = []
+        found: list[Answer] = []
         try:
             for x in batches:
-                best = self(x)[:, : len(known.class_names)].float().softmax(1).max(1)
-                found += [
-                    Prediction(known.class_names[label], probability, known.task_of(label))
-                    for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-                ]
+                found += _answers(self(x)[:, : len(known.class_names)].float(), known)
         finally:
             self.train(was_training)
         return found
@@ -167,3 +168,26 @@ class PredictsImages(pl.LightningModule):
                 "a checkpoint of this version"
             )
         return self.data_description
+
+
+def _answers(outputs: Tensor, known: DataDescription) -> list[Answer]:
+    """What outputs (B, C, ...) say of each sample."""
+    names = known.class_names
+    if known.target == "real_numbers":
+        return [dict(zip(names, numbers, strict=True)) for numbers in outputs.tolist()]
+    if known.target == "class_maps":
+        return list(outputs.argmax(1))
+    if known.target == "multi_label":
+        return [
+            [
+                Prediction(names[label], probabilities[label], known.task_of(label))
+                for label in sorted(range(len(names)), key=lambda label: -probabilities[label])
+                if probabilities[label] > 0.5
+            ]
+            for probabilities in outputs.sigmoid().tolist()
+        ]
+    best = outputs.softmax(1).max(1)
+    return [
+        Prediction(names[label], probability, known.task_of(label))
+        for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]

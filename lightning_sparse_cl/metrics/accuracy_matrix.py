@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
 class AccuracyMatrix(Metric):
-    """R[i, j]: accuracy on task j after task i. Rows are filled one at a time.
+    """R[i, j]: accuracy, or another metric, on task j after task i. Rows are filled one at a time.
 
     :meth:`update` counts hits of the row being measured, :meth:`close_row` reduces them over processes and stores the
     row, the same on every rank. ``baseline`` is the row of the untrained network, which forward transfer needs. What
@@ -20,14 +21,20 @@ class AccuracyMatrix(Metric):
     Args:
         stages: number of rows T, tasks trained on one after the other.
         tasks: number of columns, tasks tested on (the same as ``stages``, but in joint training).
+        measure: makes the metric by which one task is measured, updated with outputs and labels. If None, accuracy.
     """
 
     hits: Tensor
     total: Tensor
 
-    def __init__(self, stages: int, tasks: int | None = None) -> None:
+    def __init__(
+        self, stages: int, tasks: int | None = None, measure: Callable[[], Metric | None] | None = None
+    ) -> None:
         super().__init__()
         tasks = tasks or stages
+        made = [] if measure is None else [measure() for _ in range(tasks)]
+        self.metrics = nn.ModuleList(metric for metric in made if metric is not None)
+        """Of each task; empty for accuracy."""
         self.add_state("hits", torch.zeros(tasks, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(tasks, dtype=torch.long), dist_reduce_fx="sum")
         self.R = torch.full((stages, tasks), torch.nan)
@@ -35,6 +42,10 @@ class AccuracyMatrix(Metric):
 
     def update(self, logits: Tensor, target: Tensor, task: int) -> None:
         """Count the hits of ``logits`` (B, C), or of labels (B,), on ``target`` (B,), samples of ``task``."""
+        if self.metrics:
+            cast(Metric, self.metrics[task]).update(logits, target)
+            self.total[task] += len(target)
+            return
         labels = logits.argmax(1) if logits.ndim > 1 else logits
         self.hits[task] += (labels == target).sum()
         self.total[task] += len(target)
@@ -50,7 +61,13 @@ class AccuracyMatrix(Metric):
 
     def compute(self) -> Tensor:
         """The row being measured: accuracy on each task (T,), nan where nothing was seen."""
-        return self.hits / self.total
+        if not self.metrics:
+            return self.hits / self.total
+        row = torch.full_like(self.total, torch.nan, dtype=torch.float32)
+        for task, count in enumerate(self.total.tolist()):  # of all processes
+            if count:
+                row[task] = cast(Metric, self.metrics[task]).compute()
+        return row
 
     def close_row(self, i: int | None) -> Tensor:
         """Store the measured row as R[i], or as the baseline if ``i`` is None, and start the next."""
@@ -60,6 +77,8 @@ class AccuracyMatrix(Metric):
         else:
             self.R[i] = row
         self.reset()
+        for metric in self.metrics:
+            cast(Metric, metric).reset()
         return row
 
     def restore(self, R: Tensor, baseline: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.task_hooks import TaskHooks
 
@@ -55,11 +56,33 @@ class Objective(TaskHooks, nn.Module):
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     views = 1
     """Augmented views of each sample of the current batch; of several, the tensors of ``x`` are (B, views, ...)."""
+    takes: tuple[str, ...] = ("classes",)
+    """The targets, see :mod:`lightning_sparse_cl.data.targets`, whose labels it can learn."""
+    target: Target = KINDS["classes"]
+    """What labels are, once :meth:`set_target` has been called."""
+    _labels: Tensor | None = None
 
     @property
     def own_classes(self) -> Tensor | None:
         """Labels (n,) of the only classes whose logits a training step needs. If None, it needs all."""
         return None
+
+    def set_target(self, target: Target, labels: Tensor) -> None:
+        """Say what labels are; called before :meth:`build`.
+
+        Args:
+            target: what labels are.
+            labels: those of a batch of no samples, as they are stored.
+
+        Raises:
+            ValueError: if the objective cannot learn such labels.
+        """
+        if target.kind not in self.takes:
+            raise ValueError(
+                f"{type(self).__name__}: the data have labels of the kind {target.kind!r}; it takes "
+                + " or ".join(map(repr, self.takes))
+            )
+        self.target, self._labels = target, labels
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         """Allocate what depends on the network (its ``head`` is linear) and on what a sample is.
@@ -122,7 +145,10 @@ class LooksBack(Objective):
 
 
 class CrossEntropy(Objective):
-    """Cross-entropy on the current batch and nothing else: fine-tuning.
+    """The loss of the current batch and nothing else: fine-tuning.
+
+    It is cross-entropy where labels are classes, and else what the target says: binary cross-entropy, squared error, or
+    the mean cross-entropy of pixels.
 
     Args:
         single_head: only the current task's classes compete in the loss of the current batch. Old classes are then
@@ -132,6 +158,7 @@ class CrossEntropy(Objective):
 
     live: Tensor
     """Which classes (num_classes,) the current task has; kept with ``single_head`` only."""
+    takes: tuple[str, ...] = ("classes", "multi_label", "real_numbers", "class_maps")
 
     def __init__(self, single_head: bool = False) -> None:
         super().__init__()
@@ -152,6 +179,8 @@ class CrossEntropy(Objective):
         """With ``single_head`` those of the current task, unless a subclass has terms of its own."""
         if not self.single_head or type(self).forward is not CrossEntropy.forward:
             return None
+        if self.target is not KINDS["classes"]:
+            return None
         if self._own is None or self._own.device != self.live.device:
             self._own = self.live.nonzero().squeeze(1)
         return self._own
@@ -161,12 +190,10 @@ class CrossEntropy(Objective):
         return {"per_sample": self.current_loss(logits, y), "rest": logits.new_zeros(()), "logits": logits}
 
     def current_loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Loss (B,) of the current batch's samples from logits (B, C) and labels (B,)."""
+        """Loss (B,) of the current batch's samples from outputs (B, C, ...) and labels (B, ...)."""
         if (own := self.own_classes) is not None:  # summed over these alone, whatever others there are
             return F.cross_entropy(logits[:, own], self.live.cumsum(0)[y] - 1, reduction="none")
-        if self.single_head:
-            logits = logits.masked_fill(~self.live, -torch.inf)
-        return F.cross_entropy(logits, y, reduction="none")
+        return self.target.loss(logits, y, self.live if self.single_head else None)
 
 
 def head_of(network: nn.Module) -> nn.Linear:

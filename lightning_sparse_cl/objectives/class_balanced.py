@@ -61,8 +61,8 @@ class ClassBalancedReservoir(ReservoirMemory):
                 "use a larger memory"
             )
 
-    def build(self, layout: Nest, num_classes: int | None, seed: int) -> None:
-        super().build(layout, num_classes, seed)
+    def build(self, layout: Nest, num_classes: int | None, seed: int, labels: Tensor | None = None) -> None:
+        super().build(layout, num_classes, seed, labels)
         self.register_buffer("lots", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("presented", torch.zeros(self.classes, dtype=torch.long))
         self.register_buffer("counts", torch.zeros(self.classes, dtype=torch.long))

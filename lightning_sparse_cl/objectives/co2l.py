@@ -54,6 +54,7 @@ class CO2L(LooksBack, Replay):
     memory: BalancedMemory
     seen: Tensor
     """Which classes (num_classes,) occurred so far."""
+    takes = ("classes",)
 
     def __init__(
         self,

@@ -46,6 +46,7 @@ class EWC(LooksBack, CrossEntropy):
     per_weight = ("F", "anchor")
     weight_names: list[str]
     """Of the weights theta, in their order."""
+    takes = ("classes",)
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class FDR(Replay):
 
     keeps_logits = True
     memory: BalancedMemory
+    takes = ("classes",)
 
     def __init__(
         self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False

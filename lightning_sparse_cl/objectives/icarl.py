@@ -50,6 +50,7 @@ class ICaRL(LooksBack, Replay):
     """Which classes occurred so far, those of the running task included."""
     means: Tensor
     """Mean feature (num_classes, D) of each old class's exemplars, of length one."""
+    takes = ("classes",)
 
     def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
         super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)

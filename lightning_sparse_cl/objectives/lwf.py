@@ -34,6 +34,7 @@ class LwF(LooksBack, CrossEntropy):
 
     old: Tensor
     """Which classes (num_classes,) earlier tasks had."""
+    takes = ("classes",)
 
     def __init__(
         self, alpha: float = 3.0, temperature: float = 2.0, warmup: bool = True, single_head: bool = False

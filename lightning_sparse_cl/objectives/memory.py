@@ -11,7 +11,7 @@ from lightning_sparse_cl.nests import Nest, each, filled, gathered, named, rows
 
 
 class Exemplars(NamedTuple):
-    """Samples, labels (m,), tasks (m,), and logits (m, num_classes) if they are kept."""
+    """Samples, labels (m, ...), tasks (m,), and logits (m, num_classes) if they are kept."""
 
     inputs: Nest
     labels: Tensor
@@ -47,18 +47,20 @@ class ExemplarMemory(nn.Module):
         self.size = size
         self.seed = 0
 
-    def build(self, layout: Nest, num_classes: int | None, seed: int) -> None:
+    def build(self, layout: Nest, num_classes: int | None, seed: int, labels: Tensor | None = None) -> None:
         """Allocate.
 
         Args:
             layout: a batch of no samples, as they are stored.
             num_classes: length of the logits. If None, none are kept.
             seed: of what is drawn.
+            labels: those of a batch of no samples, as they are stored. If None, they are classes.
         """
+        labels = torch.zeros(0, dtype=torch.long) if labels is None else labels
         self.seed, self._layout = seed, layout
         for name, tensor in named(layout).items():
             self.register_buffer(_buffer(name), tensor.new_zeros(self.size, *tensor.shape[1:]))
-        self.register_buffer("labels", torch.zeros(self.size, dtype=torch.long))
+        self.register_buffer("labels", labels.new_zeros(self.size, *labels.shape[1:]))
         self.register_buffer("tasks", torch.zeros(self.size, dtype=torch.long))
         self.register_buffer("logits", None if num_classes is None else torch.zeros(self.size, num_classes))
 
@@ -133,7 +135,7 @@ class ReservoirMemory(ExemplarMemory):
             return
         slots, chosen = (i.to(self.labels.device, non_blocking=True) for i in (slots, chosen))
         each(lambda held, new: held.index_copy_(0, slots, new[chosen]), self.inputs, inputs)
-        self.labels[slots] = labels[chosen]
+        self.labels[slots] = labels[chosen].to(self.labels.dtype)
         self.tasks[slots] = task
         if self.logits is not None and logits is not None:
             self.logits[slots] = logits[chosen].to(self.logits.dtype)
@@ -202,7 +204,7 @@ class BalancedMemory(ExemplarMemory):
         def both(old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([old, new.to(old)])
 
-        held, tasks = self.contents(), torch.full_like(labels, task)
+        held, tasks = self.contents(), torch.full((len(labels),), task, device=labels.device)
         all_logits = None if held.logits is None or logits is None else both(held.logits, logits)
         self.fill(
             Exemplars(each(both, held.inputs, inputs), both(held.labels, labels), both(held.tasks, tasks), all_logits)

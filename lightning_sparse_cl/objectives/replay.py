@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
+from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import Nest, joined, split
 from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
@@ -49,7 +50,7 @@ class Replay(CrossEntropy):
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         super().build(network, layout, seed)
-        self.memory.build(layout, head_of(network).out_features if self.keeps_logits else None, seed)
+        self.memory.build(layout, head_of(network).out_features if self.keeps_logits else None, seed, self._labels)
 
     @torch.no_grad()
     def add_classes(self, model: Learner, known: int, prepare: Callable[..., Nest]) -> None:
@@ -133,13 +134,21 @@ class ER(Replay):
         else:
             super().__init__(ReservoirMemory(size), replay_batch_size, single_head)
 
+    def set_target(self, target: Target, labels: Tensor) -> None:
+        super().set_target(target, labels)
+        if isinstance(self.memory, ClassBalancedReservoir) and target is not KINDS["classes"]:
+            raise ValueError(
+                f"{type(self).__name__}: a memory that is balanced over classes takes labels of classes, and those of "
+                f"the data are {target.kind}; leave balanced and per_class out"
+            )
+
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         if isinstance(self.memory, ClassBalancedReservoir):
             self.memory.room_for(head_of(network).out_features, self)
         super().build(network, layout, seed)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
-        return [F.cross_entropy(logits[0], replay[0].labels, reduction="none")]
+        return [self.target.loss(logits[0], replay[0].labels)]
 
     def observe(self, raw: Nest, y: Tensor, logits: Tensor, task: int) -> None:
         self.memory.add(raw, y, task, logits)
@@ -164,6 +173,7 @@ class DER(ER):
     """
 
     keeps_logits = True
+    takes = ("classes", "multi_label", "real_numbers")
 
     def __init__(
         self,
@@ -215,7 +225,7 @@ class DERpp(DER):
         self.beta = coefficient(self, "beta", beta)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
-        labels = F.cross_entropy(logits[-1], replay[-1].labels, reduction="none")
+        labels = self.target.loss(logits[-1], replay[-1].labels)
         return [*super().replay_losses(logits, replay), self.beta * labels]
 
 

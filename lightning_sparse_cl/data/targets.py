@@ -1,0 +1,260 @@
+"""What a network tells of a sample: its class, several labels, real numbers, or the class of each pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import JaccardIndex, Metric, R2Score
+from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.utilities import dim_zero_cat
+
+from lightning_sparse_cl.data.labels import whole_labels
+
+IGNORED = 255
+"""Of a map of classes, pixels that count neither in the loss nor in the metric."""
+
+
+class Target:
+    """Base of the kinds of label. An objective says which of them it takes.
+
+    Outputs are what the network's head gives: (B, C) for a batch of B samples, of maps (B, C, H, W).
+    """
+
+    kind: str
+    """By which a data module and a checkpoint call it."""
+    figure: str
+    """What is measured on each task, as tables call it."""
+    expected: str
+    """Labels as a data set gives them, in words."""
+
+    def labels(self, given: Tensor, name: str) -> Tensor:
+        """Labels (N, ...) of a data set as they are stored.
+
+        Raises:
+            ValueError: in the name of ``name``, if they are of another kind.
+        """
+        raise NotImplementedError
+
+    def occurring(self, labels: Tensor) -> list[int]:
+        """Those outputs, in ascending order, that have something to do with stored labels (N, ...)."""
+        raise NotImplementedError
+
+    def count(self, labels: Tensor) -> int:
+        """How many outputs stored labels (N, ...) ask for."""
+        return max(self.occurring(labels), default=-1) + 1
+
+    def for_loss(self, labels: Tensor) -> Tensor:
+        """A stored batch of labels as a training step gets it."""
+        return labels
+
+    def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
+        """The loss (B,) of each sample.
+
+        Args:
+            outputs: of the network.
+            labels: (B, ...).
+            live: which outputs (C,) take part. If None, all.
+        """
+        raise NotImplementedError
+
+    def among(self, outputs: Tensor, live: Tensor) -> Tensor:
+        """The outputs where only ``live`` (C,) can be answers: what Task-IL goes by."""
+        return outputs
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """What the network says: (B,) classes, (B, C) yes or no, (B, C) numbers, or (B, H, W) classes."""
+        raise NotImplementedError
+
+    def measure(self, outputs: int) -> Metric | None:
+        """Measures one task by outputs and labels. If None, it is accuracy, which is counted without a metric."""
+        return None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class Classes(Target):
+    """One of C classes. Loss: cross-entropy. Measured by accuracy."""
+
+    kind, figure = "classes", "accuracy"
+    expected = "whole numbers (N,), one for each sample"
+
+    def labels(self, given: Tensor, name: str) -> Tensor:
+        return whole_labels(given, name)
+
+    def occurring(self, labels: Tensor) -> list[int]:
+        return labels.unique().tolist()
+
+    def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(outputs if live is None else self.among(outputs, live), labels, reduction="none")
+
+    def among(self, outputs: Tensor, live: Tensor) -> Tensor:
+        live = F.pad(live, (0, outputs.shape[1] - len(live)))  # a module may have more outputs than the data classes
+        return outputs.masked_fill(~live.view(-1, *[1] * (outputs.ndim - 2)), -torch.inf)
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        return outputs.argmax(1)
+
+
+class ClassMaps(Classes):
+    """The class of each pixel (segmentation). Loss: cross-entropy, the mean over the pixels that count.
+
+    Measured by mIoU: intersection over union, the mean over the classes that occur in labels or answers.
+    """
+
+    kind, figure = "class_maps", "mIoU"
+    expected = f"maps of classes (N, H, W), whole numbers 0-{IGNORED - 1}, and {IGNORED} where a pixel does not count"
+
+    def labels(self, given: Tensor, name: str) -> Tensor:
+        if given.is_floating_point() and bool((given != given.round()).any()):
+            raise ValueError(f"{name}: labels are {self.expected}, got {given.dtype}")
+        whole = whole_labels(given, name)
+        if whole.ndim != 3:
+            raise ValueError(f"{name}: labels are {self.expected}, got the shape {tuple(given.shape)}")
+        if (wrong := whole[(whole < 0) | (whole > IGNORED)]).numel():
+            raise ValueError(f"{name}: labels are {self.expected}, got {int(wrong[0])}")
+        return whole.to(torch.uint8)
+
+    def occurring(self, labels: Tensor) -> list[int]:
+        return [c for c in labels.unique().tolist() if c != IGNORED]
+
+    def count(self, labels: Tensor) -> int:
+        """How many outputs stored labels (N, ...) ask for."""
+        return max(self.occurring(labels), default=-1) + 1
+
+    def for_loss(self, labels: Tensor) -> Tensor:
+        return labels.long()
+
+    def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
+        if outputs.shape[2:] != labels.shape[1:]:
+            sizes = [" x ".join(map(str, tensor.shape[-2:])) for tensor in (outputs, labels)]
+            raise ValueError(f"the backbone gives features of {sizes[0]} pixels, and maps of classes have {sizes[1]}")
+        outputs = outputs if live is None else self.among(outputs, live)
+        pixels = F.cross_entropy(outputs, labels.long(), ignore_index=IGNORED, reduction="none").flatten(1)
+        return pixels.sum(1) / (labels != IGNORED).flatten(1).sum(1).clamp_min(1)
+
+    def measure(self, outputs: int) -> Metric:
+        return JaccardIndex("multiclass", num_classes=outputs, ignore_index=IGNORED, validate_args=False)
+
+
+class MultiLabel(Target):
+    """Which of C labels a sample has; several, or none. Loss: binary cross-entropy, the mean over labels.
+
+    Measured by mAP: for each label the average precision of the task's test samples in the order of its output, the
+    mean over the task's labels. A label is ranked by itself, so that Class-IL and Task-IL are the same figure.
+    """
+
+    kind, figure = "multi_label", "mAP"
+    expected = "(N, C) of 0 and 1, a column for each label"
+
+    def labels(self, given: Tensor, name: str) -> Tensor:
+        if given.ndim != 2 or given.is_complex():
+            raise ValueError(f"{name}: labels are {self.expected}, got the shape {tuple(given.shape)}")
+        if (wrong := given[(given != 0) & (given != 1)]).numel():
+            raise ValueError(f"{name}: labels are {self.expected}, got {wrong[0].item():g}")
+        return given.detach().float()
+
+    def occurring(self, labels: Tensor) -> list[int]:
+        return labels.any(0).nonzero().flatten().tolist()
+
+    def count(self, labels: Tensor) -> int:
+        return labels.shape[1]
+
+    def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
+        each = F.binary_cross_entropy_with_logits(outputs[:, : labels.shape[1]], labels, reduction="none")
+        return each.mean(1) if live is None else each[:, live].mean(1)
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        return outputs > 0
+
+    def measure(self, outputs: int) -> Metric:
+        return LabelsRanked()
+
+
+class RealNumbers(Target):
+    """C real numbers (regression). Loss: the squared error, the mean over the numbers.
+
+    Measured by R², the mean over the numbers: 1 is exact, 0 as good as their mean, and what is worse is negative. Every
+    task has all outputs, so that Class-IL and Task-IL are the same figure.
+    """
+
+    kind, figure = "real_numbers", "R²"
+    expected = "real numbers (N,) or (N, C)"
+
+    def labels(self, given: Tensor, name: str) -> Tensor:
+        if given.ndim not in (1, 2) or given.is_complex():
+            raise ValueError(f"{name}: labels are {self.expected}, got {given.dtype} {tuple(given.shape)}")
+        if not bool(given.isfinite().all()):
+            raise ValueError(f"{name}: labels are {self.expected}; there are values that are NaN or infinite")
+        return given.detach().float()
+
+    def occurring(self, labels: Tensor) -> list[int]:
+        return list(range(self.count(labels)))
+
+    def count(self, labels: Tensor) -> int:
+        return labels.shape[1] if labels.ndim == 2 else 1
+
+    def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
+        return (outputs - labels.view(outputs.shape)).square().mean(1)
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        return outputs
+
+    def measure(self, outputs: int) -> Metric:
+        return NumbersExplained()
+
+
+class NumbersExplained(R2Score):
+    """R², the mean over the numbers. Of fewer than two samples, nan."""
+
+    total: Tensor
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Outputs (B, C), and numbers (B, C), or (B,) if C is 1."""
+        super().update(preds.float(), target.view(preds.shape))
+
+    def compute(self) -> Tensor:
+        """The mean over the numbers."""
+        return super().compute() if self.total > 1 else self.residual.new_tensor(torch.nan)
+
+
+class LabelsRanked(Metric):
+    """mAP over the labels that some sample has. If no sample has any, nan.
+
+    (``MultilabelAveragePrecision`` takes the sigmoid of outputs, which makes all large ones equal.)
+    """
+
+    outputs: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("outputs", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, outputs: Tensor, labels: Tensor) -> None:
+        """Outputs (B, C) and labels (B, C) of 0 and 1."""
+        self.outputs.append(outputs)
+        self.labels.append(labels.long())
+
+    def compute(self) -> Tensor:
+        """The mean over labels."""
+        outputs, labels = dim_zero_cat(self.outputs), dim_zero_cat(self.labels)
+        found = labels.any(0)
+        if not found.any():
+            return torch.full((), torch.nan, device=outputs.device)
+        values, place = outputs[:, found].unique(return_inverse=True)  # any numbers in 0-1 that have this order
+        return multilabel_average_precision(
+            place.double() / len(values), labels[:, found], int(found.sum()), validate_args=False
+        )
+
+
+KINDS: dict[str, Target] = {target.kind: target for target in (Classes(), MultiLabel(), RealNumbers(), ClassMaps())}
+
+
+def target_of(kind: str, owner: str) -> Target:
+    """The target by its name. Raises ValueError, in the name of ``owner``, if there is none."""
+    if kind not in KINDS:
+        raise ValueError(f"{owner}(target={kind!r}): target is one of {', '.join(KINDS)}")
+    return KINDS[kind]
