@@ -52,6 +52,8 @@ NO_RESULT = {
         for name in ("CIFAR10", "CIFAR100", "FashionMNIST", "ImageFolder", "JapaneseVowels", "MNIST",
             "MiniImageNet", "Tensors", "TinyImageNet") for way in ("base", "increment", "sizes")},
     "goes with base": {"SplitDigits.increment"},
+    "others' packages and data modules, tested in test_foreign_modules and foreign": {"Tasks", "Timm", "Transformers"},
+    "what is measured besides, tested in test_streams": {"AnytimeAccuracy"},
     "rows of files, tested in test_text_and_csv": {"SplitCSV", "SplitTextFolder", "TextTransformer"},
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
@@ -143,6 +145,7 @@ OTHER |= {
     "EsaCL.backbone": scl.SmallMLP([8, 8]),
     "SparCL.backbone": scl.SmallMLP([8, 8]),
     "joint": True,
+    "stream": True,
     "SplitImageFolder.num_tasks": 4,
     "SplitImageFolder.flip": True,
     "size": 8,

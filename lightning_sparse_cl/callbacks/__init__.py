@@ -2,6 +2,7 @@
 
 from lightning_sparse_cl.callbacks.acceleration import SparseAcceleration
 from lightning_sparse_cl.callbacks.agem import AGEM
+from lightning_sparse_cl.callbacks.anytime import AnytimeAccuracy
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
@@ -38,6 +39,7 @@ __all__ = [
     "SNFS",
     "SNIP",
     "AdaptiveGrowth",
+    "AnytimeAccuracy",
     "ContinualEvaluation",
     "DropAndGrow",
     "DynamicDataRemoval",

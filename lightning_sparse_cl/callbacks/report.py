@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lightning_sparse_cl.callbacks.anytime import AnytimeAccuracy
 from lightning_sparse_cl.callbacks.averaging import AVERAGING
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.claims import Claim
@@ -47,7 +48,7 @@ class Measure(Protocol):
 
 MEASURES: dict[str, type[Measure]] = {
     "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
-    "growth": SparseGrowth,
+    "growth": SparseGrowth, "anytime": AnytimeAccuracy,
 }  # fmt: skip
 
 
@@ -62,9 +63,10 @@ class RunReport(TaskCallback):
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
-    ``subnetworks.png``), ``held_out`` (accuracy of each task on its validation samples, if there are any), ``seconds``
-    (of training and evaluation, pauses left out), ``figure`` (what is measured on each task: accuracy, or mAP, R² or
-    mIoU where labels are of another kind), ``class_names``, ``classes`` (the names of each task's classes),
+    ``subnetworks.png``), ``anytime`` (of :class:`AnytimeAccuracy`), ``held_out`` (accuracy of each task on its
+    validation samples, if there are any), ``seconds`` (of training and evaluation, pauses left out), ``figure`` (what
+    is measured on each task: accuracy, or mAP, R² or mIoU where labels are of another kind), ``class_names``,
+    ``classes`` (the names of each task's classes),
     ``seed``, ``versions``, ``machine``, ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``

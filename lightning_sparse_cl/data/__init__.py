@@ -13,6 +13,7 @@ from lightning_sparse_cl.data.domains import (
     RotatedDigits,
     RotatedMNIST,
 )
+from lightning_sparse_cl.data.foreign_modules import Tasks
 from lightning_sparse_cl.data.growing_folder import GrowingImageFolder
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
 from lightning_sparse_cl.data.loader import SampleTensors
@@ -87,6 +88,7 @@ __all__ = [
     "TaskDataModule",
     "TaskDatasets",
     "TaskStream",
+    "Tasks",
     "TensorSource",
     "TextFolderSource",
     "TinyImageNetSource",

@@ -16,7 +16,16 @@ from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
-from lightning_sparse_cl.data.loader import SampleTensors, ShareSampler, TaskLoader, TaskSampler, collate, length, union
+from lightning_sparse_cl.data.loader import (
+    SampleTensors,
+    ShareSampler,
+    StreamSampler,
+    TaskLoader,
+    TaskSampler,
+    collate,
+    length,
+    union,
+)
 from lightning_sparse_cl.data.standardised import Normalisation, Standardisation, normaliser, standardised
 from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.data.task_sets import following, labels_of, read_tasks
@@ -44,6 +53,8 @@ class TaskDataModule(pl.LightningDataModule):
         augment: random crop and flip, where the data set has them; or a callable that changes a stored batch in
             training, on the device and before ``transform``, such as one of ``torchvision.transforms.v2``.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
+        stream: the same, but a pass brings the tasks one after the other, and nothing tells the method where one ends:
+            the task-free setting. With one epoch every sample is seen once.
         num_workers: loader processes for data that are not in memory.
         transform: from a stored batch to network input, on the device: any callable. If None, uint8 images, series and
             tables are normalised by the mean and deviation of the first task's training samples (of an evenly spaced
@@ -65,6 +76,7 @@ class TaskDataModule(pl.LightningDataModule):
         val_fraction: float = 0.0,
         augment: bool | Callable[[Any], Any] = True,
         joint: bool = False,
+        stream: bool = False,
         num_workers: int = 0,
         transform: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -79,7 +91,10 @@ class TaskDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.val_fraction = val_fraction
         self.augment = augment
-        self.joint = joint
+        if joint and stream:
+            raise ValueError(f"{name}(joint=True, stream=True): all tasks mixed, or one after the other; not both")
+        self.joint, self.stream = joint or stream, stream
+        self._ends: list[int] = []  # of each task in the union of all
         self.num_workers = num_workers
         self.transform = self.given_transform = self.usual_transform = transform
         self._computed_transform: Normalisation | None = None  # of the data, when they were read
@@ -168,6 +183,11 @@ class TaskDataModule(pl.LightningDataModule):
         """Indices (B,) into the current task's training set of this rank's batch ``batch_idx`` of the epoch."""
         loader = cast(TaskLoader, self._attached.train_dataloader)
         return loader.sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
+
+    def begun(self, batch_idx: int) -> int:
+        """How many tasks of a stream have begun when the epoch's batch ``batch_idx`` is over."""
+        seen = self.indices(batch_idx)
+        return bisect_right(self._ends, int(seen.max())) + 1
 
     def live(self) -> Tensor:
         """Which classes (num_classes,) the current task has."""
@@ -263,9 +283,11 @@ class TaskDataModule(pl.LightningDataModule):
             found, self.learnt = following(name, found, learnt, self._asked_to_go_on, self.joint, by_classes)
         self.class_names, self.classes, self.fingerprints = found.class_names, found.classes, found.fingerprints
         self.samples_per_task, self.num_classes = found.samples, len(found.class_names)
+        self._ends = torch.tensor([length(data) for data in found.train]).cumsum(0).tolist()
         joined: Sequence[Dataset] = [union(found.train)] if self.joint else found.train
         if self.joint:
-            self.fingerprints, self.samples_per_task = [combined(self.fingerprints)], [sum(found.samples)]
+            order = ["stream"] if self.stream else []
+            self.fingerprints, self.samples_per_task = [combined([*self.fingerprints, *order])], [sum(found.samples)]
         example = next(d for d in (*joined, *found.test) if length(d))
         self.layout, self.labels = layout_of_one(example[0][0]), labels_of(found.test[0])[:0]
         if self.transform is None:
@@ -310,7 +332,8 @@ class TaskDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> TaskLoader:
         t, trainer = self.task, self._attached
-        sampler = TaskSampler(self.alive[t], self._world_size, trainer.global_rank, seed=self.order_seed)
+        place = (self.alive[t], self._world_size, trainer.global_rank, self.order_seed)
+        sampler = StreamSampler(*place, self._ends) if self.stream else TaskSampler(*place)
         return TaskLoader(
             self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
             num_workers=self._workers(self.train_sets[t]), collate_fn=collate,
@@ -380,7 +403,7 @@ class TaskDataModule(pl.LightningDataModule):
             "class_names": self.class_names, "classes": self.classes, "fingerprints": self.fingerprints,
             "samples": self.samples_per_task, "planned": self.num_tasks if self.learnt is None else self.learnt.planned,
             "learnt_before": 0 if self.learnt is None else len(self.learnt.classes),
-            "layout": described(self.layout), "joint": self.joint, "target": self.target.kind,
+            "layout": described(self.layout), "joint": self.joint, "stream": self.stream, "target": self.target.kind,
             "normalisation": self.transform.normalisation() if isinstance(self.transform, Normalisation) else None,
         }  # fmt: skip
 

@@ -85,6 +85,27 @@ class TaskSampler(DistributedSampler):
         return iter(self.order()[self.skip :].tolist())
 
 
+class StreamSampler(TaskSampler):
+    """Blocks of samples one after the other, as a stream brings them, in a random order within each block.
+
+    Args:
+        alive: indices into the data set, (n,), in ascending order.
+        ends: where each block ends, in ascending order: the first index that is in it no more.
+    """
+
+    def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int, ends: Sequence[int]) -> None:
+        super().__init__(alive, num_replicas, rank, seed)
+        self.ends = ends
+
+    def order(self) -> Tensor:
+        if self._order is None or self._order[0] != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            blocks = self.alive.tensor_split(torch.searchsorted(self.alive, torch.tensor(self.ends[:-1])))
+            drawn = torch.cat([block[torch.randperm(len(block), generator=generator)] for block in blocks])
+            self._order = self.epoch, drawn[: self.total_size][self.rank :: self.num_replicas]
+        return self._order[1]
+
+
 class ShareSampler(DistributedSampler):
     """Every index in exactly one process, in order, none repeated: what an exact evaluation needs."""
 

@@ -1,0 +1,261 @@
+"""Other people's LightningDataModules as a task sequence: their data sets, transforms and collate functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+
+from lightning_sparse_cl.data.labels import listed_labels
+from lightning_sparse_cl.data.loader import SampleTensors, length
+from lightning_sparse_cl.data.standardised import Normalisation, Standardisation
+from lightning_sparse_cl.data.task_datasets import TaskDatasets
+from lightning_sparse_cl.nests import Nest, as_nest, count, each, is_image, joined, layout_of_one, rows, tensors
+
+LABELS = ("label", "labels", "target", "targets", "y")
+"""Keys by which labels are found in a batch that is a dict."""
+Pair = Callable[[Any], tuple[Nest, Any]]
+"""From a batch as somebody's collate function makes it to samples and labels."""
+
+
+class Tasks(TaskDatasets):
+    """A sequence of LightningDataModules, each of which is a task; or one, for a single task.
+
+    Of each the data set, the collate function, the batch size and the number of workers of its training loader are
+    taken, and the data set of its test loader, or, without one, of its validation loader. The first module's
+    ``on_before_batch_transfer`` and ``on_after_batch_transfer`` are called before ``transform``, for all tasks and with
+    labels that are zero; by default ``transform`` normalises uint8 images alone. Batches are drawn by this
+    package's sampler, so that resuming is exact, processes share an epoch, and samples can be removed. Where the order
+    is a data module's own, that is not possible: a data set that is only iterable is read once, into memory, and a
+    sampler of its own is left out, which is said.
+
+    A batch is a pair (samples, labels), or a dict in which labels go by one of the names ``label``, ``labels``,
+    ``target``, ``targets`` and ``y``. A collate function is called with one item at a time: what it makes of several,
+    such as a mixture of them, or padding to the longest, is not seen.
+
+    Args:
+        modules: the data modules, in the order of the tasks.
+        pair: from a batch to its samples and labels, where a batch is something else.
+        own_classes: each data module numbers its classes from 0, and they are others than those of the modules before.
+            If False, a number is the same class everywhere.
+        batch_size: if None, that of the first module's loader.
+        num_workers: if None, that of the first module's loader.
+        in_memory: read everything once; transforms of a data set that draw at random then draw once.
+        kwargs: see :class:`TaskDatasets`, ``target`` above all, and :class:`TaskDataModule`.
+
+    Raises:
+        ValueError: if there is no data module, or one has no loader to train or test on, or its batches are of another
+            kind.
+    """
+
+    def __init__(
+        self,
+        modules: pl.LightningDataModule | Sequence[pl.LightningDataModule],
+        pair: Pair | None = None,
+        own_classes: bool = False,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        in_memory: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.modules = [modules] if isinstance(modules, pl.LightningDataModule) else list(modules)
+        if not self.modules or not all(isinstance(module, pl.LightningDataModule) for module in self.modules):
+            kinds = ", ".join(type(module).__name__ for module in self.modules) or "nothing"
+            raise ValueError(f"Tasks: LightningDataModules are expected, one a task, got {kinds}")
+        nobody: list[Dataset] = [SampleTensors(torch.zeros(0, 1), torch.zeros(0))] * len(self.modules)
+        kwargs |= {"batch_size": 1 if batch_size is None else batch_size, "num_workers": num_workers or 0}
+        super().__init__(nobody, nobody, in_memory, **kwargs)
+        if self.target.kind != "classes" and own_classes:
+            raise ValueError(f"Tasks(own_classes=True): it is for classes, and the target is {self.target.kind}")
+        self.pair, self.own_classes = pair or _pair, own_classes
+        self.own_batch_size, self.own_num_workers = batch_size is None, num_workers is None
+
+    @classmethod
+    def of(cls, modules: pl.LightningDataModule | Sequence[pl.LightningDataModule], **kwargs: Any) -> Tasks:
+        """The sequence of these data modules; arguments as for the class."""
+        return cls(modules, **kwargs)
+
+    def prepare_data(self) -> None:
+        for module in self.modules:
+            module.prepare_data()
+
+    def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
+        train, test = [], []
+        for task, module in enumerate(self.modules):
+            name = f"Tasks: task {task} ({type(module).__name__})"
+            module.trainer = self.trainer
+            module.setup("fit")
+            loaders = _loaders(module, "train_dataloader", name)
+            if not task:
+                self._take_sizes(loaders[0])
+            train.append(self._items(loaders, name))
+            module.setup("test")
+            tested = _loaders(module, "test_dataloader", name, "val_dataloader")
+            test.append(self._items(tested, f"{name}, test"))
+        if self.own_classes:
+            train, test = _numbered_apart(train, test)
+        self.given = {"train": train, "test": test}
+        return super().load()
+
+    def prepare(self, x: Nest, augment: bool = True) -> Nest:
+        module = self.modules[0]  # one network is for all tasks, and so is what its input is made by
+        if hooks := _hooks_of(module):
+            batch: Any = (each(Tensor.clone, x), torch.zeros(count(x), dtype=torch.long, device=tensors(x)[0].device))
+            module.trainer = cast(Any, _Told(self.trainer, augment))
+            for hook in hooks:
+                batch = getattr(module, hook)(batch, 0)
+            module.trainer, x = self.trainer, batch[0]
+        return super().prepare(x, augment)
+
+    def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
+        """Of uint8 images as ever; all else is as the data modules' own transforms have made it."""
+        stored = layout_of_one(data[0][0])
+        if is_image(stored) and stored.dtype == torch.uint8 and not _hooks_of(self.modules[0]):
+            return super()._normalised(data, crop, flip)
+        self._computed_transform = Standardisation()
+        return self._computed_transform
+
+    def _take_sizes(self, loader: Any) -> None:
+        if self.own_batch_size and getattr(loader, "batch_size", None):
+            self.batch_size = int(loader.batch_size)
+        if self.own_num_workers:
+            self.num_workers = int(getattr(loader, "num_workers", 0))
+
+    def _items(self, loaders: Sequence[Any], name: str) -> Dataset:
+        found = [self._one(loader, name) for loader in loaders]
+        return found[0] if len(found) == 1 else ConcatDataset(found)
+
+    def _one(self, loader: Any, name: str) -> Dataset:
+        data = getattr(loader, "dataset", None)
+        if not isinstance(loader, DataLoader) or isinstance(data, IterableDataset):
+            batches = [_checked(self.pair(batch), name) for batch in cast(Iterable[Any], loader)]
+            if not batches:
+                raise ValueError(f"{name}: its loader gives no batch")
+            inputs, labels = joined([x for x, _ in batches]), torch.cat([y for _, y in batches])
+            rank_zero_info(f"{name}: its data can only be iterated, and are read into memory: {len(labels)} samples")
+            return SampleTensors(inputs, labels, self.target)
+        if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
+            rank_zero_warn(
+                f"{name}: its {type(loader.sampler).__name__} is not used; every sample is drawn once an epoch"
+            )
+        return Collated(data, loader.collate_fn or default_collate, self.pair, name)
+
+
+class Collated(Dataset):
+    """Pairs (sample, label) of a data set, each item as a collate function makes a batch of it alone.
+
+    Args:
+        data: the data set.
+        collate: from a list of items to a batch.
+        pair: from a batch to samples and labels.
+        name: for errors.
+    """
+
+    def __init__(self, data: Any, collate: Callable[[list[Any]], Any], pair: Pair, name: str) -> None:
+        self.data, self.collate, self.pair, self.name = data, collate, pair, name
+        self.targets = listed_labels(data)
+
+    def __len__(self) -> int:
+        return length(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Nest, Tensor]:
+        inputs, labels = _checked(self.pair(self.collate([self.data[index]])), self.name)
+        return rows(inputs, 0), labels[0]
+
+
+class _Shifted(Dataset):
+    """The same pairs with other labels: from ``first`` on."""
+
+    def __init__(self, data: Any, first: int) -> None:
+        self.data, self.first = data, first
+        listed = listed_labels(data)
+        self.targets = None if listed is None else listed + first
+
+    def __len__(self) -> int:
+        return length(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Nest, Tensor]:
+        sample, label = self.data[index]
+        return sample, label + self.first
+
+
+class _Told:
+    """A trainer that says whether a batch is for training: a hook that augments asks it."""
+
+    def __init__(self, trainer: pl.Trainer | None, training: bool) -> None:
+        self._trainer, self.training = trainer, training
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trainer, name)
+
+
+def _pair(batch: Any) -> tuple[Nest, Any]:
+    """Samples and labels of a batch in one of the usual forms."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    if isinstance(batch, Mapping):
+        found = [key for key in LABELS if key in batch]
+        if len(found) == 1:
+            rest = {key: value for key, value in batch.items() if key != found[0]}
+            return next(iter(rest.values())) if len(rest) == 1 else rest, batch[found[0]]
+    kind = f"a dict of {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+    kind += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+    raise ValueError(
+        f"a batch is a pair (samples, labels), or a dict in which labels are one of {', '.join(LABELS)}, got {kind}; "
+        "give pair=..., a function from a batch to the two"
+    )
+
+
+def _checked(pair: tuple[Nest, Any], name: str) -> tuple[Nest, Tensor]:
+    inputs, labels = as_nest(pair[0], f"{name}: samples"), as_nest(pair[1], f"{name}: labels")
+    if not isinstance(labels, Tensor) or not labels.ndim:
+        raise ValueError(f"{name}: labels of a batch are one tensor (B, ...), got {type(pair[1]).__name__}")
+    return inputs, labels
+
+
+def _loaders(module: pl.LightningDataModule, hook: str, name: str, otherwise: str | None = None) -> list[Any]:
+    """What a hook of a data module gives, or another one, as a list of loaders."""
+    for called in filter(None, (hook, otherwise)):
+        if getattr(type(module), called) is getattr(pl.LightningDataModule, called) and called not in vars(module):
+            continue
+        found = getattr(module, called)()
+        loaders = list(found.values()) if isinstance(found, Mapping) else found
+        loaders = list(loaders) if isinstance(loaders, tuple | list) else [loaders]
+        if loaders and all(loader is not None for loader in loaders):
+            return loaders
+    wanted = f"{hook}() or {otherwise}()" if otherwise else f"{hook}()"
+    raise ValueError(f"{name}: it has no loader; {wanted} gives one")
+
+
+def _hooks_of(module: pl.LightningDataModule) -> list[str]:
+    """The hooks of a data module that change batches."""
+    names = ("on_before_batch_transfer", "on_after_batch_transfer")
+    return [name for name in names if getattr(type(module), name) is not getattr(pl.LightningDataModule, name)]
+
+
+def _numbered_apart(train: list[Dataset], test: list[Dataset]) -> tuple[list[Dataset], list[Dataset]]:
+    """The data sets with labels that follow those of the tasks before."""
+    first, moved = 0, ([], [])  # type: ignore[var-annotated]  # lists of data sets
+    for pair in zip(train, test, strict=True):
+        for sets, data in zip(moved, pair, strict=True):
+            sets.append(_Shifted(data, first))
+        first += 1 + max(int(label) for data in pair for label in _labels_in(data))
+    return moved
+
+
+def _labels_in(data: Any) -> Iterable[Any]:
+    listed = listed_labels(data)
+    return listed.tolist() if listed is not None else (data[i][1] for i in range(len(data)))
