@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import forked
+from killed import Strike, final_state
 from test_resume import assert_identical
 from toy_trainer import trainer
 
@@ -52,30 +52,12 @@ def data_of(domain: str, folder: Path, **kwargs: Any) -> scl.TaskDataModule:
     return DOMAINS[domain](folder, **kwargs) if domain in DOMAINS else kinds.data(domain, **kwargs)
 
 
-class Strike(pl.Callback):
-    """Kills this process after the ``at``-th step."""
-
-    def __init__(self, at: int | None) -> None:
-        self.at = at
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def train(domain: str, folder: Path, at: int | None, ckpt_path: str | None) -> None:
     pl.seed_everything(0, verbose=False)
     saving = scl.SequenceCheckpoint(dirpath=str(folder), every_n_train_steps=4, save_last=True)
     evaluation = scl.ContinualEvaluation()
     fitting = trainer(evaluation, scl.FlopsCounter(), scl.RandomState(), saving, Strike(at), enable_checkpointing=True)
     fitting.fit(learner(domain), data_of(domain, folder.parent, batch_size=16), ckpt_path=ckpt_path)
-
-
-def final_state(folder: Path) -> dict[str, Any]:
-    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    left_out = ("callbacks", "loops", "pytorch-lightning_version", "epoch", "run", "config")
-    found = {k: v for k, v in checkpoint.items() if k not in left_out}
-    return found | {"callbacks": {k: v for k, v in checkpoint["callbacks"].items() if "Checkpoint" not in k}}
 
 
 @pytest.mark.parametrize("domain", [*DOMAINS, *kinds.KINDS])

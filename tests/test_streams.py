@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import forked
-from test_domains import Strike, final_state
+from killed import Strike, final_state
 from test_resume import assert_identical
 from torch.optim import SGD
 from toy_trainer import trainer

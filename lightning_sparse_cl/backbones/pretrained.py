@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -142,6 +143,8 @@ class Timm(Pretrained):
                 raise
             model = timm.create_model(self.name, pretrained, **given)
         if self.checkpoint_path is not None and not self.weights_follow:
+            if not Path(self.checkpoint_path).is_file():
+                raise ValueError(f"checkpoint_path: there is no file {self.checkpoint_path!r}")
             timm.models.load_checkpoint(model, self.checkpoint_path, strict=False)
         return model
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.class_tasks import (
     ClassTasks,
@@ -101,7 +102,7 @@ class ClassSplit(SourceTasks):
         self.sizes = counts
         self.tasks = tasks
 
-    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
+    def load(self) -> tuple[list[Dataset], list[Dataset]]:
         self._members = self._found()
         self.class_order = self._members.order
         return super().load()

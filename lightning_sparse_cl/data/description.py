@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_sparse_cl.data.pictures import Fit
 from lightning_sparse_cl.data.standardised import Normalisation, normaliser
 from lightning_sparse_cl.nests import Nest
 
@@ -23,6 +24,7 @@ class DataDescription:
         size: side in pixels that image files were resized to. If None, images had their size before.
         class_names: name of each label.
         classes: labels of each task.
+        fit: how image files got that size; see :class:`~lightning_sparse_cl.data.ImageFolderSource`.
         target: the kind of label, by which :mod:`lightning_sparse_cl.data.targets` calls it.
     """
 
@@ -33,6 +35,7 @@ class DataDescription:
     class_names: tuple[str, ...]
     classes: tuple[tuple[int, ...], ...]
     target: str = "classes"
+    fit: Fit = "squash"
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from lightning_sparse_cl.data.pictures import decode, image_paths, read_rgb, unread
+from lightning_sparse_cl.data.pictures import Fit, decode, image_paths, open_picture, read_of_size, unread
 from lightning_sparse_cl.data.sources import Source
 
 
@@ -119,9 +121,27 @@ class MiniImageNetSource(Source):
         return members
 
 
+class ImageFiles(Dataset):
+    """Image files that are read when they are asked for.
+
+    Args:
+        paths: of the files, which the fingerprint of a task covers.
+        read: from a path to an image (C, H, W).
+    """
+
+    def __init__(self, paths: Sequence[Path], read: Callable[[Path], Tensor]) -> None:
+        self.paths, self.read = paths, read
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.read(self.paths[index])
+
+
 @dataclass(frozen=True)
 class ImageFolderSource(Source):
-    """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``), read as RGB.
+    """Any images in ``root/train/<class>/**`` and ``root/test/<class>/**`` (or ``val``).
 
     Classes are the folders of the training part, numbered alphabetically. Files of JPEG, PNG, BMP, PPM, WebP and TIFF
     are read, 16-bit grey ones scaled to 8 bits; a warning counts other files, and files that lie beside the classes.
@@ -131,12 +151,30 @@ class ImageFolderSource(Source):
         root: the folder.
         size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`.
+        fit: how images that are not square become so: ``"squash"`` scales both sides to ``size``, ``"crop"`` the
+            shorter side, and cuts out the middle.
+        channels: 3 (RGB) or 1 (grey). If None, those of the first training image.
+        in_memory: read all images at once; else each when it is asked for, for which ``num_workers`` helps.
+
+    Raises:
+        ValueError: if ``fit`` or ``channels`` is another, or images are to be cut to no size.
     """
 
     root: str
     size: int | None = None
     crop: int = 0
     flip: bool = False
+    fit: Fit = "squash"
+    channels: int | None = 3
+    in_memory: bool = True
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("squash", "crop"):
+            raise ValueError(f"ImageFolderSource(fit={self.fit!r}): fit is 'squash' or 'crop'")
+        if self.fit == "crop" and self.size is None:
+            raise ValueError("ImageFolderSource(fit='crop'): images are cut to a size; give size")
+        if self.channels not in (1, 3, None):
+            raise ValueError(f"ImageFolderSource(channels={self.channels}): 3 (RGB), 1 (grey), or null for the images'")
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there
@@ -154,6 +192,23 @@ class ImageFolderSource(Source):
         return [name for name in _folders(self._part(train=False)) if name not in self.classes]
 
     def read(self, train: bool) -> tuple[Tensor, Tensor]:
+        found = self._found(train)
+        if not self.in_memory:
+            return torch.arange(len(found)), _labels(found)
+        how = (str(self), self._size, self.size is not None, self.fit, self._channels)
+        return decode([path for path, _ in found], *how), _labels(found)
+
+    def items(self, train: bool) -> Dataset | None:
+        if self.in_memory:
+            return None
+        read = partial(
+            read_of_size, name=str(self), size=self._size, resize=self.size is not None, fit=self.fit,
+            channels=self._channels,
+        )  # fmt: skip
+        return ImageFiles([path for path, _ in self._found(train)], read)
+
+    def _found(self, train: bool) -> list[tuple[Path, int]]:
+        """The files of a part and their labels."""
         part, found = self._part(train), []
         if others := unread(part):
             rank_zero_warn(f"{self}: files of {str(part)!r} that are not read: {others}")
@@ -163,13 +218,21 @@ class ImageFolderSource(Source):
             if not paths:
                 raise ValueError(f"{self}: the folder {str(part / name)!r} has no images")
             found += [(path, names.index(name)) for path in paths]
-        size = (self.size, self.size) if self.size else self._first_size
-        return decode([path for path, _ in found], str(self), size, resize=self.size is not None), _labels(found)
+        return found
 
     @cached_property
-    def _first_size(self) -> tuple[int, int]:
-        first = next(path for name in self.classes for path in image_paths(self._part(train=True) / name))
-        return read_rgb(first, str(self)).shape[:2]
+    def _first(self) -> Any:
+        """The first training image, in mode L or RGB."""
+        path = next(path for name in self.classes for path in image_paths(self._part(train=True) / name))
+        return open_picture(path, str(self))
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return (self.size, self.size) if self.size else (self._first.height, self._first.width)
+
+    @property
+    def _channels(self) -> int:
+        return self.channels or len(self._first.getbands())
 
     def _part(self, train: bool) -> Path:
         names = ["train"] if train else ["test", "val"]

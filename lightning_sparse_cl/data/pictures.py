@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -110,31 +110,56 @@ def open_picture(path: Path, name: str) -> Any:
         raise ValueError(f"{name}: cannot read the image {str(path)!r}: {error}") from error
 
 
-def read_rgb(path: Path, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An image file (H, W, 3), resized if asked. Raises as :func:`open_picture`."""
+Fit = Literal["squash", "crop"]
+"""How an image gets another size: its sides are scaled apart, or the shorter one is, and the middle is cut out."""
+
+
+def resized(image: Any, size: tuple[int, int], fit: Fit = "squash") -> Any:
+    """A PIL image with so many rows and columns, bilinearly."""
     from PIL import Image
 
-    image = open_picture(path, name).convert("RGB")
-    return np.asarray(image if size is None else image.resize(size[::-1], Image.Resampling.BILINEAR))
+    rows, columns = size
+    if fit == "crop":
+        scale = max(rows / image.height, columns / image.width)
+        scaled = max(rows, round(scale * image.height)), max(columns, round(scale * image.width))
+        image = image.resize(scaled[::-1], Image.Resampling.BILINEAR)
+        top, left = (scaled[0] - rows) // 2, (scaled[1] - columns) // 2
+        return image.crop((left, top, left + columns, top + rows))
+    return image.resize((columns, rows), Image.Resampling.BILINEAR)
 
 
-def decode(paths: Sequence[Path], name: str, size: tuple[int, int], resize: bool = False) -> Tensor:
-    """The images (N, 3, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter.
+def read(path: Path, name: str, size: tuple[int, int] | None = None, fit: Fit = "squash", channels: int = 3) -> Tensor:
+    """An image file (C, H, W), uint8, of 1 or 3 channels, resized if asked. Raises as :func:`open_picture`."""
+    image = open_picture(path, name).convert("L" if channels == 1 else "RGB")
+    image = image if size is None else resized(image, size, fit)
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1)
+
+
+def decode(
+    paths: Sequence[Path], name: str, size: tuple[int, int], resize: bool = False, fit: Fit = "squash",
+    channels: int = 3,
+) -> Tensor:  # fmt: skip
+    """The images (N, C, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter.
 
     Raises:
         ValueError: with the name and the file, if one cannot be read, or is not of this size and not resized.
     """
-    images = np.empty((len(paths), 3, *size), dtype=np.uint8)
+    images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
 
     def fill(i: int) -> None:
-        image = read_rgb(paths[i], name, size if resize else None)
-        if image.shape[:2] != size:
-            raise ValueError(
-                f"{name}: {str(paths[i])!r} has {image.shape[0]}x{image.shape[1]} pixels instead of {size[0]}x{size[1]}"
-            )
-        images[i] = image.transpose(2, 0, 1)
+        images[i] = read_of_size(paths[i], name, size, resize, fit, channels)
 
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(fill, range(len(paths))):
             pass
-    return torch.from_numpy(images)
+    return images
+
+
+def read_of_size(path: Path, name: str, size: tuple[int, int], resize: bool, fit: Fit, channels: int) -> Tensor:
+    """:func:`read` of an image that has, or gets, a size. Raises ValueError, too, if it has another one."""
+    image = read(path, name, size if resize else None, fit, channels)
+    if image.shape[1:] != size:
+        raise ValueError(
+            f"{name}: {str(path)!r} has {image.shape[1]}x{image.shape[2]} pixels instead of {size[0]}x{size[1]}"
+        )
+    return image

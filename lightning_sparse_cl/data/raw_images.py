@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_sparse_cl.data.description import DataDescription
-from lightning_sparse_cl.data.pictures import eight_bits, open_picture
+from lightning_sparse_cl.data.pictures import eight_bits, open_picture, resized
 
 RawImages = Tensor | np.ndarray | Sequence[Any]
 """Images (N, C, H, W), or a list whose items are images (C, H, W), PIL images or paths of image files."""
@@ -78,8 +78,6 @@ def _picture(image: Tensor, name: str) -> Any:
 
 def _pixels(image: Any, name: str, known: DataDescription) -> Tensor:
     """A PIL image of 8 bits as the training's images were stored."""
-    from PIL import Image
-
     channels, *size = known.input_shape
     if channels not in (1, 3):
         raise ValueError(f"{name}: the training images had {channels} channels, and pictures have 1 or 3")
@@ -87,5 +85,5 @@ def _pixels(image: Any, name: str, known: DataDescription) -> Tensor:
     if [image.height, image.width] != size:
         if known.size is None:
             rank_zero_warn(f"images of other sizes are resized to {size[0]}x{size[1]}; the training images were not")
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        image = resized(image, (size[0], size[1]), known.fit)
     return torch.from_numpy(np.array(image).reshape(*size, channels)).permute(2, 0, 1).contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.checks import refuse_empty
 from lightning_sparse_cl.data.datamodule import TaskDataModule
@@ -15,7 +16,7 @@ from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import whole_labels
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.data.sources import Source
-from lightning_sparse_cl.nests import Nest, as_nest, rows
+from lightning_sparse_cl.nests import Nest, as_nest, layout_of_one, rows
 
 
 class SourceTasks(TaskDataModule):
@@ -55,11 +56,12 @@ class SourceTasks(TaskDataModule):
         """Names of the classes, by label."""
         return self.source.names()
 
-    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
+    def load(self) -> tuple[list[Dataset], list[Dataset]]:
         spare = self._spare()
-        train, (inputs, labels) = self.divide_training(*self._read(train=True)), self._read(train=False)
+        (inputs, labels), files = self._read(train=False), [self.source.items(train) for train in (False, True)]
+        train = [_opened(data, files[True]) for data in self.divide_training(*self._read(train=True))]
         own = labels < self.source.num_classes
-        test = self.divide(rows(inputs, own), labels[own])
+        test = [_opened(data, files[False]) for data in self.divide(rows(inputs, own), labels[own])]
         refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
         learnt_otherwise = self.known is not None and self.known.normalisation is not None
         if self.transform is None or (learnt_otherwise and self.given_transform is None):
@@ -72,8 +74,8 @@ class SourceTasks(TaskDataModule):
                 here = torch.isin(labels, torch.tensor([spare[name] for name in there]))
                 label = torch.zeros(int(labels.max()) + 1, dtype=torch.long)
                 label[list(spare.values())] = len(names) + torch.arange(len(spare))
-                train.append(SampleTensors(rows(inputs, slice(0)), labels[:0]))
-                test.append(SampleTensors(rows(inputs, here), label[labels[here]]))
+                train.append(_opened(SampleTensors(rows(inputs, slice(0)), labels[:0]), files[False]))
+                test.append(_opened(SampleTensors(rows(inputs, here), label[labels[here]]), files[False]))
         return train, test
 
     def _spare(self) -> dict[str, int]:
@@ -95,7 +97,8 @@ class SourceTasks(TaskDataModule):
         return {name: c for c, name in enumerate(self.source.names() + only) if name in known - taken}
 
     def description(self) -> DataDescription:
-        return replace(super().description(), size=getattr(self.source, "size", None))
+        how = {name: getattr(self.source, name) for name in ("size", "fit") if hasattr(self.source, name)}
+        return replace(super().description(), **how)
 
     def _read(self, train: bool) -> tuple[Nest, Tensor]:
         """A part of the source, with labels in ``range(source.num_classes)``."""
@@ -110,3 +113,26 @@ class SourceTasks(TaskDataModule):
                 f"got {int(wrong[0])}"
             )
         return inputs, labels
+
+
+class _Opened(Dataset):
+    """Samples at places in a data set that reads them, with their labels."""
+
+    def __init__(self, data: Any, places: Tensor, labels: Tensor) -> None:
+        self.data, self.places, self.targets = data, places, labels
+        self.paths = [data.paths[i] for i in places.tolist()] if hasattr(data, "paths") else None
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[Nest, int]:
+        return self.data[int(self.places[index])], int(self.targets[index])
+
+
+def _opened(places: SampleTensors, items: Any) -> Dataset:
+    """The samples themselves; where the source reads them one by one, those at these places."""
+    if items is None:
+        return places
+    if not len(places):
+        return SampleTensors(layout_of_one(items[0]), places.labels)
+    return _Opened(items, places.inputs, places.labels)

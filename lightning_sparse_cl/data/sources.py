@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.nests import Nest
@@ -40,6 +41,13 @@ class Source:
     def read(self, train: bool) -> tuple[Nest, Tensor]:
         """N samples, such as images (N, C, H, W), and labels (N,), whole numbers, of the training or the test part."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its images are: override read()")
+
+    def items(self, train: bool) -> Dataset | None:
+        """The samples as a data set that reads each when it is asked for; :meth:`read` then gives their places in it.
+
+        If None, :meth:`read` gives the samples.
+        """
+        return None
 
     def names(self) -> list[str]:
         """Names of the classes, by label. If not overridden, the labels as text."""

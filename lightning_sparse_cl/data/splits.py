@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from lightning_sparse_cl.data.class_split import ClassSplit, Order
 from lightning_sparse_cl.data.csv_files import CSVSource
 from lightning_sparse_cl.data.image_files import ImageFolderSource, MiniImageNetSource, TinyImageNetSource
-from lightning_sparse_cl.data.loader import SampleTensors
+from lightning_sparse_cl.data.pictures import Fit
 from lightning_sparse_cl.data.series import JapaneseVowelsSource
 from lightning_sparse_cl.data.sources import (
     CIFAR10Source,
@@ -116,7 +118,7 @@ class SplitCIFAR100(ClassSplit):
         super().__init__(CIFAR100Source(root, download), num_tasks, class_order, **kwargs)
         self.superclasses = superclasses
 
-    def load(self) -> tuple[list[SampleTensors], list[SampleTensors]]:
+    def load(self) -> tuple[list[Dataset], list[Dataset]]:
         if self.superclasses:
             self.class_order = self.source.superclasses().argsort(stable=True).tolist()
             self._in_natural_order = False
@@ -154,6 +156,8 @@ class SplitImageFolder(ClassSplit):
         size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
         crop: zero padding in pixels before a random crop in training; 0 is none.
         flip: mirror half of the training images.
+        fit, channels, in_memory: see :class:`ImageFolderSource`. Folders too large for memory: ``in_memory=False``,
+            with ``num_workers``.
     """
 
     usual_tasks = None
@@ -166,9 +170,13 @@ class SplitImageFolder(ClassSplit):
         crop: int = 0,
         flip: bool = False,
         class_order: Order = None,
+        fit: Fit = "squash",
+        channels: int | None = 3,
+        in_memory: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(ImageFolderSource(root, size, crop, flip), num_tasks, class_order, **kwargs)
+        source = ImageFolderSource(root, size, crop, flip, fit, channels, in_memory)
+        super().__init__(source, num_tasks, class_order, **kwargs)
 
 
 class SplitTextFolder(ClassSplit):

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from forked import forked
-from test_domains import Strike, final_state
+from killed import Strike, final_state
 from test_resume import assert_identical
 from torch import Tensor
 from torch.optim import SGD, Adam
