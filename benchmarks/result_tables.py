@@ -93,6 +93,15 @@ COLUMNS = {
         "configuration": "", "Class-IL, at once": "Class-IL, at once", "Class-IL, continued": "continued",
         "Task-IL, at once": "Task-IL, at once", "Task-IL, continued": "continued", "same weights": "same weights",
     },
+    "tokens": {
+        "layer": "", "sparsity": "sparsity", "dense, inference": "inference: dense, ms",
+        "kernels, inference": "kernels, ms", "faster, inference": "ratio", "dense, training": "training: dense, ms",
+        "kernels, training": "kernels, ms", "faster, training": "ratio",
+    },
+    "vit": {
+        "backbone": "", "method": "method", "ms a step": "ms a step", "TFLOPs": "TFLOPs", "weights": "weights pruned",
+        "alive": "alive", "dense weights": "dense",
+    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",
@@ -101,6 +110,8 @@ COLUMNS = {
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
 PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2, "saturated at task": 1, "tasks that grew": 0}
 PLAIN |= {"TFLOPs": 2, "allocated": 2, "used in networks": 2}
+PLAIN |= dict.fromkeys((f"{name}, {kind}" for name in ("dense", "kernels") for kind in ("inference", "training")), 1)
+PLAIN |= {"faster, inference": 2, "faster, training": 2, "ms a step": 0, "weights": 0, "alive": 0, "dense weights": 0}
 PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
 
 

@@ -10,6 +10,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
+from lightning_sparse_cl.nests import rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -87,6 +88,6 @@ def test_what_the_page_on_data_shows_is_taken():
         exec(compile(part, "data.md", "exec"), namespace)
         if part.startswith("data = "):
             namespace["data"].setup()
-            namespace["data"].prepare(namespace["data"].train_sets[0].inputs)
+            namespace["data"].prepare(rows(namespace["data"].train_sets[0][0][0], None))
             taken += 1
-    assert taken == 5
+    assert taken == 8
