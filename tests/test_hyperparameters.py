@@ -88,7 +88,8 @@ BASE: dict[str, dict[str, Any]] = {
     "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
     "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
-    "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3}, "SplitImageFolder": {"num_tasks": 2, "crop": 2, "size": 9},
+    "SplitTensors": {"train": IMAGES, "test": IMAGES, "num_tasks": 3},
+    "SplitImageFolder": {"num_tasks": 2, "crop": 2, "size": 9},
     # As quick as it gets.
     "SplitDigits": {"batch_size": 64}, "SeriesCNN": {"width": 4}, "SeriesGRU": {"width": 4},
     **{name: {"num_tasks": 3, "batch_size": 64} for name in ("PermutedDigits", "RotatedDigits")},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,6 +71,9 @@ class Target:
     def measure(self, outputs: int) -> Metric | None:
         """Measures one task by outputs and labels. If None, it is accuracy, which is counted without a metric."""
         return None
+
+    def __reduce__(self) -> Any:  # a copy is the same one
+        return target_of, (self.kind, "Target")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"

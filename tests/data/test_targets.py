@@ -1,5 +1,7 @@
 """Labels that are several, real numbers or maps: learnt, measured as others measure them, predicted and refused."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +17,7 @@ from torch.utils.data import TensorDataset
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.data.targets import KINDS
 
 ER = partial(scl.ER, 40, 16)
 METHODS: dict[str, Callable[[str], scl.ContinualModule]] = {
@@ -170,6 +173,17 @@ def test_a_report_says_what_was_measured(tmp_path: Any, capsys: Any) -> None:
     assert "Class-IL mAP on each task (column) after each task (row), %" in shown and "mean mAP" in shown
     fitting.test(module, data)
     assert "MAP on each task, %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda data: pickle.loads(pickle.dumps(data))])
+def test_copies_of_data_have_the_same_target(again: Callable[[Any], Any]) -> None:
+    for kind in ("classes", *kinds.KINDS):
+        assert again(KINDS[kind]) is KINDS[kind]
+    data = kinds.data("multi_label")
+    data.setup()
+    module, evaluation = METHODS["RigL"]("multi_label"), scl.ContinualEvaluation()
+    trainer(evaluation, epochs=1).fit(module, again(data))
+    assert again(module).target is KINDS["multi_label"]
 
 
 def test_one_number_may_come_without_a_dimension_of_its_own() -> None:
