@@ -131,5 +131,5 @@ def test_another_order_is_another_run_and_both_at_once_are_refused(tmp_path: Pat
         trainer(epochs=1).fit(learner, data, ckpt_path=str(tmp_path / "last.ckpt"))
     with pytest.raises(ValueError, match=r"joint=True, stream=True\): all tasks mixed, or one after the other"):
         toy_tasks(joint=True, stream=True)
-    with pytest.raises(ValueError, match=r"AnytimeAccuracy\(every_n_steps=0\): at least one step"):
+    with pytest.raises(ValueError, match=r"AnytimeAccuracy\(every_n_steps=0\): a whole number of steps, at least 1"):
         scl.AnytimeAccuracy(0)

@@ -15,10 +15,10 @@ SIDE = 4
 
 
 def rows_as_images(x: Tensor) -> Tensor:
-    """Rows (..., D), such as tokens (B, T, D), as images (N, D, 4, 4), filled up with zeros; few as (N, D, 1, 1).
+    """Rows (..., D), such as tokens (B, T, D), as images (N, D, 4, 4), filled up with zeros.
 
-    Few are those that do not fill the lanes of vectors with such images. With 2,048 rows the kernels are four to eight
-    times as fast on images of 4x4 pixels as on those of one.
+    If there are fewer than 16 rows for each lane of a vector, images are (N, D, 1, 1). On 2,048 rows the kernels are
+    four to eight times as fast with images of 4x4 pixels as with those of one.
     """
     rows = x.reshape(-1, x.shape[-1])
     side = SIDE if len(rows) >= SIDE**2 * lanes() else 1
@@ -28,6 +28,6 @@ def rows_as_images(x: Tensor) -> Tensor:
 
 
 def images_as_rows(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """The other way round: rows (..., D') of so many, as many as ``shape`` (..., D) has."""
+    """The other way round: images (N, D', h, w) to rows (..., D'), as many as ``shape`` (..., D) has."""
     rows = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
     return rows[: math.prod(shape[:-1])].view(*shape[:-1], images.shape[1])

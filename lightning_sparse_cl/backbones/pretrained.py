@@ -19,8 +19,8 @@ class Pretrained(nn.Module):
 
     Args:
         trained: patterns of parameters' names, such as ``blocks.11.*``, ``*`` for any characters: others are frozen,
-            and a batch-norm without a trained parameter keeps its statistics. If None, all are trained, or with
-            ``adapters`` these alone.
+            and a batch-norm without a trained parameter keeps its statistics. If None, all are trained, or, if there
+            are ``adapters``, only those; with both, the adapters and what fits a pattern.
         adapters: the configuration of an adapter of peft (``pip install lightning_sparse_cl[peft]``), such as
             ``{"peft_type": "LORA", "r": 8, "target_modules": ["qkv"]}``: it is trained, and masks are on its weights.
 
@@ -33,6 +33,10 @@ class Pretrained(nn.Module):
 
     def __init__(self, trained: Sequence[str] | None = None, adapters: Mapping[str, Any] | None = None) -> None:
         super().__init__()
+        if isinstance(trained, str):
+            raise ValueError(f"{type(self).__name__}(trained={trained!r}): a list of patterns, such as ['{trained}']")
+        if adapters is not None and (not isinstance(adapters, Mapping) or "peft_type" not in adapters):
+            raise ValueError(f"{type(self).__name__}(adapters={adapters!r}): a dict with a peft_type, such as 'LORA'")
         self.trained, self.adapters = trained, adapters
         self.weights_follow = False
         """Whether all weights come from a checkpoint, so that none are fetched."""
@@ -53,9 +57,11 @@ class Pretrained(nn.Module):
                 self._freeze()
                 self.train(self.training)
                 return self.features(x)
-            except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:  # of the other package
+            except Exception as error:  # the other package raises whatever its arguments lead to
                 self._modules.pop("model", None)
-                line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                line = next(iter(str(error).strip().splitlines()), "")
+                if not isinstance(error, ValueError | RuntimeError | OSError):  # a KeyError is a key alone
+                    line = f"{type(error).__name__}: {line}"
                 raise ValueError(f"{self}: {line if len(line) <= 200 else f'{line[:196]} ...'}") from error
         return self.features(x)
 
@@ -145,7 +151,11 @@ class Timm(Pretrained):
         if self.checkpoint_path is not None and not self.weights_follow:
             if not Path(self.checkpoint_path).is_file():
                 raise ValueError(f"checkpoint_path: there is no file {self.checkpoint_path!r}")
-            timm.models.load_checkpoint(model, self.checkpoint_path, strict=False)
+            found = timm.models.load_checkpoint(model, self.checkpoint_path, strict=False)
+            if missing := list(getattr(found, "missing_keys", ())):
+                raise ValueError(
+                    f"checkpoint_path: {self.checkpoint_path!r} lacks {len(missing)} weights, such as {missing[0]}"
+                )
         return model
 
     def features(self, x: Nest) -> Tensor:
@@ -160,8 +170,8 @@ class Transformers(Pretrained):
 
     Args:
         path: a model of the hub, or a local folder that ``save_pretrained`` wrote. If None, weights are random.
-        config: with ``path`` what is changed of its configuration; without, the whole configuration, in which
-            ``model_type`` says what it is, such as ``{"model_type": "bert", "hidden_size": 128, ...}``.
+        config: the configuration, such as ``{"model_type": "bert", "hidden_size": 128, ...}``. If ``path`` is given,
+            only what shall be other than in its own.
         pool: features are the mean of the last hidden states over the tokens (``"mean"``), or that of the first.
         trained, adapters: see :class:`Pretrained`.
 
@@ -186,7 +196,7 @@ class Transformers(Pretrained):
         self.path, self.config, self.pool = path, config, pool
 
     def __str__(self) -> str:
-        given = f"config={dict(self.config or {})}" if self.path is None else f"path={self.path!r}"
+        given = f"model_type={(self.config or {}).get('model_type')!r}" if self.path is None else f"path={self.path!r}"
         return f"Transformers({given})"
 
     def make(self, x: Nest) -> nn.Module:
@@ -211,7 +221,18 @@ class Transformers(Pretrained):
             given["attention_mask"] = mask.long()
             if "attention_mask" not in inspect.signature(type(self.model).forward).parameters:
                 del given["attention_mask"]
-        found = self.model(**given).last_hidden_state
+        ids, config = given.get("input_ids"), getattr(self.model, "config", None)
+        most = getattr(config, "max_position_embeddings", None)
+        if isinstance(ids, Tensor) and isinstance(most, int) and ids.shape[1] > most > 0:
+            raise ValueError(f"texts have {ids.shape[1]} tokens; max_position_embeddings of its config is {most}")
+        try:
+            found = self.model(**given).last_hidden_state
+        except IndexError:  # on the CPU; a GPU tells by itself
+            known = getattr(config, "vocab_size", None)
+            if not isinstance(ids, Tensor) or known is None or int(ids.max()) < known:
+                raise
+            wrong = int(ids.max())
+            raise ValueError(f"there is the token id {wrong}; vocab_size of its config is {known}") from None
         if found.ndim == 4:  # of a convolutional network (B, D, H, W)
             return found.mean((2, 3))
         if self.pool == "first":

@@ -32,13 +32,13 @@ class AnytimeAccuracy(TaskCallback):
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"AnytimeAccuracy(every_n_steps={every_n_steps}): at least one step")
+        if not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"AnytimeAccuracy(every_n_steps={every_n_steps!r}): a whole number of steps, at least 1")
         self.every_n_steps = every_n_steps
         self.steps: list[int] = []
         """Steps that had been taken at each measurement."""
         self.accuracies: list[float] = []
-        """Mean over the tasks that had begun, at each measurement; of other targets what is measured of them."""
+        """At each measurement, the mean over the tasks that had begun; of the target's metric, mostly accuracy."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

@@ -53,8 +53,8 @@ class TaskDataModule(pl.LightningDataModule):
         augment: random crop and flip, where the data set has them; or a callable that changes a stored batch in
             training, on the device and before ``transform``, such as one of ``torchvision.transforms.v2``.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
-        stream: the same, but a pass brings the tasks one after the other, and nothing tells the method where one ends:
-            the task-free setting. With one epoch every sample is seen once.
+        stream: train on all tasks in one go, as with ``joint``, but an epoch brings them one after the other, and
+            nothing tells the method where one ends: the task-free setting. With one epoch every sample is seen once.
         num_workers: loader processes for data that are not in memory.
         transform: from a stored batch to network input, on the device: any callable. If None, uint8 images, series and
             tables are normalised by the mean and deviation of the first task's training samples (of an evenly spaced
@@ -94,6 +94,7 @@ class TaskDataModule(pl.LightningDataModule):
         if joint and stream:
             raise ValueError(f"{name}(joint=True, stream=True): all tasks mixed, or one after the other; not both")
         self.joint, self.stream = joint or stream, stream
+        """Whether all tasks are trained on in one go; a stream brings them in their order."""
         self._ends: list[int] = []  # of each task in the union of all
         self.num_workers = num_workers
         self.transform = self.given_transform = self.usual_transform = transform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -10,15 +11,19 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
     default_collate,
 )
 
+from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import listed_labels
 from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.data.standardised import Normalisation, Standardisation
@@ -35,12 +40,13 @@ class Tasks(TaskDatasets):
     """A sequence of LightningDataModules, each of which is a task; or one, for a single task.
 
     Of each the data set, the collate function, the batch size and the number of workers of its training loader are
-    taken, and the data set of its test loader, or, without one, of its validation loader. The first module's
-    ``on_before_batch_transfer`` and ``on_after_batch_transfer`` are called before ``transform``, for all tasks and with
-    labels that are zero; by default ``transform`` normalises uint8 images alone. Batches are drawn by this
-    package's sampler, so that resuming is exact, processes share an epoch, and samples can be removed. Where the order
-    is a data module's own, that is not possible: a data set that is only iterable is read once, into memory, and a
-    sampler of its own is left out, which is said.
+    taken, and the data set of its test loader, or, without one, of its validation loader; several loaders of a module
+    are one task. The hooks ``on_before_batch_transfer`` and ``on_after_batch_transfer`` of the first module are called
+    for all tasks, before ``transform``, with a pair of samples and zeros in place of labels; by default ``transform``
+    normalises uint8 images alone. Batches are drawn by this package's sampler, so that resuming is exact, processes
+    share an epoch, and samples can be removed. (What is drawn at random, in a data set or a hook, needs
+    :class:`RandomState` for that, as ever.) A data set that can only be iterated is read once, into memory; a sampler
+    that chooses samples (``SubsetRandomSampler``) is followed, any other is not used. A message says so.
 
     A batch is a pair (samples, labels), or a dict in which labels go by one of the names ``label``, ``labels``,
     ``target``, ``targets`` and ``y``. A collate function is called with one item at a time: what it makes of several,
@@ -71,6 +77,8 @@ class Tasks(TaskDatasets):
         in_memory: bool = False,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(modules, pl.LightningDataModule | Sequence):
+            raise ValueError(f"Tasks: LightningDataModules are expected, one a task, got {type(modules).__name__}")
         self.modules = [modules] if isinstance(modules, pl.LightningDataModule) else list(modules)
         if not self.modules or not all(isinstance(module, pl.LightningDataModule) for module in self.modules):
             kinds = ", ".join(type(module).__name__ for module in self.modules) or "nothing"
@@ -100,7 +108,7 @@ class Tasks(TaskDatasets):
             module.setup("fit")
             loaders = _loaders(module, "train_dataloader", name)
             if not task:
-                self._take_sizes(loaders[0])
+                self._take_sizes(loaders[0], name)
             train.append(self._items(loaders, name))
             module.setup("test")
             tested = _loaders(module, "test_dataloader", name, "val_dataloader")
@@ -115,9 +123,17 @@ class Tasks(TaskDatasets):
         if hooks := _hooks_of(module):
             batch: Any = (each(Tensor.clone, x), torch.zeros(count(x), dtype=torch.long, device=tensors(x)[0].device))
             module.trainer = cast(Any, _Told(self.trainer, augment))
-            for hook in hooks:
-                batch = getattr(module, hook)(batch, 0)
-            module.trainer, x = self.trainer, batch[0]
+            try:
+                for hook in hooks:
+                    batch = getattr(module, hook)(batch, 0)
+                x, _ = batch
+            except Exception as error:  # a hook of somebody's
+                raise ValueError(
+                    f"Tasks: {type(module).__name__}.{hook} is given a pair (samples, zeros in place of labels) and "
+                    f"returns one; it raised {type(error).__name__}: {error}"
+                ) from error
+            finally:
+                module.trainer = self.trainer
         return super().prepare(x, augment)
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
@@ -128,9 +144,18 @@ class Tasks(TaskDatasets):
         self._computed_transform = Standardisation()
         return self._computed_transform
 
-    def _take_sizes(self, loader: Any) -> None:
-        if self.own_batch_size and getattr(loader, "batch_size", None):
-            self.batch_size = int(loader.batch_size)
+    def description(self) -> DataDescription:
+        """Without the normalisation, if hooks do more than is known here."""
+        found = super().description()
+        return replace(found, mean=None, std=None) if _hooks_of(self.modules[0]) else found
+
+    def _take_sizes(self, loader: Any, name: str) -> None:
+        if self.own_batch_size:
+            owners = (loader, getattr(loader, "batch_sampler", None))
+            size = next(filter(None, (getattr(owner, "batch_size", None) for owner in owners)), None)
+            if not size:
+                raise ValueError(f"{name}: its loader has no batch_size; give Tasks.of(..., batch_size=...)")
+            self.batch_size = int(size)
         if self.own_num_workers:
             self.num_workers = int(getattr(loader, "num_workers", 0))
 
@@ -141,16 +166,18 @@ class Tasks(TaskDatasets):
     def _one(self, loader: Any, name: str) -> Dataset:
         data = getattr(loader, "dataset", None)
         if not isinstance(loader, DataLoader) or isinstance(data, IterableDataset):
-            batches = [_checked(self.pair(batch), name) for batch in cast(Iterable[Any], loader)]
+            batches = [_made(self.pair, batch, name) for batch in cast(Iterable[Any], loader)]
             if not batches:
                 raise ValueError(f"{name}: its loader gives no batch")
             inputs, labels = joined([x for x, _ in batches]), torch.cat([y for _, y in batches])
             rank_zero_info(f"{name}: its data can only be iterated, and are read into memory: {len(labels)} samples")
             return SampleTensors(inputs, labels, self.target)
-        if not isinstance(loader.sampler, RandomSampler | SequentialSampler):
-            rank_zero_warn(
-                f"{name}: its {type(loader.sampler).__name__} is not used; every sample is drawn once an epoch"
-            )
+        if isinstance(loader.sampler, SubsetRandomSampler):
+            data = Subset(cast(Dataset, data), list(loader.sampler.indices))
+        plain = (RandomSampler, SequentialSampler, SubsetRandomSampler)
+        for sampler in (loader.sampler, loader.batch_sampler):
+            if not isinstance(sampler, plain) and type(sampler) not in (BatchSampler, type(None)):
+                rank_zero_warn(f"{name}: its {type(sampler).__name__} is not used; every sample is drawn once an epoch")
         return Collated(data, loader.collate_fn or default_collate, self.pair, name)
 
 
@@ -172,7 +199,7 @@ class Collated(Dataset):
         return length(self.data)
 
     def __getitem__(self, index: int) -> tuple[Nest, Tensor]:
-        inputs, labels = _checked(self.pair(self.collate([self.data[index]])), self.name)
+        inputs, labels = _made(self.pair, self.collate([self.data[index]]), self.name)
         return rows(inputs, 0), labels[0]
 
 
@@ -219,10 +246,17 @@ def _pair(batch: Any) -> tuple[Nest, Any]:
     )
 
 
-def _checked(pair: tuple[Nest, Any], name: str) -> tuple[Nest, Tensor]:
-    inputs, labels = as_nest(pair[0], f"{name}: samples"), as_nest(pair[1], f"{name}: labels")
+def _made(pair: Pair, batch: Any, name: str) -> tuple[Nest, Tensor]:
+    """Samples and labels of a batch, as tensors."""
+    try:
+        given, labelled = pair(batch)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    except Exception as error:  # a function of the user's
+        raise ValueError(f"{name}: pair raised {type(error).__name__}: {error}") from error
+    inputs, labels = as_nest(given, f"{name}: samples"), as_nest(labelled, f"{name}: labels")
     if not isinstance(labels, Tensor) or not labels.ndim:
-        raise ValueError(f"{name}: labels of a batch are one tensor (B, ...), got {type(pair[1]).__name__}")
+        raise ValueError(f"{name}: labels of a batch are one tensor (B, ...), got {type(labelled).__name__}")
     return inputs, labels
 
 

@@ -174,7 +174,9 @@ class ImageFolderSource(Source):
         if self.fit == "crop" and self.size is None:
             raise ValueError("ImageFolderSource(fit='crop'): images are cut to a size; give size")
         if self.channels not in (1, 3, None):
-            raise ValueError(f"ImageFolderSource(channels={self.channels}): 3 (RGB), 1 (grey), or null for the images'")
+            raise ValueError(
+                f"ImageFolderSource(channels={self.channels}): 3 (RGB), 1 (grey), or null: as the images have"
+            )
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]  # computed here, a constant there

@@ -24,8 +24,8 @@ class Items(Dataset):
     """Any data set of pairs (sample, label), with samples as tensors or nests, all alike, and labels of one target.
 
     A sample is a PIL image, see :func:`~lightning_sparse_cl.data.pictures.eight_bits`, a tensor, an array of numbers, a
-    number, or a dict, tuple or list of these. Labels of classes are whole numbers of any type; those of other targets,
-    tensors, arrays, lists, or PIL images of classes, which are all read at once, and are held in memory.
+    number, or a dict, tuple or list of these. Labels of classes are whole numbers of any type; those of other targets
+    are tensors, arrays, lists, or PIL images of classes. All labels are read when tasks are made, and held in memory.
 
     Args:
         data: has a length, and items by index.

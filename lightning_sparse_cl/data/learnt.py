@@ -40,6 +40,8 @@ class LearntTasks:
     """What a stored sample is; see :func:`~lightning_sparse_cl.nests.described`."""
     normalisation: dict[str, list[float]] | None
     """``mean`` and ``std`` of the transform. If the samples had a transform of another kind, None."""
+    target: str
+    """What labels are."""
     joint: bool = False
     is_sequence: bool = True
     """Whether there is a sequence to go on from. If a module knows classes alone, False."""
@@ -64,13 +66,14 @@ class LearntTasks:
             planned=state["planned"],
             layout=dict(state["layout"]),
             normalisation=state["normalisation"],
+            target=state["target"],
             joint=state["joint"],
         )
 
     @classmethod
-    def names_alone(cls, class_names: Sequence[str], layout: dict[str, str]) -> LearntTasks:
+    def names_alone(cls, class_names: Sequence[str], layout: dict[str, str], target: str) -> LearntTasks:
         """Of a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
-        return cls(list(class_names), [], [], [], [], None, 0, layout, None, is_sequence=False)
+        return cls(list(class_names), [], [], [], [], None, 0, layout, None, target, is_sequence=False)
 
     @property
     def names(self) -> list[list[str]]:
@@ -151,7 +154,7 @@ def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) 
         described = getattr(trainer.lightning_module, "data_description", None) if fitting else None
         if described is None:
             return Before()
-        return Before(LearntTasks.names_alone(described.class_names, kinds(described.layout)))
+        return Before(LearntTasks.names_alone(described.class_names, kinds(described.layout), described.target))
     if not fitting and (state["joint"] or joint):
         return Before()
     sequence = record["task_sequence"]

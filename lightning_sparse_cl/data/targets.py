@@ -24,9 +24,9 @@ class Target:
     """
 
     kind: str
-    """By which a data module and a checkpoint call it."""
+    """Its name, in arguments and in checkpoints."""
     figure: str
-    """What is measured on each task, as tables call it."""
+    """The name of the metric of a task, in tables."""
     expected: str
     """Labels as a data set gives them, in words."""
 
@@ -39,7 +39,7 @@ class Target:
         raise NotImplementedError
 
     def occurring(self, labels: Tensor) -> list[int]:
-        """Those outputs, in ascending order, that have something to do with stored labels (N, ...)."""
+        """The outputs that stored labels (N, ...) use, in ascending order: the classes or labels that occur."""
         raise NotImplementedError
 
     def count(self, labels: Tensor) -> int:
@@ -69,7 +69,11 @@ class Target:
         raise NotImplementedError
 
     def measure(self, outputs: int) -> Metric | None:
-        """Measures one task by outputs and labels. If None, it is accuracy, which is counted without a metric."""
+        """The metric of one task, updated with outputs and labels. If None, accuracy.
+
+        Args:
+            outputs: how many the network has.
+        """
         return None
 
     def __reduce__(self) -> Any:  # a copy is the same one
@@ -124,17 +128,10 @@ class ClassMaps(Classes):
     def occurring(self, labels: Tensor) -> list[int]:
         return [c for c in labels.unique().tolist() if c != IGNORED]
 
-    def count(self, labels: Tensor) -> int:
-        """How many outputs stored labels (N, ...) ask for."""
-        return max(self.occurring(labels), default=-1) + 1
-
     def for_loss(self, labels: Tensor) -> Tensor:
         return labels.long()
 
     def loss(self, outputs: Tensor, labels: Tensor, live: Tensor | None = None) -> Tensor:
-        if outputs.shape[2:] != labels.shape[1:]:
-            sizes = [" x ".join(map(str, tensor.shape[-2:])) for tensor in (outputs, labels)]
-            raise ValueError(f"the backbone gives features of {sizes[0]} pixels, and maps of classes have {sizes[1]}")
         outputs = outputs if live is None else self.among(outputs, live)
         pixels = F.cross_entropy(outputs, labels.long(), ignore_index=IGNORED, reduction="none").flatten(1)
         return pixels.sum(1) / (labels != IGNORED).flatten(1).sum(1).clamp_min(1)
@@ -191,7 +188,8 @@ class RealNumbers(Target):
         if given.ndim not in (1, 2) or given.is_complex():
             raise ValueError(f"{name}: labels are {self.expected}, got {given.dtype} {tuple(given.shape)}")
         if not bool(given.isfinite().all()):
-            raise ValueError(f"{name}: labels are {self.expected}; there are values that are NaN or infinite")
+            first = int((~given.isfinite()).nonzero()[0, 0])
+            raise ValueError(f"{name}: labels are {self.expected}; label {first} has values that are NaN or infinite")
         return given.detach().float()
 
     def occurring(self, labels: Tensor) -> list[int]:
@@ -260,6 +258,6 @@ KINDS: dict[str, Target] = {target.kind: target for target in (Classes(), MultiL
 
 def target_of(kind: str, owner: str) -> Target:
     """The target by its name. Raises ValueError, in the name of ``owner``, if there is none."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{owner}(target={kind!r}): target is one of {', '.join(KINDS)}")
     return KINDS[kind]

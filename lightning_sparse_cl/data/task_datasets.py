@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.named_labels import numbered
-from lightning_sparse_cl.data.targets import target_of
+from lightning_sparse_cl.data.targets import KINDS, target_of
 
 
 class TaskDatasets(TaskDataModule):
@@ -56,11 +56,15 @@ class TaskDatasets(TaskDataModule):
             raise ValueError(
                 f"TaskDatasets: one training and one test set a task, got {len(train)} training, {len(test)} test sets"
             )
+        listed = class_names is None or (isinstance(class_names, Sequence) and not isinstance(class_names, str))
+        if not listed or (class_names and (len(set(class_names)) < len(class_names) or not _are_texts(class_names))):
+            raise ValueError(f"TaskDatasets(class_names={class_names!r}): a list of texts, each another one")
         self.given = {"train": train, "test": test}
         self.in_memory, self.item_transform, self.given_names = in_memory, item_transform, class_names
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
-        sets, names = numbered([data for part in self.given.values() for data in part])
+        every = [data for part in self.given.values() for data in part]
+        sets, names = numbered(every) if self.target is KINDS["classes"] else (every, [])
         if names and self.given_names is not None:
             raise ValueError(f"TaskDatasets(class_names=...): labels are names already, such as {names[0]!r}")
         self.class_names = names if self.given_names is None else list(self.given_names)
@@ -72,3 +76,7 @@ class TaskDatasets(TaskDataModule):
         if self.in_memory:
             return [items.gather() for items in train], [items.gather() for items in test]
         return train, test
+
+
+def _are_texts(names: Sequence[str]) -> bool:
+    return all(isinstance(name, str) for name in names)

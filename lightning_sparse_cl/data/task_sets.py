@@ -142,12 +142,16 @@ def read_tasks(
     ids = sorted(set().union(*learning, *other))
     if target is not KINDS["classes"]:
         ids = list(range(max(target.count(labels_of(d)) for d in (*there, *tested, *others))))
+        if not ids:
+            raise ValueError(f"{name}: no label counts; labels are {target.expected}")
+        if class_names and target is not KINDS["class_maps"] and len(class_names) != len(ids):
+            raise ValueError(f"{name}: there are {len(class_names)} names, and labels of {target.kind} have {len(ids)}")
     elif there:
         check_labels(name, learning, testing)
     if not class_names:
         names, numbers = [str(i) for i in ids], ids
     elif len(class_names) <= ids[-1]:
-        raise ValueError(f"{name}: {len(class_names)} classes have names, and there is the label {ids[-1]}")
+        raise ValueError(f"{name}: there are {len(class_names)} names of labels, and there is the label {ids[-1]}")
     else:
         names, numbers = list(class_names), list(range(len(class_names)))
     for t, found in zip([t for t, there_is in enumerate(trained) if not there_is], other, strict=True):
@@ -157,11 +161,12 @@ def read_tasks(
     positions = list(range(len(names)))
     if learnt is not None:
         _refuse_other_samples(name, (there or others)[0], learnt)
+        here = names
         names, positions = learnt.labels_of(names, name)
-    if positions != numbers and target is not KINDS["classes"]:
+    if learnt is not None and positions != numbers and target is not KINDS["classes"]:
         raise ValueError(
-            f"{name}: a sequence of {target.kind} goes on with the labels learnt before, in the same order, and then "
-            f"others; before there were {', '.join(names[:5])}"
+            f"{name}: labels are {', '.join(here[:5])}, those learnt before {', '.join(learnt.class_names[:5])}; those "
+            f"of {target.kind} go on in the same order, and others come after them"
         )
     if positions != numbers:
         label = dict(zip(numbers, positions, strict=True))
@@ -222,6 +227,8 @@ def following(
 
 
 def _refuse_other_samples(name: str, data: Part, learnt: LearntTasks) -> None:
+    if data.target.kind != learnt.target:
+        raise ValueError(f"{name}: labels are {data.target.kind}, those learnt before {learnt.target}")
     found = described(layout_of_one(data[0][0]))
     if found != learnt.layout:
         kinds = [in_words(kind) for kind in (found, learnt.layout)]

@@ -133,6 +133,12 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 f"{type(self.backbone).__name__}: a backbone gives features {'(B, D, H, W)' if maps else '(B, D)'} for "
                 f"labels of {target}, got {tuple(features.shape)}"
             )
+        if maps and features.shape[2:] != labels.shape[1:]:
+            sizes = [" x ".join(map(str, size)) for size in (features.shape[2:], labels.shape[1:])]
+            raise ValueError(
+                f"{type(self.backbone).__name__}: it gives features of {sizes[0]} pixels, and maps of classes have "
+                f"{sizes[1]}"
+            )
         with torch.random.fork_rng([]):
             self.head = (PixelHead if maps else nn.Linear)(features.shape[1], num_classes, dtype=own)
         self._seed = seed

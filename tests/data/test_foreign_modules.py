@@ -15,7 +15,16 @@ from killed import Strike, final_state
 from test_resume import assert_identical
 from torch import Tensor
 from torch.optim import SGD, Adam
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -138,6 +147,28 @@ def test_the_same_number_is_the_same_class_unless_they_are_said_to_be_apart() ->
     assert alone.num_tasks == 1 and alone.batch_size == 8
 
 
+def test_predictions_are_refused_without_what_hooks_do() -> None:
+    module, _, data = train("hooks")
+    with pytest.raises(ValueError, match="had a transform of their own; give transform"):
+        module.predict_samples(torch.zeros(1, 8))
+    assert len(module.predict_samples(torch.zeros(2, 8), partial(data.prepare, augment=False))) == 2
+
+
+def test_samplers_that_choose_are_followed_and_others_are_named() -> None:
+    def chosen(data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+        return DataLoader(data, batch_size, sampler=SubsetRandomSampler(range(40)))
+
+    def in_batches(data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+        return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(range(80)), 8, False))
+
+    data = scl.Tasks.of(Points(0, make=chosen))
+    data.setup()
+    assert len(data.train_sets[0]) == 40 and data.classes == [[0, 1]]
+    data = scl.Tasks.of(Points(0, make=in_batches))
+    data.setup()
+    assert data.batch_size == 8
+
+
 def test_what_is_left_out_is_said(recwarn: pytest.WarningsRecorder) -> None:
     def weighted(data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
         return DataLoader(data, batch_size, sampler=WeightedRandomSampler([1.0] * 80, 80))
@@ -153,6 +184,8 @@ class Nothing(pl.LightningDataModule):
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: scl.Tasks.of([]), "Tasks: LightningDataModules are expected, one a task, got nothing"),
     (lambda: scl.Tasks.of([Points(0), [1]]), "got Points, list"),
+    (lambda: scl.Tasks.of(None), "expected, one a task, got NoneType"),
+    (lambda: scl.Tasks.of(Points(0), pair=lambda b: b[9]).setup(), r"task 0 \(Points\): pair raised IndexError"),
     (lambda: scl.Tasks.of(Nothing()).setup(), r"Tasks: task 0 \(Nothing\): it has no loader; train_dataloader\(\)"),
     (
         lambda: scl.Tasks.of(Points(0, collate_fn=with_names)).setup(),

@@ -186,6 +186,29 @@ def test_copies_of_data_have_the_same_target(again: Callable[[Any], Any]) -> Non
     assert again(module).target is KINDS["multi_label"]
 
 
+def test_a_further_fit_has_labels_of_the_same_kind_and_order() -> None:
+    module = kinds.module("multi_label")
+    trainer(epochs=1).fit(module, kinds.data("multi_label", class_names=list("abcd")))
+    other = TensorDataset(torch.randn(40, 8), torch.arange(40) % 2)
+    with pytest.raises(ValueError, match="labels are classes, those learnt before multi_label"):
+        trainer(epochs=1).fit(module, scl.TaskDatasets([other], [other], batch_size=8))
+    turned = [kinds.one("multi_label", 1, 40, 7)]
+    with pytest.raises(ValueError, match="labels are b, a, c, d, those learnt before a, b, c, d; those of multi_label"):
+        data = scl.TaskDatasets(turned, turned, target="multi_label", class_names=list("bacd"), batch_size=8)
+        trainer(epochs=1).fit(module, data)
+    evaluation, data = scl.ContinualEvaluation(), None
+    data = scl.TaskDatasets(turned, turned, target="multi_label", class_names=list("abcd"), batch_size=8)
+    trainer(evaluation, epochs=1).fit(module, data)
+    assert data.num_tasks == 3 and not evaluation.matrices["class_il"].R[-1, 2].isnan()
+
+
+def test_workers_that_are_spawned_give_the_same_labels() -> None:
+    part = TensorDataset(torch.randn(40, 2), torch.tensor([3, 7, 9, 20]).repeat(10))
+    data = scl.TaskDatasets([part], [part], in_memory=False)
+    data.setup()
+    assert [pickle.loads(pickle.dumps(data.train_sets[0]))[i][1] for i in range(4)] == [0, 1, 2, 3]
+
+
 def test_one_number_may_come_without_a_dimension_of_its_own() -> None:
     x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
     part = TensorDataset(x, x.sum(1) - 1)
@@ -200,10 +223,11 @@ MAPS = torch.zeros(40, 6, 6, dtype=torch.long)
 REFUSED: list[tuple[str, Any, Any, str]] = [
     ("multi_label", X, torch.zeros(40, dtype=torch.long), r"labels are \(N, C\) of 0 and 1.*, got the shape \(40,\)"),
     ("multi_label", X, torch.full((40, 3), 2), r"labels are \(N, C\) of 0 and 1, a column for each label, got 2"),
-    ("real_numbers", X, torch.full((40,), torch.nan), "there are values that are NaN or infinite"),
+    ("real_numbers", X, torch.full((40,), torch.nan), "label 0 has values that are NaN or infinite"),
     ("real_numbers", X, torch.zeros(40, 2, 2), r"labels are real numbers \(N,\) or \(N, C\), got torch.float32"),
     ("class_maps", X, MAPS + 256, r"whole numbers 0-254, and 255 where a pixel does not count, got 256"),
     ("class_maps", X, MAPS + 0.5, "labels are maps of classes .N, H, W., whole numbers 0-254"),
+    ("class_maps", X, MAPS + 255, "no label counts; labels are maps of classes"),
     ("classes", X, torch.zeros(40, 3, dtype=torch.long), "labels are whole numbers, one for each sample"),
     ("none", X, MAPS, r"TaskDatasets\(target='none'\): target is one of classes, multi_label, real_numbers, class"),
 ]  # fmt: skip
@@ -242,11 +266,21 @@ def test_other_refusals_are_one_line() -> None:
         ValueError, match=r"a backbone gives features \(B, D\) for labels of classes, got \(1, 32, 6, 6\)"
     ):
         kinds.module("class_maps").build((3, 6, 6), 4)
-    with pytest.raises(ValueError, match="gives features of 3 x 3 pixels, and maps of classes have 6 x 6"):
+    with pytest.raises(ValueError, match="Sequential: it gives features of 3 x 3 pixels, and maps of"):
         halved = nn.Sequential(kinds.PerPixel(), nn.MaxPool2d(2))
         trainer(epochs=1).fit(scl.ContinualModule(halved), kinds.data("class_maps"))
     with pytest.raises(ValueError, match=r"TaskSubnetworks: .* labels of the kind 'multi_label'; it takes 'classes'"):
         trainer(epochs=1).fit(scl.ContinualDST(kinds.backbone("multi_label")), kinds.data("multi_label"))
+    part = kinds.one("multi_label", 0, 40, 0)
+    for names, message in (
+        (list("abcdef"), "there are 6 names, and labels of multi_label have 4"), ("abcd", "a list of texts"),
+        (["a", "a", "b", "c"], "each another one"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            scl.TaskDatasets([part], [part], target="multi_label", class_names=names).setup()
+    named = [[[(torch.zeros(2), "low"), (torch.ones(2), "high")]]] * 2
+    with pytest.raises(ValueError, match=r"labels are real numbers .*; that of item 0 is str low"):
+        scl.TaskDatasets(*named, target="real_numbers").setup()
     sets = [kinds.one("multi_label", 0, 40, 0), TensorDataset(torch.zeros(40, 8), torch.zeros(40, 3))]
     with pytest.raises(ValueError, match=r"labels of shape \(3,\) and of shape \(4,\); all must be equal"):
         scl.TaskDatasets(sets, sets, target="multi_label").setup()

@@ -181,6 +181,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: vit()(torch.zeros(1, 31)), r"it takes images \(B, C, H, W\)"),
     (lambda: scl.Timm("resnet10t", checkpoint_path="nowhere")(torch.zeros(1, 3, 32, 32)), "resnet10t.*nowhere"),
     (lambda: vit(trained=["neck.*"])(torch.zeros(1, 3, 32, 32)), r"'neck.\*' fits no parameter; they are cls_token"),
+    (lambda: scl.Timm("resnet10t", trained="layer*"), r"trained='layer\*'\): a list of patterns"),
+    (lambda: scl.Timm("resnet10t", adapters={"r": 8}), "a dict with a peft_type"),
+    (lambda: vit(adapters={"peft_type": "LORAA"})(torch.zeros(1, 3, 32, 32)), "KeyError: 'LORAA'"),
+    (lambda: scl.Transformers(config=BERT)(torch.full((1, 4), 50)), "token id 50; vocab_size of its config is 50"),
+    (lambda: scl.Transformers(config=BERT)(torch.zeros(1, 20).long()), "20 tokens; max_position_embeddings .* is 16"),
     (lambda: scl.Transformers(), "give path, or a config with a model_type"),
     (lambda: scl.Transformers(config=BERT, pool="sum"), "pool is 'mean' or 'first'"),
     (
