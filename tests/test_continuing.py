@@ -96,6 +96,7 @@ def test_killed_in_the_continued_part_and_resumed(tmp_path, config):
         kill_and_resume(tmp_path / "whole", tmp_path / f"{hook}", config, hook, at, *further)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_and_resume_as_one_run(tmp_path):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.init_args.batch_size=24"]
     assert forked(main, command(tmp_path / "first", "derpp", *tasks(FIRST), *two), processes=2) == 0

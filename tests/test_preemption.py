@@ -250,6 +250,7 @@ def torchrun(folder, *args, restarts=0, standalone=False):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("two processes")
 def test_torchrun_is_one_run_and_goes_on_after_a_killed_worker(tmp_path):
     options = "--data.init_args.batch_size=24", "--trainer.limit_train_batches=4", "--schedule.epochs=1"

@@ -160,8 +160,9 @@ ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measureme
         "continual_dst",
         "esacl",
         "sparcl",
-        "cl_lsg",
-        *SERIES,
+        pytest.param("cl_lsg", marks=pytest.mark.slow),
+        pytest.param(SERIES[0], marks=pytest.mark.slow),
+        SERIES[1],
         pytest.param("derpp", marks=pytest.mark.xdist_group("derpp")),
     ],
 )

@@ -22,6 +22,7 @@ def shortened(config):
             "gradients.init_args.interval": 4,
         },
         "continual_dst": {"growth.init_args.interval": 4},
+        "esacl_efficient": {"prune_epoch": 1},
     }  # fmt: skip
     return [
         f"--model.init_args.{name}={value}"

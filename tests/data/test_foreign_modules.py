@@ -109,7 +109,9 @@ def train(kind: str, folder: Path | None = None, at: int | None = None, path: st
     return module, evaluation, data
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("hooks", "iterable") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_they_are_learnt_and_resumed_exactly(kind: str, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "killed")]
     _, evaluation, data = train(kind, folders[0])
