@@ -19,6 +19,7 @@ OVERLAYS = sorted(p for p in CONFIGS.glob("*/*.yaml") if p not in EXPERIMENTS)
 SMALL = {
     "split_japanese_vowels": [],
     "split_digits": ["--data.init_args.batch_size", "48"],
+    "split_digits_table": ["--data.init_args.batch_size", "48"],
     "split_cifar10": ["--data.init_args.batch_size", "20"],
     "split_cifar100": ["--data.init_args.batch_size", "16"],
     "split_cifar100_superclasses": ["--data.init_args.batch_size", "8"],
@@ -52,7 +53,7 @@ def data_root(tmp_path, monkeypatch):
 def small(config):
     few = config.parent.name == "split_cifar100" and not config.stem.endswith("_tasks")  # those are named for them
     return [
-        "--model.init_args.backbone.init_args.width=2",
+        f"--model.init_args.backbone.init_args.{'hidden=[8,8]' if 'table' in config.parent.name else 'width=2'}",
         f"--schedule.epochs={epochs_of(config)}",
         "--trainer.accelerator=cpu",
         *SMALL[config.parent.name],
@@ -97,7 +98,9 @@ def test_every_experiment_fits_and_its_test_gives_the_final_row(config, data_roo
         for task, accuracy in enumerate(metrics[scenario]["matrix"][-1]):
             assert float(tested[f"{scenario}/task_{task}"]) == pytest.approx(accuracy, abs=1e-6)
     expected = {"esacl": 0.8, "sparcl": 0.9, "snip_derpp": 0.9, "rigl_derpp": 0.9}
-    expected |= {"split_digits": {}, "split_japanese_vowels": {"sparcl": 0.8}}.get(config.parent.name, {"sparcl": 0.75})
+    expected |= {"split_digits": {}, "split_digits_table": {}, "split_japanese_vowels": {"sparcl": 0.8}}.get(
+        config.parent.name, {"sparcl": 0.75}
+    )
     method = config.stem.removesuffix("_ewc").removesuffix("_co2l").removesuffix("_efficient")
     if config.stem == "cl_lsg":  # as much as it has grown
         assert metrics["growth"]["grew"] and 0 < metrics["subnetworks"]["used"][-1] <= 1

@@ -35,12 +35,18 @@ def of_numbers(folder: Path, **kwargs: Any) -> scl.TaskDataModule:
     return scl.SplitTensors(table, table, 2, **kwargs)
 
 
-DOMAINS = {"text": of_text, "table": of_numbers}
+def of_series(folder: Path, **kwargs: Any) -> scl.TaskDataModule:
+    return scl.SplitJapaneseVowels(3, **kwargs)
+
+
+DOMAINS = {"text": of_text, "table": of_numbers, "series": of_series}
 
 
 def learner(domain: str) -> scl.ContinualModule:
     if domain == "text":
         return scl.EsaCL(scl.TextTransformer(256, width=16, layers=1, heads=2), scl.ER(20, 8), 0.5)
+    if domain == "series":
+        return scl.EsaCL(scl.SeriesCNN(8), scl.DERpp(20, 8), 0.8)
     if domain == "table":
         masking, removal = scl.TaskAwareDynamicMasking(0.7, 1), scl.DynamicDataRemoval(0.2, 1, 1)
         return scl.SparCL(scl.SmallMLP((16, 16)), scl.DERpp(20, 8), masking, removal)

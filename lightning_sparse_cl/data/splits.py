@@ -23,10 +23,16 @@ from lightning_sparse_cl.data.text import TextFolderSource, Tokenizer
 
 
 class SplitDigits(ClassSplit):
-    """:class:`ClassSplit` of the small real digits that come with the package, :class:`DigitsSource`."""
+    """:class:`ClassSplit` of the small real digits that come with the package, :class:`DigitsSource`.
 
-    def __init__(self, num_tasks: int | None = None, class_order: Order = None, **kwargs: Any) -> None:
-        super().__init__(DigitsSource(), num_tasks, class_order, **kwargs)
+    Args:
+        table: digits are rows of 64 numbers.
+    """
+
+    def __init__(
+        self, num_tasks: int | None = None, class_order: Order = None, table: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(DigitsSource(table), num_tasks, class_order, **kwargs)
 
 
 class SplitJapaneseVowels(ClassSplit):
