@@ -46,6 +46,7 @@ NO_RESULT = {
     "schedulers of foreign modules, tested in test_order_and_hooks": {"TaskSchedule.restart_schedulers"},
     "what is tested, not how it is trained, tested in test_some_tasks": {"ContinualEvaluation.tasks"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
+    "takes another backbone, tested in test_cli": {"SplitDigits.table"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
         for name in ("Digits", "MNIST", "FashionMNIST")} | {"SplitJapaneseVowels.augment"},
     "must fit the number of classes, tried with SplitDigits": {f"Split{name}.{way}"
