@@ -263,7 +263,16 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(("name", "parameter"), list(public(files=False)), ids=str)
+AS_ANOTHER = {"RotatedDigits", "SplitMiniImageNet", "SplitTinyImageNet"}
+"""Their arguments are those of another data module, which is tried in the fast tests."""
+
+
+def cases(files):
+    """All, of which those like others are slow."""
+    return [pytest.param(*c, marks=pytest.mark.slow if c[0] in AS_ANOTHER else []) for c in public(files=files)]
+
+
+@pytest.mark.parametrize(("name", "parameter"), cases(files=False), ids=str)
 def test_changing_it_changes_the_result(name, parameter):
     changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)} | along(name, parameter))
     assert not same(changed, base(name)), f"{name}({parameter}=...) has no effect"
@@ -299,7 +308,7 @@ def file_based(tmp_path_factory):
         yield of
 
 
-@pytest.mark.parametrize(("name", "parameter"), list(public(files=True)), ids=str)
+@pytest.mark.parametrize(("name", "parameter"), cases(files=True), ids=str)
 def test_changing_it_changes_what_is_read_from_files(name, parameter, file_based):
     changed = file_based(name, **{parameter: other(name, parameter)} | along(name, parameter))
     assert not same(changed, file_based(name)), f"{name}({parameter}=...) has no effect"

@@ -162,7 +162,7 @@ def kill_and_resume(whole, folder, config, hook, at):
     assert_identical(final_state(whole), final_state(folder), f"{config}, {hook} {at}: ")
 
 
-@pytest.mark.xdist_group("two processes")
+@pytest.mark.slow  # kills of two processes in the fast tests: test_domains
 def test_two_processes_killed_and_resumed_then_one_goes_on(tmp_path):
     whole, told = tmp_path / "whole", tmp_path / "told"
     assert launched(command(whole, "esacl", COUNT)) == 0

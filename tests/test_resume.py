@@ -163,7 +163,7 @@ ISOLATING = ["between epochs of a task, for CL-LSG stages", "after the measureme
         pytest.param("cl_lsg", marks=pytest.mark.slow),
         pytest.param(SERIES[0], marks=pytest.mark.slow),
         SERIES[1],
-        pytest.param("derpp", marks=pytest.mark.xdist_group("derpp")),
+        pytest.param("derpp", marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed(tmp_path, whole_run, config):
