@@ -58,8 +58,9 @@ class SourceTasks(TaskDataModule):
 
     def load(self) -> tuple[list[Dataset], list[Dataset]]:
         spare = self._spare()
-        (inputs, labels), files = self._read(train=False), [self.source.items(train) for train in (False, True)]
-        train = [_opened(data, files[True]) for data in self.divide_training(*self._read(train=True))]
+        divided = self.divide_training(*self._read(train=True))
+        (inputs, labels), files = self._read(train=False), {part: self.source.items(part) for part in (True, False)}
+        train = [_opened(data, files[True]) for data in divided]
         own = labels < self.source.num_classes
         test = [_opened(data, files[False]) for data in self.divide(rows(inputs, own), labels[own])]
         refuse_empty(f"{type(self).__name__} of {self.source}", train, test)
