@@ -269,7 +269,11 @@ AS_ANOTHER = {"RotatedDigits", "SplitMiniImageNet", "SplitTinyImageNet"}
 
 def cases(files):
     """All, of which those like others are slow."""
-    return [pytest.param(*c, marks=pytest.mark.slow if c[0] in AS_ANOTHER else []) for c in public(files=files)]
+
+    def marked(case):
+        return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow])
+
+    return [marked(case) if case.values[0] in AS_ANOTHER else case for case in public(files=files)]
 
 
 @pytest.mark.parametrize(("name", "parameter"), cases(files=False), ids=str)
