@@ -66,7 +66,7 @@ class LearntTasks:
             planned=state["planned"],
             layout=dict(state["layout"]),
             normalisation=state["normalisation"],
-            target=state["target"],
+            target=state.get("target", "classes"),
             joint=state["joint"],
         )
 
