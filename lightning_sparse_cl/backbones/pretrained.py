@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_sparse_cl.backbones.text import mean_of_tokens
 from lightning_sparse_cl.data.augment import ImageTransform
 from lightning_sparse_cl.nests import Nest
 
@@ -43,11 +44,11 @@ class Pretrained(nn.Module):
 
     def make(self, x: Nest) -> nn.Module:
         """The model for such a batch, with its weights unless they follow."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what its model is: override make()")
 
     def features(self, x: Nest) -> Tensor:
         """What the model gives for a batch: (B, D)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say what its features are: override features()")
 
     def forward(self, x: Nest) -> Tensor:
         """A batch to features (B, D)."""
@@ -237,10 +238,7 @@ class Transformers(Pretrained):
             return found.mean((2, 3))
         if self.pool == "first":
             return found[:, 0]
-        if mask is None:
-            return found.mean(1)
-        weights = mask.unsqueeze(2).to(found.dtype)
-        return (found * weights).sum(1) / weights.sum(1).clamp_min(1)
+        return found.mean(1) if mask is None else mean_of_tokens(found, mask)
 
 
 def imported(package: str, owner: str) -> Any:

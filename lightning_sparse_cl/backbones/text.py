@@ -57,5 +57,10 @@ class TextTransformer(nn.Module):
             raise ValueError(f"TextTransformer(vocabulary={vocabulary}): there is the token id {wrong[0]}") from None
         found = embedded + self.positions.weight[: ids.shape[1]]
         found = self.encoder(found, src_key_padding_mask=~mask)
-        weights = mask.unsqueeze(2).to(found.dtype)
-        return (found * weights).sum(1) / weights.sum(1)
+        return mean_of_tokens(found, mask)
+
+
+def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
+    """The mean (B, D) of the states (B, T, D) of those tokens that the mask (B, T) has; of none, zero."""
+    weights = mask.unsqueeze(2).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -282,7 +282,8 @@ def _hooks_of(module: pl.LightningDataModule) -> list[str]:
 
 def _numbered_apart(train: list[Dataset], test: list[Dataset]) -> tuple[list[Dataset], list[Dataset]]:
     """The data sets with labels that follow those of the tasks before."""
-    first, moved = 0, ([], [])  # type: ignore[var-annotated]  # lists of data sets
+    first = 0
+    moved: tuple[list[Dataset], list[Dataset]] = ([], [])
     for pair in zip(train, test, strict=True):
         for sets, data in zip(moved, pair, strict=True):
             sets.append(_Shifted(data, first))
