@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_sparse_cl.callbacks.averaging import averaged
+from lightning_sparse_cl.callbacks.evaluation import measuring
 from lightning_sparse_cl.callbacks.outputs import logits_of, of_classes
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
@@ -46,25 +47,22 @@ class AnytimeAccuracy(TaskCallback):
             task_data(trainer, self)
             self.steps, self.accuracies = [], []
 
-    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step % self.every_n_steps:
             return
-        data, was_training = task_data(trainer), pl_module.training
+        data = task_data(trainer)
         begun = data.begun(batch_idx) if data.stream else len(data.classes) if data.joint else data.task + 1
         begun = int(trainer.strategy.reduce(torch.tensor(begun, device=pl_module.device), reduce_op="max"))
         measure = partial(data.target.measure, data.num_classes)
         figures = AccuracyMatrix(1, len(data.classes), measure).to(pl_module.device)
-        pl_module.eval()
-        with averaged(trainer, pl_module), trainer.precision_plugin.forward_context():
+        with averaged(trainer, pl_module), measuring(trainer, pl_module):
             for task, loader in enumerate(data.test_dataloader()[:begun]):
                 for x, y in loader:
                     x = data.prepare(moved(x, pl_module.device), augment=False)
                     logits = logits_of(pl_module(x), pl_module, y.ndim == 3)
                     figures.update(of_classes(logits, data.num_classes, pl_module), y.to(pl_module.device), task)
-        pl_module.train(was_training)
         self.steps.append(trainer.global_step)
         self.accuracies.append(float(figures.close_row(0)[:begun].nanmean()))
         pl_module.log("anytime/class_il", self.accuracies[-1], rank_zero_only=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -114,9 +115,8 @@ class ContinualEvaluation(pl.Callback):
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
         data, matrices = _data(trainer), {s: self.matrices[s + suffix] for s in self.scenarios}
-        learnt, was_training = Subnetworks.of(pl_module), pl_module.training
-        pl_module.eval()
-        with averaged(trainer, pl_module), torch.no_grad(), trainer.precision_plugin.forward_context():
+        learnt = Subnetworks.of(pl_module)
+        with averaged(trainer, pl_module), measuring(trainer, pl_module):
             if len(learnt):
                 self._kept.measure(learnt, data, self._live, matrices)
             else:
@@ -124,7 +124,6 @@ class ContinualEvaluation(pl.Callback):
                     for x, y in loader:
                         x = data.prepare(moved(x, pl_module.device), augment=False)
                         self._count(data, pl_module, x, y.to(pl_module.device), task, matrices)
-        pl_module.train(was_training)
         for matrix in matrices.values():
             matrix.close_row(row)
 
@@ -215,6 +214,16 @@ def _chosen(tasks: list[str | int], data: TaskDataModule) -> list[int]:
     return sorted(found)
 
 
+@contextmanager
+def measuring(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Inside, a module that trains answers in eval mode, without gradients, in the Trainer's precision."""
+    was_training = pl_module.training
+    pl_module.eval()
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        yield
+    pl_module.train(was_training)
+
+
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:
     """Accuracy, or the target's metric, of the running task on its held-out samples, among the task's classes.
 
@@ -225,14 +234,12 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
         pl_module: put in eval mode for it.
         logits: maps a batch to logits (B, num_classes), or to what holds them.
     """
-    data, was_training = _data(trainer), pl_module.training
+    data = _data(trainer)
     live = data.live().to(pl_module.device)
     figure = AccuracyMatrix(1, 1, partial(data.target.measure, data.num_classes)).to(pl_module.device)
-    pl_module.eval()
-    with torch.no_grad(), trainer.precision_plugin.forward_context():
+    with measuring(trainer, pl_module):
         for x, y in data.val_dataloader()[0]:
             x, y = data.prepare(moved(x, pl_module.device), augment=False), y.to(pl_module.device)
             known = of_classes(logits_of(logits(x), pl_module, y.ndim == 3), live.numel(), pl_module)
             figure.update(data.target.among(known, live), y, 0)
-    pl_module.train(was_training)
     return float(figure.close_row(0))
