@@ -168,8 +168,14 @@ def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str], plain: 
 
 def _cell(value: Any, scale: float) -> str:
     if isinstance(value, dict):
-        return f"{scale * value['median']:.1f} ({scale * value['min']:.1f}-{scale * value['max']:.1f})"
+        middle, least, greatest = (_figure(scale * value[of]) for of in ("median", "min", "max"))
+        return middle if least == greatest else f"{middle} ({least}-{greatest})"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _figure(value: float) -> str:
+    """Counts as they are, percentages and times with one digit behind the point, what is small with two digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}" if abs(value) >= 1 or not value else f"{value:.2g}"
 
 
 def quiet() -> None:

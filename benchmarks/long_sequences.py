@@ -1,6 +1,6 @@
 """What a task costs when many have been learnt: Continual DST on a hundred tasks of permuted digits.
 
-A perceptron with two hidden layers of 64, of which each task uses 10 %, two steps of 256 images per task; after every
+A perceptron with two hidden layers of 64; each task uses 10 % of it, two steps of 256 images per task; after every
 task all hundred test sets are measured in both scenarios and a checkpoint is written. Given are CPU seconds of one
 thread, which other processes on the machine hardly change: of a task's training, evaluation and checkpoint, and of the
 end of the fit, where the report counts what the subnetworks share. Waiting for the disk is not in them.

@@ -77,7 +77,7 @@ def gathered(batch: Nest, at: Tensor) -> Nest:
 
 
 def stacked(views: Sequence[Nest]) -> Nest:
-    """A batch of which each tensor has the views in its second dimension."""
+    """A batch whose tensors have the views in their second dimension."""
     return each(lambda *parts: torch.stack(parts, 1), *views)
 
 

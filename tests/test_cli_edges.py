@@ -145,7 +145,7 @@ def test_every_command_takes_the_runs_own_configuration(monkeypatch, capsys):
     again = main(["fit", "-c", config, "--ckpt_path=last"])
     assert again.trainer.ckpt_path == str(Path(fitted.trainer.log_dir, "checkpoints", "last.ckpt"))
     assert main(["fit", "-c", config, "--seed_everything=7"]).trainer.log_dir != fitted.trainer.log_dir
-    assert files == {p: p.read_bytes() for p in files}  # nobody has touched the first run's
+    assert files == {p: p.read_bytes() for p in files}  # the first run's were not touched
 
 
 def test_figures_of_an_untrained_network_are_said_to_be(monkeypatch):
@@ -244,7 +244,7 @@ def test_two_runs_that_start_at_once_have_two_folders():
     assert sorted(found) == [0, 1, 2, 3] and len(list(Path("runs").rglob("last.ckpt"))) == 4
 
 
-def test_nothing_is_said_that_nobody_can_act_on(tmp_path):
+def test_nothing_is_said_that_the_user_cannot_act_on(tmp_path):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     options = ["--schedule.epochs=1", "--ckpt_path=last"]
     command = [sys.executable, "-m", "lightning_sparse_cl", "fit", "-c", "split_digits/esacl", *options]

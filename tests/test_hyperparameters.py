@@ -268,7 +268,7 @@ AS_ANOTHER = {"RotatedDigits", "SplitMiniImageNet", "SplitTinyImageNet"}
 
 
 def cases(files):
-    """All, of which those like others are slow."""
+    """All; those like others are slow."""
 
     def marked(case):
         return pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow])

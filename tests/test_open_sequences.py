@@ -1,4 +1,4 @@
-"""Sequences whose number of tasks nobody knows: from an iterator, and from a folder that another process fills."""
+"""Sequences whose number of tasks is not known: from an iterator, and from a folder that another process fills."""
 
 import json
 import multiprocessing

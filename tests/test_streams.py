@@ -1,4 +1,4 @@
-"""Streams: one pass over the tasks, of which the method is not told, and accuracy at any time."""
+"""Streams: one pass over the tasks, whose ends the method is not told, and accuracy at any time."""
 
 import signal
 from functools import partial

@@ -31,7 +31,7 @@ _Place = tuple[Optimizer, dict[str, Any], int]
 class CompactWeights:
     """Takes the weights of sparse layers out of optimisers and puts their alive values in, with the state they have.
 
-    The weights in the modules are out of date until :meth:`stop`; nobody sees it where their parameters are
+    The weights in the modules are out of date until :meth:`stop`; this does not show where their parameters are
     :class:`~lightning_sparse_cl.acceleration.watched.Watched`. Optimiser state of pruned weights is zero afterwards.
 
     Args:
@@ -50,7 +50,7 @@ class CompactWeights:
         self._optimizers = [o for o in optimizers if type(o) in ELEMENTWISE]
         self.given = list(layers)
         self.given_up: list[tuple[Layer, Pattern, Tensor, int]] = []
-        """Values that somebody may write to after :meth:`stop`, and their versions when that was last seen: those that
+        """Values that may be written to after :meth:`stop`, and their versions when that was last seen: those that
         have gradients, or have been moved since the last step."""
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self._trained: list[_Trained] = []
@@ -99,7 +99,7 @@ class CompactWeights:
                 _add(weight, pattern.whole(values.grad, weight))
                 values.grad = None
             place = self._place(values)
-            if place is not None:  # else somebody has taken them out
+            if place is not None:  # else they were taken out
                 _, group, i = place
                 group["params"][i] = weight
             for optimizer in self._optimizers:
@@ -109,7 +109,7 @@ class CompactWeights:
                         k: pattern.whole(v, weight) if _like(v, values) else v for k, v in state.items()
                     }
         self._held.clear()
-        self._trained.clear()  # values that nobody may write to are freed
+        self._trained.clear()  # values that may not be written to are freed
 
     @torch.no_grad()
     def take_over(self) -> None:

@@ -54,7 +54,7 @@ class FollowedMasks:
 
     @property
     def need_whole_gradients(self) -> bool:
-        """Whether somebody wants gradients of pruned weights now, which the kernels do not compute."""
+        """Whether gradients of pruned weights are wanted now, which the kernels do not compute."""
         return self._enforcement.needs_whole
 
     def begin_compact(self, weights: Iterable[str]) -> None:
@@ -73,7 +73,7 @@ class FollowedMasks:
 
 
 class FixedMasks:
-    """Masks that do not change, and that nobody else enforces; see :class:`FollowedMasks` for the methods.
+    """Masks that do not change, and that nothing else enforces; see :class:`FollowedMasks` for the methods.
 
     Args:
         masks: by the names of their weights, True where alive. If None, a weight with at least 10 % zeros is masked

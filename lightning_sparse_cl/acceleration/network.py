@@ -37,7 +37,7 @@ def accelerate(
     elsewhere.
 
     With ``optimizers`` the masked weights are trained as vectors of their alive values: the parameters of the modules
-    are brought up to date when somebody reads them *from the modules*. So read ``model.parameters()`` anew wherever
+    are brought up to date when they are read *from the modules*. So read ``model.parameters()`` anew wherever
     weights or gradients are wanted between the steps (to clip, to average), or take the optimiser's groups: a list from
     before is out of date, and hooks on the weights' gradients are not called. Optimisers that do not treat every
     element alone, such as Frank-Wolfe, and multi-process training keep the whole weights; so does, in effect, a
@@ -128,7 +128,7 @@ class Acceleration:
         self._training.follow()
 
     def train_compact(self) -> None:
-        """Give the optimisers the alive values, until somebody reads a weight or :meth:`train_whole`.
+        """Give the optimisers the alive values, until a weight is read or :meth:`train_whole` is called.
 
         Raises:
             ValueError: if the model is not accelerated any more.
@@ -145,7 +145,7 @@ class Acceleration:
         self._training.end()
 
     def takes_calls(self) -> bool:
-        """Whether calls are computed by kernels now: there are masks, and nobody wants gradients of pruned weights."""
+        """Whether calls are computed by kernels now: there are masks, and no gradients of pruned weights are wanted."""
         self.follow()
         return self._sparse.masked and not self._sparse.masks.need_whole_gradients
 

@@ -1,4 +1,4 @@
-"""Rows of a linear layer as images for the kernels of convolutions, of which it is one of 1x1 pixels."""
+"""Rows of a linear layer as images: it is a convolution of 1x1 pixels, and so its kernels run it."""
 
 from __future__ import annotations
 

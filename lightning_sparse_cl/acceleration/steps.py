@@ -29,7 +29,7 @@ class Step:
     """What is added after the batch-norm."""
     relu: bool = False
     whole: list[fx.Node] = field(default_factory=list)
-    """The nodes of which it is made, in order."""
+    """The nodes that it is made of, in order."""
 
 
 def fuse(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> list[Step]:
@@ -59,7 +59,7 @@ def fuse(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str,
 
 
 def _extend(step: Step, modules: Mapping[str, nn.Module], done: set[fx.Node]) -> None:
-    """Take into a step what follows it, as long as nobody else reads what is between."""
+    """Take into a step what follows it, as long as nothing else reads what is between."""
     while (following := _only_user(step.node)) is not None and following not in done:
         norm = norm_of(following, modules)
         if norm is not None and step.norm is None and not step.relu and step.add is None:

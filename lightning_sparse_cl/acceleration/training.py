@@ -16,7 +16,7 @@ from lightning_sparse_cl.acceleration.sparse_layers import SparseLayers, weight_
 
 
 class CompactTraining:
-    """Gives optimisers the alive values of masked weights, until somebody reads a weight or an optimiser's state.
+    """Gives optimisers the alive values of masked weights, until a weight or an optimiser's state is read.
 
     Args:
         layers: whose weights are trained.
@@ -89,7 +89,7 @@ class CompactTraining:
 
     def _before_step(self, *_: Any) -> None:
         self.follow()
-        self._given_up.clear()  # nobody writes to these values any more
+        self._given_up.clear()  # these values are not written to any more
 
     def _after_step(self, *_: Any) -> None:
         if self.compact is not None:

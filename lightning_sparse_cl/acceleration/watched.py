@@ -1,4 +1,4 @@
-"""Parameters that tell when somebody reads them."""
+"""Parameters that tell when they are read."""
 
 from __future__ import annotations
 

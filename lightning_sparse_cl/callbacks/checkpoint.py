@@ -132,7 +132,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         return found
 
     def was_offered(self, path: Any) -> bool:
-        """Whether nobody has chosen this checkpoint: it was found for ``ckpt_path="last"``."""
+        """Whether the user has not chosen this checkpoint: it was found for ``ckpt_path="last"``."""
         return str(path) in self._offered
 
     # -- when ----------------------------------------------------------------------------------------------------

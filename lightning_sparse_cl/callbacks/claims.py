@@ -35,7 +35,7 @@ class Claim:
     def release(self) -> None:
         """Let others have it. Releasing twice does nothing more."""
         if self._lock is not None:
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held, so that nobody's own is removed
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while held, so that no other process's is removed
             self._lock.release()
         self._lock = None
 

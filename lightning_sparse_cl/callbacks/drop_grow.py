@@ -104,8 +104,8 @@ class DropAndGrow(ScorePruning):
         super().on_fit_start(trainer, pl_module)
         if position(trainer).progress is None:
             raise ValueError(
-                f"{type(self).__name__}(until={self.until}): the end of the training is not known, of which that is a "
-                "part; give Trainer(max_steps=...) or Trainer(max_epochs=...)"
+                f"{type(self).__name__}(until={self.until}): the end of the training is not known; "
+                "give Trainer(max_steps=...) or Trainer(max_epochs=...)"
             )
         self.draw(trainer, pl_module)
 

@@ -16,7 +16,7 @@ class FreezeMasks(Sparsifier):
     Freezing acts on the update: frozen weights are bit-identical for the rest of the run, whatever the optimiser.
 
     Raises:
-        ValueError: if the module has no masks and nobody prunes.
+        ValueError: if the module has no masks and no callback prunes.
         TypeError: without a :class:`TaskSchedule`.
     """
 

@@ -143,7 +143,7 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
     """What was changed on purpose is said, and holds from now on, also where the checkpoint has restored its own.
 
     Raises:
-        ValueError: if nobody has chosen this checkpoint: Lightning takes an ``hpc_ckpt`` by itself, and the newest file
+        ValueError: if the user has not chosen it: Lightning takes an ``hpc_ckpt`` by itself, and the newest file
             in the folder for ``ckpt_path="last"``.
     """
     planned = differences({"epochs": found["epochs"]}, {"epochs": here["epochs"]})

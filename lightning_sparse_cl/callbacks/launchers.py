@@ -37,10 +37,10 @@ def launched() -> Launched | None:
 def join_after_restart(device: torch.device) -> None:
     """Form the process group of a run that ``torchrun --max-restarts`` has started again.
 
-    torchrun keeps one store for all its attempts, and PyTorch reads the addresses in it without asking of which attempt
-    they are: gloo then connects to a process that is dead ("connectFullMesh failed ... Connection refused"). Here each
-    attempt has names of its own. Does nothing in the first attempt, and where torchrun has no part. A script calls it
-    before ``trainer.fit``; the command line does.
+    torchrun keeps one store for all its attempts, and PyTorch reads the addresses in it without asking which attempt
+    they belong to: gloo then connects to a process that is dead ("connectFullMesh failed ... Connection refused"). Here
+    each attempt has names of its own. Does nothing in the first attempt, and where torchrun has no part. A script calls
+    it before ``trainer.fit``; the command line does.
 
     Args:
         device: where this process trains.

@@ -168,7 +168,7 @@ class RunReport(TaskCallback):
         except Exception as error:  # the one that stopped the fit is the one to see
             rank_zero_info(f"RunReport: no metrics.json of the stopped run, {type(error).__name__}: {error}")
             return
-        with contextlib.suppress(OSError):  # nobody reads the output any more
+        with contextlib.suppress(OSError):  # the output is not read any more
             print(f"stopped; what was measured until then is in {self._folder / 'metrics.json'}", flush=True)
 
     @rank_zero_only

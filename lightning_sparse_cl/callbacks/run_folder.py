@@ -22,7 +22,7 @@ def run_folder(trainer: pl.Trainer) -> Path | None:
         trainer: the trainer.
 
     Returns:
-        The folder, which need not exist, or None if nobody has said where files belong.
+        The folder, which need not exist, or None if it was not said where files belong.
     """
     folder: str | None
     if not trainer.loggers:

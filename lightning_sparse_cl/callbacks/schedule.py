@@ -39,7 +39,7 @@ class Position(NamedTuple):
     epoch: int
     """Epochs of the task that are complete."""
     epochs: float
-    """Epochs planned for the task; infinite where nobody has said."""
+    """Epochs planned for the task; infinite if it was not said."""
     over: bool
     """The running epoch is the task's last: as planned, or because something has ended it already."""
     progress: float | None

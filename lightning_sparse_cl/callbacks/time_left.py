@@ -24,7 +24,7 @@ class SequenceTime:
         self._before = 0
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Start the clock; call it before every batch, of which the first counts."""
+        """Start the clock. Call it before every batch; the first call counts."""
         if self._began is None:
             self._began, self._before = time.monotonic(), _progress(trainer).total.processed
 
@@ -54,7 +54,7 @@ def batches_left(trainer: pl.Trainer) -> int:
     """
     data, schedule = task_data(trainer), first_callback(trainer, TaskSchedule)
     if schedule is None:
-        raise ValueError("batches_left: the Trainer has no TaskSchedule, so nobody knows when the sequence ends")
+        raise ValueError("batches_left: the Trainer has no TaskSchedule, so the end of the sequence is not known")
     task = data.task
     running = trainer.num_training_batches - _progress(trainer).current.processed
     ends_now = data.starts[-1] > trainer.current_epoch

@@ -100,8 +100,8 @@ def refuse_other_range(name: str, one: tuple[str, Tensor], other: tuple[str, Ten
     """Two sets of images are on one scale.
 
     They are not if the largest absolute values of typical images (the median of all) differ by more than a factor of
-    10, as those of images in 0-1 and in 0-255 do. Outliers, dark images and sparse pixels do not matter. Sets of which
-    most images are zero are on any scale.
+    10, as those of images in 0-1 and in 0-255 do. Outliers, dark images and sparse pixels do not matter. Sets with
+    mostly zero images are on any scale.
 
     Args:
         name: for the error.
@@ -150,7 +150,7 @@ def _example(data: Part) -> Nest:
 
 
 def _sample(data: Part) -> Tensor:
-    """Images (n, C, H, W), evenly spaced, of which at most 8 are read."""
+    """Images (n, C, H, W), evenly spaced; at most 8 are read."""
     if isinstance(data, SampleTensors):
         return _spaced(data.inputs)
     n = min(len(data), 8)

@@ -67,7 +67,7 @@ class TaskDataModule(pl.LightningDataModule):
     target: Target = KINDS["classes"]
     """What labels are. A subclass may say another."""
     is_open = False
-    """Whether nobody knows how many tasks there will be; see :class:`OpenTasks`."""
+    """Whether it is not known how many tasks there will be; see :class:`OpenTasks`."""
 
     def __init__(
         self,

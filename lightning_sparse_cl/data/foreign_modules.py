@@ -33,11 +33,11 @@ from lightning_sparse_cl.nests import Nest, as_nest, count, each, is_image, join
 LABELS = ("label", "labels", "target", "targets", "y")
 """Keys by which labels are found in a batch that is a dict."""
 Pair = Callable[[Any], tuple[Nest, Any]]
-"""From a batch as somebody's collate function makes it to samples and labels."""
+"""From a batch as the user's collate function makes it to samples and labels."""
 
 
 class Tasks(TaskDatasets):
-    """A sequence of LightningDataModules, each of which is a task; or one, for a single task.
+    """A sequence of LightningDataModules, one per task; or one, for a single task.
 
     Of each the data set, the collate function, the batch size and the number of workers of its training loader are
     taken, and the data set of its test loader, or, without one, of its validation loader; several loaders of a module
@@ -83,9 +83,9 @@ class Tasks(TaskDatasets):
         if not self.modules or not all(isinstance(module, pl.LightningDataModule) for module in self.modules):
             kinds = ", ".join(type(module).__name__ for module in self.modules) or "nothing"
             raise ValueError(f"Tasks: LightningDataModules are expected, one a task, got {kinds}")
-        nobody: list[Dataset] = [SampleTensors(torch.zeros(0, 1), torch.zeros(0))] * len(self.modules)
+        empty: list[Dataset] = [SampleTensors(torch.zeros(0, 1), torch.zeros(0))] * len(self.modules)
         kwargs |= {"batch_size": 1 if batch_size is None else batch_size, "num_workers": num_workers or 0}
-        super().__init__(nobody, nobody, in_memory, **kwargs)
+        super().__init__(empty, empty, in_memory, **kwargs)
         if self.target.kind != "classes" and own_classes:
             raise ValueError(f"Tasks(own_classes=True): it is for classes, and the target is {self.target.kind}")
         self.pair, self.own_classes = pair or _pair, own_classes
@@ -127,7 +127,7 @@ class Tasks(TaskDatasets):
                 for hook in hooks:
                     batch = getattr(module, hook)(batch, 0)
                 x, _ = batch
-            except Exception as error:  # a hook of somebody's
+            except Exception as error:  # a hook of the user's
                 raise ValueError(
                     f"Tasks: {type(module).__name__}.{hook} is given a pair (samples, zeros in place of labels) and "
                     f"returns one; it raised {type(error).__name__}: {error}"

@@ -84,8 +84,8 @@ class LearntTasks:
         """Names of all classes, the known ones first, and among them the label of each of ``names``.
 
         Raises:
-            ValueError: in the name of ``owner``, if classes have numbers here and names there, or the reverse: nobody
-                knows then which of them are the same.
+            ValueError: in the name of ``owner``, if classes have numbers here and names there, or the reverse: then
+                it cannot be known which of them are the same.
         """
         numbered, here = (all(is_number(name) for name in part) for part in (self.class_names, names))
         if numbered != here:
@@ -165,7 +165,7 @@ def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) 
 def _checkpoint_path(trainer: pl.Trainer) -> str | None:
     """The checkpoint that a fit or a test begins with.
 
-    Lightning tells nobody before it restores it, when the data have been read and the network has been built: until
+    Lightning does not tell before it restores it, when the data have been read and the network has been built: until
     then it is an argument of a running call. (``trainer.ckpt_path`` is still that of the fit before.)
     """
     frame = inspect.currentframe()

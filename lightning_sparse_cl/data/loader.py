@@ -64,7 +64,7 @@ class TaskSampler(DistributedSampler):
 
     def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(
-            alive,  # type: ignore[arg-type]  # torch's types ask for a Dataset, of which only the length is read
+            alive,  # type: ignore[arg-type]  # torch's types ask for a Dataset; only its length is read
             num_replicas,
             rank,
             shuffle=True,

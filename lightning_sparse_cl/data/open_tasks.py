@@ -1,4 +1,4 @@
-"""Sequences whose number of tasks nobody knows: tasks come one after the other, from an iterator or a folder."""
+"""Sequences whose number of tasks is not known: tasks come one after the other, from an iterator or a folder."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
 """Of the files that are read."""
 NOTES = {".txt", ".md", ".json", ".csv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"}
-"""Endings of files that nobody takes for images, ``Thumbs.db`` and ``desktop.ini`` among them."""
+"""Endings of files that are not taken for images, ``Thumbs.db`` and ``desktop.ini`` among them."""
 
 
 def eight_bits(image: Any) -> Any:

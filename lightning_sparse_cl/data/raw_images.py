@@ -1,4 +1,4 @@
-"""Images that nobody has prepared, made into what the training's images were when they were stored."""
+"""Images that were not prepared, made into what the training's images were when they were stored."""
 
 from __future__ import annotations
 

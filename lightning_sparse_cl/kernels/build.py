@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL:
         if path is None:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if folder.stat().st_uid != os.getuid():  # somebody else's
+                if folder.stat().st_uid != os.getuid():  # another user's
                     continue
                 path = _compile(command, folder, name)
             except OSError:  # a folder that cannot be written to

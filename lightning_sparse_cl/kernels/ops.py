@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_sparse_cl.kernels.layout import Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
-_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as somebody has it
+_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it exists
 
 
 @custom_op("lightning_sparse_cl::conv2d", mutates_args=(), device_types="cpu")

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Optimizer
 
 from lightning_sparse_cl.allocator import keep_freed_memory
-from lightning_sparse_cl.backbones.batch_norm import batch_norm_still
 from lightning_sparse_cl.backbones.head import PixelHead, draw_head, logits_among
 from lightning_sparse_cl.backbones.memory_format import channels_last_
 from lightning_sparse_cl.backbones.pretrained import Pretrained
@@ -22,11 +21,12 @@ from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.data.targets import KINDS, Target, target_of
 from lightning_sparse_cl.methods.going_on import GoesOn
 from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
+from lightning_sparse_cl.methods.passes import Passes
 from lightning_sparse_cl.methods.predicting import PredictsImages
-from lightning_sparse_cl.nests import Nest, each, rows, stacked
+from lightning_sparse_cl.nests import Nest, each, stacked
 from lightning_sparse_cl.nests import layout as layout_of
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
-from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, Stage, UpdateRule
+from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
 from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -104,12 +104,12 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``.
 
         Args:
-            layout: a batch as the data are stored, of which shapes and types count; or the shape of a stored image.
+            layout: a batch as the data are stored, for its shapes and types; or the shape of a stored image.
             num_classes: number of outputs.
             seed: of the head, and of what the objective draws.
             inputs: a batch as the network gets it, likewise. If None, ``layout`` with floats in the place of uint8.
             target: what labels are; see :mod:`lightning_sparse_cl.data.targets`.
-            labels: those of a batch, of which shape and type count. If None, they are classes.
+            labels: those of a batch, for their shape and type. If None, they are classes.
 
         Raises:
             ValueError: if the objective cannot learn such labels, or the features are not what they need.
@@ -221,46 +221,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         if self.objective.views > 1:
             x = stacked([x, *(data.prepare(stored) for _ in range(self.objective.views - 1))])
         optimizer, *others = optimizers if isinstance(optimizers, list) else [optimizers]
-        replay = self.objective.draw(data.prepare)
-        drawn = self.objective.drawn * self.objective.views
-        selection, epoch = self.selection or LossSelection(1, 1), data.epoch_in_task
-        thinned = replay is not None and selection.thins_replay(epoch)
-        whole: Outputs = {}  # everything before the update: losses to rank, logits to remember
-        moved = False
-
-        def loss(stage: Stage, part: tuple[int, int] | None = None, replays: bool = True) -> Outputs:
-            nonlocal moved
-            if part is not None:
-                if part[1] > len(y):
-                    raise ValueError(f"{type(self.update).__name__}: a batch of {len(y)} has no {part[1]} parts")
-                here = torch.arange(len(y), device=y.device).tensor_split(part[1])[part[0]]
-                with batch_norm_still(self):
-                    outputs = self.objective(self, rows(x, here), y[here], None)
-                return outputs | {"loss": outputs["per_sample"].mean()}
-            size, exemplars = selection.size(stage, len(y), epoch), replay if replays else None
-            if (size < len(y) or thinned) and not whole:
-                with torch.no_grad(), batch_norm_still(self):
-                    whole.update(self._terms(x, y, replay if thinned else None, drawn))
-                if thinned and "replayed" not in whole:
-                    raise ValueError(
-                        f"LossSelection(replay={selection.kept['replay']}): {type(self.objective).__name__}.forward() "
-                        "returns no 'replayed', the losses of each draw; use replay=1, or return them"
-                    )
-            kept, replayed = selection.top(whole["per_sample"], size) if size < len(y) else slice(None), drawn
-            if thinned and exemplars is not None:
-                exemplars = [
-                    draw.at(selection.top(losses, selection.size("replay", len(losses), epoch)))
-                    for draw, losses in zip(exemplars, whole["replayed"], strict=True)
-                ]
-                replayed = sum(len(draw.labels) for draw in exemplars)
-            still = moved or (replay is not None and not replays)  # statistics move once, and see the exemplars
-            with batch_norm_still(self, still):
-                outputs = self._terms(rows(x, kept), y[kept], exemplars, replayed)
-            moved = not still or moved
-            if not whole:
-                whole.update(per_sample=outputs["per_sample"].detach(), logits=outputs["logits"].detach())
-            return outputs | {"loss": outputs["per_sample"].mean() + outputs["rest"] + self.penalty()}
-
+        replay, selection = self.objective.draw(data.prepare), self.selection or LossSelection(1, 1)
+        loss = Passes(self, self.objective, (x, y), replay, selection, data.epoch_in_task)
         for one in (optimizer, *others):
             one.zero_grad()
         outputs = self.update(self, loss)
@@ -268,27 +230,19 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         for other in others:
             other.optimizer.step()  # Lightning does not count it: a batch is one step
         if type(self.objective).observe is not Objective.observe:
-            raw, labels, logits = self._from_all((stored, y, whole["logits"]))
+            raw, labels, logits = self._from_all((stored, y, loss.logits))
             self.objective.observe(raw, labels, logits, data.task)
         value = outputs["loss"].detach()
         if self._logs():
             self.log("train/loss", value, prog_bar=True)
-        return {"loss": value, "logits": whole["logits"]}
-
-    def _terms(self, x: Nest, y: Tensor, replay: Any, replayed: int) -> Outputs:
-        """The losses of one pass. FlopsCounter reads ``objective.replayed``, the number of exemplars in it."""
-        self.objective.replayed = 0 if replay is None else replayed
-        try:
-            return self.objective(self, x, y, replay)
-        finally:
-            self.objective.replayed = 0
+        return {"loss": value, "logits": loss.logits}
 
     def penalty(self) -> Tensor | float:
         """What a method adds to the loss, once a pass."""
         return 0.0
 
     def _logs(self) -> bool:
-        """Logging costs as much as a small network's step, and is done where somebody looks."""
+        """Logging costs as much as a small network's step, and is done where it shows."""
         parts = parts_of(self.trainer)
         every = parts.log_every_n_steps
         shown = self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0)

@@ -42,7 +42,7 @@ def to_bytes(value: Any) -> bytes:
     """The bytes from which :func:`from_bytes` makes a value again.
 
     Of a torch module parameters and saved buffers, which a ``state_dict`` has, are zero when it is made again. Those of
-    modules inside of other values, such as callbacks, are kept: nobody else may have them.
+    modules inside of other values, such as callbacks, are kept: no other module may have them.
 
     Raises:
         Exception: if the value cannot be pickled, a lambda for example.

@@ -99,7 +99,7 @@ def _kept(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 def _pickled(value: Any) -> bytes | str:
     try:
         return to_bytes(value)
-    except Exception as error:  # whatever the pickling of somebody's object leads to
+    except Exception as error:  # whatever the pickling of a user's object leads to
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 

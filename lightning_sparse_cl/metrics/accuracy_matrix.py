@@ -131,7 +131,7 @@ def forgetting(R: Tensor) -> Tensor:
 
 
 def _measured(R: Tensor) -> Tensor:
-    """The rows up to the last of which anything was measured."""
+    """The rows, up to the last in which anything was measured."""
     measured = (~R.isnan()).any(1).nonzero()
     return R[: int(measured[-1]) + 1] if len(measured) else R.new_full((1, R.shape[1]), torch.nan)
 

@@ -1,4 +1,4 @@
-"""Modules that compute otherwise while somebody looks, and how to look at them all the same."""
+"""Modules that compute differently while they are observed, and how to observe them all the same."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ class ClassBalancedReservoir(ReservoirMemory):
     by another algorithm, which takes a whole batch at once, without waiting for the device: every sample presented
     draws a random number, and each class keeps those with the lowest. After every batch, with n_c samples of class c
     presented so far, class c holds ``min(n_c, share)`` of them; the share is the largest that fits and the same for
-    all, but for the places left over, of which the first classes have one more. So the counts of any two classes differ
-    by one at most, except where a class has not had more samples, of which none is then missing. (CBRS gives the
-    places left over to classes at random.)
+    all, but the places left over go to the first classes, one to each. So the counts of any two classes differ by one
+    at most, unless a class has had fewer samples; then all of them are held. (CBRS gives the places left over to
+    classes at random.)
 
     What is held depends on ``seed``, on the samples and on the batches in which they were presented; it is the same on
     every process and on a resumed run.
@@ -96,7 +96,7 @@ class ClassBalancedReservoir(ReservoirMemory):
         held, new = stays.split([self.size, len(labels)])
 
         # The new that stay go to the lowest free places. Others are written, too, as what was there before, so that
-        # nobody need know how many there are.
+        # it need not be known how many there are.
         count = min(self.size, len(labels))
         rows, slots = ((~new).int().argsort(stable=True)[:count], held.int().argsort(stable=True)[:count])
         written = new[rows]

@@ -1,4 +1,4 @@
-"""Which layers share channels, and the smaller network that is left when nobody reads some of them."""
+"""Which layers share channels, and the smaller network that is left when some of them are not read."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def compact(
     masks: Mapping[str, Tensor] | None = None,
     outputs: Sequence[int] | Tensor | None = None,
 ) -> nn.Module:
-    """A copy without the channels that nobody reads; it computes the same, and is trained like any other.
+    """A copy without the channels that no layer reads; it computes the same, and is trained like any other.
 
     A channel is read if a layer has a non-zero weight for it, and is read itself. What a channel's own weights are does
     not matter: batch-norm makes a constant of zero weights.

@@ -223,7 +223,7 @@ class Enforcement:
 
     @property
     def needs_whole(self) -> bool:
-        """Whether somebody wants gradients of pruned weights from the passes that run now."""
+        """Whether the passes that run now are to give gradients of pruned weights."""
         return bool(self._whole) or self.is_scoring_pruned
 
     def ask_whole(self, names: Iterable[str]) -> None:

@@ -75,7 +75,7 @@ def export_network(network: nn.Module, path: str | os.PathLike, input_shape: Seq
     """Write a network for deployment: without dead channels, and with nothing but torch needed to run it.
 
     ``torch.export.load(path).module()`` maps images (B, C, H, W), for any B, to logits (B, D), as the network does in
-    eval mode. Channels that nobody reads are gone; other zeros stay, and are multiplied.
+    eval mode. Channels that no layer reads are gone; other zeros stay, and are multiplied.
 
     Args:
         network: maps images to logits.

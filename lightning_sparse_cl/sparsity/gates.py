@@ -27,7 +27,7 @@ def binary_concrete(m: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 class GrowthGates(nn.Module):
-    """The masks m^g, m^a and m^s of CL-LSG over a network of full size, of which a part is in use.
+    """The masks m^g, m^a and m^s of CL-LSG over a network of full size; a part of it is in use.
 
     Channels are *allocated* (the seed's, and those grown) or not; kernels, one k x k slice for an input and an output
     channel, or a weight of a linear layer, are *owned* by the tasks that use them, *released* (allocated but unused),
@@ -88,7 +88,7 @@ class GrowthGates(nn.Module):
         self.channel, self.kernel = nn.ParameterList(), nn.ParameterList()
 
     def build(self, network: nn.Module) -> None:
-        """Masks for every convolution and linear layer of ``network``, the last of which is the head.
+        """Masks for every convolution and linear layer of ``network``; the last one is the head.
 
         Raises:
             ValueError: if channels cannot be followed through the network, or a convolution has groups.

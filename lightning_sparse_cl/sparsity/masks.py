@@ -26,7 +26,7 @@ class WeightMask:
     """Grows with every change."""
 
     def free(self) -> Tensor | None:
-        """Where a weight of which something is held may move, pruned or not. If nothing is held, None."""
+        """Where a tensor with held weights may move, pruned or not. If nothing is held, None."""
         if self.frozen is None:
             return self.updated
         return ~self.frozen if self.updated is None else ~self.frozen & self.updated
@@ -88,8 +88,8 @@ class Masks:
 
         Args:
             module: with weights that have zeros.
-            names: of the weights. If None, each of two or more dimensions of which at least ``least``, but not all,
-                is zero.
+            names: of the weights. If None, each of two or more dimensions, if at least ``least`` of it is zero, but not
+                all.
             least: fraction of zeros.
 
         Returns:
@@ -117,7 +117,7 @@ class Masks:
 
     @property
     def frozen(self) -> dict[str, Tensor]:
-        """Where each weight of which something is frozen is never updated."""
+        """Where each tensor with frozen weights is never updated."""
         return {name: m.frozen for name, m in self._here() if m.frozen is not None}
 
     @property
@@ -199,7 +199,7 @@ class Masks:
         # in the weight's memory format
         setattr(record, kind, None if mask is None else torch.empty_like(weight, dtype=torch.bool).copy_(mask))
         record.values = None if record.free() is None else whole
-        record.version += 1  # now that nobody can see the old mask under the new number
+        record.version += 1  # now that the old mask cannot be seen under the new number
         weight.copy_(whole if record.alive is None else whole.masked_fill(~record.alive, 0))
 
     def apply_(self) -> None:

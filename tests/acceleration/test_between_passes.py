@@ -38,7 +38,7 @@ def test_weights_given_up_inside_sam_are_put_back(zero, again, end):
     with perturbed([p for p in sgd.param_groups[0]["params"] if p.grad is not None], 1.0):
         if zero:  # as SAM does
             sgd.zero_grad()
-        assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
+        assert sum(p.norm() for p in net.parameters())  # every weight is read
         assert found.compact is None
         if again:
             found.train_compact()
@@ -99,7 +99,7 @@ def run_late(net, sgd, found, compact):
             losses.append(net(torch.randn(8, 3, 16, 16)).square().mean())
             if i % 2 == 0:
                 losses.pop(0).backward()  # there are gradients
-            assert sum(p.norm() for p in net.parameters())  # somebody reads every weight
+            assert sum(p.norm() for p in net.parameters())  # every weight is read
         begin()
         for loss in losses:
             loss.backward()

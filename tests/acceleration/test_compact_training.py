@@ -200,7 +200,7 @@ def test_evaluation_with_frozen_batch_norm_uses_the_weights_of_now():
                 sgd.zero_grad()
             with torch.no_grad():
                 seen.append(net(torch.ones(8, 3, 16, 16)))
-            assert net[0].weight.norm()  # somebody reads one weight
+            assert net[0].weight.norm()  # one weight is read
         results.append(seen)
     assert all(difference(a, b) < 1e-3 for a, b in zip(*results))
 

@@ -44,7 +44,7 @@ class ByHand(Mlp):
 
 
 class Wasserstein(Mlp):
-    """Two optimisers, of which one steps at every fourth batch, as a critic's generator does."""
+    """Two optimisers; one steps at every fourth batch, as a critic's generator does."""
 
     automatic_optimization = False
 

@@ -151,7 +151,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("kind", kinds.KINDS)
-def test_a_module_of_somebody_else_gets_labels_that_its_loss_takes(kind: str) -> None:
+def test_a_foreign_module_gets_labels_that_its_loss_takes(kind: str) -> None:
     pl.seed_everything(0, verbose=False)
     data = kinds.data(kind)
     data.setup()

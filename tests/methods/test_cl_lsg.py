@@ -235,7 +235,7 @@ def test_the_seed_is_drawn_for_its_size():
 
     module.policies.append(Norm())
     fit(module)
-    assert norms[0] == pytest.approx(1, abs=0.3)  # uniform in +-1/sqrt(inputs), of which there are 8
+    assert norms[0] == pytest.approx(1, abs=0.3)  # uniform in +-1/sqrt(inputs), with 8 inputs
 
 
 def test_epochs_of_every_task_leave_some_to_grow():

@@ -144,7 +144,7 @@ def test_weights_are_saved_once(tmp_path):
     assert sum(len(value) for value in kept.values()) < 8000 < wide[1].weight.numel()
 
 
-def test_weights_of_nobody_elses_are_kept():
+def test_weights_that_no_other_module_has_are_kept():
     layer = nn.Linear(3, 2)
     layer.register_buffer("constant", torch.arange(3.0), persistent=False)
     assert torch.equal(from_bytes(to_bytes(layer)).constant, layer.constant)

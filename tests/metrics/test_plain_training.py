@@ -86,7 +86,7 @@ def test_a_second_view_and_a_teacher_are_paid_for():
 
 
 class OwnSAM(pl.LightningModule):
-    """A module of somebody else that steps twice, on the half of the batch with the largest losses."""
+    """A foreign module that steps twice, on the half of the batch with the largest losses."""
 
     automatic_optimization = False
 

@@ -1,4 +1,4 @@
-"""A network without the channels that nobody reads computes the same, and is as small as it can be."""
+"""A network without the channels that no layer reads computes the same, and is as small as it can be."""
 
 import pytest
 import torch
