@@ -1,4 +1,4 @@
-"""Compiles ``sparse.cpp`` for this machine when it is first needed, and keeps the result for later runs."""
+"""Compiles C++ for this machine when it is first needed, and keeps the result for later runs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("sparse.cpp")
+HEADERS = SOURCE.parent
 INSTRUCTIONS = {  # what torch says this CPU has (or ATEN_CPU_CAPABILITY tells it to use), and what compilers call it
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
@@ -46,6 +47,25 @@ class KernelsUnavailable(RuntimeError):
 def library() -> ctypes.CDLL:
     """The compiled kernels.
 
+    Raises:
+        KernelsUnavailable: see :func:`compiled`.
+    """
+    path = compiled(SOURCE)
+    try:
+        found = ctypes.CDLL(str(path))
+        found.lanes.restype = ctypes.c_int64
+        for name, types in SIGNATURES.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = [KINDS[t] for t in types], None
+    except (OSError, AttributeError) as error:
+        path.unlink(missing_ok=True)  # compiled anew next time
+        raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error
+    return found
+
+
+def compiled(source: Path) -> Path:
+    """The shared library that a C++ file and the kernels' headers are compiled to, against torch.
+
     The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first; ``$CXXFLAGS`` are added to
     its options. What it made is kept in
     ``$LIGHTNING_SPARSE_CL_CACHE``, else in ``~/.cache/lightning_sparse_cl``, under a name that changes with the source,
@@ -55,8 +75,9 @@ def library() -> ctypes.CDLL:
         KernelsUnavailable: if there is no compiler, or it fails.
     """
     command = [*_compiler(), *_flags()]
-    text = " ".join(command) + SOURCE.read_text() + torch.__version__ + platform.machine()
-    name = f"sparse-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    files = [source, *sorted({*HEADERS.glob("*.h"), *source.parent.glob("*.h")})]
+    text = " ".join(command) + "".join(p.read_text() for p in files) + torch.__version__ + platform.machine()
+    name = f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     for folder in _folders():
         path = next(filter(_whole, folder.glob(f"{name}-*.so")), None)
         if path is None:
@@ -64,10 +85,10 @@ def library() -> ctypes.CDLL:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 if folder.stat().st_uid != os.getuid():  # another user's
                     continue
-                path = _compile(command, folder, name)
+                path = _compile(command, source, folder, name)
             except OSError:  # a folder that cannot be written to
                 continue
-        return _load(path)
+        return path
     raise KernelsUnavailable("sparse kernels: no folder to compile into; set LIGHTNING_SPARSE_CL_CACHE to one")
 
 
@@ -107,7 +128,8 @@ def _flags() -> list[str]:
         *(INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []) if x86 else ["-mcpu=native"]),
         *([] if platform.system() == "Darwin" else ["-fopenmp"]),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
+        "-DSPNET_TORCH",
+        *(f"-I{HEADERS}", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
         *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"),
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
@@ -128,13 +150,13 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def _compile(command: list[str], folder: Path, name: str) -> Path:
+def _compile(command: list[str], source: Path, folder: Path, name: str) -> Path:
     """Compile into a file of its own, then put it in place at once: another process may be doing the same."""
     print(f"Compiling the sparse kernels for this CPU into {folder} ...", flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        made = Path(work, "sparse.so")
-        order = [command[0], str(SOURCE), *command[1:], "-o", str(made)]
+        made = Path(work, "made.so")
+        order = [command[0], str(source), *command[1:], "-o", str(made)]
         done = subprocess.run(order, capture_output=True, text=True)
         if done.returncode:
             fault = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-300:])
@@ -143,16 +165,3 @@ def _compile(command: list[str], folder: Path, name: str) -> Path:
         os.replace(made, path)
     print(f"Compiled in {time.perf_counter() - start:.0f} s.", flush=True)
     return path
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    try:
-        found = ctypes.CDLL(str(path))
-        found.lanes.restype = ctypes.c_int64
-        for name, types in SIGNATURES.items():
-            function = getattr(found, name)
-            function.argtypes, function.restype = [KINDS[t] for t in types], None
-    except (OSError, AttributeError) as error:
-        path.unlink(missing_ok=True)  # compiled anew next time
-        raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error
-    return found

@@ -1,0 +1,8 @@
+"""Trained sparse networks for use elsewhere: one C++ call for a whole network, and a file that a runtime without Python reads.
+
+Nothing here imports Lightning.
+"""
+
+from lightning_sparse_cl.deploy.flat import FlatNetwork
+
+__all__ = ["FlatNetwork"]

@@ -1,0 +1,102 @@
+"""The .spnet file: a network's layers and the alive values of its weights, for a runtime without Python.
+
+Little-endian. A header of 56 bytes: ``SPNET\\r\\n\\0``, version, size of the file, checksum of all that follows, then
+channels, height and width of an image, numbers of layers and of bytes of metadata, and whether bytes are normalised.
+If so, a factor and a summand for each channel. Then the layers (88 bytes each, see ``Layer`` in spnet.cpp), metadata as
+JSON, and what layers point to: a bit for each weight, the values where bits are set (float32, bfloat16, or int8 with a
+factor for each output channel), and biases.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sparse_cl.deploy.description import KINDS, Layer
+from lightning_sparse_cl.sparsity.bits import pack
+
+VERSION = 1
+TYPES = ("float32", "bfloat16", "int8")
+HEADER, LAYER, SUMMED_FROM = struct.Struct("<8s3Q6I"), struct.Struct("<12i2f4Q"), 32
+
+
+def spnet_bytes(
+    layers: Sequence[Layer],
+    shape: Sequence[int],
+    normalisation: tuple[Tensor, Tensor] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    values: Literal["float32", "bfloat16", "int8"] = "float32",
+) -> bytes:
+    """A network as the bytes of a .spnet file.
+
+    Args:
+        layers: see :func:`~lightning_sparse_cl.deploy.description.layers_of`.
+        shape: (C, H, W) of an image.
+        normalisation: factor and summand (C,) that make network input of bytes. If None, bytes are divided by 255.
+        metadata: what the file says of itself.
+        values: type of the weights in the file. Zeros stay zeros; sums are taken in float32.
+
+    Raises:
+        ValueError: if ``values`` is no such type.
+    """
+    if values not in TYPES:
+        raise ValueError(f"spnet_bytes(values={values!r}): values are {', '.join(TYPES)}")
+    about = json.dumps(dict(metadata or {})).encode()
+    normalised = b"" if normalisation is None else b"".join(_raw(t.float()) for t in normalisation)
+    begin = HEADER.size + len(normalised) + len(layers) * LAYER.size + len(about)
+    records, blob, at = [], [b"\0" * (-begin % 8)], begin + -begin % 8
+
+    def put(part: bytes) -> int:
+        nonlocal at
+        where, padded = at, part + b"\0" * (-len(part) % 8)
+        blob.append(padded)
+        at += len(padded)
+        return where
+
+    for layer in layers:
+        mask = alive = rest = count = 0
+        kind = TYPES.index(values) if layer.weight is not None else 0
+        if layer.weight is not None:
+            assert layer.bias is not None
+            whole = layer.weight.contiguous()
+            bits, factors = whole != 0, b""
+            found: Tensor = whole[bits]
+            if values == "bfloat16":
+                found = found.bfloat16().view(torch.int16)
+            elif values == "int8":
+                most = whole.flatten(1).abs().amax(1).clamp(min=1e-30)
+                scale = (most / 127).view(-1, *[1] * (whole.ndim - 1))
+                found, factors = (whole / scale).round()[bits].to(torch.int8), _raw(most / 127)
+            mask, alive, count = put(_raw(pack(bits))), put(_raw(found)), len(found)
+            rest = put(_raw(layer.bias) + factors)
+        elif layer.scale is not None and layer.bias is not None:
+            rest = put(_raw(layer.scale) + _raw(layer.bias))
+        records.append(
+            LAYER.pack(
+                KINDS.index(layer.kind), layer.input, -1 if layer.other is None else layer.other, layer.kernel,
+                layer.stride, layer.padding, layer.dilation, layer.groups, layer.inputs, layer.outputs, kind,
+                int(layer.rectified), layer.low, layer.high, mask, count, alive, rest,
+            )
+        )  # fmt: skip
+    body = struct.pack("<6I", *shape, len(layers), len(about), int(normalisation is not None))
+    body += normalised + b"".join(records) + about + b"".join(blob)
+    size = SUMMED_FROM + len(body)
+    return struct.pack("<8s3Q", b"SPNET\r\n", VERSION, size, checksum(body)) + body
+
+
+def checksum(body: bytes) -> int:
+    """FNV-1a of eight bytes at a time, each step folded once more."""
+    total, mask = 0xCBF29CE484222325, 2**64 - 1
+    for (word,) in struct.iter_unpack("<Q", body):
+        total = (total ^ word) * 0x100000001B3 & mask
+        total ^= total >> 32
+    return total
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().numpy().tobytes()
