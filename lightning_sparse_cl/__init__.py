@@ -103,6 +103,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
+from lightning_sparse_cl.deploy import FlatNetwork
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
@@ -183,6 +184,7 @@ __all__ = [
     "EsaCL",
     "FashionMNISTSource",
     "FiniteLoss",
+    "FlatNetwork",
     "FlopsCounter",
     "FreezeMasks",
     "FromScratch",
