@@ -1,4 +1,4 @@
-"""Inference of trained sparse networks: one call of C++ against ONNX Runtime, the kernels inside PyTorch, and dense PyTorch.
+"""Inference of sparse networks: one call of C++ beside ONNX Runtime, the kernels inside PyTorch, and dense PyTorch.
 
 ResNet-18 of width 64 and 16 and SmallCNN(32) for 32x32 images, SmallCNN(32) for 8x8; uniform random masks on all
 convolutions but the first. "flat" is FlatNetwork, "kernels" is accelerate, "dense" the fastest of eager and compiled

@@ -118,12 +118,12 @@ def as_nest(value: Any, name: str) -> Nest:
         made: Any = {key: as_nest(value[key], f"{name}[{key!r}]") for key in ordered(value, name)}
     elif isinstance(value, tuple | list) and any(isinstance(v, Tensor | np.ndarray | Mapping | tuple) for v in value):
         made = tuple(as_nest(part, f"{name}[{i}]") for i, part in enumerate(value))
-    elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
     else:
         try:
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+                return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
             return torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, KeyError):  # a KeyError of a table's
             kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(f"{name}: a tensor, an array of numbers or a number is expected, got a {kind}") from None
     if not made:

@@ -91,6 +91,19 @@ def test_anytime_accuracy_is_that_of_the_tasks_that_have_begun() -> None:
     assert len(set(anytime.accuracies)) > 2
 
 
+def test_in_a_second_epoch_all_tasks_have_begun() -> None:
+    begun, anytime = [], scl.AnytimeAccuracy(4)
+
+    class Begun(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, at: int) -> None:
+            begun.append(trainer.datamodule.begun(at))
+
+    learner, data = module("ER"), toy_tasks(stream=True, batch_size=8)
+    trainer(scl.ContinualEvaluation(), anytime, Begun(), epochs=2).fit(learner, data)
+    assert begun == sorted(begun) and begun[len(begun) // 2 :] == [len(data.classes)] * (len(begun) // 2)
+    assert begun[0] == 1 and len(anytime.accuracies) == len(begun) // 4
+
+
 def killed(folder: Path, at: int | None = None, path: str | None = None) -> None:
     saving = scl.SequenceCheckpoint(str(folder), every_n_train_steps=3, save_last=True)
     fit(

@@ -70,6 +70,9 @@ class Pretrained(nn.Module):
         model, wanted = self.model, self.trained
         if self.adapters is not None:
             peft = imported("peft", type(self).__name__)
+            kind = self.adapters.get("peft_type")
+            if kind not in (known := [str(k.value) for k in peft.PeftType]):
+                raise ValueError(f"adapters: got the peft_type {kind!r}, and it is one of {', '.join(sorted(known))}")
             peft.inject_adapter_in_model(peft.get_peft_config(dict(self.adapters)), model)
             wanted = [*(name for name, p in model.named_parameters() if p.requires_grad), *(wanted or ())]
         if wanted is None:
@@ -228,10 +231,16 @@ class Transformers(Pretrained):
             raise ValueError(f"texts have {ids.shape[1]} tokens; max_position_embeddings of its config is {most}")
         try:
             found = self.model(**given).last_hidden_state
-        except IndexError:  # on the CPU; a GPU tells by itself
-            known = getattr(config, "vocab_size", None)
-            if not isinstance(ids, Tensor) or known is None or int(ids.max()) < known:
+        except (IndexError, RuntimeError) as error:  # on the CPU; a GPU tells by itself
+            if "out of" not in str(error):  # bounds, or range
                 raise
+            known = getattr(config, "vocab_size", None)
+            if not isinstance(ids, Tensor) or known is None:
+                raise
+            if int(ids.max()) < known:  # some models keep places for their own use
+                raise ValueError(
+                    f"texts of {ids.shape[1]} tokens are too long for max_position_embeddings={most} of its config"
+                ) from None
             wrong = int(ids.max())
             raise ValueError(f"there is the token id {wrong}; vocab_size of its config is {known}") from None
         if found.ndim == 4:  # of a convolutional network (B, D, H, W)

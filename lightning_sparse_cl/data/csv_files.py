@@ -51,6 +51,8 @@ class CSVSource(Source):
         positive_length(type(self).__name__, self.length)
         if self.text is not None and self.columns is not None:
             raise ValueError(f"CSVSource(text={self.text!r}, columns={list(self.columns)}): give one of them")
+        if isinstance(self.columns, str):
+            raise ValueError(f"CSVSource(columns={self.columns!r}): a list of names of columns")
         if self.columns is not None and not self.columns:
             raise ValueError("CSVSource(columns=[]): at least one column; null takes all but the label's")
         if self.label in (self.text, *(self.columns or [])):
@@ -71,6 +73,11 @@ class CSVSource(Source):
     def read(self, train: bool) -> tuple[Nest, Tensor]:
         own = train or self.test is None
         rows = self._split(self._rows(self.path), train) if own else self._rows(self.test or "")
+        if not rows:
+            raise ValueError(
+                f"CSVSource: {self.path!r} has no rows to test on: every {EVERY}th row of each class is for testing, "
+                "and no class has so many; give test, a file with the test part"
+            )
         numbers = {name: i for i, name in enumerate(self.names())}
         for _, row in rows:
             if row[self.label] not in numbers:
@@ -85,7 +92,8 @@ class CSVSource(Source):
             raise ValueError(f"CSVSource(test={self.test!r}): it has no column {missing[0]!r}, which {self.path!r} has")
         if not columns:
             raise ValueError(f"CSVSource: {self.path!r} has no column but {self.label!r}")
-        return torch.tensor([[self._number(line, row, name) for name in columns] for line, row in rows]), labels
+        values = [[self._number(line, row, name) for name in columns] for line, row in rows]
+        return _narrow(torch.tensor(values, dtype=torch.float64)), labels
 
     def _rows(self, path: str) -> list[tuple[int, dict[str, str]]]:
         """Number of the line, and the row by names of the columns."""
@@ -98,6 +106,8 @@ class CSVSource(Source):
                 rows = [(reader.line_num, row) for row in reader]
         except UnicodeDecodeError as error:
             raise ValueError(f"CSVSource: {path!r} is not UTF-8 text: {error.reason}") from None
+        except csv.Error as error:
+            raise ValueError(f"CSVSource: {path!r}, line {reader.line_num}, cannot be read: {error}") from None
         if twice := [name for name in there if there.count(name) > 1]:
             raise ValueError(f"CSVSource: {path!r} has the column {twice[0]!r} twice")
         texts = [] if self.text is None else [self.text]
@@ -136,3 +146,10 @@ class CSVSource(Source):
         if not math.isfinite(value):
             raise ValueError(f"CSVSource: line {line}, column {name}: a number is expected, got {row[name]!r}")
         return value
+
+
+def _narrow(values: Tensor) -> Tensor:
+    """Numbers (N, C) in float32, if that leaves of each column what it varies by; else in float64."""
+    narrow = values.float()
+    lost = (narrow.double() - values).abs().amax(0)
+    return values if bool((lost > 1e-3 * values.std(0, correction=0)).any()) else narrow

@@ -17,6 +17,7 @@ from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.fingerprint import combined
 from lightning_sparse_cl.data.learnt import Before, LearntTasks, before_this
 from lightning_sparse_cl.data.loader import (
+    DrawnByBatch,
     SampleTensors,
     ShareSampler,
     StreamSampler,
@@ -29,7 +30,7 @@ from lightning_sparse_cl.data.loader import (
 from lightning_sparse_cl.data.standardised import Normalisation, Standardisation, normaliser, standardised
 from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.data.task_sets import following, labels_of, read_tasks
-from lightning_sparse_cl.nests import Nest, described, each, joined, layout_of_one, moved, rows
+from lightning_sparse_cl.nests import Nest, described, each, joined, layout_of_one, moved, rows, tensors
 
 
 class TaskDataModule(pl.LightningDataModule):
@@ -86,6 +87,10 @@ class TaskDataModule(pl.LightningDataModule):
             raise ValueError(f"{name}(batch_size={batch_size}): a batch has at least one sample")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"{name}(val_fraction={val_fraction}): the fraction set aside is in [0, 1)")
+        if not isinstance(augment, bool) and not callable(augment):
+            raise ValueError(f"{name}(augment={augment!r}): true, false, or a callable that changes batches")
+        if transform is not None and not callable(transform):
+            raise ValueError(f"{name}(transform={transform!r}): a callable from a stored batch to network input")
         self.train_sets: list[Dataset] = []
         self.test_sets: list[Dataset] = []
         self.batch_size = batch_size
@@ -187,8 +192,9 @@ class TaskDataModule(pl.LightningDataModule):
 
     def begun(self, batch_idx: int) -> int:
         """How many tasks of a stream have begun when the epoch's batch ``batch_idx`` is over."""
-        seen = self.indices(batch_idx)
-        return bisect_right(self._ends, int(seen.max())) + 1
+        if self.epoch_in_task:  # it has come once
+            return len(self._ends)
+        return bisect_right(self._ends, int(self.indices(batch_idx).max())) + 1
 
     def live(self) -> Tensor:
         """Which classes (num_classes,) the current task has."""
@@ -219,7 +225,13 @@ class TaskDataModule(pl.LightningDataModule):
     def example(self) -> Nest:
         """One sample as network input, in a batch."""
         data = next(d for d in (*self.train_sets, *self.test_sets) if length(d))
-        return self.prepare(rows(data[0][0], None), augment=False)
+        found = self.prepare(rows(data[0][0], None), augment=False)
+        if not all(isinstance(part, Tensor) for part in tensors(found)):
+            raise ValueError(
+                f"{type(self).__name__}(transform=...): it makes tensors of a stored batch, or nests of them, and gave "
+                f"{type(found).__name__}"
+            )
+        return found
 
     def _batches(self, count: int | None, share: bool) -> Iterator[tuple[Nest, Tensor]]:
         device, alive = self._attached.strategy.root_device, self.alive[self.task]
@@ -289,13 +301,23 @@ class TaskDataModule(pl.LightningDataModule):
         if self.joint:
             order = ["stream"] if self.stream else []
             self.fingerprints, self.samples_per_task = [combined([*self.fingerprints, *order])], [sum(found.samples)]
-        example = next(d for d in (*joined, *found.test) if length(d))
+        example = next(d for d in (*found.train, *found.test) if length(d))
         self.layout, self.labels = layout_of_one(example[0][0]), labels_of(found.test[0])[:0]
         if self.transform is None:
             self.transform = self._normalised(example)
+        self._refuse_moved_maps()
         self.train_sets, self.test_sets = list(joined), list(found.test)
         if learnt is not None and learnt.normalisation is not None and not self._is_normalised_as(learnt):
             rank_zero_warn(f"{name}(transform=...): samples are not normalised as those that were learnt before")
+
+    def _refuse_moved_maps(self) -> None:
+        """What moves pixels moves them in images alone."""
+        moves = isinstance(self.transform, ImageTransform) and (self.transform.crop or self.transform.flip)
+        if self.target is KINDS["class_maps"] and (callable(self.augment) or (self.augment and moves)):
+            raise ValueError(
+                f"{type(self).__name__}(augment={self.augment!r}): maps of classes do not follow what it does to their "
+                "images; change both inside of the data set (in_memory=False), and give augment=False"
+            )
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
         """As the samples learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
@@ -335,9 +357,10 @@ class TaskDataModule(pl.LightningDataModule):
         t, trainer = self.task, self._attached
         place = (self.alive[t], self._world_size, trainer.global_rank, self.order_seed)
         sampler = StreamSampler(*place, self._ends) if self.stream else TaskSampler(*place)
+        data, workers = self._placed(self.train_sets[t]), self._workers(self.train_sets[t])
         return TaskLoader(
-            self._placed(self.train_sets[t]), batch_size=self.batch_size, sampler=sampler, drop_last=True,
-            num_workers=self._workers(self.train_sets[t]), collate_fn=collate,
+            DrawnByBatch(data) if workers else data, batch_size=self.batch_size, sampler=sampler, drop_last=True,
+            num_workers=workers, collate_fn=collate,
             generator=torch.Generator().manual_seed(self.order_seed + trainer.current_epoch),  # seeds workers
         )  # fmt: skip
 
@@ -379,7 +402,7 @@ class TaskDataModule(pl.LightningDataModule):
             x = self.transform(x, augment=augment and self.augment is True)
         else:
             x = self.transform(x)
-        if self.trainer is None:
+        if self.trainer is None or x is None:
             return x
         dtype = self.trainer.lightning_module.dtype  # of bf16-true, 64-true
         return each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, x)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.loader import SampleTensors
@@ -25,8 +25,8 @@ def fingerprints(train: Sequence[SampleTensors | Items], test: Sequence[SampleTe
 
     It is the same on every process, machine and device. Of data that are read item by item nothing is decoded: it
     covers their number and labels, the arrays that the data set holds (``data``, ``tensors``), and names, sizes and
-    times of modification of the files that it lists (``samples``, ``imgs``, ``paths``), also through ``Subset`` and
-    ``ConcatDataset``.
+    times of modification of the files that it lists (``samples``, ``imgs``, ``paths``), also through ``Subset``,
+    ``ConcatDataset`` and data sets that have another one as ``data`` or ``dataset``.
 
     All of CIFAR-10 in memory (60,000 images, 184 MB) takes 0.11 s on one core, the median of five; 60,000 listed files
     take 0.32 s.
@@ -80,6 +80,10 @@ def _behind(data: Any, at: Tensor) -> Iterator[bytes | memoryview]:
         for tensor in tensors(data.inputs):
             yield from _values(tensor, at)
     else:
+        inner = next((d for d in (getattr(data, "data", None), getattr(data, "dataset", None)) if _is_set(d)), None)
+        if inner is not None and len(inner) == len(data):  # a data set that makes each item of another one's
+            yield from _behind(inner, at)
+            return
         yield f"{len(at)} items ".encode()
         for held in (getattr(data, "data", None), *(getattr(data, "tensors", None) or ())):
             held = torch.from_numpy(held) if isinstance(held, np.ndarray) and held.dtype.kind in "biuf" else held
@@ -89,6 +93,10 @@ def _behind(data: Any, at: Tensor) -> Iterator[bytes | memoryview]:
             if files := _paths(getattr(data, name, None), len(data)):
                 yield from (_file(files[i]) for i in at.tolist())
                 break
+
+
+def _is_set(data: Any) -> bool:
+    return isinstance(data, Dataset) and hasattr(data, "__len__")
 
 
 def _paths(listed: Any, count: int) -> list[str]:

@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.data.labels import listed_labels
+from lightning_sparse_cl.data.learnt import LearntTasks
 from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.data.standardised import Normalisation, Standardisation
 from lightning_sparse_cl.data.task_datasets import TaskDatasets
@@ -46,7 +47,8 @@ class Tasks(TaskDatasets):
     normalises uint8 images alone. Batches are drawn by this package's sampler, so that resuming is exact, processes
     share an epoch, and samples can be removed. (What is drawn at random, in a data set or a hook, needs
     :class:`RandomState` for that, as ever.) A data set that can only be iterated is read once, into memory; a sampler
-    that chooses samples (``SubsetRandomSampler``) is followed, any other is not used. A message says so.
+    that chooses samples (``SubsetRandomSampler``) is followed, any other is not used. A message says so. To go on after
+    a sequence with ``own_classes``, give the modules that were learnt, too, in front of the new ones.
 
     A batch is a pair (samples, labels), or a dict in which labels go by one of the names ``label``, ``labels``,
     ``target``, ``targets`` and ``y``. A collate function is called with one item at a time: what it makes of several,
@@ -64,7 +66,8 @@ class Tasks(TaskDatasets):
 
     Raises:
         ValueError: if there is no data module, or one has no loader to train or test on, or its batches are of another
-            kind.
+            kind; when a sequence goes on, if classes are numbered anew by data modules that do not begin with those
+            learnt.
     """
 
     def __init__(
@@ -113,10 +116,22 @@ class Tasks(TaskDatasets):
             module.setup("test")
             tested = _loaders(module, "test_dataloader", name, "val_dataloader")
             test.append(self._items(tested, f"{name}, test"))
+            if _hooks_of(module) != _hooks_of(self.modules[0]):
+                rank_zero_warn(f"{name}: the hooks of the first data module are called for it, in the place of its own")
         if self.own_classes:
             train, test = _numbered_apart(train, test)
         self.given = {"train": train, "test": test}
         return super().load()
+
+    def _load(self, learnt: LearntTasks | None, by_classes: bool = False) -> None:
+        super()._load(learnt, by_classes)
+        if self.own_classes and self.learnt is not None and self.num_tasks > len(self.modules):
+            self.unload()
+            raise ValueError(
+                "Tasks(own_classes=True): classes are numbered from 0 on, and these data modules do not begin with "
+                "those of the tasks that were learnt; give all of them in their order, or own_classes=False and "
+                "numbers of your own"
+            )
 
     def prepare(self, x: Nest, augment: bool = True) -> Nest:
         module = self.modules[0]  # one network is for all tasks, and so is what its input is made by
@@ -169,16 +184,26 @@ class Tasks(TaskDatasets):
             batches = [_made(self.pair, batch, name) for batch in cast(Iterable[Any], loader)]
             if not batches:
                 raise ValueError(f"{name}: its loader gives no batch")
+            if any(isinstance(y, list) for _, y in batches):
+                raise ValueError(f"{name}: labels that are names need a data set with a length; number them")
             inputs, labels = joined([x for x, _ in batches]), torch.cat([y for _, y in batches])
             rank_zero_info(f"{name}: its data can only be iterated, and are read into memory: {len(labels)} samples")
             return SampleTensors(inputs, labels, self.target)
-        if isinstance(loader.sampler, SubsetRandomSampler):
-            data = Subset(cast(Dataset, data), list(loader.sampler.indices))
-        plain = (RandomSampler, SequentialSampler, SubsetRandomSampler)
-        for sampler in (loader.sampler, loader.batch_sampler):
-            if not isinstance(sampler, plain) and type(sampler) not in (BatchSampler, type(None)):
-                rank_zero_warn(f"{name}: its {type(sampler).__name__} is not used; every sample is drawn once an epoch")
+        own = loader.batch_sampler
+        sampler = own.sampler if type(own) is BatchSampler else loader.sampler
+        if isinstance(sampler, SubsetRandomSampler):
+            data = Subset(cast(Dataset, data), list(sampler.indices))
+        for one in (sampler, own):
+            if not _draws_all_once(one, data):
+                rank_zero_warn(f"{name}: its {type(one).__name__} is not used; every sample is drawn once an epoch")
         return Collated(data, loader.collate_fn or default_collate, self.pair, name)
+
+
+def _draws_all_once(sampler: Any, data: Any) -> bool:
+    """Whether an epoch of a sampler is one of this package's."""
+    if isinstance(sampler, RandomSampler):
+        return not sampler.replacement and sampler.num_samples == length(data)
+    return sampler is None or type(sampler) in (BatchSampler, SequentialSampler, SubsetRandomSampler)
 
 
 class Collated(Dataset):
@@ -193,13 +218,20 @@ class Collated(Dataset):
 
     def __init__(self, data: Any, collate: Callable[[list[Any]], Any], pair: Pair, name: str) -> None:
         self.data, self.collate, self.pair, self.name = data, collate, pair, name
-        self.targets = listed_labels(data)
+        usual = collate is default_collate and pair is _pair  # others may make other labels
+        self.targets = listed_labels(data) if usual else None
 
     def __len__(self) -> int:
         return length(self.data)
 
-    def __getitem__(self, index: int) -> tuple[Nest, Tensor]:
-        inputs, labels = _made(self.pair, self.collate([self.data[index]]), self.name)
+    def __getitem__(self, index: int) -> tuple[Nest, Any]:
+        try:
+            batch = self.collate([self.data[index]])
+        except IndexError:  # ends an iteration
+            raise
+        except Exception as error:  # a data set or function of the user's
+            raise ValueError(f"{self.name}: item {index} raised {type(error).__name__}: {error}") from error
+        inputs, labels = _made(self.pair, batch, self.name)
         return rows(inputs, 0), labels[0]
 
 
@@ -246,15 +278,18 @@ def _pair(batch: Any) -> tuple[Nest, Any]:
     )
 
 
-def _made(pair: Pair, batch: Any, name: str) -> tuple[Nest, Tensor]:
-    """Samples and labels of a batch, as tensors."""
+def _made(pair: Pair, batch: Any, name: str) -> tuple[Nest, Any]:
+    """Samples and labels of a batch, as tensors; labels may be a list of names."""
     try:
         given, labelled = pair(batch)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # a function of the user's
         raise ValueError(f"{name}: pair raised {type(error).__name__}: {error}") from error
-    inputs, labels = as_nest(given, f"{name}: samples"), as_nest(labelled, f"{name}: labels")
+    inputs = as_nest(given, f"{name}: samples")
+    if isinstance(labelled, tuple | list) and labelled and all(isinstance(label, str) for label in labelled):
+        return inputs, list(labelled)
+    labels = as_nest(labelled, f"{name}: labels")
     if not isinstance(labels, Tensor) or not labels.ndim:
         raise ValueError(f"{name}: labels of a batch are one tensor (B, ...), got {type(labelled).__name__}")
     return inputs, labels

@@ -171,6 +171,8 @@ class ImageFolderSource(Source):
     def __post_init__(self) -> None:
         if self.fit not in ("squash", "crop"):
             raise ValueError(f"ImageFolderSource(fit={self.fit!r}): fit is 'squash' or 'crop'")
+        if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"ImageFolderSource(size={self.size!r}): a number of pixels, at least 1")
         if self.fit == "crop" and self.size is None:
             raise ValueError("ImageFolderSource(fit='crop'): images are cut to a size; give size")
         if self.channels not in (1, 3, None):

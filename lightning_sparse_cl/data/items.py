@@ -115,7 +115,10 @@ class Items(Dataset):
     def _read(self, index: int) -> tuple[Nest, int | Tensor]:
         sample, label = self._pair(index)
         if index:
-            refuse_other_kind(f"{self.name}: tensors of item {index}", sample, "those of item 0", self.first)
+            try:
+                refuse_other_kind(f"{self.name}: tensors of item {index}", sample, "those of item 0", self.first)
+            except ValueError as error:
+                raise ValueError(f"{error}; item_transform=... makes them so") from None
         return sample, label
 
     def _pair(self, index: int) -> tuple[Nest, int | Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from lightning_sparse_cl.data.targets import KINDS, Target
 from lightning_sparse_cl.nests import Nest, as_nest, each, gathered, joined, moved, named, rows, tensors
@@ -123,6 +125,32 @@ class ShareSampler(DistributedSampler):
 
     def __len__(self) -> int:
         return len(self.share)
+
+
+class DrawnByBatch(Dataset):
+    """A data set whose random draws in a worker process follow from the epoch and the batch alone.
+
+    A worker that begins in the middle of an epoch, after a resume, then draws as one that has run through it.
+    """
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return length(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        worker = get_worker_info()
+        if worker is not None:
+            seed = worker.seed - worker.id + 1_000_003 * indices[0]  # the epoch's, and the first of the batch
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed % 2**63)
+        together = getattr(self.data, "__getitems__", None)
+        return [self.data[i] for i in indices] if together is None else together(indices)
 
 
 class TaskLoader(DataLoader):

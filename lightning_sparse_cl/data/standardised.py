@@ -38,6 +38,9 @@ class Standardisation(nn.Module):
         if isinstance(x, dict):
             return x | {"series": self(x["series"]) * within(x["length"], x["series"])}
         shape = [-1, *[1] * (x.ndim - 2)]
+        if x.dtype == torch.float64:  # such as points in time, which vary little compared with their size
+            shift, scale = (x.new_tensor(values).view(shape) for values in (self.mean, self.std))
+            return ((x - shift) / scale).float()
         return (x.float() - self.shift.view(shape)) * self.scale.view(shape)
 
     def normalisation(self) -> dict[str, list[float]]:
@@ -74,7 +77,8 @@ def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisat
     else:
         return Standardisation()
     mean, std = values.double().mean(1), values.double().std(1)
-    std = std.where(std > 1e-6 * mean.abs(), 1.0)  # of what is constant, but for rounding, and of one sample
+    rounding = 1e-13 if values.dtype == torch.float64 else 1e-6
+    std = std.where(std > rounding * mean.abs(), 1.0)  # of what is constant, but for rounding, and of one sample
     return Standardisation(mean.tolist(), std.tolist())
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import JaccardIndex, Metric, R2Score
+from torchmetrics import JaccardIndex, Metric
 from torchmetrics.functional.classification import multilabel_average_precision
+from torchmetrics.functional.regression import r2_score
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_sparse_cl.data.labels import whole_labels
@@ -208,25 +209,8 @@ class RealNumbers(Target):
         return NumbersExplained()
 
 
-class NumbersExplained(R2Score):
-    """R², the mean over the numbers. Of fewer than two samples, nan."""
-
-    total: Tensor
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Outputs (B, C), and numbers (B, C), or (B,) if C is 1."""
-        super().update(preds.float(), target.view(preds.shape))
-
-    def compute(self) -> Tensor:
-        """The mean over the numbers."""
-        return super().compute() if self.total > 1 else self.residual.new_tensor(torch.nan)
-
-
-class LabelsRanked(Metric):
-    """mAP over the labels that some sample has. If no sample has any, nan.
-
-    (``MultilabelAveragePrecision`` takes the sigmoid of outputs, which makes all large ones equal.)
-    """
+class OfAll(Metric):
+    """Base of the metrics that are computed of all outputs and labels at once."""
 
     outputs: list[Tensor]
     labels: list[Tensor]
@@ -237,13 +221,41 @@ class LabelsRanked(Metric):
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, outputs: Tensor, labels: Tensor) -> None:
-        """Outputs (B, C) and labels (B, C) of 0 and 1."""
+        """Outputs (B, C), and labels (B, C), or (B,) if C is 1."""
         self.outputs.append(outputs)
-        self.labels.append(labels.long())
+        self.labels.append(labels.view(outputs.shape))
+
+
+class NumbersExplained(OfAll):
+    """R², the mean over the numbers. Of fewer than two samples, nan.
+
+    A number that is the same for all samples counts as 1 if every output is that number, and as 0 otherwise, as in
+    scikit-learn. Sums are taken in float64 and about the mean: ``R2Score`` sums squares in float32, which loses numbers
+    that vary little compared with their size.
+    """
+
+    def compute(self) -> Tensor:
+        """The mean over the numbers."""
+        outputs, labels = (dim_zero_cat(part).cpu().double() for part in (self.outputs, self.labels))
+        if len(labels) < 2:
+            return torch.full((), torch.nan)
+        scores, vary = (outputs == labels).all(0).double(), (labels != labels[0]).any(0)
+        if vary.any():
+            mean, std = labels[:, vary].mean(0), labels[:, vary].std(0)  # r2_score has limits for what is small
+            outputs, labels = ((part[:, vary] - mean) / std for part in (outputs, labels))
+            scores[vary] = r2_score(outputs, labels, multioutput="raw_values")
+        return scores.mean().float()
+
+
+class LabelsRanked(OfAll):
+    """mAP over the labels that some sample has. If no sample has any, nan.
+
+    (``MultilabelAveragePrecision`` takes the sigmoid of outputs, which makes all large ones equal.)
+    """
 
     def compute(self) -> Tensor:
         """The mean over labels."""
-        outputs, labels = dim_zero_cat(self.outputs), dim_zero_cat(self.labels)
+        outputs, labels = dim_zero_cat(self.outputs), dim_zero_cat(self.labels).long()
         found = labels.any(0)
         if not found.any():
             return torch.full((), torch.nan, device=outputs.device)

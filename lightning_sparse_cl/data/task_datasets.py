@@ -63,14 +63,15 @@ class TaskDatasets(TaskDataModule):
         self.in_memory, self.item_transform, self.given_names = in_memory, item_transform, class_names
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
+        name = type(self).__name__
         every = [data for part in self.given.values() for data in part]
         sets, names = numbered(every) if self.target is KINDS["classes"] else (every, [])
         if names and self.given_names is not None:
-            raise ValueError(f"TaskDatasets(class_names=...): labels are names already, such as {names[0]!r}")
+            raise ValueError(f"{name}(class_names=...): labels are names already, such as {names[0]!r}")
         self.class_names = names if self.given_names is None else list(self.given_names)
         given = {"train": sets[: len(sets) // 2], "test": sets[len(sets) // 2 :]}
         train, test = (
-            [Items(data, f"TaskDatasets({part}[{t}])", self.item_transform, self.target) for t, data in enumerate(sets)]
+            [Items(data, f"{name}({part}[{t}])", self.item_transform, self.target) for t, data in enumerate(sets)]
             for part, sets in given.items()
         )
         if self.in_memory:

@@ -85,6 +85,8 @@ def positive_length(owner: str, length: int) -> None:
 class TextFolderSource(Source):
     """Text files in folders, ``root/train/<class>/**.txt`` and ``root/test/<class>/**.txt``, in UTF-8.
 
+    Files and folders whose name begins with a dot are passed over.
+
     Args:
         root: the folder.
         length: tokens that are kept of each text; shorter ones are padded.
@@ -108,7 +110,7 @@ class TextFolderSource(Source):
 
     def names(self) -> list[str]:
         folder = Path(self.root, "train")
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        found = sorted(_folders(folder))
         if not found:
             raise FileNotFoundError(f"{self}: there is no folder {str(folder)!r}/<class>")
         return found
@@ -121,15 +123,33 @@ class TextFolderSource(Source):
         part = Path(self.root, "train" if train else "test")
         texts, labels = [], []
         names = self.names()
-        there = {path.name for path in part.iterdir() if path.is_dir()} if part.is_dir() else set()
-        if unknown := sorted(there - set(names)):
+        if unknown := sorted(_folders(part) - set(names)):
             raise ValueError(
                 f"{self}: there are texts of the class {unknown[0]!r} in {str(part)!r}, and none for training"
             )
         for label, name in enumerate(names):
-            files = sorted((part / name).rglob("*.txt"))
+            files = sorted(path for path in (part / name).rglob("*.txt") if not _is_hidden(path, part))
             if not files and train:
                 raise ValueError(f"{self}: the class {name!r} has no files .txt in {str(part / name)!r}")
-            texts += [file.read_text(encoding="utf-8") for file in files]
+            texts += [self._text(file) for file in files]
             labels += [label] * len(files)
         return self.encode(texts), torch.tensor(labels)
+
+    def _text(self, file: Path) -> str:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self}: {str(file)!r} is not UTF-8 text: {error.reason}") from None
+        if not text.strip():
+            raise ValueError(f"{self}: {str(file)!r} has no text")
+        return text
+
+
+def _folders(folder: Path) -> set[str]:
+    """Names of the folders in a folder, if there is one."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return {path.name for path in inside if path.is_dir() and not _is_hidden(path, folder)}
+
+
+def _is_hidden(path: Path, inside: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(inside).parts)

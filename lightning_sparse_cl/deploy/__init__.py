@@ -1,7 +1,4 @@
-"""Trained sparse networks for use elsewhere: one C++ call for a whole network, and a file that a runtime without Python reads.
-
-Nothing here imports Lightning.
-"""
+"""Trained sparse networks for use elsewhere: one C++ call for a whole network. Nothing here imports Lightning."""
 
 from lightning_sparse_cl.deploy.flat import FlatNetwork
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,10 @@ from lightning_sparse_cl.acceleration.tracing import trace
 
 KINDS = ("convolution", "linear", "affine", "add", "clamp", "max_pool", "mean_pool", "mean")
 """As spnet.cpp numbers them."""
+POOLING = (
+    "kernel_size", "stride", "padding", "ceil_mode", "dilation", "return_indices", "count_include_pad",
+    "divisor_override",
+)  # fmt: skip
 SAME = (nn.Identity, nn.Dropout, nn.Dropout2d)
 SAME_TARGETS = {"contiguous", F.dropout}
 
@@ -124,8 +128,8 @@ class _Description:
             raise self._refusal(node)
         kind, (kernel, stride, padding) = window
         channels = self.shapes[source][1]
-        about = {"kernel": kernel, "stride": stride, "padding": padding}
-        return self._new(node, Layer(kind, self.values[source], channels, channels, **about))
+        about = Layer(kind, self.values[source], channels, channels)
+        return self._new(node, replace(about, kernel=kernel, stride=stride, padding=padding))
 
     def _mix(self, node: fx.Node, module: nn.Conv2d | nn.Linear, source: fx.Node) -> int:
         weight = module.weight.detach().float().cpu()
@@ -142,7 +146,7 @@ class _Description:
         for name, pair in {**about, "padding": padding}.items():
             if len(set(pair)) > 1:
                 raise self._refusal(node, f"its {name} is {pair}, and a runtime layer's is one number")
-        sizes = {name: pair[0] for name, pair in {**about, "padding": padding}.items()}
+        sizes: dict[str, Any] = {name: pair[0] for name, pair in {**about, "padding": padding}.items()}
         layer = Layer("convolution", given, shape[1], len(weight), groups=module.groups, weight=weight, bias=bias)
         return self._new(node, replace(layer, **sizes))
 
@@ -225,8 +229,7 @@ class _Description:
             return None if len(kernels) > 1 else ("mean_pool", (min(kernels), min(kernels), 0))
         if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
             kind = "max_pool" if isinstance(module, nn.MaxPool2d) else "mean_pool"
-            given = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "ceil_mode")}
-            given |= {n: getattr(module, n) for n in ("dilation", "count_include_pad", "divisor_override") if hasattr(module, n)}
+            given = {name: getattr(module, name) for name in POOLING if hasattr(module, name)}
         elif node.target in (F.max_pool2d, F.avg_pool2d):
             kind = "max_pool" if node.target is F.max_pool2d else "mean_pool"
             given = dict(zip(("kernel_size", "stride", "padding"), node.args[1:])) | dict(node.kwargs)
@@ -237,7 +240,7 @@ class _Description:
         usual = not given.get("ceil_mode") and given.get("dilation", 1) in (1, (1, 1))
         usual &= given.get("divisor_override") is None and not given.get("return_indices")
         sizes = [given["kernel_size"], given.get("stride") or given["kernel_size"], given.get("padding", 0)]
-        flat = [v[0] if isinstance(v, tuple | list) and len(set(v)) == 1 else v for v in sizes]
+        flat: list[Any] = [v[0] if isinstance(v, tuple | list) and len(set(v)) == 1 else v for v in sizes]
         if not usual or not all(isinstance(v, int) for v in flat):
             return None
         if kind == "mean_pool" and flat[2] and not given.get("count_include_pad", True):

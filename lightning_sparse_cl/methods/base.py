@@ -23,7 +23,7 @@ from lightning_sparse_cl.methods.going_on import GoesOn
 from lightning_sparse_cl.methods.kept_arguments import KeepsArguments
 from lightning_sparse_cl.methods.passes import Passes
 from lightning_sparse_cl.methods.predicting import PredictsImages
-from lightning_sparse_cl.nests import Nest, each, stacked
+from lightning_sparse_cl.nests import Nest, described, each, in_words, stacked
 from lightning_sparse_cl.nests import layout as layout_of
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import Outputs, SingleBackward, UpdateRule
@@ -124,14 +124,15 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             inputs = each(lambda t: t.float() if t.dtype == torch.uint8 else t, layout)
         layout, inputs = layout_of(layout), layout_of(inputs)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a compiled backbone would draw other weights
-            own = next((p.dtype for p in self.backbone.parameters()), torch.float32)  # Trainer(precision) comes later
-            features = self.backbone.eval()(each(partial(_zeros, floats=own), inputs))
+            own = next((p.dtype for p in self.backbone.parameters()), torch.get_default_dtype())
+            features = self._features(each(partial(_zeros, floats=own), inputs))
         self.backbone.train(training)
         maps = labels.ndim == 3
-        if features.ndim != (4 if maps else 2):
+        if not isinstance(features, Tensor) or features.ndim != (4 if maps else 2):
+            got = tuple(features.shape) if isinstance(features, Tensor) else f"a {type(features).__name__}"
             raise ValueError(
                 f"{type(self.backbone).__name__}: a backbone gives features {'(B, D, H, W)' if maps else '(B, D)'} for "
-                f"labels of {target}, got {tuple(features.shape)}"
+                f"labels of {target}, got {got}"
             )
         if maps and features.shape[2:] != labels.shape[1:]:
             sizes = [" x ".join(map(str, size)) for size in (features.shape[2:], labels.shape[1:])]
@@ -150,6 +151,19 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         }  # fmt: skip
         self.objective.build(self.network, layout, seed)
         self.update.build(self)
+
+    def _features(self, example: Nest) -> Any:
+        """What the backbone makes of an example."""
+        try:
+            return self.backbone.eval()(example)
+        except ValueError:  # in a line of its own
+            raise
+        except Exception as error:  # a module of the user's
+            line = next(iter(str(error).strip().splitlines()), "")
+            raise ValueError(
+                f"{type(self.backbone).__name__}: it cannot take samples of {in_words(described(example))}: "
+                f"{type(error).__name__}: {line}"
+            ) from error
 
     def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
         """Draw the head, each class by itself.

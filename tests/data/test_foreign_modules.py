@@ -20,6 +20,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
     TensorDataset,
@@ -170,13 +171,115 @@ def test_samplers_that_choose_are_followed_and_others_are_named() -> None:
     data.setup()
     assert data.batch_size == 8
 
+    data = scl.Tasks.of(Points(0, make=partial(batched, SubsetRandomSampler(range(20)))))
+    data.setup()
+    assert len(data.train_sets[0]) == 20 and data.batch_size == 4
 
-def test_what_is_left_out_is_said(recwarn: pytest.WarningsRecorder) -> None:
-    def weighted(data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
-        return DataLoader(data, batch_size, sampler=WeightedRandomSampler([1.0] * 80, 80))
 
-    scl.Tasks.of(Points(0, make=weighted)).setup()
-    assert any("its WeightedRandomSampler is not used" in str(w.message) for w in recwarn)
+def batched(sampler: Any, data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 4, True))
+
+
+def sampled(sampler: Any, data: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    return DataLoader(data, batch_size, sampler=sampler)
+
+
+@pytest.mark.parametrize("make", [batched, sampled])
+@pytest.mark.parametrize(
+    "sampler",
+    [WeightedRandomSampler([1.0] * 80, 80), RandomSampler(range(80), num_samples=16), RandomSampler(range(80), True)],
+)
+def test_what_is_left_out_is_said(make: Any, sampler: Any, recwarn: pytest.WarningsRecorder) -> None:
+    scl.Tasks.of(Points(0, make=partial(make, sampler))).setup()
+    assert any(f"its {type(sampler).__name__} is not used" in str(w.message) for w in recwarn)
+
+
+def test_hooks_that_are_not_called_are_said(recwarn: pytest.WarningsRecorder) -> None:
+    scl.Tasks.of([Points(0), Normalising(1)]).setup()
+    assert any("the hooks of the first data module are called for it" in str(w.message) for w in recwarn)
+
+
+class Shifted(Points):
+    """Other points of the same classes."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.sets = [TensorDataset(part.tensors[0] + 9, part.tensors[1]) for part in self.sets]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_other_data_are_another_task(in_memory: bool) -> None:
+    data = scl.Tasks.of([Points(0), Shifted(0)], in_memory=in_memory)
+    data.setup()
+    assert data.fingerprints[0] != data.fingerprints[1]
+    module = learner()
+    trainer(epochs=1).fit(module, scl.Tasks.of([Points(0)], in_memory=in_memory))
+    evaluation = scl.ContinualEvaluation()
+    trainer(evaluation, epochs=1).fit(module, scl.Tasks.of([Shifted(0)], in_memory=in_memory))
+    assert evaluation.matrices["class_il"].R.shape == (2, 2)  # it goes on
+    with pytest.raises(ValueError, match=r"own_classes=True\): classes are numbered from 0 on, and these data modules"):
+        trainer(epochs=1).fit(module, scl.Tasks.of([Points(1)], own_classes=True, in_memory=in_memory))
+
+
+def test_further_modules_with_classes_of_their_own_come_behind_the_learnt_ones() -> None:
+    module, evaluation = learner(), scl.ContinualEvaluation()
+    trainer(epochs=2).fit(module, scl.Tasks.of([Points(0)], own_classes=True))
+    data = scl.Tasks.of([Points(0), Points(1)], own_classes=True)
+    trainer(evaluation, epochs=2).fit(module, data)
+    assert data.classes == [[0, 1], [2, 3]] and evaluation.matrices["class_il"].R.shape == (2, 2)
+
+
+class Turning(Dataset):
+    """Noise on every item, drawn where it is read; and labels that a collate function turns round."""
+
+    targets = [0, 1] * 40
+
+    def __len__(self) -> int:
+        return 80
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.eye(8)[index % 2] + 0.1 * torch.randn(8), index % 2
+
+
+def turned(items: list[Any]) -> tuple[Tensor, Tensor]:
+    return torch.stack([x for x, _ in items]), torch.tensor([1 - y for _, y in items])
+
+
+def named(items: list[Any]) -> tuple[Tensor, list[str]]:
+    return torch.stack([x for x, _ in items]), ["low" if y else "high" for _, y in items]
+
+
+def of_several_sizes(items: list[Any]) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, 2 + int(items[0][0][0] > 0)), items[0][1][None]
+
+
+class OfItems(Points):
+    def setup(self, stage: str) -> None:
+        self.sets = Turning(), Turning()
+
+
+def test_labels_are_what_the_collate_function_makes_of_them() -> None:
+    data = scl.Tasks.of(OfItems(0, collate_fn=turned))
+    data.setup()
+    assert [data.train_sets[0][i][1] for i in range(4)] == [1, 0, 1, 0]
+    data = scl.Tasks.of(OfItems(0, collate_fn=named))
+    data.setup()
+    assert data.class_names == ["high", "low"] and [data.train_sets[0][i][1] for i in range(3)] == [0, 1, 0]
+
+
+def noisy(folder: Path, at: int | None = None, path: str | None = None) -> None:
+    pl.seed_everything(0, verbose=False)
+    data = scl.Tasks.of([OfItems(0), Points(0)], num_workers=2, batch_size=8)
+    saving = scl.SequenceCheckpoint(str(folder), every_n_train_steps=3, save_last=True)
+    run = trainer(scl.RandomState(), saving, Strike(at), epochs=2, enable_checkpointing=True)
+    run.fit(learner(), data, ckpt_path=path)
+
+
+def test_draws_in_worker_processes_are_resumed_inside_an_epoch(tmp_path: Path) -> None:
+    noisy(tmp_path / "whole")
+    assert forked(noisy, tmp_path / "killed", 15) == -signal.SIGKILL
+    assert forked(noisy, tmp_path / "killed", None, str(tmp_path / "killed" / "last.ckpt")) == 0
+    assert_identical(final_state(tmp_path / "whole"), final_state(tmp_path / "killed"))
 
 
 class Nothing(pl.LightningDataModule):
@@ -192,6 +295,12 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (
         lambda: scl.Tasks.of(Points(0, collate_fn=with_names)).setup(),
         r"a batch is a pair \(samples, labels\), or a dict .*, got tuple of 3; give pair=...",
+    ),
+    (lambda: scl.Tasks.of(Points(0, collate_fn=lambda items: {}["x"])).setup(), "item 0 raised KeyError: 'x'"),
+    (lambda: scl.Tasks.of(Points(0, make=iterable, collate_fn=named)).setup(), "labels that are names need a data set"),
+    (
+        lambda: scl.Tasks.of(Points(0, collate_fn=of_several_sizes)).setup(),
+        r"Tasks\(train\[0\]\): tensors of item .*; item_transform=... makes them so",
     ),
     (lambda: scl.Tasks.of(Points(0), own_classes=True, target="real_numbers"), "own_classes=True.*real_numbers"),
 ]  # fmt: skip

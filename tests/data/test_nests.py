@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -241,6 +242,25 @@ def test_small_units_large_ones_and_constants_are_standardised() -> None:
     assert x[:, 2:].abs().max() < 1e-3 and x.isfinite().all()
 
 
+def test_points_in_time_are_standardised() -> None:
+    seconds = 1.7e9 + 10 * torch.randn(COUNT, 2, generator=random(), dtype=torch.float64)
+    data = scl.SplitTensors(*[(seconds, LABELS)] * 2, num_tasks=1, batch_size=8)
+    data.setup()
+    stored = data.train_sets[0].inputs
+    x = data.prepare(stored)
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, ((stored - stored.mean(0)) / stored.std(0)).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("way", [{"joint": True}, {"stream": True}, {}])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_first_task_alone_normalises_all(way: dict[str, bool], in_memory: bool) -> None:
+    sets = [TensorDataset(torch.randn(40, 4, generator=random()) + 1000 * t, LABELS[:40]) for t in range(2)]
+    data = scl.TaskDatasets(sets, sets, in_memory=in_memory, batch_size=8, **way)
+    data.setup()
+    assert max(map(abs, data.transform.mean)) < 1
+
+
 def test_the_order_of_keys_does_not_matter() -> None:
     class Turned(Pairs):
         def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -287,6 +307,20 @@ REFUSED: list[tuple[Callable[[], scl.TaskDataModule], str]] = [
         lambda: scl.SplitTensors(*[(series() | {"length": 1 + LABELS * 4}, LABELS)] * 2, num_tasks=2),
         "task 1, training samples: the length 9 of a series of 7 steps; lengths are 1 to 7",
     ),
+    (lambda: scl.SplitTensors(*[(table(), LABELS)] * 2, num_tasks=2, augment="flip"), r"augment='flip'\): true, false"),
+    (lambda: scl.SplitTensors(*[(table(), LABELS)] * 2, num_tasks=2, transform="x"), r"transform='x'\): a callable"),
+    (
+        lambda: scl.SplitTensors(*[(table(), LABELS)] * 2, num_tasks=2, transform=lambda x: None, batch_size=8),
+        r"SplitTensors\(transform=...\): it makes tensors of a stored batch, or nests of them, and gave NoneType",
+    ),
+    (
+        lambda: scl.SplitTensors(*[(tokens(), LABELS)] * 2, num_tasks=2, batch_size=8),
+        r"SmallMLP: it cannot take samples of int64 \(6,\): RuntimeError: mat1 and mat2 must have the same dtype",
+    ),
+    (
+        lambda: scl.SplitTensors(*[(np.zeros((COUNT, 2), np.longdouble), LABELS)] * 2, num_tasks=2),
+        "got a array of float128|got an array of float128|array of",
+    ),
     (
         lambda: of_items(MIXED | {"b": torch.full((COUNT, 3), torch.nan)}),
         r"TaskDatasets\(train\[0\]\): the sample of item 0 has values that are NaN or infinite",
@@ -301,8 +335,18 @@ REFUSED: list[tuple[Callable[[], scl.TaskDataModule], str]] = [
 @pytest.mark.parametrize("make, message", REFUSED, ids=[message for _, message in REFUSED])
 def test_nests_that_differ_are_refused_by_key(make: Callable[[], scl.TaskDataModule], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        make().setup()
+        trainer(epochs=1).fit(scl.ContinualModule(scl.SmallMLP([8])), make())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", [(torch.zeros(2, 3),), {"x": torch.zeros(2, 3)}, [torch.zeros(2, 3)]])
+def test_features_that_are_no_tensor_are_refused(given: Any) -> None:
+    class Several(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return given
+
+    with pytest.raises(ValueError, match=rf"Several: a backbone gives features .* got a {type(given).__name__}$"):
+        scl.ContinualModule(Several()).build((3,), 2)
 
 
 def test_items_whose_keys_differ_are_refused_where_they_are_read() -> None:

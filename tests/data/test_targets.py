@@ -258,6 +258,27 @@ def test_objectives_refuse_labels_that_they_cannot_take(objective: scl.Objective
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("mean", "deviation"), [(0, 1), (300, 0.1), (3e4, 1), (1e-6, 1e-7)])
+def test_r2_of_numbers_of_any_size_is_that_of_scikit_learn(mean: float, deviation: float) -> None:
+    pl.seed_everything(0, verbose=False)
+    labels = mean + deviation * torch.randn(500, 3)
+    outputs = labels + 0.5 * deviation * torch.randn(500, 3)
+    labels[:, 2] = 3.25  # the same for all
+    metric = KINDS["real_numbers"].measure(3)
+    for i in range(0, 500, 64):
+        metric.update(outputs[i : i + 64], labels[i : i + 64])
+    assert float(metric.compute()) == pytest.approx(r2_score(labels.double(), outputs.double()), abs=1e-5)
+
+
+def test_what_moves_the_pixels_of_images_is_refused_for_maps() -> None:
+    moving = scl.ImageTransform([0.0] * 3, [1.0] * 3, flip=True)
+    for given in ({"augment": lambda x: x.flip(3)}, {"transform": moving}):
+        with pytest.raises(ValueError, match=r"augment=.*: maps of classes do not follow") as error:
+            kinds.data("class_maps", **given).setup()
+        assert "\n" not in str(error.value)
+    kinds.data("class_maps", transform=moving, augment=False).setup()
+
+
 def test_other_refusals_are_one_line() -> None:
     with pytest.raises(ValueError, match=r"a backbone gives features \(B, D, H, W\) for labels of class_maps, got"):
         flat = nn.Sequential(nn.Flatten(), nn.LazyLinear(8))

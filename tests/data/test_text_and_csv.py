@@ -138,6 +138,38 @@ def empty(path: str, contents: bytes = b"") -> str:
     return path
 
 
+def texts(near: str, **files: bytes) -> scl.SplitTextFolder:
+    """A folder of texts of two classes, and what is given."""
+    root = Path(near).parent / "texts"
+    plain = {f"{part}/{c}/0.txt": c.encode() * 3 for part in ("train", "test") for c in "ab"}
+    for name, contents in (plain | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(contents)
+    return scl.SplitTextFolder(str(root), 2, batch_size=1)
+
+
+def test_hidden_files_and_byte_order_marks_are_no_texts(topics: str) -> None:
+    hidden = {
+        "train/a/._1.txt": b"\x00",
+        "train/.cache/1.txt": b"x",
+        "test/.cache/1.txt": b"x",
+        "train/a/.b/1.txt": b"x",
+    }
+    data = texts(topics, **hidden, **{"train/a/1.txt": b"\xef\xbb\xbfaaa"})
+    data.setup()
+    assert data.class_names == ["a", "b"] and [len(d) for d in data.train_sets] == [2, 1]
+    ids = data.train_sets[0].inputs["ids"]
+    assert torch.equal(ids[0], ids[1])
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "times.csv"
+    file.write_text("label,time\n" + "".join(f"{i % 2},{1_700_000_000 + i}\n" for i in range(40)))
+    data = scl.SplitCSV(str(file), 1, batch_size=8)
+    data.setup()
+    assert data.prepare(data.train_sets[0].inputs).unique().numel() == 32
+
+
 REFUSED: list[tuple[Callable[[str, str], Any], str]] = [
     (lambda t, n: scl.SplitCSV(t + "x", 2), "CSVSource: there is no file "),
     (lambda t, n: scl.SplitCSV(t, 2), r"CSVSource\(label='label'\): .* has no such column; it has topic, text"),
@@ -160,6 +192,11 @@ REFUSED: list[tuple[Callable[[str, str], Any], str]] = [
     (lambda t, n: scl.padded([]), "padded: a list of series is expected, got an empty one"),
     (lambda t, n: scl.HashTokenizer(1), r"HashTokenizer\(vocabulary=1\)"),
     (lambda t, n: scl.SplitTextFolder(t, 2), "there is no folder '.*topics.csv/train'/<class>"),
+    (lambda t, n: scl.SplitCSV(n, 2, columns="ab"), r"CSVSource\(columns='ab'\): a list of names of columns"),
+    (lambda t, n: scl.SplitCSV(empty(n, b"label,a\n" + b"0,1\n1,2\n" * 4), 2), "has no rows to test on: every 5th row"),
+    (lambda t, n: scl.SplitCSV(empty(n, b"label,a\n0," + b"1" * 200_000), 2), "line .*, cannot be read: field larger"),
+    (lambda t, n: texts(t, **{"train/a/1.txt": b"\xff\xfe"}), "1.txt' is not UTF-8 text"),
+    (lambda t, n: texts(t, **{"train/a/1.txt": b"  \n"}), "1.txt' has no text"),
     (lambda t, n: backbone(heads=3), r"TextTransformer\(width=32, heads=3\): heads divide the width"),
     (lambda t, n: backbone(layers=0), r"TextTransformer\(layers=0\): layers is at least 1"),
 ]

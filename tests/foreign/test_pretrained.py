@@ -175,6 +175,16 @@ def test_a_local_model_of_transformers(tmp_path: Path) -> None:
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["vit", "resnet10t"])
+def test_every_precision_of_lightning(kind: str, precision: Any) -> None:
+    pytest.importorskip("timm")
+    module = learner(vit() if kind == "vit" else scl.Timm("resnet10t"))
+    trainer(epochs=1, precision=precision).fit(module, images())
+    kinds = {p.dtype for p in module.backbone.parameters()}
+    assert kinds == {{"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)}
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: scl.Timm("no_such"), r"Timm\(name='no_such'\): timm has no such model"),
     (lambda: scl.Timm("test_vit")(torch.zeros(1, 3, 8, 8)), r"Timm\(name='test_vit'\): .*8"),
@@ -183,7 +193,11 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: vit(trained=["neck.*"])(torch.zeros(1, 3, 32, 32)), r"'neck.\*' fits no parameter; they are cls_token"),
     (lambda: scl.Timm("resnet10t", trained="layer*"), r"trained='layer\*'\): a list of patterns"),
     (lambda: scl.Timm("resnet10t", adapters={"r": 8}), "a dict with a peft_type"),
-    (lambda: vit(adapters={"peft_type": "LORAA"})(torch.zeros(1, 3, 32, 32)), "KeyError: 'LORAA'"),
+    (lambda: vit(adapters={"peft_type": "LORAA"})(torch.zeros(1, 3, 32, 32)), "got the peft_type 'LORAA', and it is one of"),
+    (
+        lambda: scl.Transformers(config=BERT | {"model_type": "roberta"})(torch.full((1, 16), 7)),
+        "texts of 16 tokens are too long for max_position_embeddings=16 of its config",
+    ),
     (lambda: scl.Transformers(config=BERT)(torch.full((1, 4), 50)), "token id 50; vocab_size of its config is 50"),
     (lambda: scl.Transformers(config=BERT)(torch.zeros(1, 20).long()), "20 tokens; max_position_embeddings .* is 16"),
     (lambda: scl.Transformers(), "give path, or a config with a model_type"),
