@@ -36,6 +36,7 @@ class FlatNetwork:
     def __init__(self, data: bytes) -> None:
         self._runtime, self._handle = _runtime(), ctypes.c_void_p()
         self._check(self._runtime.spnet_read(data, len(data), ctypes.byref(self._handle)))
+        self._run = self._runtime.spnet_run
         shape = (ctypes.c_int64 * 3)()
         self._runtime.spnet_shape(self._handle, shape)
         self.shape: tuple[int, ...] = tuple(shape)
@@ -60,15 +61,19 @@ class FlatNetwork:
         Raises:
             ValueError: if the images have another shape or type.
         """
-        if x.shape[1:] != self.shape or x.dtype != torch.float32 or x.device.type != "cpu":
+        if x.shape[1:] != self.shape or x.dtype != torch.float32 or not x.is_cpu:
             raise ValueError(
                 f"FlatNetwork: it takes float32 images (B, {', '.join(map(str, self.shape))}) on the CPU, and got "
                 f"{x.dtype} {tuple(x.shape)} on {x.device}"
             )
-        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        x, y = x if last else x.contiguous(), torch.empty(len(x), self.outputs)
-        if len(x):
-            self._check(self._runtime.spnet_run(self._handle, x.data_ptr(), len(x), last, y.data_ptr()))
+        last = False
+        if not x.is_contiguous():
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            x = x if last else x.contiguous()
+        count = x.shape[0]
+        y = torch.empty(count, self.outputs)
+        if count and self._run(self._handle, x.data_ptr(), count, last, y.data_ptr()):
+            self._check(1)
         return y
 
     def of_bytes(self, images: Tensor) -> Tensor:

@@ -301,20 +301,33 @@ struct Parts {  // into how many each image is cut
 struct Blocked {
   Shape shape;
   Parts parts;
-  int64_t groups, at, first, last;  // place in memory, in floats; steps that write it first and read it last
+  int64_t groups, place, first, last;  // place in memory, in floats; steps that write it first and read it last
   int64_t height() const { return shape.height / parts.rows; }
   int64_t width() const { return shape.width / parts.columns; }
   int64_t plane() const { return height() * width() * LANES; }
   int64_t size() const { return groups * shape.channels * plane(); }
+  // Of a pixel of the first channel
+  int64_t at(int64_t image, int64_t row, int64_t column) const {
+    int64_t part = row / height() * parts.columns + column / width();
+    int64_t lane = image % parts.each() * parts.rows * parts.columns + part;
+    int64_t pixel = row % height() * width() + column % width();
+    return image / parts.each() * shape.channels * plane() + pixel * LANES + lane;
+  }
 };
 
-// From where each lane of a channel comes, in the memory that is read; -1 where there is no image
+// Where the numbers of a channel are read and written; lanes that hold no image are left as they are
 struct Moves {
-  std::vector<int64_t> from;
-  int64_t per_channel;
+  std::vector<int64_t> from, to;
+  int64_t from_channel, to_channel;  // from one channel to the next
+
+  template <class T, class F>
+  void run(int64_t channels, const T* x, float* y, F convert) const {
+    for (int64_t c = 0; c < channels; c++, x += from_channel, y += to_channel)
+      for (size_t i = 0; i < from.size(); i++) y[to[i]] = convert(x[from[i]], c);
+  }
 };
 
-enum Act { TAKE, GIVE, REGRID, SPARSE, WINDOWED, COMBINE, POOL, AVERAGE };
+enum Act { TAKE, GIVE, REGRID, SPARSE, WINDOWED, DOT, COMBINE, POOL, AVERAGE };
 
 struct Step {
   Act act;
@@ -336,11 +349,14 @@ struct Plan {
   std::vector<float> memory;
   float* at(int64_t value) {
     float* begin = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
-    return begin + values[value].at;
+    return begin + values[value].place;
   }
 };
 
 bool is_windowed(const Layer& l) { return l.kind == CONVOLUTION || l.kind == MAX_POOL || l.kind == MEAN_POOL; }
+
+// Up to whole pairs of vectors
+int64_t rounded(int64_t size) { return (size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
 
 // Whether parts of an image stay parts of it, if the stride divides them
 bool keeps_parts(const Layer& l) {
@@ -385,8 +401,8 @@ class Planner {
     Step give = step(GIVE, nullptr, found[last].front());
     Shape s = network.shapes[last];
     const Blocked& from = made->values[give.x];
-    give.moves = moves(images * s.pixels(), from.plane(), [&](int64_t i) {
-      return blocked_place(from, i / s.pixels(), i % s.pixels() / s.width, i % s.width);
+    give.moves = moves(s, from.plane(), s.pixels(), [&](int64_t image, int64_t row, int64_t column) {
+      return std::make_pair(from.at(image, row, column), image * s.size() + row * s.width + column);
     });
     made->steps.push_back(std::move(give));
     place_values();
@@ -411,32 +427,18 @@ class Planner {
     return made->values.size() - 1;
   }
 
-  static int64_t blocked_place(const Blocked& b, int64_t image, int64_t row, int64_t column) {
-    int64_t part = row / b.height() * b.parts.columns + column / b.width(), each = b.parts.each();
-    int64_t lane = image % each * b.parts.rows * b.parts.columns + part;
-    int64_t pixel = row % b.height() * b.width() + column % b.width();
-    return image / each * b.shape.channels * b.plane() + pixel * LANES + lane;
-  }
-
+  // f(image, row, column): where a pixel of the first channel is read and written
   template <class F>
-  Moves moves(int64_t n, int64_t per_channel, F from) {
+  Moves moves(Shape s, int64_t from_channel, int64_t to_channel, F f) {
     Moves m;
-    m.per_channel = per_channel;
-    m.from.resize(n);
-    for (int64_t i = 0; i < n; i++) m.from[i] = from(i);
+    m.from_channel = from_channel, m.to_channel = to_channel;
+    for (int64_t i = 0; i < images; i++)
+      for (int64_t row = 0; row < s.height; row++)
+        for (int64_t column = 0; column < s.width; column++) {
+          auto [from, to] = f(i, row, column);
+          m.from.push_back(from), m.to.push_back(to);
+        }
     return m;
-  }
-
-  // For every place of a channel of a blocked value, f(image, row, column)
-  template <class F>
-  Moves moves_to(const Blocked& to, int64_t per_channel, F f) {
-    int64_t h = to.height(), w = to.width(), each = to.parts.each(), cut = to.parts.rows * to.parts.columns;
-    return moves(to.groups * h * w * LANES, per_channel, [&](int64_t i) {
-      int64_t lane = i % LANES, pixel = i / LANES % (h * w), image = i / LANES / (h * w) * each + lane / cut;
-      int64_t part = lane % cut;
-      if (image >= images) return (int64_t)-1;
-      return f(image, part / to.parts.columns * h + pixel / w, part % to.parts.columns * w + pixel % w);
-    });
   }
 
   // A value of the network in so many parts
@@ -450,13 +452,13 @@ class Planner {
     const Blocked& to = made->values[b];
     if (v == 0) {
       int64_t pixel = channels_last ? s.channels : 1;
-      move.moves = moves_to(to, channels_last ? 1 : s.pixels(), [&](int64_t image, int64_t row, int64_t column) {
-        return image * s.size() + (row * s.width + column) * pixel;
+      move.moves = moves(s, channels_last ? 1 : s.pixels(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
+        return std::make_pair(i * s.size() + (row * s.width + column) * pixel, to.at(i, row, column));
       });
     } else {
       const Blocked& from = made->values[move.x];
-      move.moves = moves_to(to, from.plane(), [&](int64_t image, int64_t row, int64_t column) {
-        return blocked_place(from, image, row, column);
+      move.moves = moves(s, from.plane(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
+        return std::make_pair(from.at(i, row, column), to.at(i, row, column));
       });
     }
     made->steps.push_back(std::move(move));
@@ -477,10 +479,18 @@ class Planner {
     bool special = l.groups == 1 && l.dilation == 1 && l.padding < l.kernel &&
                    ((l.kernel == 1 && l.stride <= 2) || (l.kernel == 3 && l.stride <= 2));
     if (l.kind == CONVOLUTION && !special) own.act = WINDOWED;
+    // Rows of a weight that is not sparse: lanes for inputs are faster than lanes for images where these are few
+    bool dense = l.kind == LINEAR && images * s.size() * l.out < (int64_t)l.count * (LANES / 2);
+    if (dense) own.act = DOT;
     own.y = value(after, out);
     own.grid = std::make_unique<Grid>(images, parts.rows, parts.columns);
     if (own.act == SPARSE) list(own);
     if (own.act == WINDOWED) list_windowed(own);
+    if (own.act == DOT) {
+      int64_t row = rounded(s.size());
+      own.value.assign(l.out * row, 0);
+      network.each(l, [&](int64_t o, int64_t c, int64_t, float value) { own.value[o * row + c] = value; });
+    }
     made->steps.push_back(std::move(own));
     found[made_value].push_back(made->steps.back().y);
   }
@@ -550,12 +560,12 @@ class Planner {
         moved = false;
         for (size_t o = 0; o < v; o++) {
           bool together = values[o].first <= values[v].last && values[v].first <= values[o].last;
-          if (together && values[o].at < at + size && at < values[o].at + values[o].size()) {
-            at = values[o].at + values[o].size(), moved = true;
+          if (together && values[o].place < at + size && at < values[o].place + values[o].size()) {
+            at = values[o].place + values[o].size(), moved = true;
           }
         }
       }
-      values[v].at = at;
+      values[v].place = at;
       most = std::max(most, at + size);
     }
     made->memory.assign(most + 16, 0);
@@ -622,6 +632,29 @@ void run_windowed(const Network& n, const Step& s, const Blocked& x, const Block
   });
 }
 
+void run_dot(const Network& n, const Step& s, const Blocked& x, int64_t images, const float* from, float* to) {
+  const Layer& l = *s.layer;
+  int64_t inputs = x.shape.size(), row = rounded(inputs);
+  const float* bias = n.floats(l.rest);
+  float* own = scratch(row, 0);
+  for (int64_t image = 0; image < images; image++) {
+    const float* at = from + image / LANES * inputs * LANES + image % LANES;
+    for (int64_t i = 0; i < inputs; i++) own[i] = at[i * LANES];
+    std::fill(own + inputs, own + row, 0.f);
+    for (int64_t o = 0; o < l.out; o++) {
+      vec all[2] = {};
+      const float* weight = s.value.data() + o * row;
+      for (int64_t i = 0; i < row; i += 2 * LANES) {
+        all[0] += *(const vec*)(weight + i) * *(const vec*)(own + i);
+        all[1] += *(const vec*)(weight + i + LANES) * *(const vec*)(own + i + LANES);
+      }
+      vec both = all[0] + all[1];
+      float found = sum((const float*)&both) + bias[o];
+      to[image / LANES * l.out * LANES + o * LANES + image % LANES] = l.rectified && !(found >= 0) && found == found ? 0 : found;
+    }
+  }
+}
+
 void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* from, float* to) {
   const Layer& l = *s.layer;
   bool max = l.kind == MAX_POOL;
@@ -651,7 +684,7 @@ void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* fr
   });
 }
 
-void run_mean(const Step& s, const Blocked& x, const Blocked& y, int64_t images, const float* from, float* to) {
+void run_mean(const Blocked& x, const Blocked& y, int64_t images, const float* from, float* to) {
   int64_t channels = x.shape.channels, each = x.parts.each(), cut = x.parts.rows * x.parts.columns;
   std::memset(to, 0, y.size() * sizeof(float));
   share(channels, [&](int64_t begin, int64_t end) {
@@ -691,44 +724,28 @@ void clamp_all(const Layer& l, float* y, int64_t size) {
   for (int64_t i = 0; i < size; i += LANES) *(vec*)(y + i) = clamped(*(const vec*)(y + i), l.low, l.high);
 }
 
-template <class T, class F>
-void take(const Step& s, const Blocked& y, const T* images, float* to, F convert) {
-  int64_t plane = y.plane();
-  for (int64_t g = 0; g < y.groups; g++)
-    for (int64_t c = 0; c < y.shape.channels; c++) {
-      const int64_t* from = s.moves.from.data() + g * plane;
-      const T* channel = images + c * s.moves.per_channel;
-      float* out = to + (g * y.shape.channels + c) * plane;
-      for (int64_t i = 0; i < plane; i++) out[i] = from[i] < 0 ? 0 : convert(channel[from[i]], c);
-    }
-}
-
 void run(const Network& n, Plan& p, const float* floats, const uint8_t* bytes, float* outputs) {
+  auto same = [](float v, int64_t) { return v; };
   for (const Step& s : p.steps) {
     const float* x = s.x < 0 ? nullptr : p.at(s.x);
     const float* add = s.other < 0 ? nullptr : p.at(s.other);
     float* y = s.y < 0 ? nullptr : p.at(s.y);
     switch (s.act) {
       case TAKE:
-        if (floats) take(s, p.values[s.y], floats, y, [](float v, int64_t) { return v; });
-        else take(s, p.values[s.y], bytes, y, [&](uint8_t v, int64_t c) { return v * n.scale[c] + n.shift[c]; });
+        if (floats) s.moves.run(n.shapes[0].channels, floats, y, same);
+        else s.moves.run(n.shapes[0].channels, bytes, y, [&](uint8_t v, int64_t c) { return v * n.scale[c] + n.shift[c]; });
         break;
-      case REGRID: take(s, p.values[s.y], x, y, [](float v, int64_t) { return v; }); break;
+      case REGRID: s.moves.run(p.values[s.y].shape.channels, x, y, same); break;
       case SPARSE:
         convolve(s.mode, *s.about, x, s.ptr.data(), s.offset.data(), s.value.data(), n.floats(s.layer->rest), add,
                  s.layer->rectified, y);
         break;
       case WINDOWED: run_windowed(n, s, p.values[s.x], p.values[s.y], x, add, y); break;
+      case DOT: run_dot(n, s, p.values[s.x], p.images, x, y); break;
       case COMBINE: run_combine(n, s, p.values[s.x], x, add, y); break;
       case POOL: run_pool(s, p.values[s.x], p.values[s.y], x, y); break;
-      case AVERAGE: run_mean(s, p.values[s.x], p.values[s.y], p.images, x, y); break;
-      case GIVE: {
-        Shape shape = n.shapes.back();
-        for (int64_t i = 0; i < p.images; i++)
-          for (int64_t c = 0; c < shape.channels; c++)
-            for (int64_t t = 0; t < shape.pixels(); t++, outputs++)
-              *outputs = x[s.moves.from[i * shape.pixels() + t] + c * s.moves.per_channel];
-      }
+      case AVERAGE: run_mean(p.values[s.x], p.values[s.y], p.images, x, y); break;
+      case GIVE: s.moves.run(n.shapes.back().channels, x, outputs, same);
     }
     if (s.layer) clamp_all(*s.layer, y, p.values[s.y].size());
   }
