@@ -103,7 +103,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
-from lightning_sparse_cl.deploy import FlatNetwork
+from lightning_sparse_cl.deploy import FlatNetwork, export_spnet, write_runtime
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
@@ -279,6 +279,7 @@ __all__ = [
     "densify",
     "enforce",
     "export_network",
+    "export_spnet",
     "join_after_restart",
     "learn",
     "load_sparse",
@@ -287,4 +288,5 @@ __all__ = [
     "save_sparse",
     "sparse_weights",
     "top_k_mask",
+    "write_runtime",
 ]

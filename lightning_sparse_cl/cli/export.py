@@ -23,22 +23,25 @@ class ExportingTrainer(pl.Trainer):
         output: str = "model.pt2",
         weights_only: bool | None = None,
     ) -> None:
-        """Write the trained network, without dead channels, as a program that torch runs alone.
+        """Write the trained network, without dead channels, for use elsewhere; the file's ending says how.
 
-        ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits of all
-        classes.
+        ``.pt2``: ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits
+        of all classes. ``.spnet``: for the C++ runtime (``write_runtime``) and ``FlatNetwork.load``; it takes images as
+        bytes, and has the names of the classes.
 
         Args:
             model: the method.
             datamodule: not needed.
             ckpt_path: a checkpoint, or "last": the newest run of this configuration.
-            output: the file to write.
+            output: the file to write, ``.pt2`` or ``.spnet``.
             weights_only: as for ``torch.load``. If None, True.
 
         Raises:
             ValueError: if the checkpoint is damaged, of another version or method, has one subnetwork for each task, or
                 classifies by a memory.
         """
+        if not output.endswith((".pt2", ".spnet")):
+            raise ValueError(f"export(output={output!r}): the ending says what is written: .pt2 or .spnet")
         checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
         if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
             raise ValueError(
@@ -59,6 +62,10 @@ class ExportingTrainer(pl.Trainer):
                 f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
                 "takes one tensor of floats"
             )
+        if output.endswith(".spnet"):
+            size = scl.export_spnet(model, output)
+            print(f"{output}: {size:,} bytes; images as bytes, classes by name, for FlatNetwork and the C++ runtime")
+            return
         shape = tuple(inputs.shape[1:])
         left = scl.export_network(network_of(model), output, shape)
         print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")

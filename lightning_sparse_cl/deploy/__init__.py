@@ -1,5 +1,6 @@
 """Trained sparse networks for use elsewhere: one C++ call for a whole network. Nothing here imports Lightning."""
 
+from lightning_sparse_cl.deploy.export import export_spnet, write_runtime
 from lightning_sparse_cl.deploy.flat import FlatNetwork
 
-__all__ = ["FlatNetwork"]
+__all__ = ["FlatNetwork", "export_spnet", "write_runtime"]

@@ -237,11 +237,13 @@ class _Description:
                 return None
         else:
             return None
-        usual = not given.get("ceil_mode") and given.get("dilation", 1) in (1, (1, 1))
+        usual = given.get("dilation", 1) in (1, (1, 1))
         usual &= given.get("divisor_override") is None and not given.get("return_indices")
         sizes = [given["kernel_size"], given.get("stride") or given["kernel_size"], given.get("padding", 0)]
         flat: list[Any] = [v[0] if isinstance(v, tuple | list) and len(set(v)) == 1 else v for v in sizes]
         if not usual or not all(isinstance(v, int) for v in flat):
+            return None
+        if given.get("ceil_mode") and any((n + 2 * flat[2] - flat[0]) % flat[1] for n in size):
             return None
         if kind == "mean_pool" and flat[2] and not given.get("count_include_pad", True):
             return None

@@ -1,10 +1,11 @@
 """The .spnet file: a network's layers and the alive values of its weights, for a runtime without Python.
 
-Little-endian. A header of 56 bytes: ``SPNET\\r\\n\\0``, version, size of the file, checksum of all that follows, then
-channels, height and width of an image, numbers of layers and of bytes of metadata, and whether bytes are normalised.
-If so, a factor and a summand for each channel. Then the layers (88 bytes each, see ``Layer`` in spnet.cpp), metadata as
-JSON, and what layers point to: a bit for each weight, the values where bits are set (float32, bfloat16, or int8 with a
-factor for each output channel), and biases.
+Little-endian. A header of 64 bytes: ``SPNET`` and three bytes, version, size of the file, checksum of all that follows;
+channels, height and width of an image, number of layers, bytes of metadata, whether bytes are normalised, bytes of
+names, zero. If they are normalised, a factor and a summand for each channel. Then the layers (88 bytes each, see
+``Layer`` in spnet.cpp), metadata as JSON, names of the outputs with a zero behind each, and what layers point to: a bit
+for each weight, the values where bits are set (float32, bfloat16, or int8 with a factor for each output channel), and
+biases.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from lightning_sparse_cl.sparsity.bits import pack
 
 VERSION = 1
 TYPES = ("float32", "bfloat16", "int8")
-HEADER, LAYER, SUMMED_FROM = struct.Struct("<8s3Q6I"), struct.Struct("<12i2f4Q"), 32
+HEADER, LAYER, SUMMED_FROM = struct.Struct("<8s3Q8I"), struct.Struct("<12i2f4Q"), 32
 
 
 def spnet_bytes(
     layers: Sequence[Layer],
     shape: Sequence[int],
     normalisation: tuple[Tensor, Tensor] | None = None,
+    names: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
     values: Literal["float32", "bfloat16", "int8"] = "float32",
 ) -> bytes:
@@ -38,7 +40,8 @@ def spnet_bytes(
         layers: see :func:`~lightning_sparse_cl.deploy.description.layers_of`.
         shape: (C, H, W) of an image.
         normalisation: factor and summand (C,) that make network input of bytes. If None, bytes are divided by 255.
-        metadata: what the file says of itself.
+        names: of the outputs.
+        metadata: what else the file says of itself.
         values: type of the weights in the file. Zeros stay zeros; sums are taken in float32.
 
     Raises:
@@ -48,7 +51,8 @@ def spnet_bytes(
         raise ValueError(f"spnet_bytes(values={values!r}): values are {', '.join(TYPES)}")
     about = json.dumps(dict(metadata or {})).encode()
     normalised = b"" if normalisation is None else b"".join(_raw(t.float()) for t in normalisation)
-    begin = HEADER.size + len(normalised) + len(layers) * LAYER.size + len(about)
+    called = b"".join(name.replace("\0", "").encode() + b"\0" for name in names)
+    begin = HEADER.size + len(normalised) + len(layers) * LAYER.size + len(about) + len(called)
     records, blob, at = [], [b"\0" * (-begin % 8)], begin + -begin % 8
 
     def put(part: bytes) -> int:
@@ -83,8 +87,8 @@ def spnet_bytes(
                 int(layer.rectified), layer.low, layer.high, mask, count, alive, rest,
             )
         )  # fmt: skip
-    body = struct.pack("<6I", *shape, len(layers), len(about), int(normalisation is not None))
-    body += normalised + b"".join(records) + about + b"".join(blob)
+    sizes = (*shape, len(layers), len(about), int(normalisation is not None), len(called), 0)
+    body = struct.pack("<8I", *sizes) + normalised + b"".join(records) + about + called + b"".join(blob)
     size = SUMMED_FROM + len(body)
     return struct.pack("<8s3Q", b"SPNET\r\n", VERSION, size, checksum(body)) + body
 

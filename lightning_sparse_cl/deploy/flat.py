@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +46,21 @@ class FlatNetwork:
         """(C, H, W) of an image."""
         self.outputs = int(self._runtime.spnet_outputs(self._handle))
         """Numbers that come out for each."""
-        self.metadata: str = self._runtime.spnet_metadata(self._handle).decode()
+        self.metadata: dict[str, Any] = json.loads(self._runtime.spnet_metadata(self._handle))
+        """What the file says of itself, such as ``class_names``."""
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> FlatNetwork:
+        """Of a file of :func:`~lightning_sparse_cl.export_spnet`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or of a newer version.
+            KernelsUnavailable: if the runtime cannot be compiled here.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"FlatNetwork.load({str(path)!r}): there is no such file")
+        return cls(Path(path).read_bytes())
 
     @classmethod
     def of(cls, network: nn.Module, shape: Sequence[int]) -> FlatNetwork:

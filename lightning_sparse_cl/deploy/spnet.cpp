@@ -140,7 +140,8 @@ struct Shape {
 
 struct Network {
   std::vector<uint8_t> bytes;
-  std::string metadata;
+  std::string metadata, names;  // names end with a zero each
+  std::vector<size_t> name_at;
   std::vector<Layer> layers;
   std::vector<Shape> shapes;       // of values
   std::vector<float> scale, shift;  // of bytes, by channel
@@ -190,7 +191,7 @@ uint64_t checksum(const uint8_t* bytes, size_t size) {  // FNV-1a, of eight byte
 struct Header {
   char magic[8];
   uint64_t version, size, sum;  // bytes of the file; of all that follows
-  uint32_t channels, height, width, layers, metadata, normalised;
+  uint32_t channels, height, width, layers, metadata, normalised, names, zero;
 };
 
 int64_t size_after(int64_t size, const Layer& l) {
@@ -267,7 +268,7 @@ std::unique_ptr<Network> read(const void* bytes, size_t size) {
   check((uint64_t)h.height * h.width <= (uint64_t)MOST / h.channels, "images that are too large");
   check(h.layers >= 1 && h.layers <= 1 << 16, "it has no layers");
   uint64_t at = sizeof h, normalisation = h.normalised ? 8 * (uint64_t)h.channels : 0;
-  uint64_t needed = at + normalisation + h.layers * sizeof(Layer) + h.metadata;
+  uint64_t needed = at + normalisation + h.layers * sizeof(Layer) + h.metadata + h.names;
   check(needed <= size, "it is too short for its layers");
   n->scale.assign(h.channels, 1.f / 255), n->shift.assign(h.channels, 0);
   if (h.normalised) {
@@ -279,6 +280,9 @@ std::unique_ptr<Network> read(const void* bytes, size_t size) {
   std::memcpy(n->layers.data(), n->bytes.data() + at, h.layers * sizeof(Layer));
   at += h.layers * sizeof(Layer);
   n->metadata.assign((const char*)n->bytes.data() + at, h.metadata);
+  n->names.assign((const char*)n->bytes.data() + at + h.metadata, h.names);
+  check(n->names.empty() || n->names.back() == 0, "its names have no end");
+  for (size_t i = 0; i < n->names.size(); i = n->names.find('\0', i) + 1) n->name_at.push_back(i);
   n->shapes.push_back({h.channels, h.height, h.width});
   for (int64_t i = 0; i < h.layers; i++) {
     check_layer(*n, n->layers[i], i);
@@ -835,6 +839,12 @@ void spnet_shape(const spnet* network, int64_t shape[3]) {
 int64_t spnet_outputs(const spnet* network) { return network->network->shapes.back().size(); }
 
 const char* spnet_metadata(const spnet* network) { return network->network->metadata.c_str(); }
+
+const char* spnet_name(const spnet* network, int64_t output) {
+  const Network& n = *network->network;
+  bool there = output >= 0 && output < (int64_t)n.name_at.size();
+  return there ? n.names.c_str() + n.name_at[output] : "";
+}
 
 int spnet_run(spnet* network, const float* images, int64_t count, int channels_last, float* outputs) {
   return run_checked(network, images, nullptr, count, channels_last != 0, outputs);

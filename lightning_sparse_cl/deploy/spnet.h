@@ -42,7 +42,8 @@ const char *spnet_error(void);
 void spnet_shape(const spnet *network, int64_t shape[3]);
 int64_t spnet_outputs(const spnet *network);
 
-// What whoever wrote the file has to say of it: JSON, with "class_names" among it.
+// The name of an output, mostly a class, or "" if it has none; and what else the file says of itself, as JSON.
+const char *spnet_name(const spnet *network, int64_t output);
 const char *spnet_metadata(const spnet *network);
 
 // Maps images to outputs (count, outputs). `run` takes floats as the network was trained on (normalised), (count, C, H,

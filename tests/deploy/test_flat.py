@@ -1,0 +1,192 @@
+"""A whole network in one call of C++: it computes what the module does, and refuses what it cannot."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from exported import NETWORKS, data_of, network, signed, trained
+from forked import forked
+from torch import Tensor, nn
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.deploy.description import layers_of
+from lightning_sparse_cl.deploy.file import SUMMED_FROM, spnet_bytes
+
+
+def assert_close(found: Tensor, net: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    with torch.no_grad():
+        wanted = net.double()(x.double()).flatten(1)
+    net.float()
+    assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_are_those_of_the_module(name: str) -> None:
+    """For batches that fill a vector's lanes with images, with parts of images, and not; in both orders of memory."""
+    net, shape = network(name)
+    flat = scl.FlatNetwork.of(net, shape)
+    for batch in (1, 2, 3, 5, 8, 16, 17, 33):
+        x = torch.randn(batch, *shape)
+        assert_close(flat(x), net, x)
+        if batch > 1 and min(shape) > 1:
+            assert_close(flat(x.to(memory_format=torch.channels_last)), net, x)
+    assert flat(torch.zeros(0, *shape)).shape == (0, flat.outputs)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_sparsity_and_number_of_threads(sparsity: float, threads: int) -> None:
+    net, shape = network("ResNet18", sparsity)
+    flat, x = scl.FlatNetwork.of(net, shape), torch.randn(9, *shape)
+    torch.set_num_threads(threads)
+    assert_close(flat(x), net, x)
+    assert_close(flat(x[:1]), net, x[:1])
+
+
+@pytest.mark.parametrize(("values", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.05)])
+def test_narrow_values_are_smaller_and_zeros_stay_zeros(values: Any, tolerance: float) -> None:
+    net, shape = network("SmallCNN")
+    data = spnet_bytes(layers_of(net, shape), shape, values=values)
+    x = torch.randn(4, *shape)
+    assert_close(scl.FlatNetwork(data)(x), net, x, tolerance)
+    whole = len(spnet_bytes(layers_of(net, shape), shape))
+    alive = sum(int(m.weight.count_nonzero()) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    assert len(data) < whole - (4 - {"float32": 4, "bfloat16": 2, "int8": 1}[values]) * alive * 0.9 + 1
+
+
+def test_a_modules_training_mode_is_left_as_it_was() -> None:
+    net, shape = network("SmallCNN")
+    net.train()[0].eval()
+    before = [m.training for m in net.modules()]
+    layers_of(net, shape)
+    assert [m.training for m in net.modules()] == before
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(x)).flatten(1)
+
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: Branching(), "Branching: what it computes cannot be traced: control flow"),
+    (lambda: Scaled(), r"Scaled: the operation sigmoid cannot be exported: no layer of the runtime computes it"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU()), r"Sequential: 1 \(GELU\) cannot be exported"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, (3, 1))), r"its kernel is \(3, 1\)"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), "its padding is .*circular"),
+    (lambda: nn.Sequential(nn.MaxPool2d(3, ceil_mode=True)), r"0 \(MaxPool2d\) cannot be exported"),
+    (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), r"0 \(AvgPool2d\) cannot be exported"),
+    (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "it has no running statistics"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_what_the_runtime_cannot_do_is_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        scl.FlatNetwork.of(make(), (3, 8, 8))
+    assert "\n" not in str(error.value) and "use torch.export (.pt2)" in str(error.value)
+
+
+def test_inputs_of_another_kind_are_refused() -> None:
+    net, shape = network("SmallCNN")
+    flat = scl.FlatNetwork.of(net, shape)
+    for x in (torch.zeros(1, 3, 8, 8), torch.zeros(1, *shape).double(), torch.zeros(shape)):
+        with pytest.raises(ValueError, match=r"it takes float32 images \(B, 3, 16, 16\) on the CPU, and got"):
+            flat(x)
+    with pytest.raises(ValueError, match=r"it takes uint8 images \(B, 16, 16, 3\)"):
+        flat.of_bytes(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_damaged_files_are_refused_in_one_line() -> None:
+    data = data_of()
+    newer = data[:8] + struct.pack("<Q", 9) + data[16:]
+    cases = {b"": "too short", data[:-8]: "cut, or too long", data + b"\0" * 8: "cut", b"x" * 200: "no .spnet file"}
+    for bad, message in (cases | {newer: r"of version 9 of the format, and this runtime reads up to 1"}).items():
+        with pytest.raises(ValueError, match=message):
+            scl.FlatNetwork(bad)
+    rng = random.Random(0)
+    for _ in range(200):
+        at = rng.randrange(len(data))
+        with pytest.raises(ValueError, match="spnet: "):
+            scl.FlatNetwork(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+
+
+def hostile(seed: int, rounds: int) -> None:
+    """Files with a right checksum and anything in them, mostly in the header and the layers; what opens is run."""
+    rng, opened = random.Random(seed), 0
+    for _ in range(rounds):
+        body = bytearray(data_of(rng.choice(["pre-activation", "averages", "SmallMLP", "dilation, groups"])))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            at = rng.randrange(SUMMED_FROM, min(len(body), 1200))
+            kind = rng.randrange(3)
+            if kind == 0:
+                body[at] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                body[at] = rng.randrange(256)
+            else:
+                at -= at % 4
+                body[at : at + 4] = struct.pack("<i", rng.choice([-1, 0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, -(2**31)]))
+        try:
+            flat = scl.FlatNetwork(signed(bytes(body)))
+            if max(flat.shape) > 64 or flat.outputs > 2**16:
+                continue
+            for batch in (1, 3):
+                flat(torch.randn(batch, *flat.shape))
+            opened += 1
+        except (ValueError, UnicodeDecodeError):
+            pass
+    assert opened > rounds / 20
+
+
+@pytest.mark.parametrize("rounds", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_hostile_files_do_not_end_the_process(rounds: int) -> None:
+    assert forked(hostile, 0, rounds) == 0
+
+
+def test_a_trained_module_takes_bytes_and_names_classes(tmp_path: Path) -> None:
+    module, data = trained()
+    size = scl.export_spnet(module, tmp_path / "model.spnet")
+    flat = scl.FlatNetwork.load(tmp_path / "model.spnet")
+    assert size == (tmp_path / "model.spnet").stat().st_size
+    stored = torch.cat([d.inputs for d in data.test_sets])
+    found = flat.of_bytes(stored.permute(0, 2, 3, 1))
+    module.eval()
+    assert_close(found, module, module.prepare_images(stored))
+    names = [flat.metadata["class_names"][i] for i in found.argmax(1)]
+    assert names == [p.name for p in module.predict_images(stored)]
+    assert flat.metadata["tasks"] == [[data.class_names[c] for c in task] for task in data.classes]
+
+
+def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"export_spnet\(ContinualModule\): it takes images \(C, H, W\); give input_shape"
+    ):
+        scl.export_spnet(scl.ContinualModule(scl.SmallCNN(4)), tmp_path / "x.spnet")
+    with pytest.raises(ValueError, match="values are float32, bfloat16, int8"):
+        scl.export_spnet(network("SmallCNN")[0], tmp_path / "x.spnet", (3, 16, 16), values="int4")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        scl.FlatNetwork.load(tmp_path / "none.spnet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_no_images_are_refused(tmp_path: Path) -> None:
+    module = scl.ContinualModule(scl.SmallMLP([8]))
+    rows, y = torch.randn(40, 4), torch.arange(40) % 2
+    trainer(epochs=1).fit(module, scl.SplitTensors((rows, y), (rows, y), 1, batch_size=8))
+    with pytest.raises(ValueError, match=r"it takes images \(C, H, W\); give input_shape, got \(4,\)"):
+        scl.export_spnet(module, tmp_path / "x.spnet")

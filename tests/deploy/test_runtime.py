@@ -1,0 +1,115 @@
+"""The runtime without Python: compiled alone, with sanitizers, and asked for the classes of image files."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from exported import data_of, network, signed, trained
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.deploy.description import layers_of
+from lightning_sparse_cl.deploy.export import HERE
+from lightning_sparse_cl.deploy.file import SUMMED_FROM, spnet_bytes
+
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FUZZ = """
+#include <cstdio>
+#include <cstring>
+#include <vector>
+#include "spnet.h"
+// Files one behind the other, each after its size: opens and runs them
+int main(int, char** a) {
+  FILE* f = std::fopen(a[1], "rb");
+  long opened = 0, all = 0;
+  for (uint64_t size; std::fread(&size, 8, 1, f) == 1; all++) {
+    std::vector<uint8_t> bytes(size);
+    if (std::fread(bytes.data(), 1, size, f) != size) return 3;
+    spnet* n;
+    if (spnet_read(bytes.data(), size, &n) != SPNET_OK) continue;
+    int64_t s[3];
+    spnet_shape(n, s);
+    spnet_name(n, 0), spnet_name(n, 1 << 20), spnet_metadata(n);
+    if (s[0] * s[1] * s[2] < 1 << 14 && spnet_outputs(n) < 1 << 14) {
+      std::vector<float> x(3 * s[0] * s[1] * s[2], 0.5f), y(3 * spnet_outputs(n));
+      spnet_run(n, x.data(), 3, 0, y.data()), spnet_run(n, x.data(), 1, 1, y.data()), opened++;
+    }
+    spnet_close(n);
+  }
+  std::printf("%ld of %ld\\n", opened, all);
+}
+"""
+
+
+def compiler(name: str) -> str:
+    if shutil.which(name) is None:
+        pytest.skip(f"there is no {name}")
+    return name
+
+
+def built(folder: Path, cc: str, cxx: str, options: list[str]) -> Path:
+    """The example program."""
+    scl.write_runtime(folder)
+    shutil.copy(HERE / "example.c", folder)
+    warn = ["-Wall", "-Wextra", "-Werror"]
+    subprocess.run([cc, "-std=c99", *warn, *options, "-c", "example.c"], cwd=folder, check=True)
+    subprocess.run([cxx, "-std=c++17", *warn, *options, "-c", "spnet.cpp"], cwd=folder, check=True)
+    subprocess.run([cxx, *options, "example.o", "spnet.o", "-pthread", "-o", "example"], cwd=folder, check=True)
+    return folder / "example"
+
+
+@pytest.mark.parametrize(
+    ("cc", "cxx", "options"),
+    [
+        ("gcc", "g++", ["-O1"]),
+        pytest.param("gcc", "g++", ["-O3", "-march=native"], marks=pytest.mark.slow),
+        pytest.param("gcc", "g++", SANITIZED, marks=pytest.mark.slow),
+        pytest.param("clang", "clang++", ["-O2"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_c_program_says_the_same_classes(cc: str, cxx: str, options: list[str], tmp_path: Path) -> None:
+    program = built(tmp_path, compiler(cc), compiler(cxx), options)
+    module, data = trained()
+    scl.export_spnet(module, tmp_path / "model.spnet")
+    stored = torch.cat([d.inputs for d in data.test_sets])[::7]
+    files = []
+    for i, image in enumerate(stored):
+        files.append(f"{i}.pgm")
+        (tmp_path / files[-1]).write_bytes(b"P5 8 8 255\n" + image.numpy().tobytes())
+    done = subprocess.run([program, "model.spnet", *files], cwd=tmp_path, capture_output=True, text=True, check=True)
+    wanted = [f"{file}: {found.name}" for file, found in zip(files, module.predict_images(stored), strict=True)]
+    assert done.stdout.splitlines() == wanted and not done.stderr
+    (tmp_path / "bad.pgm").write_bytes(b"P5 9 8 255\n")
+    done = subprocess.run([program, "model.spnet", "bad.pgm"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "an image of 8x8 pixels and 1 channels is expected" in done.stderr
+    (tmp_path / "cut.spnet").write_bytes((tmp_path / "model.spnet").read_bytes()[:-8])
+    done = subprocess.run([program, "cut.spnet", "0.pgm"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "it is cut, or too long" in done.stderr
+
+
+@pytest.mark.slow
+def test_sanitizers_report_nothing_of_hostile_files(tmp_path: Path) -> None:
+    scl.write_runtime(tmp_path)
+    (tmp_path / "fuzz.cpp").write_text(FUZZ)
+    order = [compiler("g++"), "-std=c++17", *SANITIZED, "fuzz.cpp", "spnet.cpp", "-pthread", "-o", "fuzz"]
+    subprocess.run(order, cwd=tmp_path, check=True)
+    rng = random.Random(0)
+    whole = [data_of(name) for name in ("pre-activation", "averages", "SmallMLP", "dilation, groups")]
+    net, shape = network("SmallCNN")
+    whole += [spnet_bytes(layers_of(net, shape), shape, values=kind) for kind in ("int8", "bfloat16")]
+    with (tmp_path / "files").open("wb") as out:
+        for _ in range(20_000):
+            body = bytearray(rng.choice(whole))
+            for _ in range(rng.choice([1, 1, 2, 4])):
+                at = rng.randrange(SUMMED_FROM, min(len(body), 1200))
+                body[at] = rng.choice([body[at] ^ 1 << rng.randrange(8), 0, 1, 127, 255, rng.randrange(256)])
+            found = signed(bytes(body)) if rng.random() < 0.95 else bytes(body)
+            out.write(len(found).to_bytes(8, "little") + found)
+    done = subprocess.run([tmp_path / "fuzz", "files"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    opened, every = (int(n) for n in done.stdout.split(" of "))
+    assert every == 20_000 and opened > 1000
