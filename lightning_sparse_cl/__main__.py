@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.cli import predict, shipped
+from lightning_sparse_cl.cli import export, predict, shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line, too_large
 from lightning_sparse_cl.cli.export import ExportingTrainer
@@ -237,6 +237,8 @@ def run() -> None:
             shipped.command(sys.argv[2:])
         elif predict.is_meant(sys.argv[1:]):
             predict.command(sys.argv[2:])
+        elif export.is_meant(sys.argv[1:]):
+            export.command(sys.argv[2:])
         else:
             main()
     except Exception as error:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy_trainer import shortened
 
+from lightning_sparse_cl import FlatNetwork
 from lightning_sparse_cl.__main__ import main, run
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -169,7 +170,7 @@ def test_every_overlay_fits_over_its_base(overlay):
     main(["test", "-c", str(base), "-c", str(overlay), *small(base), "--ckpt_path", str(last)])
 
 
-def test_export_writes_what_torch_runs_alone(tmp_path):
+def test_export_writes_what_runs_alone(tmp_path, monkeypatch):
     base, file = CONFIGS / "split_digits" / "derpp.yaml", tmp_path / "model.pt2"
     prune = ["--model.init_args.policies+=OneShotPruning", "--model.init_args.policies.sparsity=0.9"]
     options = ["-c", str(base), *small(base), *prune]
@@ -185,6 +186,20 @@ assert not {{"lightning", "lightning_sparse_cl", "pytorch_lightning"}} & set(sys
     torch.save(x, tmp_path / "x.pt")
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), cli.model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+    main(["export", *options, "--ckpt_path=last", f"--output={tmp_path / 'model.spnet'}"])
+    alone = Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")
+    for output in ("alone.spnet", "alone.pt2"):
+        monkeypatch.setattr(sys, "argv", ["sparsecl", "export", f"--ckpt_path={alone}", f"--output={output}"])
+        run()
+    assert Path("alone.spnet").read_bytes() == (tmp_path / "model.spnet").read_bytes() and Path("alone.pt2").exists()
+    monkeypatch.setattr(sys, "argv", ["sparsecl", "export", f"--ckpt_path={alone}", "--output=alone.onnx"])
+    with pytest.raises(SystemExit, match=r"error: export\(output='alone.onnx'\): the ending says what is written"):
+        run()
+    flat = FlatNetwork.load(tmp_path / "model.spnet")
+    torch.testing.assert_close(flat(x), cli.model(x).detach(), rtol=1e-4, atol=1e-5)
+    assert flat.metadata["class_names"] == cli.datamodule.class_names
+    with pytest.raises(ValueError, match=r"export\(output='mine.onnx'\): the ending says what is written"):
+        main(["export", *options, "--ckpt_path=last", "--output=mine.onnx"])
     with pytest.raises(FileNotFoundError, match=r"no intact last\.ckpt of this configuration"):
         main(["export", *options, "--seed_everything=5", "--ckpt_path=last"])
     dst = CONFIGS / "split_digits" / "scratch.yaml"

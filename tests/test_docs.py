@@ -65,7 +65,7 @@ def test_er_ace_like_leaves_old_classes_alone():
     assert not logits.grad[:, :4].any() and logits.grad[:, 4:].all()
 
 
-@pytest.mark.parametrize("page", ["drop_in.md", "predict.md"])
+@pytest.mark.parametrize("page", ["drop_in.md", "predict.md", "deployment.md"])
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)

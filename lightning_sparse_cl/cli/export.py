@@ -1,6 +1,10 @@
-"""``sparsecl export``: the trained network as a program that torch runs alone."""
+"""``sparsecl export``: the trained network as a file for torch alone, or for the C++ runtime."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -40,15 +44,10 @@ class ExportingTrainer(pl.Trainer):
             ValueError: if the checkpoint is damaged, of another version or method, has one subnetwork for each task, or
                 classifies by a memory.
         """
-        if not output.endswith((".pt2", ".spnet")):
-            raise ValueError(f"export(output={output!r}): the ending says what is written: .pt2 or .spnet")
+        _refuse_ending(output)
         checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
-        if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
-            raise ValueError(
-                f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
-                "load_from_checkpoint and export each that you need by export_network"
-            )
         trained = sequence_of(checkpoint)["tested"]["method"] if "task_sequence" in checkpoint else None
+        _refuse_several(model, checkpoint)
         if "built_for" not in checkpoint or trained not in (None, type(model).__qualname__):
             raise ValueError(
                 f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
@@ -56,16 +55,69 @@ class ExportingTrainer(pl.Trainer):
             )
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        inputs = checkpoint["built_for"]["inputs"]
-        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-            raise ValueError(
-                f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
-                "takes one tensor of floats"
-            )
-        if output.endswith(".spnet"):
-            size = scl.export_spnet(model, output)
-            print(f"{output}: {size:,} bytes; images as bytes, classes by name, for FlatNetwork and the C++ runtime")
-            return
-        shape = tuple(inputs.shape[1:])
-        left = scl.export_network(network_of(model), output, shape)
-        print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
+        _write(model, checkpoint, ckpt_path, output)
+
+
+def is_meant(args: Sequence[str]) -> bool:
+    """Whether a command line exports a checkpoint alone: it gives a checkpoint, and neither configuration nor model."""
+    given = {word.partition("=")[0] for word in args}
+    configured = {"-c", "--config", "-h", "--help", "--print_config"} | {n for n in given if n.startswith("--model")}
+    return args[:1] == ["export"] and "--ckpt_path" in given and not given & configured
+
+
+def command(args: Sequence[str]) -> None:
+    """Export what a checkpoint holds; see :meth:`ExportingTrainer.export`.
+
+    Args:
+        args: of the command line, after ``export``.
+
+    Raises:
+        ValueError: if an argument is wrong, or the checkpoint cannot be exported.
+    """
+    parser = _Parser("sparsecl export", description="Export a trained network.", allow_abbrev=False)
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of a run")
+    parser.add_argument("--output", default="model.pt2", metavar="FILE", help="the file, .pt2 or .spnet (model.pt2)")
+    given = parser.parse_args(args)
+    _refuse_ending(given.output)
+    checkpoint = read_checkpoint(given.ckpt_path)
+    if "arguments" not in checkpoint:
+        raise ValueError(
+            f"checkpoint {given.ckpt_path}: it does not say how its network was built; give the run's configuration, -c"
+        )
+    module: scl.ContinualModule = scl.ContinualModule.load_from_checkpoint(given.ckpt_path, map_location="cpu")
+    _refuse_several(module, checkpoint)
+    _write(module, checkpoint, given.ckpt_path, given.output)
+
+
+def _refuse_ending(output: str) -> None:
+    if not output.endswith((".pt2", ".spnet")):
+        raise ValueError(f"export(output={output!r}): the ending says what is written: .pt2 or .spnet")
+
+
+def _refuse_several(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
+        raise ValueError(
+            f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
+            "load_from_checkpoint and export each that you need by export_network"
+        )
+
+
+def _write(model: pl.LightningModule, checkpoint: Mapping[str, Any], ckpt_path: str, output: str) -> None:
+    inputs = checkpoint["built_for"]["inputs"]
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        raise ValueError(
+            f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
+            "takes one tensor of floats"
+        )
+    if output.endswith(".spnet"):
+        size = scl.export_spnet(model, output)
+        print(f"{output}: {size:,} bytes; images as bytes, classes by name, for FlatNetwork and the C++ runtime")
+        return
+    shape = tuple(inputs.shape[1:])
+    left = scl.export_network(network_of(model), output, shape)
+    print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"export: {message}")

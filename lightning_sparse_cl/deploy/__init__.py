@@ -1,4 +1,4 @@
-"""Trained sparse networks for use elsewhere: one C++ call for a whole network. Nothing here imports Lightning."""
+"""Trained sparse networks for use elsewhere: one C++ call for a whole network."""
 
 from lightning_sparse_cl.deploy.export import export_spnet, write_runtime
 from lightning_sparse_cl.deploy.flat import FlatNetwork

@@ -42,7 +42,8 @@ def export_spnet(
         The size of the file in bytes.
 
     Raises:
-        ValueError: if the network does something that the runtime cannot, which is named, or takes no images.
+        ValueError: if the network does something that the runtime cannot, which is named, or takes no images; or if the
+            module does not answer by its network alone.
         OSError: if the file cannot be written; an earlier one is untouched.
     """
     known: DataDescription | None = getattr(model, "data_description", None)
@@ -50,6 +51,7 @@ def export_spnet(
     shape = tuple(input_shape or (known.input_shape if known is not None and isinstance(known.layout, Tensor) else ()))
     if len(shape) != 3:
         raise ValueError(f"export_spnet({name}): it takes images (C, H, W); give input_shape, got {shape}")
+    _refuse_other_answers(model, shape)
     normalisation: tuple[Tensor, Tensor] | None = None
     names: tuple[str, ...] = ()
     metadata: dict[str, Any] = {"method": name}
@@ -65,15 +67,36 @@ def export_spnet(
     return len(data)
 
 
+def _refuse_other_answers(model: nn.Module, shape: Sequence[int]) -> None:
+    """Of modules that choose among subnetworks, or classify by a memory, the network is not all."""
+    network = network_of(model)
+    if network is model:
+        return
+    weight, training = next(network.parameters()), {m: m.training for m in model.modules()}
+    images = torch.rand(2, *shape, device=weight.device, dtype=weight.dtype)
+    model.eval()
+    with torch.no_grad():
+        found, own = model(images), network(images)
+    for module, was in training.items():
+        module.training = was
+    if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"export_spnet({type(model).__name__}): it does not answer by its network alone, but by subnetworks or a "
+            "memory; export the network that you mean"
+        )
+
+
 def write_runtime(folder: str | os.PathLike) -> list[Path]:
     """Write the runtime's source into a folder: ``spnet.h`` and ``spnet.cpp``, C++17 without dependencies.
 
-    ``c++ -std=c++17 -O3 -march=native -pthread -c spnet.cpp`` compiles it.
+    ``c++ -std=c++17 -O3 -march=native -pthread -c spnet.cpp`` compiles it. Beside them is ``example.c``, a program that
+    says what images show.
     """
     source = (HERE / "spnet.cpp").read_text()
     kernels = (HEADERS / "convolve.h").read_text()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    texts = {"spnet.h": (HERE / "spnet.h").read_text(), "spnet.cpp": source.replace('#include "convolve.h"', kernels)}
+    texts = {name: (HERE / name).read_text() for name in ("spnet.h", "example.c")}
+    texts |= {"spnet.cpp": source.replace('#include "convolve.h"', kernels)}
     for file, text in texts.items():
         with whole_file(Path(folder, file)) as part:
             part.write_text(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.optim.sam import Outputs, Stage
 from lightning_sparse_cl.optim.selection import LossSelection
 
-if TYPE_CHECKING:
-    from lightning_sparse_cl.methods.base import ContinualModule
-
 
 class Passes:
     """The loss of one step; an update rule calls it once for each backward pass.
@@ -24,7 +21,7 @@ class Passes:
     All passes share the batch and the exemplars drawn for it. Batch-norm statistics move in one of them only.
 
     Args:
-        module: the network, with the ``penalty()`` of its method.
+        module: the method's module: it gives logits, and a ``penalty()`` to every pass.
         objective: gives the losses of a pass.
         batch: samples (B, ...), with their further views behind them, and labels (B, ...).
         replay: what was drawn from memory. If None, nothing.
@@ -33,7 +30,7 @@ class Passes:
     """
 
     def __init__(
-        self, module: ContinualModule, objective: Objective, batch: tuple[Nest, Tensor], replay: Sequence | None,
+        self, module: Any, objective: Objective, batch: tuple[Nest, Tensor], replay: Sequence | None,
         selection: LossSelection, epoch: int,
     ) -> None:  # fmt: skip
         self.module, self.objective, self.selection, self.epoch = module, objective, selection, epoch

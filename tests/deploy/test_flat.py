@@ -184,6 +184,17 @@ def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "make", [lambda net: scl.ContinualModule(net, scl.ICaRL(20)), scl.ContinualDST], ids=["iCaRL", "ContinualDST"]
+)
+def test_modules_that_are_more_than_a_network_are_refused(make: Callable[[nn.Module], Any], tmp_path: Path) -> None:
+    module = make(scl.SmallCNN(8))
+    trainer(epochs=1, limit_train_batches=4).fit(module, scl.SplitDigits(5, batch_size=16))
+    with pytest.raises(ValueError, match="it does not answer by its network alone") as error:
+        scl.export_spnet(module, tmp_path / "x.spnet")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
 def test_samples_that_are_no_images_are_refused(tmp_path: Path) -> None:
     module = scl.ContinualModule(scl.SmallMLP([8]))
     rows, y = torch.randn(40, 4), torch.arange(40) % 2

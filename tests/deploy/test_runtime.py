@@ -13,7 +13,6 @@ from exported import data_of, network, signed, trained
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.export import HERE
 from lightning_sparse_cl.deploy.file import SUMMED_FROM, spnet_bytes
 
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -54,7 +53,6 @@ def compiler(name: str) -> str:
 def built(folder: Path, cc: str, cxx: str, options: list[str]) -> Path:
     """The example program."""
     scl.write_runtime(folder)
-    shutil.copy(HERE / "example.c", folder)
     warn = ["-Wall", "-Wextra", "-Werror"]
     subprocess.run([cc, "-std=c99", *warn, *options, "-c", "example.c"], cwd=folder, check=True)
     subprocess.run([cxx, "-std=c++17", *warn, *options, "-c", "spnet.cpp"], cwd=folder, check=True)
