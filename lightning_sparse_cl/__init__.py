@@ -103,7 +103,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
-from lightning_sparse_cl.deploy import FlatNetwork, export_spnet, write_runtime
+from lightning_sparse_cl.deploy import FlatNetwork, export_model, write_runtime
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
@@ -138,7 +138,6 @@ from lightning_sparse_cl.sparsity import (
     Subnetworks,
     compact,
     enforce,
-    export_network,
     load_sparse,
     save_sparse,
     sparse_weights,
@@ -278,8 +277,7 @@ __all__ = [
     "compact",
     "densify",
     "enforce",
-    "export_network",
-    "export_spnet",
+    "export_model",
     "join_after_restart",
     "learn",
     "load_sparse",

@@ -177,29 +177,34 @@ def test_export_writes_what_runs_alone(tmp_path, monkeypatch):
     cli = main(["fit", *options, "--trainer.limit_train_batches=4"])
     main(["export", *options, "--ckpt_path=last", f"--output={file}"])
     script = f"""
-import sys, torch
-x = torch.load({str(tmp_path / "x.pt")!r})
-torch.save(torch.export.load({str(file)!r}).module()(x), {str(tmp_path / "y.pt")!r})
+import json, sys, torch
+x, about = torch.load({str(tmp_path / "x.pt")!r}), {{"metadata.json": ""}}
+torch.save(torch.export.load({str(file)!r}, extra_files=about).module()(x), {str(tmp_path / "y.pt")!r})
+assert json.loads(about["metadata.json"])["class_names"] == {cli.datamodule.class_names}
 assert not {{"lightning", "lightning_sparse_cl", "pytorch_lightning"}} & set(sys.modules)
 """
-    x = torch.randn(3, *cli.datamodule.input_shape)
-    torch.save(x, tmp_path / "x.pt")
+    stored = cli.datamodule.test_sets[0].inputs[:7]
+    images, wanted = (
+        stored.permute(0, 2, 3, 1).contiguous(),
+        cli.model.eval()(cli.model.prepare_images(stored)).detach(),
+    )
+    torch.save(images, tmp_path / "x.pt")
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), cli.model.eval()(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), wanted, rtol=1e-4, atol=1e-5)
     main(["export", *options, "--ckpt_path=last", f"--output={tmp_path / 'model.spnet'}"])
     alone = Path(cli.trainer.log_dir, "checkpoints", "last.ckpt")
     for output in ("alone.spnet", "alone.pt2"):
         monkeypatch.setattr(sys, "argv", ["sparsecl", "export", f"--ckpt_path={alone}", f"--output={output}"])
         run()
     assert Path("alone.spnet").read_bytes() == (tmp_path / "model.spnet").read_bytes() and Path("alone.pt2").exists()
-    monkeypatch.setattr(sys, "argv", ["sparsecl", "export", f"--ckpt_path={alone}", "--output=alone.onnx"])
-    with pytest.raises(SystemExit, match=r"error: export\(output='alone.onnx'\): the ending says what is written"):
+    monkeypatch.setattr(sys, "argv", ["sparsecl", "export", f"--ckpt_path={alone}", "--output=alone.zip"])
+    with pytest.raises(SystemExit, match=r"error: export\(output='alone.zip'\): the ending says what is written"):
         run()
     flat = FlatNetwork.load(tmp_path / "model.spnet")
-    torch.testing.assert_close(flat(x), cli.model(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(flat.of_bytes(images), wanted, rtol=1e-4, atol=1e-5)
     assert flat.metadata["class_names"] == cli.datamodule.class_names
-    with pytest.raises(ValueError, match=r"export\(output='mine.onnx'\): the ending says what is written"):
-        main(["export", *options, "--ckpt_path=last", "--output=mine.onnx"])
+    with pytest.raises(ValueError, match=r"export\(output='mine.zip'\): the ending says what is written"):
+        main(["export", *options, "--ckpt_path=last", "--output=mine.zip"])
     with pytest.raises(FileNotFoundError, match=r"no intact last\.ckpt of this configuration"):
         main(["export", *options, "--seed_everything=5", "--ckpt_path=last"])
     dst = CONFIGS / "split_digits" / "scratch.yaml"

@@ -250,9 +250,16 @@ class Transformers(Pretrained):
         return found.mean(1) if mask is None else mean_of_tokens(found, mask)
 
 
-def imported(package: str, owner: str) -> Any:
-    """A package that is an extra. Raises ValueError, in the name of ``owner``, if it is not installed."""
+def imported(package: str, owner: str, extra: str | None = None) -> Any:
+    """A package of an extra. Raises ValueError, in the name of ``owner``, if it is not installed.
+
+    Args:
+        package: its name.
+        owner: what needs it.
+        extra: that brings it. If None, it is called as the package.
+    """
     try:
         return __import__(package)
     except ImportError:
-        raise ValueError(f"{owner}: {package} is not installed; pip install lightning_sparse_cl[{package}]") from None
+        extra = extra or package
+        raise ValueError(f"{owner}: {package} is not installed; pip install lightning_sparse_cl[{extra}]") from None

@@ -12,8 +12,8 @@ from torch import Tensor
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.deploy.export import ENDINGS
 from lightning_sparse_cl.nests import described, in_words
-from lightning_sparse_cl.sparsity.layers import network_of
 
 
 class ExportingTrainer(pl.Trainer):
@@ -29,15 +29,13 @@ class ExportingTrainer(pl.Trainer):
     ) -> None:
         """Write the trained network, without dead channels, for use elsewhere; the file's ending says how.
 
-        ``.pt2``: ``torch.export.load(output).module()`` maps images (B, C, H, W), normalised as in training, to logits
-        of all classes. ``.spnet``: for the C++ runtime (``write_runtime``) and ``FlatNetwork.load``; it takes images as
-        bytes, and has the names of the classes.
+        See :func:`~lightning_sparse_cl.export_model`.
 
         Args:
             model: the method.
             datamodule: not needed.
             ckpt_path: a checkpoint, or "last": the newest run of this configuration.
-            output: the file to write, ``.pt2`` or ``.spnet``.
+            output: the file to write, ``.pt2``, ``.spnet`` or ``.onnx``.
             weights_only: as for ``torch.load``. If None, True.
 
         Raises:
@@ -76,7 +74,9 @@ def command(args: Sequence[str]) -> None:
     """
     parser = _Parser("sparsecl export", description="Export a trained network.", allow_abbrev=False)
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of a run")
-    parser.add_argument("--output", default="model.pt2", metavar="FILE", help="the file, .pt2 or .spnet (model.pt2)")
+    parser.add_argument(
+        "--output", default="model.pt2", metavar="FILE", help="the file, .pt2, .spnet or .onnx (model.pt2)"
+    )
     given = parser.parse_args(args)
     _refuse_ending(given.output)
     checkpoint = read_checkpoint(given.ckpt_path)
@@ -90,15 +90,15 @@ def command(args: Sequence[str]) -> None:
 
 
 def _refuse_ending(output: str) -> None:
-    if not output.endswith((".pt2", ".spnet")):
-        raise ValueError(f"export(output={output!r}): the ending says what is written: .pt2 or .spnet")
+    if not output.endswith(ENDINGS):
+        raise ValueError(f"export(output={output!r}): the ending says what is written: {', '.join(ENDINGS)}")
 
 
 def _refuse_several(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
     if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
         raise ValueError(
             f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
-            "load_from_checkpoint and export each that you need by export_network"
+            "load_from_checkpoint and export each that you need by export_model"
         )
 
 
@@ -109,13 +109,7 @@ def _write(model: pl.LightningModule, checkpoint: Mapping[str, Any], ckpt_path: 
             f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
             "takes one tensor of floats"
         )
-    if output.endswith(".spnet"):
-        size = scl.export_spnet(model, output)
-        print(f"{output}: {size:,} bytes; images as bytes, classes by name, for FlatNetwork and the C++ runtime")
-        return
-    shape = tuple(inputs.shape[1:])
-    left = scl.export_network(network_of(model), output, shape)
-    print(f"{output}: maps images {('B', *shape)} to logits; {left:,} weights, some of them zero")
+    print(f"{output}: {scl.export_model(model, output, inputs.shape[1:]):,} bytes")
 
 
 class _Parser(argparse.ArgumentParser):

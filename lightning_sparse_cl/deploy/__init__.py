@@ -1,6 +1,6 @@
 """Trained sparse networks for use elsewhere: one C++ call for a whole network."""
 
-from lightning_sparse_cl.deploy.export import export_spnet, write_runtime
+from lightning_sparse_cl.deploy.export import export_model, write_runtime
 from lightning_sparse_cl.deploy.flat import FlatNetwork
 
-__all__ = ["FlatNetwork", "export_spnet", "write_runtime"]
+__all__ = ["FlatNetwork", "export_model", "write_runtime"]

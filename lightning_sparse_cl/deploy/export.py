@@ -1,7 +1,9 @@
-"""Trained modules as .spnet files, and the runtime that reads them."""
+"""Trained modules as files for use elsewhere, and the runtime that reads one kind of them."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,78 +12,148 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.backbones.pretrained import imported
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.deploy.description import layers_of
 from lightning_sparse_cl.deploy.file import spnet_bytes
 from lightning_sparse_cl.kernels.build import HEADERS
+from lightning_sparse_cl.nests import is_image
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.whole_file import whole_file
 
 HERE = Path(__file__).parent
+ENDINGS = (".spnet", ".pt2", ".onnx")
 
 
-def export_spnet(
+def export_model(
     model: nn.Module,
     path: str | os.PathLike,
     input_shape: Sequence[int] | None = None,
     values: Literal["float32", "bfloat16", "int8"] = "float32",
 ) -> int:
-    """Write a trained network as a .spnet file: for :class:`FlatNetwork`, and for the runtime without Python.
+    """Write a trained network for use elsewhere; the file's ending says how.
 
-    Channels that no layer reads are left out, and so are weights that are zero. Of a module of this package the file
-    has the normalisation, so that it takes images as bytes, the names of the classes, and the classes of each task.
+    * ``.spnet``: for :class:`FlatNetwork` and the runtime without Python; weights that are zero are left out.
+    * ``.pt2``: for torch alone: ``torch.export.load(path).module()(images)``. Zeros are stored, and multiplied.
+    * ``.onnx``: for ONNX Runtime and others (extra ``[onnx]``). Likewise.
+
+    Channels that no layer reads are left out. Of a module of this package the file has the normalisation, and takes
+    samples as they were stored: images as bytes (B, H, W, C), as image files give them. It knows the names of the
+    classes and the classes of each task, as JSON: ``metadata.json`` among the extra files of a ``.pt2``, and
+    ``metadata`` among the properties of an ONNX model. A plain network, or one whose data had a transform of their own,
+    takes floats (B, C, H, W) as it was trained on.
 
     Args:
         model: a network, or a trained module of this package.
         path: the file; it is replaced at once or not at all.
-        input_shape: (C, H, W) of an image. If None, that of the module's training.
-        values: type of the weights in the file. Sums are taken in float32 all the same.
+        input_shape: of one sample, such as (C, H, W). If None, that of the module's training.
+        values: type of the weights in a ``.spnet`` file. Sums are taken in float32 all the same.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        ValueError: if the network does something that the runtime cannot, which is named, or takes no images; or if the
-            module does not answer by its network alone.
+        ValueError: if the ending is another, no shape is known, the network does something that cannot be exported,
+            which is named, or the module does not answer by its network alone.
         OSError: if the file cannot be written; an earlier one is untouched.
     """
+    ending, name = Path(path).suffix, type(model).__name__
+    if ending not in ENDINGS:
+        raise ValueError(f"export_model(path={str(path)!r}): the ending says what is written: {', '.join(ENDINGS)}")
     known: DataDescription | None = getattr(model, "data_description", None)
-    name = type(model).__name__
-    shape = tuple(input_shape or (known.input_shape if known is not None and isinstance(known.layout, Tensor) else ()))
-    if len(shape) != 3:
-        raise ValueError(f"export_spnet({name}): it takes images (C, H, W); give input_shape, got {shape}")
-    _refuse_other_answers(model, shape)
-    normalisation: tuple[Tensor, Tensor] | None = None
-    names: tuple[str, ...] = ()
-    metadata: dict[str, Any] = {"method": name}
+    layout = known.layout if known is not None and isinstance(known.layout, Tensor) else None
+    shape = tuple(input_shape or (() if layout is None else layout.shape[1:]))
+    if not shape or (ending == ".spnet" and len(shape) != 3):
+        raise ValueError(f"export_model({name}): it takes images (C, H, W); give input_shape, got {shape}")
+    if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
+        raise ValueError(f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported")
+    network = network_of(model)
+    _refuse_other_answers(model, network, shape)
+    small = compact(network).cpu().float().eval()
+    normalisation = _normalisation(known, layout)
+    metadata: dict[str, Any] = {"method": name, "input_shape": list(shape)}
     if known is not None:
-        if known.dtype == torch.uint8 and known.mean is not None and known.std is not None:
-            mean, std = torch.tensor(known.mean), torch.tensor(known.std)
-            normalisation = 1 / (255 * std), -mean / std
-        names = known.class_names
-        metadata |= {"class_names": list(names), "tasks": known.names_of_tasks(), "target": known.target}
-    data = spnet_bytes(layers_of(compact(network_of(model)), shape), shape, normalisation, names, metadata, values)
+        metadata |= {"class_names": list(known.class_names), "tasks": known.names_of_tasks(), "target": known.target}
+    as_bytes = normalisation is not None and layout is not None and layout.dtype == torch.uint8
+    if ending == ".spnet":
+        given, names = (normalisation if as_bytes else None), metadata.get("class_names", ())
+        data = spnet_bytes(layers_of(small, shape), shape, given, names, metadata, values)
+    else:
+        turned = as_bytes and is_image(layout)
+        if normalisation is not None:
+            small = _Normalising(small, *normalisation, turned).eval()
+        example = torch.zeros(2, *((*shape[1:], shape[0]) if turned else shape))
+        example = example.byte() if as_bytes else example
+        data = (_pt2 if ending == ".pt2" else _onnx)(small, example, json.dumps(metadata))
     with whole_file(path) as part:
         part.write_bytes(data)
     return len(data)
 
 
-def _refuse_other_answers(model: nn.Module, shape: Sequence[int]) -> None:
+class _Normalising(nn.Module):
+    """A network that takes samples as they were stored; of images the bytes (B, H, W, C)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, network: nn.Module, scale: Tensor, shift: Tensor, images: bool) -> None:
+        super().__init__()
+        self.network, self.images = network, images
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x.permute(0, 3, 1, 2) if self.images else x).float()
+        each = [-1, *[1] * (x.ndim - 2)]
+        return self.network(x * self.scale.view(each) + self.shift.view(each))
+
+
+def _normalisation(known: DataDescription | None, layout: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Factor and summand (C,) that make network input of what was stored, if there are such."""
+    if known is None or layout is None or known.std is None or not known.mean:
+        return None
+    mean, std = torch.tensor(known.mean), torch.tensor(known.std)
+    most = 255 if layout.dtype == torch.uint8 and is_image(layout) else 1
+    return 1 / (most * std), -mean / std
+
+
+def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
+    file = io.BytesIO()
+    with torch.compiler.set_stance("default"):
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("samples", min=1)},))
+    torch.export.save(program, file, extra_files={"metadata.json": metadata})
+    return file.getvalue()
+
+
+def _onnx(network: nn.Module, example: Tensor, metadata: str) -> bytes:
+    onnx = imported("onnx", "export_model")
+    imported("onnxscript", "export_model", extra="onnx")
+    with torch.compiler.set_stance("default"):
+        program = torch.onnx.export(
+            network, (example,), dynamo=True, verbose=False, input_names=["samples"], output_names=["outputs"],
+            dynamic_shapes=({0: torch.export.Dim("samples", min=1)},),
+        )  # fmt: skip
+    assert program is not None
+    found = program.model_proto
+    onnx.helper.set_model_props(found, {"metadata": metadata})
+    return found.SerializeToString()
+
+
+def _refuse_other_answers(model: nn.Module, network: nn.Module, shape: Sequence[int]) -> None:
     """Of modules that choose among subnetworks, or classify by a memory, the network is not all."""
-    network = network_of(model)
     if network is model:
         return
     weight, training = next(network.parameters()), {m: m.training for m in model.modules()}
-    images = torch.rand(2, *shape, device=weight.device, dtype=weight.dtype)
+    samples = torch.rand(2, *shape, device=weight.device, dtype=weight.dtype)
     model.eval()
     with torch.no_grad():
-        found, own = model(images), network(images)
+        found, own = model(samples), network(samples)
     for module, was in training.items():
         module.training = was
     if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"export_spnet({type(model).__name__}): it does not answer by its network alone, but by subnetworks or a "
+            f"export_model({type(model).__name__}): it does not answer by its network alone, but by subnetworks or a "
             "memory; export the network that you mean"
         )
 

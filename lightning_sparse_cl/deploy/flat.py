@@ -51,7 +51,7 @@ class FlatNetwork:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FlatNetwork:
-        """Of a file of :func:`~lightning_sparse_cl.export_spnet`.
+        """Of a file of :func:`~lightning_sparse_cl.export_model`.
 
         Raises:
             FileNotFoundError: if there is no such file.

@@ -2,7 +2,7 @@
 
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
-from lightning_sparse_cl.sparsity.export import export_network, load_sparse, save_sparse
+from lightning_sparse_cl.sparsity.export import load_sparse, save_sparse
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 from lightning_sparse_cl.sparsity.layers import sparse_weights
 from lightning_sparse_cl.sparsity.masks import Masks
@@ -16,7 +16,6 @@ __all__ = [
     "Subnetworks",
     "compact",
     "enforce",
-    "export_network",
     "load_sparse",
     "save_sparse",
     "sparse_weights",

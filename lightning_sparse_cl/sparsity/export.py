@@ -1,11 +1,11 @@
-"""A trained sparse network on disk: its non-zero values and where they are, or a program that torch runs alone."""
+"""A trained sparse network on disk: its non-zero values and where they are."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_sparse_cl.sparsity.bits import pack, unpack
-from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.whole_file import whole_file
@@ -69,36 +68,6 @@ def save_sparse(
     except SafetensorError as error:
         raise OSError(f"save_sparse({str(path)!r}): not written, {error}; an earlier file is untouched") from error
     return path.stat().st_size
-
-
-def export_network(network: nn.Module, path: str | os.PathLike, input_shape: Sequence[int]) -> int:
-    """Write a network for deployment: without dead channels, and with nothing but torch needed to run it.
-
-    ``torch.export.load(path).module()`` maps images (B, C, H, W), for any B, to logits (B, D), as the network does in
-    eval mode. Channels that no layer reads are gone; other zeros stay, and are multiplied.
-
-    Args:
-        network: maps images to logits.
-        path: the file, by custom ``.pt2``; it is replaced at once or not at all.
-        input_shape: (C, H, W) of an image.
-
-    Returns:
-        The number of weights that are left.
-
-    Raises:
-        OSError: if the file cannot be written; an earlier one is untouched.
-    """
-    small = compact(network).eval().cpu()
-    images = torch.zeros(2, *input_shape)
-    with torch.compiler.set_stance("default"):
-        program = torch.export.export(small, (images,), dynamic_shapes=({0: torch.export.Dim("images", min=1)},))
-    path = Path(path)
-    try:
-        with whole_file(path, ".part.pt2") as part:
-            torch.export.save(program, part)
-    except RuntimeError as error:
-        raise OSError(f"export_network({str(path)!r}): not written, {error}; an earlier file is untouched") from error
-    return sum(p.numel() for p in small.parameters())
 
 
 def load_sparse(path: str | os.PathLike, module: nn.Module | None = None) -> dict[str, Tensor]:

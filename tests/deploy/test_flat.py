@@ -160,7 +160,7 @@ def test_hostile_files_do_not_end_the_process(rounds: int) -> None:
 
 def test_a_trained_module_takes_bytes_and_names_classes(tmp_path: Path) -> None:
     module, data = trained()
-    size = scl.export_spnet(module, tmp_path / "model.spnet")
+    size = scl.export_model(module, tmp_path / "model.spnet")
     flat = scl.FlatNetwork.load(tmp_path / "model.spnet")
     assert size == (tmp_path / "model.spnet").stat().st_size
     stored = torch.cat([d.inputs for d in data.test_sets])
@@ -174,11 +174,13 @@ def test_a_trained_module_takes_bytes_and_names_classes(tmp_path: Path) -> None:
 
 def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"export_spnet\(ContinualModule\): it takes images \(C, H, W\); give input_shape"
+        ValueError, match=r"export_model\(ContinualModule\): it takes images \(C, H, W\); give input_shape"
     ):
-        scl.export_spnet(scl.ContinualModule(scl.SmallCNN(4)), tmp_path / "x.spnet")
+        scl.export_model(scl.ContinualModule(scl.SmallCNN(4)), tmp_path / "x.spnet")
+    with pytest.raises(ValueError, match=r"the ending says what is written: \.spnet, \.pt2, \.onnx"):
+        scl.export_model(network("SmallCNN")[0], tmp_path / "x.zip", (3, 16, 16))
     with pytest.raises(ValueError, match="values are float32, bfloat16, int8"):
-        scl.export_spnet(network("SmallCNN")[0], tmp_path / "x.spnet", (3, 16, 16), values="int4")
+        scl.export_model(network("SmallCNN")[0], tmp_path / "x.spnet", (3, 16, 16), values="int4")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         scl.FlatNetwork.load(tmp_path / "none.spnet")
     assert not list(tmp_path.iterdir())
@@ -191,7 +193,7 @@ def test_modules_that_are_more_than_a_network_are_refused(make: Callable[[nn.Mod
     module = make(scl.SmallCNN(8))
     trainer(epochs=1, limit_train_batches=4).fit(module, scl.SplitDigits(5, batch_size=16))
     with pytest.raises(ValueError, match="it does not answer by its network alone") as error:
-        scl.export_spnet(module, tmp_path / "x.spnet")
+        scl.export_model(module, tmp_path / "x.spnet")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -200,4 +202,4 @@ def test_samples_that_are_no_images_are_refused(tmp_path: Path) -> None:
     rows, y = torch.randn(40, 4), torch.arange(40) % 2
     trainer(epochs=1).fit(module, scl.SplitTensors((rows, y), (rows, y), 1, batch_size=8))
     with pytest.raises(ValueError, match=r"it takes images \(C, H, W\); give input_shape, got \(4,\)"):
-        scl.export_spnet(module, tmp_path / "x.spnet")
+        scl.export_model(module, tmp_path / "x.spnet")

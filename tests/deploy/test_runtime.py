@@ -72,7 +72,7 @@ def built(folder: Path, cc: str, cxx: str, options: list[str]) -> Path:
 def test_a_c_program_says_the_same_classes(cc: str, cxx: str, options: list[str], tmp_path: Path) -> None:
     program = built(tmp_path, compiler(cc), compiler(cxx), options)
     module, data = trained()
-    scl.export_spnet(module, tmp_path / "model.spnet")
+    scl.export_model(module, tmp_path / "model.spnet")
     stored = torch.cat([d.inputs for d in data.test_sets])[::7]
     files = []
     for i, image in enumerate(stored):
