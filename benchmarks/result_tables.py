@@ -102,6 +102,12 @@ COLUMNS = {
         "backbone": "", "method": "method", "ms a step": "ms a step", "TFLOPs": "TFLOPs", "weights": "weights pruned",
         "alive": "alive", "dense weights": "dense",
     },
+    "deploy": {
+        "network": "", "batch": "batch", "threads": "threads", "flat": "one call, ms",
+        "onnxruntime": "ONNX Runtime, ms (times)", "kernels": "kernels in PyTorch, ms",
+        "dense": "dense PyTorch, ms (times)",
+        "0.75": "at 75 %, ms", "0.95": "at 95 %, ms",
+    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",
@@ -225,7 +231,26 @@ def long_sequences(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def inference(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each network, batch and number of threads at 90 %, with how many times faster one call is."""
+    rows = []
+    for row in (r for r in result["rows"] if r["sparsity"] == 0.9):
+        others = {
+            r["sparsity"]: r for r in result["rows"] if all(r[k] == row[k] for k in ("network", "batch", "threads"))
+        }
+        own = {k: row[k] for k in ("network", "batch", "threads")}
+        own |= {"flat": _ms(row["flat_ms"]), "kernels": _ms(row["kernels_ms"])}
+        own |= {k: f"{_ms(row[f'{k}_ms'])} ({row[f'flat to {k}']:.1f})" for k in ("onnxruntime", "dense")}
+        rows.append(own | {f"{s:g}": _ms(r["flat_ms"]) for s, r in others.items()})
+    return rows
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}"
+
+
 DERIVED = {
+    "deploy": ("deploy", inference),
     "long_sequences": ("long_sequences", long_sequences),
     "sparse_speed": ("sparse_speed", speeds),
     "sparse_speed_layers": ("sparse_speed", layers),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -25,8 +26,8 @@ class FlatNetwork:
 
     Weights are those at the time when it was made; zeros are not multiplied. Compared with
     :func:`~lightning_sparse_cl.acceleration.accelerate`, which follows a network that goes on training, nothing is
-    checked or looked up between the layers: on small networks and single images that is most of the time. One call at a
-    time; threads are torch's.
+    checked or looked up between the layers: on small networks and single images that is most of the time. Calls from
+    several threads wait for each other; inside of a call the threads are torch's. There are no gradients.
 
     Args:
         data: of a .spnet file; see :meth:`of` for a network.
@@ -38,6 +39,7 @@ class FlatNetwork:
 
     def __init__(self, data: bytes) -> None:
         self._runtime, self._handle = _runtime(), ctypes.c_void_p()
+        self._data, self._lock = data, threading.Lock()
         self._check(self._runtime.spnet_read(data, len(data), ctypes.byref(self._handle)))
         self._run = self._runtime.spnet_run
         shape = (ctypes.c_int64 * 3)()
@@ -89,8 +91,10 @@ class FlatNetwork:
             x = x if last else x.contiguous()
         count = x.shape[0]
         y = torch.empty(count, self.outputs)
-        if count and self._run(self._handle, x.data_ptr(), count, last, y.data_ptr()):
-            self._check(1)
+        if count:
+            with self._lock:
+                failed = self._run(self._handle, x.data_ptr(), count, last, y.data_ptr())
+            self._check(failed)
         return y
 
     def of_bytes(self, images: Tensor) -> Tensor:
@@ -107,8 +111,13 @@ class FlatNetwork:
             )
         images, y = images.contiguous(), torch.empty(len(images), self.outputs)
         if len(images):
-            self._check(self._runtime.spnet_run_bytes(self._handle, images.data_ptr(), len(images), y.data_ptr()))
+            with self._lock:
+                failed = self._runtime.spnet_run_bytes(self._handle, images.data_ptr(), len(images), y.data_ptr())
+            self._check(failed)
         return y
+
+    def __reduce__(self) -> Any:  # copies have plans of their own
+        return FlatNetwork, (self._data,)
 
     def _check(self, code: int) -> None:
         if code:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,28 @@ def test_narrow_values_are_smaller_and_zeros_stay_zeros(values: Any, tolerance: 
     whole = len(spnet_bytes(layers_of(net, shape), shape))
     alive = sum(int(m.weight.count_nonzero()) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     assert len(data) < whole - (4 - {"float32": 4, "bfloat16": 2, "int8": 1}[values]) * alive * 0.9 + 1
+
+
+def test_copies_and_threads() -> None:
+    net, shape = network("SmallCNN")
+    flat, x = scl.FlatNetwork.of(net, shape), torch.randn(8, 5, *shape)
+    wanted = [flat(batch) for batch in x]
+    for again in (copy.copy(flat), copy.deepcopy(flat), pickle.loads(pickle.dumps(flat))):
+        assert torch.equal(again(x[0]), wanted[0]) and again.shape == flat.shape
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(flat, x), wanted))
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """As in torch: through ReLU and pooling, and in its own image alone."""
+    for name in ("SmallCNN", "5x5, odd sizes", "SmallMLP"):
+        net, shape = network(name, 0.0)
+        x = torch.randn(3, *shape)
+        x[1, 0, 2, 2] = torch.nan
+        found = scl.FlatNetwork.of(net, shape)(x).isnan()
+        with torch.no_grad():
+            assert torch.equal(found, net(x).isnan()) and found[1].all() and not found[[0, 2]].any()
 
 
 def test_a_modules_training_mode_is_left_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import random
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.deploy.description import layers_of
 from lightning_sparse_cl.deploy.file import SUMMED_FROM, spnet_bytes
 
+X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="other instructions")
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 FUZZ = """
 #include <cstdio>
@@ -24,6 +26,7 @@ FUZZ = """
 // Files one behind the other, each after its size: opens and runs them
 int main(int, char** a) {
   FILE* f = std::fopen(a[1], "rb");
+  spnet_threads(2);
   long opened = 0, all = 0;
   for (uint64_t size; std::fread(&size, 8, 1, f) == 1; all++) {
     std::vector<uint8_t> bytes(size);
@@ -65,6 +68,7 @@ def built(folder: Path, cc: str, cxx: str, options: list[str]) -> Path:
     [
         ("gcc", "g++", ["-O1"]),
         pytest.param("gcc", "g++", ["-O3", "-march=native"], marks=pytest.mark.slow),
+        pytest.param("gcc", "g++", ["-O2", "-mavx2", "-mfma"], marks=[pytest.mark.slow, X86]),
         pytest.param("gcc", "g++", SANITIZED, marks=pytest.mark.slow),
         pytest.param("clang", "clang++", ["-O2"], marks=pytest.mark.slow),
     ],
