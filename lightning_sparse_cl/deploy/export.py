@@ -161,13 +161,13 @@ def _refuse_other_answers(model: nn.Module, network: nn.Module, shape: Sequence[
 def write_runtime(folder: str | os.PathLike) -> list[Path]:
     """Write the runtime's source into a folder: ``spnet.h`` and ``spnet.cpp``, C++17 without dependencies.
 
-    ``c++ -std=c++17 -O3 -march=native -pthread -c spnet.cpp`` compiles it. Beside them is ``example.c``, a program that
-    says what images show.
+    ``c++ -std=c++17 -O3 -march=native -pthread -c spnet.cpp`` compiles it. Beside them are ``example.c`` and
+    ``example.py``, programs that say what images show, and a ``CMakeLists.txt``.
     """
     source = (HERE / "spnet.cpp").read_text()
     kernels = (HEADERS / "convolve.h").read_text()
     Path(folder).mkdir(parents=True, exist_ok=True)
-    texts = {name: (HERE / name).read_text() for name in ("spnet.h", "example.c")}
+    texts = {name: (HERE / name).read_text() for name in ("spnet.h", "example.c", "example.py", "CMakeLists.txt")}
     texts |= {"spnet.cpp": source.replace('#include "convolve.h"', kernels)}
     for file, text in texts.items():
         with whole_file(Path(folder, file)) as part:

@@ -6,6 +6,7 @@ import platform
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,27 @@ def test_a_c_program_says_the_same_classes(cc: str, cxx: str, options: list[str]
     (tmp_path / "cut.spnet").write_bytes((tmp_path / "model.spnet").read_bytes()[:-8])
     done = subprocess.run([program, "cut.spnet", "0.pgm"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "it is cut, or too long" in done.stderr
+
+
+@pytest.mark.slow
+def test_cmake_and_python_alone(tmp_path: Path) -> None:
+    """A shared library, which Python calls without torch or this package."""
+    compiler("cmake")
+    scl.write_runtime(tmp_path)
+    for order in (["-B", "build", "-DBUILD_SHARED_LIBS=ON"], ["--build", "build"]):
+        subprocess.run(["cmake", *order], cwd=tmp_path, check=True, capture_output=True)
+    module, data = trained()
+    scl.export_model(module, tmp_path / "model.spnet")
+    stored, files = torch.cat([d.inputs for d in data.test_sets])[::20], []
+    for i, image in enumerate(stored):
+        files.append(f"{i}.pgm")
+        (tmp_path / files[-1]).write_bytes(b"P5\n8 8\n255\n" + image.numpy().tobytes())
+    (library,) = (tmp_path / "build").glob("libspnet.*")
+    alone = [sys.executable, "-I", "-S", "example.py", str(library), "model.spnet", *files]
+    wanted = [f"{file}: {found.name}" for file, found in zip(files, module.predict_images(stored), strict=True)]
+    for order in (["build/example", "model.spnet", *files], alone):
+        done = subprocess.run(order, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == wanted
 
 
 @pytest.mark.slow
