@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from zlib import crc32
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +14,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.file import HEADER, SUMMED_FROM, checksum, spnet_bytes
+from lightning_sparse_cl.deploy.file import HEADER, SUMMED_FROM, spnet_bytes
 
 
 class PreActivation(nn.Module):
@@ -82,7 +83,7 @@ def data_of(name: str = "pre-activation") -> bytes:
 def signed(body: bytes) -> bytes:
     """With the checksum of what it is now."""
     magic, version, _, _, *_ = HEADER.unpack(body[: HEADER.size])
-    return struct.pack("<8s3Q", magic, version, len(body), checksum(body[SUMMED_FROM:])) + body[SUMMED_FROM:]
+    return struct.pack("<8s3Q", magic, version, len(body), crc32(body[SUMMED_FROM:])) + body[SUMMED_FROM:]
 
 
 def trained() -> tuple[scl.ContinualModule, scl.TaskDataModule]:

@@ -1,6 +1,6 @@
 """The .spnet file: a network's layers and the alive values of its weights, for a runtime without Python.
 
-Little-endian. A header of 64 bytes: ``SPNET`` and three bytes, version, size of the file, checksum of all that follows;
+Little-endian. A header of 64 bytes: ``SPNET`` and three bytes, version, size of the file, CRC-32 of all that follows;
 channels, height and width of an image, number of layers, bytes of metadata, whether bytes are normalised, bytes of
 names, zero. If they are normalised, a factor and a summand for each channel. Then the layers (88 bytes each, see
 ``Layer`` in spnet.cpp), metadata as JSON, names of the outputs with a zero behind each, and what layers point to: a bit
@@ -14,6 +14,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -90,16 +91,7 @@ def spnet_bytes(
     sizes = (*shape, len(layers), len(about), int(normalisation is not None), len(called), 0)
     body = struct.pack("<8I", *sizes) + normalised + b"".join(records) + about + called + b"".join(blob)
     size = SUMMED_FROM + len(body)
-    return struct.pack("<8s3Q", b"SPNET\r\n", VERSION, size, checksum(body)) + body
-
-
-def checksum(body: bytes) -> int:
-    """FNV-1a of eight bytes at a time, each step folded once more."""
-    total, mask = 0xCBF29CE484222325, 2**64 - 1
-    for (word,) in struct.iter_unpack("<Q", body):
-        total = (total ^ word) * 0x100000001B3 & mask
-        total ^= total >> 32
-    return total
+    return struct.pack("<8s3Q", b"SPNET\r\n", VERSION, size, crc32(body)) + body
 
 
 def _raw(tensor: Tensor) -> bytes:

@@ -7,6 +7,7 @@
 
 #include "spnet.h"
 
+#include <array>
 #include <cstdio>
 #include <limits>
 #include <list>
@@ -177,15 +178,18 @@ struct Network {
   }
 };
 
-uint64_t checksum(const uint8_t* bytes, size_t size) {  // FNV-1a, of eight bytes at a time
-  uint64_t sum = 0xcbf29ce484222325u;
-  for (size_t i = 0; i + 8 <= size; i += 8) {
-    uint64_t word;
-    std::memcpy(&word, bytes + i, 8);
-    sum = (sum ^ word) * 0x100000001b3u;
-    sum ^= sum >> 32;
-  }
-  return sum;
+uint32_t checksum(const uint8_t* bytes, size_t size) {  // CRC-32, as zlib's
+  static const auto table = [] {
+    std::array<uint32_t, 256> made{};
+    for (uint32_t i = 0; i < 256; i++) {
+      made[i] = i;
+      for (int k = 0; k < 8; k++) made[i] = made[i] & 1 ? made[i] >> 1 ^ 0xedb88320u : made[i] >> 1;
+    }
+    return made;
+  }();
+  uint32_t sum = ~0u;
+  for (size_t i = 0; i < size; i++) sum = table[(sum ^ bytes[i]) & 255] ^ sum >> 8;
+  return ~sum;
 }
 
 struct Header {
