@@ -148,7 +148,9 @@ def main() -> None:
     table = []
     for row, sparsity in rows:
         runs = [next(results) for _ in seeds]
-        table.append({"method": row, "sparsity": sparsity} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
+        spreads = {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
+        by_seed = {k: [round(r[k], 5) for r in runs] for k in ("Class-IL", "Task-IL")}  # for paired differences
+        table.append({"method": row, "sparsity": sparsity} | spreads | {"by seed": by_seed})
     harness.beside(table, table[0])
     columns = ["method", "sparsity", "Class-IL before", "Class-IL", "Task-IL", "of DER++", "of plain", "used"]
     harness.show("Split CIFAR-10, in percent", table, columns)

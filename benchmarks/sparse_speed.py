@@ -118,16 +118,20 @@ def sparse(mode: str, batch: int, sparsity: float) -> Callable:
     return go
 
 
-def in_turn(runs: dict[str, Callable], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
+def in_turn(
+    runs: dict[str, Callable], rounds: int, tick: Callable[[], None], pause: float = 0
+) -> dict[str, list[float]]:
     """Milliseconds of each, round after round; several calls a turn where they are short.
 
-    The first call of a turn is not counted: it finds the caches full of another network.
+    The first call of a turn is not counted: it finds the caches full of another network. ``pause`` seconds before each
+    turn let threads of the one before go to sleep.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(rounds):
         for name, run in runs.items():
+            time.sleep(pause)
             run()
             calls, start = 0, time.perf_counter()
             while calls < 1 or time.perf_counter() - start < 0.05:

@@ -53,10 +53,10 @@ class EsaCL(ContinualModule):
               the share in use grows as 1 - S^t.
 
             Measured side by side on Split Digits (``benchmarks/esacl_choices.py``) the three lie within the seeds'
-            spread at S = 80 % and 95 %, but A ends with 67 % and 23 % of the weights in use. On natural images B and A
-            were better on single seeds, as Frank-Wolfe steps contract whatever is not frozen; that is not decided
-            (``benchmarks/esacl_cifar10.py``). C is the default: it holds the sparsity for any number of tasks, which
-            need not be known in advance.
+            spread at S = 80 % and 95 %, but A ends with 67 % and 23 % of the weights in use. On natural images, without
+            SAM and selection, A is better than C, as Frank-Wolfe steps contract whatever is not frozen, and B likely
+            is; with both there is no difference (``benchmarks/esacl_cifar10.py``, five seeds). C is the default: it
+            holds the sparsity for any number of tasks, which need not be known in advance.
 
         update: if None, SAM with rho = 0.05.
         optimizer: if None, stochastic Frank-Wolfe with eta = 0.01 and tau = 5; it constrains the weights that are
