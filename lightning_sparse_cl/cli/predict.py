@@ -7,7 +7,6 @@ import csv
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, cast
@@ -21,6 +20,7 @@ from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data.pictures import image_paths, unread_below
 from lightning_sparse_cl.data.raw_images import one_as_stored
 from lightning_sparse_cl.nests import described, in_words, is_image
+from lightning_sparse_cl.thread_pool import thread_pool
 from lightning_sparse_cl.whole_file import whole_file
 
 COLUMNS = ("file", "class", "probability", "task")
@@ -121,7 +121,7 @@ def _module(path: str, device: str) -> tuple[scl.ContinualModule, scl.DataDescri
 
 def _batches(paths: Sequence[Path], size: int, known: scl.DataDescription) -> Iterator[tuple[list[Path], list[Tensor]]]:
     """Paths of images that can be read, and the images as the training's were stored; decoded by threads."""
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         for start in range(0, len(paths), size):
             batch = paths[start : start + size]
             read = zip(batch, pool.map(partial(_stored, known=known), batch), strict=True)

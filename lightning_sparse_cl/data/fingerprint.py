@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from lightning_sparse_cl.data.items import Items
 from lightning_sparse_cl.data.loader import SampleTensors
 from lightning_sparse_cl.nests import tensors
+from lightning_sparse_cl.thread_pool import thread_pool
 
 DIGITS = 16
 
@@ -31,7 +31,7 @@ def fingerprints(train: Sequence[SampleTensors | Items], test: Sequence[SampleTe
     All of CIFAR-10 in memory (60,000 images, 184 MB) takes 0.11 s on one core, the median of five; 60,000 listed files
     take 0.32 s.
     """
-    with ThreadPoolExecutor(2) as pool:  # hashing does not hold the interpreter
+    with thread_pool(2) as pool:  # hashing does not hold the interpreter
         return list(pool.map(lambda pair: _digest(part for data in pair for part in _parts(data)), zip(train, test)))
 
 

@@ -322,7 +322,10 @@ def _numbered_apart(train: list[Dataset], test: list[Dataset]) -> tuple[list[Dat
     for pair in zip(train, test, strict=True):
         for sets, data in zip(moved, pair, strict=True):
             sets.append(_Shifted(data, first))
-        first += 1 + max(int(label) for data in pair for label in _labels_in(data))
+        labels = [label for data in pair for label in _labels_in(data)]
+        if any(isinstance(label, str) for label in labels):
+            raise ValueError("Tasks(own_classes=True): it is for numbers; names say by themselves what is the same")
+        first += 1 + max(int(label) for label in labels)
     return moved
 
 

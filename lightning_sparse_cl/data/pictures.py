@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_sparse_cl.thread_pool import thread_pool
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
 """Of the files that are read."""
@@ -149,7 +150,7 @@ def decode(
     def fill(i: int) -> None:
         images[i] = read_of_size(paths[i], name, size, resize, fit, channels)
 
-    with ThreadPoolExecutor() as pool:
+    with thread_pool() as pool:
         for _ in pool.map(fill, range(len(paths))):
             pass
     return images

@@ -302,6 +302,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
         lambda: scl.Tasks.of(Points(0, collate_fn=of_several_sizes)).setup(),
         r"Tasks\(train\[0\]\): tensors of item .*; item_transform=... makes them so",
     ),
+    (lambda: scl.Tasks.of(OfItems(0, collate_fn=named), own_classes=True).setup(), "=True.: it is for numbers"),
     (lambda: scl.Tasks.of(Points(0), own_classes=True, target="real_numbers"), "own_classes=True.*real_numbers"),
 ]  # fmt: skip
 

@@ -1,0 +1,20 @@
+"""Threads that use torch."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def thread_pool(threads: int | None = None) -> ThreadPoolExecutor:
+    """A pool whose threads may use torch, also in a process that was forked.
+
+    After a fork torch makes its own threads anew when a thread first needs them, and two that need them at once fail
+    ("Invalid thread pool!"). So it is made to do so before there are several.
+
+    Args:
+        threads: how many. If None, some more than there are cores.
+    """
+    torch.set_num_threads(torch.get_num_threads())
+    return ThreadPoolExecutor(threads)
