@@ -402,7 +402,7 @@ class TaskDataModule(pl.LightningDataModule):
             x = self.transform(x, augment=augment and self.augment is True)
         else:
             x = self.transform(x)
-        if self.trainer is None or x is None:
+        if self.trainer is None or x is None:  # example() refuses a transform that gives nothing
             return x
         dtype = self.trainer.lightning_module.dtype  # of bf16-true, 64-true
         return each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, x)

@@ -87,7 +87,6 @@ class _Description:
         self.modules = dict(network.named_modules())
         self.layers: list[Layer] = []
         self.values: dict[fx.Node, int] = {}
-        self.users: dict[int, int] = {}
         self.shapes = _shapes(network, graph, shape)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         if len(inputs) != 1:
@@ -122,14 +121,14 @@ class _Description:
         if node.target is F.relu6:
             return self._then(source, low=0.0, high=6.0)
         if is_mean(node, module):
-            return self._new(node, Layer("mean", self.values[source], *2 * (self.shapes[source][1],)))
+            return self._new(Layer("mean", self.values[source], *2 * (self.shapes[source][1],)))
         window = self._window(node, module, source)
         if window is None:
             raise self._refusal(node)
         kind, (kernel, stride, padding) = window
         channels = self.shapes[source][1]
         about = Layer(kind, self.values[source], channels, channels)
-        return self._new(node, replace(about, kernel=kernel, stride=stride, padding=padding))
+        return self._new(replace(about, kernel=kernel, stride=stride, padding=padding))
 
     def _mix(self, node: fx.Node, module: nn.Conv2d | nn.Linear, source: fx.Node) -> int:
         weight = module.weight.detach().float().cpu()
@@ -138,7 +137,7 @@ class _Description:
         if isinstance(module, nn.Linear):
             if len(shape) != 2:
                 raise self._refusal(node, "it is applied to more than a vector for each image")
-            return self._new(node, Layer("linear", given, shape[1], len(weight), weight=weight, bias=bias))
+            return self._new(Layer("linear", given, shape[1], len(weight), weight=weight, bias=bias))
         about = {"kernel": module.kernel_size, "stride": module.stride, "dilation": module.dilation}
         padding = (0, 0) if module.padding == "valid" else module.padding
         if isinstance(padding, str) or module.padding_mode != "zeros":
@@ -148,7 +147,7 @@ class _Description:
                 raise self._refusal(node, f"its {name} is {pair}, and a runtime layer's is one number")
         sizes: dict[str, Any] = {name: pair[0] for name, pair in {**about, "padding": padding}.items()}
         layer = Layer("convolution", given, shape[1], len(weight), groups=module.groups, weight=weight, bias=bias)
-        return self._new(node, replace(layer, **sizes))
+        return self._new(replace(layer, **sizes))
 
     def _norm(self, node: fx.Node, module: nn.BatchNorm2d | nn.BatchNorm1d, source: fx.Node) -> int:
         if module.running_mean is None or module.running_var is None:
@@ -168,7 +167,7 @@ class _Description:
         if math.prod(self._unflattened(given)[1:]) > 1 and len(self.shapes[source]) == 2:
             raise self._refusal(node, "it normalises flattened pixels")
         channels = len(scale)
-        return self._new(node, Layer("affine", given, channels, channels, scale=scale.float(), bias=shift.float()))
+        return self._new(Layer("affine", given, channels, channels, scale=scale.float(), bias=shift.float()))
 
     def _add(self, node: fx.Node) -> int:
         one, other = sorted(node.all_input_nodes, key=lambda n: self.values[n])
@@ -179,7 +178,7 @@ class _Description:
             self.layers[self.values[other] - 1] = replace(before, other=self.values[one])
             return self.values[other]
         channels = self._unflattened(self.values[one])[0]
-        return self._new(node, Layer("add", self.values[one], channels, channels, other=self.values[other]))
+        return self._new(Layer("add", self.values[one], channels, channels, other=self.values[other]))
 
     def _then(self, source: fx.Node, **how: Any) -> int:
         """Rectify or clamp a value: the layer that makes it does it, too, unless it is read elsewhere."""
@@ -188,7 +187,7 @@ class _Description:
             self.layers[given - 1] = replace(before, **how)
             return given
         channels = self._unflattened(given)[0]
-        return self._new(source, Layer("clamp", given, channels, channels, **how))
+        return self._new(Layer("clamp", given, channels, channels, **how))
 
     def _fusable(self, node: fx.Node) -> Layer | None:
         """The layer that makes a node's value, if nothing else reads the value."""
@@ -197,7 +196,7 @@ class _Description:
         users = {user for n in aliases for user in n.users} - set(aliases)
         return self.layers[value - 1] if value and len(users) == 1 else None
 
-    def _new(self, node: fx.Node, layer: Layer) -> int:
+    def _new(self, layer: Layer) -> int:
         self.layers.append(layer)
         return len(self.layers)
 
