@@ -84,10 +84,9 @@ ROWS = [
 ]  # fmt: skip
 
 
-def run(row: str, sparsity: float, seed: int, epochs: int, per_class: int, images: str) -> dict[str, Any]:
-    """One sequence."""
-    pl.seed_everything(seed, verbose=False)
-    backbone, objective = scl.ResNet18(WIDTH), scl.DERpp(500, 32)
+def module_of(row: str, sparsity: float, width: int = WIDTH) -> scl.ContinualModule:
+    """ResNet-18 with DER++ and 500 exemplars under the row's method."""
+    backbone, objective = scl.ResNet18(width), scl.DERpp(500, 32)
     if row in ESACL:
         module: scl.ContinualModule = scl.EsaCL(backbone, objective, sparsity, **copy.deepcopy(ESACL[row]))
     else:
@@ -95,7 +94,11 @@ def run(row: str, sparsity: float, seed: int, epochs: int, per_class: int, image
         module = scl.ContinualModule(backbone, objective, optimizer=partial(SGD, lr=0.03), policies=policies)
     if row != "DER++":
         module.policies.append(scl.SparseAcceleration())
-    metrics = harness.fit(module, harness.small_cifar10(*torch.load(images)), epochs)
+    return module
+
+
+def figures(metrics: dict[str, Any]) -> dict[str, float]:
+    """Of a run's report, what the tables show."""
     flops = metrics["flops"]
     return {
         "Class-IL before": metrics["class_il_before"]["acc"],
@@ -107,6 +110,13 @@ def run(row: str, sparsity: float, seed: int, epochs: int, per_class: int, image
         "backward passes": flops["backward"] / flops["samples"],
         "used": 1 - metrics["sparsity"],
     }
+
+
+def run(row: str, sparsity: float, seed: int, epochs: int, per_class: int, images: str) -> dict[str, Any]:
+    """One sequence."""
+    pl.seed_everything(seed, verbose=False)
+    module, data = module_of(row, sparsity), harness.small_cifar10(*torch.load(images))
+    return figures(harness.fit(module, data, epochs))
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
