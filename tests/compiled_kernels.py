@@ -11,4 +11,6 @@ def compiled_kernels():
     try:
         return library()
     except KernelsUnavailable as error:
+        if "no C++ compiler" not in str(error):  # there is one, and it does not take our source
+            raise
         pytest.skip(str(error))

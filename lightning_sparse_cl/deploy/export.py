@@ -165,10 +165,11 @@ def write_runtime(folder: str | os.PathLike) -> list[Path]:
     ``example.py``, programs that say what images show, and a ``CMakeLists.txt``.
     """
     source = (HERE / "spnet.cpp").read_text()
-    kernels = (HEADERS / "convolve.h").read_text()
+    for header in (HEADERS / "convolve.h", HERE / "plan.h"):
+        source = source.replace(f'#include "{header.name}"', header.read_text())
     Path(folder).mkdir(parents=True, exist_ok=True)
     texts = {name: (HERE / name).read_text() for name in ("spnet.h", "example.c", "example.py", "CMakeLists.txt")}
-    texts |= {"spnet.cpp": source.replace('#include "convolve.h"', kernels)}
+    texts["spnet.cpp"] = source
     for file, text in texts.items():
         with whole_file(Path(folder, file)) as part:
             part.write_text(text)

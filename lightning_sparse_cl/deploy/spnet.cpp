@@ -5,10 +5,22 @@
 // images a plan is made: in which grid the images of each layer lie in the lanes (convolve.h), the lists of non-zeros
 // for tiles of that size, and where in one block of memory each value lives. A call then runs through the steps.
 
+#ifdef SPNET_VECTORS  // this file includes itself, once for each kind of vectors
+
+#include "convolve.h"
+#include "plan.h"
+
+#else
+
 #include "spnet.h"
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <list>
 #include <map>
@@ -16,11 +28,28 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// While there is one, work stays on this thread: to wake others would take longer
+struct SingleThread {
+  static bool& wanted() {
+    static thread_local bool own = false;
+    return own;
+  }
+  explicit SingleThread(bool on) { wanted() = on; }
+  ~SingleThread() { wanted() = false; }
+};
+
+}  // namespace
 
 #ifdef SPNET_TORCH  // inside of PyTorch: its threads
 #include <ATen/Parallel.h>
 
-static int64_t thread_count() { return at::get_num_threads(); }
+constexpr int64_t PAYS = 1 << 15;  // multiply-adds of vectors from which threads pay
+static int64_t thread_count() { return SingleThread::wanted() ? 1 : at::get_num_threads(); }
 
 template <class F>
 static void on_threads(int64_t n, F f) {
@@ -33,7 +62,6 @@ static void on_threads(int64_t n, F f) {
 #include <functional>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 namespace {
 
@@ -92,15 +120,14 @@ Pool pool;
 
 }  // namespace
 
-static int64_t thread_count() { return pool.size(); }
+constexpr int64_t PAYS = 1 << 18;  // multiply-adds of vectors from which threads pay
+static int64_t thread_count() { return SingleThread::wanted() ? 1 : pool.size(); }
 
 template <class F>
 static void on_threads(int64_t n, F f) {
   pool.run(n, f);
 }
 #endif
-
-#include "convolve.h"
 
 namespace {
 
@@ -295,484 +322,91 @@ std::unique_ptr<Network> read(const void* bytes, size_t size) {
   return n;
 }
 
-// -- the plan -----------------------------------------------------------------------------------------------------
+// -- vectors ------------------------------------------------------------------------------------------------------
 
-struct Parts {  // into how many each image is cut
-  int64_t rows, columns;
-  bool operator==(const Parts& o) const { return rows == o.rows && columns == o.columns; }
-  bool one() const { return rows * columns == 1; }
-  int64_t each() const { return LANES / (rows * columns); }  // images in a group
-  int64_t groups(int64_t images) const { return (images + each() - 1) / each(); }
+struct Runner {  // a network's plan for so many images
+  virtual ~Runner() = default;
+  virtual void run(const float* floats, const uint8_t* bytes, float* outputs) = 0;
 };
 
-// A value in blocks: where, and how
-struct Blocked {
-  Shape shape;
-  Parts parts;
-  int64_t groups, place, first, last;  // place in memory, in floats; steps that write it first and read it last
-  int64_t height() const { return shape.height / parts.rows; }
-  int64_t width() const { return shape.width / parts.columns; }
-  int64_t plane() const { return height() * width() * LANES; }
-  int64_t size() const { return groups * shape.channels * plane(); }
-  // Of a pixel of the first channel
-  int64_t at(int64_t image, int64_t row, int64_t column) const {
-    int64_t part = row / height() * parts.columns + column / width();
-    int64_t lane = image % parts.each() * parts.rows * parts.columns + part;
-    int64_t pixel = row % height() * width() + column % width();
-    return image / parts.each() * shape.channels * plane() + pixel * LANES + lane;
-  }
+}  // namespace
+
+#define SPNET_VECTORS
+#if defined(__x86_64__) && !defined(__AVX__) && !defined(SPNET_TORCH)
+#define SPNET_CHOICE  // by what the CPU has; a compiler that was told of more than SSE2 has chosen
+
+#ifdef __clang__
+#define SPNET_FOR(instructions) SPNET_PRAGMA(clang attribute push(__attribute__((target(instructions))), apply_to = function))
+#define SPNET_END _Pragma("clang attribute pop")
+#else
+#define SPNET_FOR(instructions) _Pragma("GCC push_options") SPNET_PRAGMA(GCC target(instructions))
+#define SPNET_END _Pragma("GCC pop_options")
+#endif
+#define SPNET_PRAGMA(text) _Pragma(#text)
+
+#define LANES 16
+#define ROWS 4
+SPNET_FOR("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#include "spnet.cpp"
+}
+SPNET_END
+#undef LANES
+#undef ROWS
+
+#define LANES 8
+#define ROWS 2
+SPNET_FOR("avx2,fma")
+namespace avx2 {
+#include "spnet.cpp"
+}
+SPNET_END
+#undef LANES
+#undef ROWS
+#endif
+
+namespace plain {  // whatever the compiler was told of
+#include "spnet.cpp"
+}
+
+namespace {
+
+struct Vectors {
+  const char* name;
+  std::unique_ptr<Runner> (*plan_for)(const Network&, int64_t, bool);
 };
 
-// Where the numbers of a channel are read and written; lanes that hold no image are left as they are
-struct Moves {
-  std::vector<int64_t> from, to;
-  int64_t from_channel, to_channel;  // from one channel to the next
-
-  template <class T, class F>
-  void run(int64_t channels, const T* x, float* y, F convert) const {
-    for (int64_t c = 0; c < channels; c++, x += from_channel, y += to_channel)
-      for (size_t i = 0; i < from.size(); i++) y[to[i]] = convert(x[from[i]], c);
-  }
-};
-
-enum Act { TAKE, GIVE, REGRID, SPARSE, WINDOWED, DOT, COMBINE, POOL, AVERAGE };
-
-struct Step {
-  Act act;
-  const Layer* layer;
-  int64_t x, other, y;  // numbers of blocked values; -1 where there is none
-  Moves moves;
-  int64_t mode;
-  std::unique_ptr<Convolution> about;
-  std::unique_ptr<Grid> grid;
-  std::vector<int32_t> ptr, place;
-  std::vector<uint16_t> offset;
-  std::vector<float> value;
-};
-
-struct Plan {
-  int64_t images;
-  std::vector<Blocked> values;
-  std::vector<Step> steps;
-  std::vector<float> memory;
-  float* at(int64_t value) {
-    float* begin = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
-    return begin + values[value].place;
-  }
-};
-
-bool is_windowed(const Layer& l) { return l.kind == CONVOLUTION || l.kind == MAX_POOL || l.kind == MEAN_POOL; }
-
-// Up to whole pairs of vectors
-int64_t rounded(int64_t size) { return (size + 2 * LANES - 1) / (2 * LANES) * 2 * LANES; }
-
-// Whether parts of an image stay parts of it, if the stride divides them
-bool keeps_parts(const Layer& l) {
-  if (!is_windowed(l)) return l.kind != LINEAR;
-  return 2 * l.padding == l.dilation * (l.kernel - 1) || (l.kernel == l.stride && l.padding == 0 && l.dilation == 1);
-}
-
-bool fits(const Layer& l, Shape s, Parts p) {
-  if (p.one()) return true;
-  if (!keeps_parts(l)) return false;
-  if (!is_windowed(l)) return true;
-  int64_t h = s.height / p.rows, w = s.width / p.columns;
-  return h % l.stride == 0 && w % l.stride == 0 && l.padding <= std::min(h, w);
-}
-
-// Small batches fill the lanes with parts of each image, which stay whole pixels down to images of 4x4
-Parts parts_for(const Layer& l, Shape s, int64_t images) {
-  int64_t stride = is_windowed(l) ? l.stride : 1;
-  if (!keeps_parts(l) || s.height % stride || s.width % stride) return {1, 1};
-  int64_t down = stride * std::max<int64_t>(1, std::min(s.height, s.width) / 4 / stride);
-  while (is_windowed(l) && down < l.padding) down *= 2;
-  Parts p = {1, 1};
-  while (images * p.rows * p.columns < LANES) {
-    bool high = s.height % (2 * p.rows * down) == 0, wide = s.width % (2 * p.columns * down) == 0;
-    if (high && (p.rows <= p.columns || !wide)) p.rows *= 2;
-    else if (wide) p.columns *= 2;
-    else break;
-  }
-  return fits(l, s, p) ? p : Parts{1, 1};
-}
-
-class Planner {
- public:
-  Planner(const Network& network, int64_t images, bool channels_last)
-      : network(network), images(images), channels_last(channels_last), found(network.shapes.size()) {}
-
-  std::unique_ptr<Plan> plan() {
-    made = std::make_unique<Plan>();
-    made->images = images;
-    for (size_t i = 0; i < network.layers.size(); i++) add(network.layers[i], (int64_t)i + 1);
-    int64_t last = network.shapes.size() - 1;
-    Step give = step(GIVE, nullptr, found[last].front());
-    Shape s = network.shapes[last];
-    const Blocked& from = made->values[give.x];
-    give.moves = moves(s, from.plane(), s.pixels(), [&](int64_t image, int64_t row, int64_t column) {
-      return std::make_pair(from.at(image, row, column), image * s.size() + row * s.width + column);
-    });
-    made->steps.push_back(std::move(give));
-    place_values();
-    return std::move(made);
-  }
-
- private:
-  const Network& network;
-  int64_t images;
-  bool channels_last;
-  std::vector<std::vector<int64_t>> found;  // of each of the network's values, the blocked ones
-  std::unique_ptr<Plan> made;
-
-  Step step(Act act, const Layer* layer, int64_t x, int64_t other = -1) {
-    Step s{};
-    s.act = act, s.layer = layer, s.x = x, s.other = other, s.y = -1;
-    return s;
-  }
-
-  int64_t value(Shape shape, Parts parts) {
-    made->values.push_back({shape, parts, parts.groups(images), 0, -1, -1});
-    return made->values.size() - 1;
-  }
-
-  // f(image, row, column): where a pixel of the first channel is read and written
-  template <class F>
-  Moves moves(Shape s, int64_t from_channel, int64_t to_channel, F f) {
-    Moves m;
-    m.from_channel = from_channel, m.to_channel = to_channel;
-    for (int64_t i = 0; i < images; i++)
-      for (int64_t row = 0; row < s.height; row++)
-        for (int64_t column = 0; column < s.width; column++) {
-          auto [from, to] = f(i, row, column);
-          m.from.push_back(from), m.to.push_back(to);
-        }
-    return m;
-  }
-
-  // A value of the network in so many parts
-  int64_t in(int64_t v, Parts parts) {
-    for (int64_t b : found[v])
-      if (made->values[b].parts == parts) return b;
-    Shape s = network.shapes[v];
-    int64_t b = value(s, parts);
-    Step move = step(v == 0 ? TAKE : REGRID, nullptr, v == 0 ? -1 : found[v].front());
-    move.y = b;
-    const Blocked& to = made->values[b];
-    if (v == 0) {
-      int64_t pixel = channels_last ? s.channels : 1;
-      move.moves = moves(s, channels_last ? 1 : s.pixels(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
-        return std::make_pair(i * s.size() + (row * s.width + column) * pixel, to.at(i, row, column));
-      });
-    } else {
-      const Blocked& from = made->values[move.x];
-      move.moves = moves(s, from.plane(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
-        return std::make_pair(from.at(i, row, column), to.at(i, row, column));
-      });
-    }
-    made->steps.push_back(std::move(move));
-    found[v].push_back(b);
-    return b;
-  }
-
-  void add(const Layer& l, int64_t made_value) {
-    Shape s = network.shapes[l.input], after = network.shapes[made_value];
-    Parts parts = found[l.input].empty() ? parts_for(l, s, images) : made->values[found[l.input].front()].parts;
-    if (!fits(l, s, parts)) parts = parts_for(l, s, images);
-    if (l.kind == LINEAR) parts = {1, 1};
-    int64_t x = in(l.input, parts);
-    Parts out = l.kind == LINEAR || l.kind == MEAN ? Parts{1, 1} : parts;
-    int64_t other = l.other < 0 ? -1 : in(l.other, out);
-    static const Act acts[] = {SPARSE, SPARSE, COMBINE, COMBINE, COMBINE, POOL, POOL, AVERAGE};
-    Step own = step(acts[l.kind], &l, x, other);
-    bool special = l.groups == 1 && l.dilation == 1 && l.padding < l.kernel &&
-                   ((l.kernel == 1 && l.stride <= 2) || (l.kernel == 3 && l.stride <= 2));
-    if (l.kind == CONVOLUTION && !special) own.act = WINDOWED;
-    // Rows of a weight that is not sparse: lanes for inputs are faster than lanes for images where these are few
-    bool dense = l.kind == LINEAR && images * s.size() * l.out < (int64_t)l.count * (LANES / 2);
-    if (dense) own.act = DOT;
-    own.y = value(after, out);
-    own.grid = std::make_unique<Grid>(images, parts.rows, parts.columns);
-    if (own.act == SPARSE) list(own);
-    if (own.act == WINDOWED) list_windowed(own);
-    if (own.act == DOT) {
-      int64_t row = rounded(s.size());
-      own.value.assign(l.out * row, 0);
-      network.each(l, [&](int64_t o, int64_t c, int64_t, float value) { own.value[o * row + c] = value; });
-    }
-    made->steps.push_back(std::move(own));
-    found[made_value].push_back(made->steps.back().y);
-  }
-
-  // Input channels packed at once, so that their windows fill the first cache
-  static int64_t block(int64_t mode, int64_t side, bool dense) {
-    static const int64_t sizes[4][3] = {{64, 32, 32}, {64, 40, 0}, {48, 28, 0}, {48, 18, 8}};  // FLAT, NEXT, AROUND, STRIDED
-    int64_t found = sizes[mode][std::min<int64_t>(side, 3) - 1];
-    return found ? found : dense ? 16 : 24;
-  }
-
-  void list(Step& s) {
-    const Layer& l = *s.layer;
-    Blocked x = made->values[s.x], y = made->values[s.y];
-    bool linear = l.kind == LINEAR;
-    int64_t kernel = linear ? 1 : l.kernel, stride = linear ? 1 : l.stride, padding = linear ? 0 : l.padding;
-    int64_t inputs = linear ? x.shape.size() : l.in, taps = kernel * kernel;
-    s.mode = kernel == 1 ? FLAT : stride == 1 ? AROUND : STRIDED;
-    int64_t side = std::min<int64_t>(3, std::max(y.height(), y.width()));
-    int64_t whole = std::max<int64_t>(1, l.out * inputs * taps);
-    int64_t own = std::min(block(s.mode, side, (double)l.count > 0.07 * whole), inputs);
-    int64_t h = linear ? 1 : x.height(), w = linear ? 1 : x.width();
-    s.about.reset(new Convolution{x.groups, inputs, l.out, h, w, y.height(), y.width(), y.height(), y.width(), l.out,
-                                  -padding, -padding, kernel == 1 ? stride : 1, 1, own, *s.grid});
-    int64_t parts = parts_of(s.mode), blocks = (inputs + own - 1) / own, lists = blocks * l.out * parts;
-    auto list_of = [&](int64_t o, int64_t c, int64_t t) { return (c / own * l.out + o) * parts + t % parts; };
-    s.ptr.assign(lists + 1, 0);
-    network.each(l, [&](int64_t o, int64_t c, int64_t t, float) { s.ptr[list_of(o, c, t) + 1]++; });
-    for (int64_t i = 0; i < lists; i++) s.ptr[i + 1] += s.ptr[i];
-    std::vector<int32_t> next(s.ptr.begin(), s.ptr.end());
-    s.offset.resize(l.count), s.value.resize(l.count);
-    int64_t apart = s.mode == STRIDED ? 2 : 1, more = s.mode == FLAT ? 0 : 2;
-    int64_t high = ((side > 2 ? ROWS : side) - 1) * apart + 1 + more, wide = ((side > 2 ? COLUMNS : side) - 1) * apart + 1 + more;
-    network.each(l, [&](int64_t o, int64_t c, int64_t t, float value) {
-      int32_t e = next[list_of(o, c, t)]++;
-      s.offset[e] = (uint16_t)((c % own * high + t / kernel) * wide + t % kernel);
-      s.value[e] = value;
-    });
-  }
-
-  void list_windowed(Step& s) {
-    const Layer& l = *s.layer;
-    Blocked x = made->values[s.x];
-    int64_t high = x.height() + 2 * l.padding, wide = x.width() + 2 * l.padding;
-    s.ptr.assign(l.out + 1, 0);
-    network.each(l, [&](int64_t o, int64_t c, int64_t t, float value) {
-      s.ptr[o + 1]++;
-      s.place.push_back((int32_t)((c * high + t / l.kernel * l.dilation) * wide + t % l.kernel * l.dilation));
-      s.value.push_back(value);
-    });
-    for (int64_t o = 0; o < l.out; o++) s.ptr[o + 1] += s.ptr[o];
-  }
-
-  // Values that are not needed at the same time share memory
-  void place_values() {
-    auto& values = made->values;
-    for (size_t i = 0; i < made->steps.size(); i++) {
-      const Step& s = made->steps[i];
-      if (s.y >= 0) values[s.y].first = values[s.y].last = i;
-      for (int64_t read : {s.x, s.other})
-        if (read >= 0) values[read].last = i;
-    }
-    int64_t most = 0;
-    for (size_t v = 0; v < values.size(); v++) {
-      int64_t at = 0, size = values[v].size();
-      for (bool moved = true; moved;) {
-        moved = false;
-        for (size_t o = 0; o < v; o++) {
-          bool together = values[o].first <= values[v].last && values[v].first <= values[o].last;
-          if (together && values[o].place < at + size && at < values[o].place + values[o].size()) {
-            at = values[o].place + values[o].size(), moved = true;
-          }
-        }
-      }
-      values[v].place = at;
-      most = std::max(most, at + size);
-    }
-    made->memory.assign(most + 16, 0);
-  }
-};
-
-// -- the steps ----------------------------------------------------------------------------------------------------
-
-INLINE vec clamped(vec v, float low, float high) {
-  vec l = low - (vec){}, h = high - (vec){};
-  v = (vec)(((ivec)(v < l) & (ivec)l) | (~(ivec)(v < l) & (ivec)v));  // NaN stays
-  return (vec)(((ivec)(v > h) & (ivec)h) | (~(ivec)(v > h) & (ivec)v));
-}
-
-// A plane of h x w pixels with `around` more on each side: those of the neighbouring parts, `fill` outside of the image
-void surround(const Grid& grid, const float* x, int64_t h, int64_t w, int64_t around, float fill, float* out) {
-  bool cut = grid.rows * grid.columns > 1;
-  vec empty = fill - (vec){};
-  for (int64_t i = -around; i < h + around; i++)
-    for (int64_t j = -around; j < w + around; j++, out += LANES) {
-      int a = i < 0 ? -1 : i >= h, b = j < 0 ? -1 : j >= w;
-      if (!a && !b) *(vec*)out = *(const vec*)(x + (i * w + j) * LANES);
-      else if (!cut) *(vec*)out = empty;
-      else *(vec*)out = pick(*(const vec*)(x + ((i - a * h) * w + j - b * w) * LANES), empty, grid.shift[a + 1][b + 1]);
-    }
-}
-
-void run_windowed(const Network& n, const Step& s, const Blocked& x, const Blocked& y, const float* from,
-                  const float* add, float* to) {
-  const Layer& l = *s.layer;
-  int64_t h = x.height() + 2 * l.padding, w = x.width() + 2 * l.padding, ins = l.in / l.groups, outs = l.out / l.groups;
-  const float* bias = n.floats(l.rest);
-  int64_t splits = l.groups == 1 ? std::min<int64_t>(thread_count(), outs) : 1;
-  share(x.groups * l.groups * splits, [&](int64_t begin, int64_t end) {
-    float* planes = scratch(ins * h * w * LANES, 0);
-    for (int64_t item = begin; item < end; item++) {
-      int64_t split = item % splits, part = item / splits % l.groups, group = item / splits / l.groups;
-      for (int64_t c = 0; c < ins; c++)
-        surround(*s.grid, from + (group * l.in + part * ins + c) * x.plane(), x.height(), x.width(), l.padding, 0,
-                 planes + c * h * w * LANES);
-      for (int64_t o = part * outs + outs * split / splits; o < part * outs + outs * (split + 1) / splits; o++)
-        for (int64_t i = 0; i < y.height(); i++)
-          for (int64_t j = 0; j < y.width(); j += COLUMNS) {
-            int64_t some = std::min<int64_t>(COLUMNS, y.width() - j), apart = l.stride * LANES;
-            const float* seen = planes + (i * l.stride * w + j * l.stride) * LANES;
-            vec a[COLUMNS];
-            for (int u = 0; u < COLUMNS; u++) a[u] = bias[o] - (vec){};
-            if (some == COLUMNS) {
-              for (int32_t e = s.ptr[o]; e < s.ptr[o + 1]; e++)
-                for (int u = 0; u < COLUMNS; u++)
-                  a[u] += s.value[e] * *(const vec*)(seen + (int64_t)s.place[e] * LANES + u * apart);
-            } else {
-              for (int32_t e = s.ptr[o]; e < s.ptr[o + 1]; e++)
-                for (int64_t u = 0; u < some; u++)
-                  a[u] += s.value[e] * *(const vec*)(seen + (int64_t)s.place[e] * LANES + u * apart);
-            }
-            int64_t at = (group * l.out + o) * y.plane() + (i * y.width() + j) * LANES;
-            for (int64_t u = 0; u < some; u++) {
-              vec v = add ? a[u] + *(const vec*)(add + at + u * LANES) : a[u];
-              *(vec*)(to + at + u * LANES) = l.rectified ? rectified(v) : v;
-            }
-          }
-    }
-  });
-}
-
-void run_dot(const Network& n, const Step& s, const Blocked& x, int64_t images, const float* from, float* to) {
-  const Layer& l = *s.layer;
-  int64_t inputs = x.shape.size(), row = rounded(inputs);
-  const float* bias = n.floats(l.rest);
-  float* own = scratch(row, 0);
-  for (int64_t image = 0; image < images; image++) {
-    const float* at = from + image / LANES * inputs * LANES + image % LANES;
-    for (int64_t i = 0; i < inputs; i++) own[i] = at[i * LANES];
-    std::fill(own + inputs, own + row, 0.f);
-    for (int64_t o = 0; o < l.out; o++) {
-      vec all[2] = {};
-      const float* weight = s.value.data() + o * row;
-      for (int64_t i = 0; i < row; i += 2 * LANES) {
-        all[0] += *(const vec*)(weight + i) * *(const vec*)(own + i);
-        all[1] += *(const vec*)(weight + i + LANES) * *(const vec*)(own + i + LANES);
-      }
-      vec both = all[0] + all[1];
-      float found = sum((const float*)&both) + bias[o];
-      to[image / LANES * l.out * LANES + o * LANES + image % LANES] = l.rectified && !(found >= 0) && found == found ? 0 : found;
-    }
-  }
-}
-
-void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* from, float* to) {
-  const Layer& l = *s.layer;
-  bool max = l.kind == MAX_POOL;
-  int64_t w = x.width() + 2 * l.padding, h = x.height() + 2 * l.padding;
-  float each = 1.f / ((float)l.kernel * l.kernel);
-  share(x.groups * l.in, [&](int64_t begin, int64_t end) {
-    float* plane = l.padding ? scratch(h * w * LANES, 0) : nullptr;
-    for (int64_t c = begin; c < end; c++) {
-      const float* seen = from + c * x.plane();
-      if (plane) {
-        float fill = max ? -std::numeric_limits<float>::infinity() : 0;
-        surround(*s.grid, seen, x.height(), x.width(), l.padding, fill, plane);
-        seen = plane;
-      }
-      for (int64_t i = 0; i < y.height(); i++)
-        for (int64_t j = 0; j < y.width(); j++) {
-          const float* at = seen + (i * l.stride * w + j * l.stride) * LANES;
-          vec v = *(const vec*)at;
-          for (int64_t t = 1; t < (int64_t)l.kernel * l.kernel; t++) {
-            vec u = *(const vec*)(at + (t / l.kernel * w + t % l.kernel) * LANES);
-            ivec less = (ivec)~(u <= v) & (ivec) ~((ivec)(v != v));  // NaN stays
-            v = max ? (vec)((less & (ivec)u) | (~less & (ivec)v)) : v + u;
-          }
-          *(vec*)(to + c * y.plane() + (i * y.width() + j) * LANES) = max ? v : v * each;
-        }
-    }
-  });
-}
-
-void run_mean(const Blocked& x, const Blocked& y, int64_t images, const float* from, float* to) {
-  int64_t channels = x.shape.channels, each = x.parts.each(), cut = x.parts.rows * x.parts.columns;
-  std::memset(to, 0, y.size() * sizeof(float));
-  share(channels, [&](int64_t begin, int64_t end) {
-    for (int64_t g = 0; g < x.groups; g++)
-      for (int64_t c = begin; c < end; c++) {
-        const float* at = from + (g * channels + c) * x.plane();
-        vec sum = {};
-        for (int64_t i = 0; i < x.plane(); i += LANES) sum += *(const vec*)(at + i);
-        for (int64_t i = 0; i < each && g * each + i < images; i++) {
-          float all = 0;
-          for (int64_t p = 0; p < cut; p++) all += sum[i * cut + p];
-          int64_t image = g * each + i;
-          to[(image / LANES * channels + c) * LANES + image % LANES] = all / x.shape.pixels();
-        }
-      }
-  });
-}
-
-void run_combine(const Network& n, const Step& s, const Blocked& x, const float* from, const float* add, float* to) {
-  const Layer& l = *s.layer;
-  const float* numbers = l.kind == AFFINE ? n.floats(l.rest) : nullptr;
-  share(x.groups * l.out, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; c++) {
-      float scale = numbers ? numbers[c % l.out] : 1, shift = numbers ? numbers[l.out + c % l.out] : 0;
-      for (int64_t i = c * x.plane(); i < (c + 1) * x.plane(); i += LANES) {
-        vec v = *(const vec*)(from + i);
-        if (numbers) v = v * scale + shift;
-        if (add) v += *(const vec*)(add + i);
-        *(vec*)(to + i) = l.rectified ? rectified(v) : v;
-      }
-    }
-  });
-}
-
-void clamp_all(const Layer& l, float* y, int64_t size) {
-  if (!(l.low > -std::numeric_limits<float>::infinity()) && !(l.high < std::numeric_limits<float>::infinity())) return;
-  for (int64_t i = 0; i < size; i += LANES) *(vec*)(y + i) = clamped(*(const vec*)(y + i), l.low, l.high);
-}
-
-void run(const Network& n, Plan& p, const float* floats, const uint8_t* bytes, float* outputs) {
-  auto same = [](float v, int64_t) { return v; };
-  for (const Step& s : p.steps) {
-    const float* x = s.x < 0 ? nullptr : p.at(s.x);
-    const float* add = s.other < 0 ? nullptr : p.at(s.other);
-    float* y = s.y < 0 ? nullptr : p.at(s.y);
-    switch (s.act) {
-      case TAKE:
-        if (floats) s.moves.run(n.shapes[0].channels, floats, y, same);
-        else s.moves.run(n.shapes[0].channels, bytes, y, [&](uint8_t v, int64_t c) { return v * n.scale[c] + n.shift[c]; });
-        break;
-      case REGRID: s.moves.run(p.values[s.y].shape.channels, x, y, same); break;
-      case SPARSE:
-        convolve(s.mode, *s.about, x, s.ptr.data(), s.offset.data(), s.value.data(), n.floats(s.layer->rest), add,
-                 s.layer->rectified, y);
-        break;
-      case WINDOWED: run_windowed(n, s, p.values[s.x], p.values[s.y], x, add, y); break;
-      case DOT: run_dot(n, s, p.values[s.x], p.images, x, y); break;
-      case COMBINE: run_combine(n, s, p.values[s.x], x, add, y); break;
-      case POOL: run_pool(s, p.values[s.x], p.values[s.y], x, y); break;
-      case AVERAGE: run_mean(p.values[s.x], p.values[s.y], p.images, x, y); break;
-      case GIVE: s.moves.run(n.shapes.back().channels, x, outputs, same);
-    }
-    if (s.layer) clamp_all(*s.layer, y, p.values[s.y].size());
-  }
+// The widest that this CPU has, or the kind that the environment names
+const Vectors& vectors() {
+  static const Vectors found = [] {
+#ifdef SPNET_CHOICE
+    const char* wanted = std::getenv("SPNET_INSTRUCTIONS");
+    auto wants = [&](const char* name) { return !wanted || !*wanted || !std::strcmp(wanted, name); };
+    bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (half && wide && wants("avx512")) return Vectors{"avx512", avx512::plan_for};
+    if (half && wants("avx2")) return Vectors{"avx2", avx2::plan_for};
+#endif
+    return Vectors{"plain", plain::plan_for};
+  }();
+  return found;
 }
 
 }  // namespace
 
 struct spnet {
   std::unique_ptr<Network> network;
-  std::list<std::pair<std::pair<int64_t, bool>, std::unique_ptr<Plan>>> plans;  // of the last few sizes, newest first
+  std::list<std::pair<std::pair<int64_t, bool>, std::unique_ptr<Runner>>> plans;  // of the last few sizes, newest first
 
-  Plan& plan(int64_t images, bool channels_last) {
+  Runner& plan(int64_t images, bool channels_last) {
     auto wanted = std::make_pair(images, channels_last);
     for (auto it = plans.begin(); it != plans.end(); ++it)
       if (it->first == wanted) {
         plans.splice(plans.begin(), plans, it);
         return *it->second;
       }
-    plans.emplace_front(wanted, Planner(*network, images, channels_last).plan());
+    plans.emplace_front(wanted, vectors().plan_for(*network, images, channels_last));
     if (plans.size() > 4) plans.pop_back();
     return *plans.front().second;
   }
@@ -800,7 +434,7 @@ static int run_checked(spnet* n, const float* floats, const uint8_t* bytes, int6
     if (!n || (!floats && !bytes) || !outputs) throw Failure(SPNET_ARGUMENT, "a pointer is null");
     if (count < 1 || count > 1 << 20)
       throw Failure(SPNET_ARGUMENT, "count is " + std::to_string(count) + "; images are 1 to 1048576 at a time");
-    run(*n->network, n->plan(count, last), floats, bytes, outputs);
+    n->plan(count, last).run(floats, bytes, outputs);
   });
 }
 
@@ -858,6 +492,8 @@ int spnet_run_bytes(spnet* network, const uint8_t* images, int64_t count, float*
   return run_checked(network, nullptr, images, count, true, outputs);
 }
 
+const char* spnet_instructions(void) { return vectors().name; }
+
 void spnet_threads(int count) {
 #ifdef SPNET_TORCH
   (void)count;  // torch's
@@ -866,3 +502,5 @@ void spnet_threads(int count) {
 #endif
 }
 }
+
+#endif  // SPNET_VECTORS

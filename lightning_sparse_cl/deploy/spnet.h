@@ -52,6 +52,10 @@ const char *spnet_metadata(const spnet *network);
 int spnet_run(spnet *network, const float *images, int64_t count, int channels_last, float *outputs);
 int spnet_run_bytes(spnet *network, const uint8_t *images, int64_t count, float *outputs);
 
+// Which vectors are used: "avx512", "avx2" or "plain", what the compiler was told of. On x86 the widest that the CPU has,
+// or the kind that the environment variable SPNET_INSTRUCTIONS names, unless the compiler was told of one (-march).
+const char *spnet_instructions(void);
+
 // How many threads the calls that follow use, in all networks; 1 unless it is set.
 void spnet_threads(int count);
 

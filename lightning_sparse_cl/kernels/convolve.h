@@ -23,7 +23,8 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__)
+#ifdef LANES  // said by who includes this, with ROWS
+#elif defined(__AVX512F__)
 #define LANES 16
 #define ROWS 4
 #elif defined(__AVX2__) || defined(__AVX__)
@@ -36,8 +37,12 @@
 #define COLUMNS 4
 #define INLINE inline __attribute__((always_inline))
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), may_alias, aligned(4)));
-typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t)), may_alias));
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef float unaligned __attribute__((vector_size(LANES * sizeof(float)), may_alias, aligned(4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+static INLINE vec load(const float* from) { return *(const unaligned*)from; }
+static INLINE void store(float* to, vec v) { *(unaligned*)to = v; }
 
 // Lanes of two vectors by their number
 static INLINE vec pick(vec a, vec b, ivec from) {
@@ -63,7 +68,7 @@ struct Grid {  // how images lie in lanes
           shift[a + 1][b + 1][lane] = inside ? lane - part + i * columns + j : LANES;
         }
   }
-  INLINE vec neighbour(const float* v, int a, int b) const { return pick(*(const vec*)v, (vec){}, shift[a + 1][b + 1]); }
+  INLINE vec neighbour(const float* v, int a, int b) const { return pick(load(v), (vec){}, shift[a + 1][b + 1]); }
   // Lanes of images that are there, in the last group
   ivec valid() const {
     ivec mask;
@@ -76,9 +81,9 @@ struct Grid {  // how images lie in lanes
 static INLINE vec keep(ivec mask, vec v) { return (vec)(mask & (ivec)v); }
 static INLINE vec rectified(vec v) { return (vec)(~(v < (vec){}) & (ivec)v); }  // NaN stays
 
-static INLINE float sum(const float* v) {
+static INLINE float sum(vec v) {
   float s[LANES];
-  std::memcpy(s, v, sizeof s);
+  std::memcpy(s, &v, sizeof s);
   for (int half = LANES / 2; half; half /= 2)
     for (int l = 0; l < half; l++) s[l] += s[l + half];
   return s[0];
@@ -140,7 +145,7 @@ static void pack(const Convolution& g, const float* x, int64_t channels, int64_t
     for (int64_t c = 0; c < channels; c++, x += size)
       for (int i = 0; i < PH; i++) {
         const float* from = x + i * g.step * g.w * LANES;
-        for (int j = 0; j < PW; j++, out += LANES) *(vec*)out = *(const vec*)(from + j * g.step * LANES);
+        for (int j = 0; j < PW; j++, out += LANES) store(out, load(from + j * g.step * LANES));
       }
     return;
   }
@@ -157,12 +162,12 @@ static void pack(const Convolution& g, const float* x, int64_t channels, int64_t
     for (int i = 0; i < PH; i++)
       for (int j = 0; j < PW; j++, out += LANES) {
         if (lines[i].at < 0 || places[j].at < 0) {
-          *(vec*)out = (vec){};
+          store(out, (vec){});
           continue;
         }
         const float* from = x + (lines[i].at * g.w + places[j].at) * LANES;
-        *(vec*)out = lines[i].part || places[j].part ? g.grid.neighbour(from, lines[i].part, places[j].part)
-                                                     : *(const vec*)from;
+        bool beside = lines[i].part || places[j].part;
+        store(out, beside ? g.grid.neighbour(from, lines[i].part, places[j].part) : load(from));
       }
 }
 
@@ -223,12 +228,12 @@ static INLINE void run(const float* window, const uint16_t* offset, const float*
     vec s[4] = {};
     for (; e + 4 <= n; e += 4)
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) s[u] += value[e + u] * *(const vec*)(window + (int64_t)offset[e + u] * LANES);
+      for (int u = 0; u < 4; u++) s[u] += value[e + u] * load(window + (int64_t)offset[e + u] * LANES);
 #pragma GCC unroll 4
     for (int u = 0; u < 3; u++) {
       int32_t left = e + u < n;
       int64_t at = (e + u) * left;
-      s[u] += keep((ivec){} - left, value[at] * *(const vec*)(window + (int64_t)offset[at] * LANES));
+      s[u] += keep((ivec){} - left, value[at] * load(window + (int64_t)offset[at] * LANES));
     }
     a[0] += (s[0] + s[1]) + (s[2] + s[3]);
     return;
@@ -239,7 +244,7 @@ static INLINE void run(const float* window, const uint16_t* offset, const float*
 #pragma GCC unroll 16
     for (int i = 0; i < TH * TW; i++)
       if (counts<TH, TW, PIECES>(PIECE, i))
-        a[i] += v * *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
+        a[i] += v * load(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
   }
 }
 
@@ -275,7 +280,7 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
             for (int i = 0; i < TILE; i++) a[i] = start;
           } else {
 #pragma GCC unroll 16
-            for (int i = 0; i < TILE; i++) a[i] = *(const vec*)(partial + (r * TILE + i) * LANES);
+            for (int i = 0; i < TILE; i++) a[i] = load(partial + (r * TILE + i) * LANES);
           }
           if (whole && far && b == blocks - 1 && r + 2 < last) {
             const float* soon = y + (((group * g.out + r + 2) * g.out_h + i0) * g.out_w + j0) * LANES;
@@ -287,7 +292,7 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
           });
           if (b < blocks - 1) {
 #pragma GCC unroll 16
-            for (int i = 0; i < TILE; i++) *(vec*)(partial + (r * TILE + i) * LANES) = a[i];
+            for (int i = 0; i < TILE; i++) store(partial + (r * TILE + i) * LANES, a[i]);
             continue;
           }
           int64_t phase = r / g.out, ph = phase / g.phases, pw = phase % g.phases;
@@ -297,8 +302,8 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
 #pragma GCC unroll 16
             for (int i = 0; i < TILE; i++) {
               int64_t to = at + (i / TW * g.out_w + i % TW) * LANES;
-              vec out = add ? a[i] + *(const vec*)(add + to) : a[i];
-              *(vec*)(y + to) = relu ? rectified(out) : out;
+              vec out = add ? a[i] + load(add + to) : a[i];
+              store(y + to, relu ? rectified(out) : out);
             }
             continue;
           }
@@ -307,8 +312,8 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
             int64_t row = (i0 + i / TW) * g.phases + ph, column = (j0 + i % TW) * g.phases + pw;
             if (row >= g.out_h || column >= g.out_w) continue;
             int64_t to = (plane + row * g.out_w + column) * LANES;
-            vec out = add ? a[i] + *(const vec*)(add + to) : a[i];
-            *(vec*)(y + to) = relu ? rectified(out) : out;
+            vec out = add ? a[i] + load(add + to) : a[i];
+            store(y + to, relu ? rectified(out) : out);
           }
         }
       }

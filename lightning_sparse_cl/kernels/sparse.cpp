@@ -20,7 +20,7 @@ static INLINE vec sums(const float* ring) {
   for (int l = 0; l < LANES; l++) even[l] = 2 * l, odd[l] = 2 * l + 1;
   vec t[LANES];
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; i++) t[i] = *(const vec*)(ring + i * LANES);
+  for (int i = 0; i < LANES; i++) t[i] = load(ring + i * LANES);
 #pragma GCC unroll 4
   for (int n = LANES / 2; n; n /= 2)
 #pragma GCC unroll 8
@@ -46,23 +46,23 @@ struct Ring {
 #pragma GCC unroll 16
       for (int i = 0; i < TH * TW; i++) {
         if (!counts<TH, TW, PIECES>(PIECE, i)) continue;
-        vec seen = *(const vec*)(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
+        vec seen = load(p + ((i / TW) * STRIDE * PW + (i % TW) * STRIDE) * LANES);
         s[terms % 4] = terms < 4 ? d[i] * seen : s[terms % 4] + d[i] * seen;
         terms++;
       }
-      *(vec*)(kept + at * LANES) = (s[0] + s[1]) + (s[2] + s[3]);
+      store(kept + at * LANES, (s[0] + s[1]) + (s[2] + s[3]));
       if (++at == LANES) {
-        store(sums(kept), LANES);
+        write(sums(kept), LANES);
         at = 0;
       }
     }
     filled = at;
   }
   void finish() {
-    if (filled) store(sums(kept), filled);
+    if (filled) write(sums(kept), filled);
     filled = 0;
   }
-  INLINE void store(vec v, int64_t n) {
+  INLINE void write(vec v, int64_t n) {
     for (int64_t i = 0; i < n; i++) to[i] += v[i];
     to += n;
   }
@@ -105,12 +105,12 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
                 for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + (i / TW * g.tiles_w + i % TW) * LANES);
               }
 #pragma GCC unroll 16
-              for (int i = 0; i < TILE; i++) d[i] = *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES);
+              for (int i = 0; i < TILE; i++) d[i] = load(at + (i / TW * g.tiles_w + i % TW) * LANES);
             } else {
 #pragma GCC unroll 16
               for (int i = 0; i < TILE; i++) {
                 bool inside = i0 + i / TW < g.tiles_h && j0 + i % TW < g.tiles_w;
-                d[i] = inside ? *(const vec*)(at + (i / TW * g.tiles_w + i % TW) * LANES) : (vec){};
+                d[i] = inside ? load(at + (i / TW * g.tiles_w + i % TW) * LANES) : (vec){};
               }
             }
             each_piece<PARTS, PIECES>(list, [&](auto piece, int64_t e, int64_t n) __attribute__((always_inline)) {
@@ -144,7 +144,7 @@ float multiply_adds(int64_t n) {
   }
   vec all = {};
   for (int j = 0; j < 16; j++) all += a[j];
-  return sum((const float*)&all);
+  return sum(all);
 }
 
 // geometry: groups, in, rows, h, w, tiles_h, tiles_w, out_h, out_w, out, origin_h, origin_w, step, phases, block,
@@ -259,17 +259,17 @@ void norm_forward(const int64_t* shape, const float* x, const float* gamma, cons
           for (; i + 4 * LANES <= size; i += 4 * LANES) {
 #pragma GCC unroll 4
             for (int u = 0; u < 4; u++) {
-              vec v = *(const vec*)(p + i + u * LANES) - m;
+              vec v = load(p + i + u * LANES) - m;
               s[u] += squared ? v * v : v;
             }
           }
           for (; i < size; i += LANES) {
-            vec v = *(const vec*)(p + i) - m;
+            vec v = load(p + i) - m;
             s[0] += squared ? v * v : v;
           }
           vec t = (s[0] + s[1]) + (s[2] + s[3]);
           if (g == groups - 1) t = keep(valid, t);
-          all += sum((const float*)&t);
+          all += sum(t);
         }
         return all;
       };
@@ -287,9 +287,9 @@ void norm_forward(const int64_t* shape, const float* x, const float* gamma, cons
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = (g * channels + c) * size;
         for (int64_t i = at; i < at + size; i += LANES) {
-          vec v = *(const vec*)(x + i) * scale + shift;
-          if (add) v += *(const vec*)(add + i);
-          *(vec*)(y + i) = relu ? rectified(v) : v;
+          vec v = load(x + i) * scale + shift;
+          if (add) v += load(add + i);
+          store(y + i, relu ? rectified(v) : v);
         }
       }
     }
@@ -309,16 +309,16 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
       vec m = mean[c] - (vec){}, zero = {};
       float scale = (gamma ? gamma[c] : 1.f) * inverse[c], up = (beta ? beta[c] : 0.f) - scale * mean[c];
       auto passed = [&](int64_t i, vec seen) {  // the gradient that the ReLU lets through
-        vec d = *(const vec*)(dy + i);
+        vec d = load(dy + i);
         if (!relu) return d;
-        return keep((y ? *(const vec*)(y + i) : seen * scale + up) > zero, d);
+        return keep((y ? load(y + i) : seen * scale + up) > zero, d);
       };
       double total = 0, total_x = 0;
       for (int64_t g = 0; g < groups; g++) {
         int64_t at = (g * channels + c) * size;
         vec t = {}, u = {}, t2 = {}, u2 = {};
         auto take = [&](int64_t i, vec& t, vec& u) {
-          vec seen = *(const vec*)(x + i), d = passed(i, seen);
+          vec seen = load(x + i), d = passed(i, seen);
           t += d;
           u += d * (seen - m);
         };
@@ -326,8 +326,8 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
         for (; i + 2 * LANES <= at + size; i += 2 * LANES) take(i, t, u), take(i + LANES, t2, u2);
         if (i < at + size) take(i, t, u);
         t += t2, u += u2;  // lanes that hold no image have dy = 0
-        total += sum((const float*)&t);
-        total_x += sum((const float*)&u);
+        total += sum(t);
+        total_x += sum(u);
       }
       total_x *= inverse[c];
       dgamma[c] = total_x;
@@ -337,9 +337,9 @@ void norm_backward(const int64_t* shape, const float* dy, const float* y, const 
         int64_t at = (g * channels + c) * size;
         ivec mask = g == groups - 1 ? valid : ~(ivec){};
         for (int64_t i = at; i < at + size; i += LANES) {
-          vec seen = *(const vec*)(x + i), d = passed(i, seen);
-          if (dadd) *(vec*)(dadd + i) = d;
-          *(vec*)(dx + i) = keep(mask, d * scale + shift + (seen - m) * slope);
+          vec seen = load(x + i), d = passed(i, seen);
+          if (dadd) store(dadd + i, d);
+          store(dx + i, keep(mask, d * scale + shift + (seen - m) * slope));
         }
       }
     }
