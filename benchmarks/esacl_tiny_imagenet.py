@@ -82,7 +82,7 @@ def main() -> None:
         every = run_all(partial(run, images=images), [(*job, epochs, per_class) for job in jobs], args.processes)
     results, table = dict(zip(jobs, every, strict=True)), []
     for row in rows:
-        runs = [results[*row, seed] for seed in seeds]
+        runs = [results[(*row, seed)] for seed in seeds]
         spreads = {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
         by_seed = {k: [round(r[k], 5) for r in runs] for k in ("Class-IL", "Task-IL")}  # for paired differences
         table.append({"method": row[0], "sparsity": row[1]} | spreads | {"by seed": by_seed})
@@ -90,7 +90,7 @@ def main() -> None:
     harness.show("Split Tiny-ImageNet, 50 classes, in percent", table,
                  ["method", "sparsity", "Class-IL", "Task-IL", "of DER++", "used"])  # fmt: skip
     if not args.quick:
-        search = {f"{row}, seed {seed}": round(results[row, s, seed]["Class-IL"], 4) for row, s, seed in found}
+        search = {f"{row}, seed {seed}": round(results[(row, s, seed)]["Class-IL"], 4) for row, s, seed in found}
         harness.save("esacl_tiny_imagenet", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class,
                      missing=[f"{row}, {s:g}" for row, s in ROWS if (row, s) not in rows], search=search)  # fmt: skip
 

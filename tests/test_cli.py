@@ -208,9 +208,13 @@ assert not {{"lightning", "lightning_sparse_cl", "pytorch_lightning"}} & set(sys
     with pytest.raises(FileNotFoundError, match=r"no intact last\.ckpt of this configuration"):
         main(["export", *options, "--seed_everything=5", "--ckpt_path=last"])
     dst = CONFIGS / "split_digits" / "scratch.yaml"
-    main(["fit", "-c", str(dst), *small(dst), "--trainer.limit_train_batches=2"])
-    with pytest.raises(ValueError, match="no single network"):
-        main(["export", "-c", str(dst), *small(dst), "--ckpt_path=last"])
+    cli = main(["fit", "-c", str(dst), *small(dst), "--trainer.limit_train_batches=2"])
+    own = Path(cli.trainer.log_dir, "config.yaml")
+    for options, names in ((["--task=1"], cli.datamodule.names_of_tasks()[1]), ([], cli.datamodule.class_names)):
+        main(["export", "-c", str(own), "--ckpt_path=last", "--output=tasks.spnet", *options])
+        assert FlatNetwork.load("tasks.spnet").metadata["class_names"] == names
+    with pytest.raises(ValueError, match=r"values in a \.spnet are float32, bfloat16, int8"):
+        main(["export", "-c", str(own), "--ckpt_path=last", "--output=narrow.spnet", "--values=float16"])
 
 
 def test_validate_predict_and_print_config_work(capsys, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
@@ -188,10 +189,7 @@ def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
     """Hyper-parameters by dotted name: constructor arguments of the module, of its parts and of the callbacks that act
     on tasks; what the optimisers begin with; what of the Trainer changes the training.
     """
-    found: dict[str, Any] = {}
-    _describe(pl_module, "", found)
-    for name, value in getattr(pl_module, "hparams", {}).items():
-        _describe(value, f"hparams.{name}", found)
+    found = settings_of(pl_module)
     for callback in callbacks_of(trainer, TaskCallback):
         _describe(callback, type(callback).__name__, found)
     for i, optimizer in enumerate(trainer.optimizers):
@@ -201,6 +199,15 @@ def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
                 _describe(value, f"{optimizer_name(i)}.{key}", found)
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
         _describe(getattr(trainer, key), f"trainer.{key}", found)
+    return found
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """Hyper-parameters of a module and of its parts, as :func:`settings` names them."""
+    found: dict[str, Any] = {}
+    _describe(module, "", found)
+    for name, value in getattr(module, "hparams", {}).items():
+        _describe(value, f"hparams.{name}", found)
     return found
 
 
@@ -230,6 +237,7 @@ def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, .
         for key, item in value.items():
             _describe(item, f"{name}.{key}", found, inner)
     elif isinstance(value, partial):
+        value = without_parser(value)
         found[name] = getattr(value.func, "__name__", type(value.func).__name__)
         _describe(value.keywords, name, found, inner)
     else:
@@ -239,6 +247,16 @@ def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, .
             for parameter in inspect.signature(init).parameters:
                 if parameter in kept:
                     _describe(kept[parameter], f"{name}.{parameter}".lstrip("."), found, inner)
+
+
+def without_parser(value: partial) -> partial:
+    """What jsonargparse gives for ``Callable[[...], Class]`` holds the parser: the class alone with its arguments."""
+    if not str(getattr(value.func, "__module__", "")).startswith("jsonargparse"):
+        return value
+    place = next((i for i, part in enumerate(value.args) if inspect.isclass(part)), None)
+    if place is None:
+        return value
+    return partial(value.args[place], *value.args[place + 1 :], **value.keywords)
 
 
 def _short(value: Any) -> str:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.data import TaskDataModule
+from lightning_sparse_cl.data.loader import length
 from lightning_sparse_cl.deploy.export import ENDINGS
 from lightning_sparse_cl.nests import described, in_words
+
+CALIBRATION = 256
+"""Samples, about, that an ONNX model of int8 is calibrated with."""
 
 
 class ExportingTrainer(pl.Trainer):
@@ -25,6 +31,8 @@ class ExportingTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         ckpt_path: str = "last",
         output: str = "model.pt2",
+        task: int | None = None,
+        values: Literal["float32", "float16", "bfloat16", "int8"] = "float32",
         weights_only: bool | None = None,
     ) -> None:
         """Write the trained network, without dead channels, for use elsewhere; the file's ending says how.
@@ -33,27 +41,28 @@ class ExportingTrainer(pl.Trainer):
 
         Args:
             model: the method.
-            datamodule: not needed.
+            datamodule: some of its training samples calibrate an ONNX model of int8; else it is not needed.
             ckpt_path: a checkpoint, or "last": the newest run of this configuration.
             output: the file to write, ``.pt2``, ``.spnet`` or ``.onnx``.
+            task: answer among the classes of this task alone, counted from 0. If None, among all.
+            values: type of the weights.
             weights_only: as for ``torch.load``. If None, True.
 
         Raises:
-            ValueError: if the checkpoint is damaged, of another version or method, has one subnetwork for each task, or
-                classifies by a memory.
+            ValueError: if the checkpoint is damaged, of another version or method, or cannot be exported.
         """
         _refuse_ending(output)
         checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
         trained = sequence_of(checkpoint)["tested"]["method"] if "task_sequence" in checkpoint else None
-        _refuse_several(model, checkpoint)
         if "built_for" not in checkpoint or trained not in (None, type(model).__qualname__):
             raise ValueError(
                 f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
-                "export_network(network, path)"
+                "export_model(network, path)"
             )
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-        _write(model, checkpoint, ckpt_path, output)
+        calibration = _some_samples(datamodule) if values == "int8" and isinstance(datamodule, TaskDataModule) else None
+        _write(model, checkpoint, ckpt_path, output, values=values, task=task, calibration=calibration)
 
 
 def is_meant(args: Sequence[str]) -> bool:
@@ -77,6 +86,8 @@ def command(args: Sequence[str]) -> None:
     parser.add_argument(
         "--output", default="model.pt2", metavar="FILE", help="the file, .pt2, .spnet or .onnx (model.pt2)"
     )
+    parser.add_argument("--task", type=int, metavar="TASK", help="answer among its classes alone, counted from 0")
+    parser.add_argument("--values", default="float32", help="type of the weights (float32)")
     given = parser.parse_args(args)
     _refuse_ending(given.output)
     checkpoint = read_checkpoint(given.ckpt_path)
@@ -85,8 +96,7 @@ def command(args: Sequence[str]) -> None:
             f"checkpoint {given.ckpt_path}: it does not say how its network was built; give the run's configuration, -c"
         )
     module: scl.ContinualModule = scl.ContinualModule.load_from_checkpoint(given.ckpt_path, map_location="cpu")
-    _refuse_several(module, checkpoint)
-    _write(module, checkpoint, given.ckpt_path, given.output)
+    _write(module, checkpoint, given.ckpt_path, given.output, values=given.values, task=given.task)
 
 
 def _refuse_ending(output: str) -> None:
@@ -94,22 +104,26 @@ def _refuse_ending(output: str) -> None:
         raise ValueError(f"export(output={output!r}): the ending says what is written: {', '.join(ENDINGS)}")
 
 
-def _refuse_several(model: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    if checkpoint.get("subnetworks") or isinstance(getattr(model, "objective", None), scl.ICaRL):
-        raise ValueError(
-            f"export: a {type(model).__name__} of this checkpoint is no single network; load it with "
-            "load_from_checkpoint and export each that you need by export_model"
-        )
+def _some_samples(data: TaskDataModule) -> Tensor | None:
+    """Training samples of all tasks as they are stored, some hundred in all. If they are no tensors, None."""
+    data.setup()
+    found = []
+    for own in data.train_sets:
+        at = torch.linspace(0, length(own) - 1, min(length(own), CALIBRATION // len(data.train_sets) + 1)).long()
+        found += [own[i][0] for i in at.tolist()]
+    return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else None
 
 
-def _write(model: pl.LightningModule, checkpoint: Mapping[str, Any], ckpt_path: str, output: str) -> None:
+def _write(
+    model: pl.LightningModule, checkpoint: Mapping[str, Any], ckpt_path: str, output: str, **options: Any
+) -> None:
     inputs = checkpoint["built_for"]["inputs"]
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         raise ValueError(
             f"export: {ckpt_path} is of a network that takes {in_words(described(inputs))}; what can be exported "
             "takes one tensor of floats"
         )
-    print(f"{output}: {scl.export_model(model, output, inputs.shape[1:]):,} bytes")
+    print(f"{output}: {scl.export_model(model, output, inputs.shape[1:], **options):,} bytes")
 
 
 class _Parser(argparse.ArgumentParser):

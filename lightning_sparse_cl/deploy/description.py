@@ -15,13 +15,15 @@ from lightning_sparse_cl.acceleration.pooling import is_mean
 from lightning_sparse_cl.acceleration.steps import is_sum
 from lightning_sparse_cl.acceleration.tracing import trace
 
-KINDS = ("convolution", "linear", "affine", "add", "clamp", "max_pool", "mean_pool", "mean")
+KINDS = ("convolution", "linear", "affine", "add", "clamp", "max_pool", "mean_pool", "mean", "unit")
 """As spnet.cpp numbers them."""
 POOLING = (
     "kernel_size", "stride", "padding", "ceil_mode", "dilation", "return_indices", "count_include_pad",
     "divisor_override",
 )  # fmt: skip
 SAME = (nn.Identity, nn.Dropout, nn.Dropout2d)
+UNIT = {"p": 2.0, "dim": 1, "eps": 1e-12, "out": None}
+"""How vectors are made as long as one."""
 SAME_TARGETS = {"contiguous", F.dropout}
 
 
@@ -122,6 +124,11 @@ class _Description:
             return self._then(source, low=0.0, high=6.0)
         if is_mean(node, module):
             return self._new(Layer("mean", self.values[source], *2 * (self.shapes[source][1],)))
+        if node.target is F.normalize:
+            given = dict(zip(UNIT, node.args[1:])) | dict(node.kwargs)
+            if UNIT | given != UNIT or len(self.shapes[source]) != 2:
+                raise self._refusal(node, "vectors are made as long as one, with the usual p, dim and eps")
+            return self._new(Layer("unit", self.values[source], *2 * (self._unflattened(self.values[source])[0],)))
         window = self._window(node, module, source)
         if window is None:
             raise self._refusal(node)
@@ -183,7 +190,7 @@ class _Description:
     def _then(self, source: fx.Node, **how: Any) -> int:
         """Rectify or clamp a value: the layer that makes it does it, too, unless it is read elsewhere."""
         before, given = self._fusable(source), self.values[source]
-        if before is not None and before.kind not in ("max_pool", "mean_pool", "mean") and not _clamped(before):
+        if before is not None and before.kind not in ("max_pool", "mean_pool", "mean", "unit") and not _clamped(before):
             self.layers[given - 1] = replace(before, **how)
             return given
         channels = self._unflattened(given)[0]

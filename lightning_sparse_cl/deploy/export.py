@@ -12,25 +12,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse_cl.backbones.pretrained import imported
+from lightning_sparse_cl.callbacks.identity import settings_of
 from lightning_sparse_cl.data.description import DataDescription
+from lightning_sparse_cl.deploy.answering import answering
 from lightning_sparse_cl.deploy.description import layers_of
 from lightning_sparse_cl.deploy.file import spnet_bytes
+from lightning_sparse_cl.deploy.onnx_file import onnx_bytes
 from lightning_sparse_cl.kernels.build import HEADERS
+from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.nests import is_image
-from lightning_sparse_cl.sparsity.channels import compact
-from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.whole_file import whole_file
 
 HERE = Path(__file__).parent
-ENDINGS = (".spnet", ".pt2", ".onnx")
+VALUES = {
+    ".spnet": ("float32", "bfloat16", "int8"), ".pt2": ("float32",), ".onnx": ("float32", "float16", "int8"),
+}  # fmt: skip
+"""Types of weights by the endings of files."""
+ENDINGS = tuple(VALUES)
 
 
 def export_model(
     model: nn.Module,
     path: str | os.PathLike,
     input_shape: Sequence[int] | None = None,
-    values: Literal["float32", "bfloat16", "int8"] = "float32",
+    values: Literal["float32", "float16", "bfloat16", "int8"] = "float32",
+    task: int | None = None,
+    calibration: Tensor | None = None,
 ) -> int:
     """Write a trained network for use elsewhere; the file's ending says how.
 
@@ -40,55 +48,97 @@ def export_model(
 
     Channels that no layer reads are left out. Of a module of this package the file has the normalisation, and takes
     samples as they were stored: images as bytes (B, H, W, C), as image files give them. It knows the names of the
-    classes and the classes of each task, as JSON: ``metadata.json`` among the extra files of a ``.pt2``, and
-    ``metadata`` among the properties of an ONNX model. A plain network, or one whose data had a transform of their own,
-    takes floats (B, C, H, W) as it was trained on.
+    classes, the classes of each task and how it was trained, as JSON: ``metadata.json`` among the extra files of a
+    ``.pt2``, and ``metadata`` among the properties of an ONNX model. A plain network, or one whose data had a transform
+    of their own, takes floats (B, C, H, W) as it was trained on.
+
+    Where each task has a subnetwork, all of them are in the file; the class with the largest output tells the task,
+    too. iCaRL's means of exemplars are the last layer.
 
     Args:
         model: a network, or a trained module of this package.
         path: the file; it is replaced at once or not at all.
         input_shape: of one sample, such as (C, H, W). If None, that of the module's training.
-        values: type of the weights in a ``.spnet`` file. Sums are taken in float32 all the same.
+        values: type of the weights: float32, bfloat16 or int8 in a ``.spnet`` file, whose sums are taken in float32 all
+            the same; float32, float16 or int8 in an ONNX model, which computes in that type, too.
+        task: answer among the classes of this task alone, counted from 0; where it has a subnetwork, by that. If None,
+            among all classes.
+        calibration: samples as they were stored, such as images (N, C, H, W), for an ONNX model of int8.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
         ValueError: if the ending is another, no shape is known, the network does something that cannot be exported,
-            which is named, or the module does not answer by its network alone.
+            which is named, there is no such task, or the module does not answer by a network.
         OSError: if the file cannot be written; an earlier one is untouched.
     """
     ending, name = Path(path).suffix, type(model).__name__
     if ending not in ENDINGS:
         raise ValueError(f"export_model(path={str(path)!r}): the ending says what is written: {', '.join(ENDINGS)}")
+    if values not in VALUES[ending]:
+        raise ValueError(f"export_model(values={values!r}): values in a {ending} are {', '.join(VALUES[ending])}")
     known: DataDescription | None = getattr(model, "data_description", None)
+    if known is None and isinstance(model, ContinualModule):
+        raise ValueError(f"export_model({name}): it was never trained; fit it, or load a checkpoint")
     layout = known.layout if known is not None and isinstance(known.layout, Tensor) else None
     shape = tuple(input_shape or (() if layout is None else layout.shape[1:]))
     if not shape or (ending == ".spnet" and len(shape) != 3):
         raise ValueError(f"export_model({name}): it takes images (C, H, W); give input_shape, got {shape}")
     if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
         raise ValueError(f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported")
-    network = network_of(model)
-    _refuse_other_answers(model, network, shape)
-    small = compact(network).cpu().float().eval()
+    network, classes = answering(model, task)
+    if task is None:
+        _refuse_other_answers(model, network, classes, shape)
     normalisation = _normalisation(known, layout)
-    metadata: dict[str, Any] = {"method": name, "input_shape": list(shape)}
-    if known is not None:
-        metadata |= {"class_names": list(known.class_names), "tasks": known.names_of_tasks(), "target": known.target}
+    metadata = json.dumps(_metadata(model, known, shape, classes, task))
     as_bytes = normalisation is not None and layout is not None and layout.dtype == torch.uint8
     if ending == ".spnet":
-        given, names = (normalisation if as_bytes else None), metadata.get("class_names", ())
-        data = spnet_bytes(layers_of(small, shape), shape, given, names, metadata, values)
+        given, about = (normalisation if as_bytes else None), json.loads(metadata)
+        data = spnet_bytes(layers_of(network, shape), shape, given, about.get("class_names", ()), about, values)  # type: ignore[arg-type]  # looked up above
     else:
         turned = as_bytes and is_image(layout)
+        if values == "float16":
+            network = _Half(network).eval()
         if normalisation is not None:
-            small = _Normalising(small, *normalisation, turned).eval()
+            network = _Normalising(network, *normalisation, turned).eval()
         example = torch.zeros(2, *((*shape[1:], shape[0]) if turned else shape))
         example = example.byte() if as_bytes else example
-        data = (_pt2 if ending == ".pt2" else _onnx)(small, example, json.dumps(metadata))
+        if ending == ".pt2":
+            data = _pt2(network, example, metadata)
+        else:
+            seen = calibration.permute(0, 2, 3, 1) if calibration is not None and turned else calibration
+            data = onnx_bytes(network, example, metadata, values, seen)  # type: ignore[arg-type]  # looked up above
     with whole_file(path) as part:
         part.write_bytes(data)
     return len(data)
+
+
+def _metadata(
+    model: nn.Module, known: DataDescription | None, shape: Sequence[int], classes: list[int] | None, task: int | None
+) -> dict[str, Any]:
+    weights = [layer.weight for layer in weight_layers(network_of(model)).values()]
+    alive, every = sum(int(w.count_nonzero()) for w in weights), sum(w.numel() for w in weights)
+    found: dict[str, Any] = {"method": type(model).__name__, "input_shape": list(shape)}
+    if known is not None:
+        outputs = range(len(known.class_names)) if classes is None else classes
+        tasks = known.classes if task is None else [known.classes[task]]
+        found["class_names"] = [known.class_names[c] for c in outputs]
+        found["tasks"] = [[known.class_names[c] for c in own if c in outputs] for own in tasks]
+        found["target"] = known.target
+    trained = {"settings": settings_of(model), "sparsity": round(1 - alive / max(every, 1), 4)}
+    return found | {"trained": trained}
+
+
+class _Half(nn.Module):
+    """A network in float16 that takes and gives what it did before."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x.half() if x.is_floating_point() else x).float()
 
 
 class _Normalising(nn.Module):
@@ -126,36 +176,22 @@ def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
     return file.getvalue()
 
 
-def _onnx(network: nn.Module, example: Tensor, metadata: str) -> bytes:
-    onnx = imported("onnx", "export_model")
-    imported("onnxscript", "export_model", extra="onnx")
-    with torch.compiler.set_stance("default"):
-        program = torch.onnx.export(
-            network, (example,), dynamo=True, verbose=False, input_names=["samples"], output_names=["outputs"],
-            dynamic_shapes=({0: torch.export.Dim("samples", min=1)},),
-        )  # fmt: skip
-    assert program is not None
-    found = program.model_proto
-    onnx.helper.set_model_props(found, {"metadata": metadata})
-    return found.SerializeToString()
-
-
-def _refuse_other_answers(model: nn.Module, network: nn.Module, shape: Sequence[int]) -> None:
-    """Of modules that choose among subnetworks, or classify by a memory, the network is not all."""
-    if network is model:
+def _refuse_other_answers(
+    model: nn.Module, network: nn.Module, classes: list[int] | None, shape: Sequence[int]
+) -> None:
+    """What answers for a module is asked beside it: a module of another package may add something of its own."""
+    if network_of(model) is model or not isinstance(model, ContinualModule):
         return
-    weight, training = next(network.parameters()), {m: m.training for m in model.modules()}
+    weight, training = next(model.parameters()), {m: m.training for m in model.modules()}
     samples = torch.rand(2, *shape, device=weight.device, dtype=weight.dtype)
     model.eval()
     with torch.no_grad():
-        found, own = model(samples), network(samples)
+        found, own = model(samples), network(samples.cpu().float())
     for module, was in training.items():
         module.training = was
+    found = (found if classes is None else found[:, classes]).cpu().float()
     if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"export_model({type(model).__name__}): it does not answer by its network alone, but by subnetworks or a "
-            "memory; export the network that you mean"
-        )
+        raise ValueError(f"export_model({type(model).__name__}): it does not answer by a network that can be written")
 
 
 def write_runtime(folder: str | os.PathLike) -> list[Path]:

@@ -43,7 +43,7 @@ struct Moves {
   }
 };
 
-enum Act { TAKE, GIVE, REGRID, SPARSE, WINDOWED, DOT, COMBINE, POOL, AVERAGE };
+enum Act { TAKE, GIVE, REGRID, SPARSE, WINDOWED, DOT, COMBINE, POOL, AVERAGE, NORMALISE };
 
 struct Step {
   Act act;
@@ -84,7 +84,7 @@ int64_t rounded(int64_t size) { return (size + 2 * LANES - 1) / (2 * LANES) * 2 
 
 // Whether parts of an image stay parts of it, if the stride divides them
 bool keeps_parts(const Layer& l) {
-  if (!is_windowed(l)) return l.kind != LINEAR;
+  if (!is_windowed(l)) return l.kind != LINEAR && l.kind != UNIT;
   return 2 * l.padding == l.dilation * (l.kernel - 1) || (l.kernel == l.stride && l.padding == 0 && l.dilation == 1);
 }
 
@@ -193,11 +193,11 @@ class Planner {
     Shape s = network.shapes[l.input], after = network.shapes[made_value];
     Parts parts = found[l.input].empty() ? parts_for(l, s, images) : made->values[found[l.input].front()].parts;
     if (!fits(l, s, parts)) parts = parts_for(l, s, images);
-    if (l.kind == LINEAR) parts = {1, 1};
+    if (l.kind == LINEAR || l.kind == UNIT) parts = {1, 1};
     int64_t x = in(l.input, parts);
     Parts out = l.kind == LINEAR || l.kind == MEAN ? Parts{1, 1} : parts;
     int64_t other = l.other < 0 ? -1 : in(l.other, out);
-    static const Act acts[] = {SPARSE, SPARSE, COMBINE, COMBINE, COMBINE, POOL, POOL, AVERAGE};
+    static const Act acts[] = {SPARSE, SPARSE, COMBINE, COMBINE, COMBINE, POOL, POOL, AVERAGE, NORMALISE};
     Step own = step(acts[l.kind], &l, x, other);
     bool special = l.groups == 1 && l.dilation == 1 && l.padding < l.kernel &&
                    ((l.kernel == 1 && l.stride <= 2) || (l.kernel == 3 && l.stride <= 2));
@@ -429,6 +429,17 @@ void run_mean(const Blocked& x, const Blocked& y, int64_t images, const float* f
   });
 }
 
+// Each image's numbers divided by the root of the sum of their squares
+void run_unit(const Blocked& x, const float* from, float* to) {
+  int64_t size = x.shape.channels * x.plane();
+  for (int64_t g = 0; g < x.groups; g++, from += size, to += size) {
+    vec squares = {};
+    for (int64_t i = 0; i < size; i += LANES) squares += load(from + i) * load(from + i);
+    for (int l = 0; l < LANES; l++) squares[l] = 1 / std::max(std::sqrt(squares[l]), 1e-12f);
+    for (int64_t i = 0; i < size; i += LANES) store(to + i, load(from + i) * squares);
+  }
+}
+
 void run_combine(const Network& n, const Step& s, const Blocked& x, const float* from, const float* add, float* to) {
   const Layer& l = *s.layer;
   const float* numbers = l.kind == AFFINE ? n.floats(l.rest) : nullptr;
@@ -473,6 +484,7 @@ void Plan::run(const float* floats, const uint8_t* bytes, float* outputs) {
       case COMBINE: run_combine(n, s, values[s.x], x, add, y); break;
       case POOL: run_pool(s, values[s.x], values[s.y], x, y); break;
       case AVERAGE: run_mean(values[s.x], values[s.y], images, x, y); break;
+      case NORMALISE: run_unit(values[s.x], x, y); break;
       case GIVE: s.moves.run(n.shapes.back().channels, x, outputs, same);
     }
     if (s.layer) clamp_all(*s.layer, y, values[s.y].size());

@@ -147,7 +147,7 @@ std::string& last_error() {
 
 // -- the file -----------------------------------------------------------------------------------------------------
 
-enum Kind { CONVOLUTION, LINEAR, AFFINE, ADD, CLAMP, MAX_POOL, MEAN_POOL, MEAN, KINDS };
+enum Kind { CONVOLUTION, LINEAR, AFFINE, ADD, CLAMP, MAX_POOL, MEAN_POOL, MEAN, UNIT, KINDS };
 enum Type { FLOAT32, BFLOAT16, INT8, TYPES };
 
 constexpr int64_t MOST = int64_t(1) << 28;  // numbers in a value for one image, and in a weight

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from lightning_sparse_cl.callbacks.identity import without_parser
+
 TRUSTED = (
     "lightning_sparse_cl.backbones.", "lightning_sparse_cl.callbacks.", "lightning_sparse_cl.data.",
     "lightning_sparse_cl.demos.", "lightning_sparse_cl.methods.", "lightning_sparse_cl.metrics.",
@@ -110,7 +112,7 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, functools.partial):
-            return _without_parser(value).__reduce__()
+            return without_parser(value).__reduce__()
         if isinstance(value, LazyModuleMixin):
             return _lazy, (type(value), _without_hooks(value))
         return NotImplemented
@@ -131,16 +133,6 @@ class _WeightlessPickler(_Pickler):
         if isinstance(value, Tensor) and id(value) in self._saved and not is_lazy(value):
             return _blank, (tuple(value.shape), value.dtype, isinstance(value, nn.Parameter), value.requires_grad)
         return super().reducer_override(value)
-
-
-def _without_parser(value: functools.partial) -> functools.partial:
-    """What jsonargparse gives for ``Callable[[...], Class]`` holds the parser: the class alone with its arguments."""
-    if not str(getattr(value.func, "__module__", "")).startswith("jsonargparse"):
-        return value
-    place = next((i for i, part in enumerate(value.args) if inspect.isclass(part)), None)
-    if place is None:
-        return value
-    return functools.partial(value.args[place], *value.args[place + 1 :], **value.keywords)
 
 
 def _blank(shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool, requires_grad: bool) -> Tensor:

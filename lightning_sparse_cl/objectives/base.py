@@ -126,6 +126,10 @@ class Objective(TaskHooks, nn.Module):
         """Logits (B, num_classes) by which the network is tested, from features (B, D)."""
         return head(features)
 
+    def classifier(self, head: nn.Linear) -> tuple[nn.Module, list[int] | None]:
+        """What :meth:`classify` computes, as a network alone, and the labels of its outputs. If None, all in order."""
+        return head, None
+
 
 class LooksBack(Objective):
     """Base of the objectives that compare with the last task's end: it knows whether there is one."""

@@ -90,6 +90,11 @@ class ICaRL(LooksBack, Replay):
             nearness = F.normalize(features.float()) @ self.means.float().T
         return nearness.masked_fill(~self.old, -torch.inf)
 
+    def classifier(self, head: nn.Linear) -> tuple[nn.Module, list[int] | None]:
+        if not self.tasks:
+            return super().classifier(head)
+        return NearestMean(self.means[self.old]), self.old.nonzero().squeeze(1).tolist()
+
     def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
         held = self.memory.contents()
         raw, labels = trainer.datamodule.stored()
@@ -117,6 +122,18 @@ class ICaRL(LooksBack, Replay):
         features = F.normalize(features_of(model.backbone, held.inputs, data.prepare))
         sums = features.new_zeros(self.means.shape).index_add_(0, held.labels, features)
         self.means.copy_(F.normalize(sums))
+
+
+class NearestMean(nn.Module):
+    """Features (B, D), made as long as one, times the means (C, D) of classes: the nearest has the largest product."""
+
+    def __init__(self, means: Tensor) -> None:
+        super().__init__()
+        self.means = nn.Linear(means.shape[1], len(means), bias=False)
+        self.means.weight.data = means.detach().clone()
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.means(F.normalize(features))
 
 
 def herding(features: Tensor, count: int) -> Tensor:

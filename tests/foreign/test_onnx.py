@@ -32,6 +32,25 @@ def test_a_trained_module_takes_bytes_and_names_its_classes(tmp_path: Path) -> N
     assert about["class_names"] == data.class_names and about["method"] == "EsaCL"
 
 
+@pytest.mark.parametrize(("values", "agreeing", "smaller"), [("float16", 0.99, 0.65), ("int8", 0.95, 0.8)])
+def test_narrow_models_say_the_same_classes(values: Any, agreeing: float, smaller: float, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+    module, data = trained()
+    stored = torch.cat([d.inputs for d in data.train_sets])[:200]
+    whole = scl.export_model(module, tmp_path / "whole.onnx")
+    size = scl.export_model(module, tmp_path / "model.onnx", values=values, calibration=stored)
+    (found,) = session(tmp_path / "model.onnx").run(None, {"samples": stored.permute(0, 2, 3, 1).contiguous().numpy()})
+    wanted = module.eval()(module.prepare_images(stored)).argmax(1)
+    assert (torch.from_numpy(found).argmax(1) == wanted).float().mean() >= agreeing and size < smaller * whole
+    if values == "int8":  # no weight that was zero is another number now
+        held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+        offsets = [v for n, v in held.items() if n.endswith("weight_zero_point")]
+        assert offsets and not any(v.any() for v in offsets)
+        with pytest.raises(ValueError, match="is calibrated; give calibration"):
+            scl.export_model(module, tmp_path / "model.onnx", values="int8")
+
+
 def test_a_plain_network_takes_floats(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     net, shape = network("ResNet18")
