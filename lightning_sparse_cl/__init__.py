@@ -103,7 +103,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
-from lightning_sparse_cl.deploy import FlatNetwork, export_model, write_runtime
+from lightning_sparse_cl.deploy import FlatNetwork, export_model, profile_model, write_runtime
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
@@ -283,6 +283,7 @@ __all__ = [
     "load_sparse",
     "padded",
     "position",
+    "profile_model",
     "save_sparse",
     "sparse_weights",
     "top_k_mask",

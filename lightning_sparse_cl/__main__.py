@@ -17,11 +17,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.cli import export, predict, shipped
+from lightning_sparse_cl.cli import export, predict, profile, shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line, too_large
-from lightning_sparse_cl.cli.export import ExportingTrainer
 from lightning_sparse_cl.cli.last import newest_run, plain
+from lightning_sparse_cl.cli.profile import ProfilingTrainer
 from lightning_sparse_cl.cli.values import refuse_nonsense
 from lightning_sparse_cl.cli.version_folder import claimed
 
@@ -75,7 +75,7 @@ class SparseCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return LightningCLI.subcommands() | {"export": {"model", "datamodule"}}
+        return LightningCLI.subcommands() | {name: {"model", "datamodule"} for name in ("export", "profile")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         super().parse_arguments(parser, _with_files(sys.argv[1:] if args is None else args))
@@ -143,7 +143,7 @@ class SparseCLI(LightningCLI):
         while isinstance(self.datamodule, scl.OpenTasks) and self.datamodule.more():
             self.trainer.fit(self.model, self.datamodule)
 
-    before_validate = before_test = before_predict = before_export = before_fit
+    before_validate = before_test = before_predict = before_export = before_profile = before_fit
 
     def _checkpoint_folders(self) -> list[Path]:
         """Where this command's runs have their checkpoints: as ``ModelCheckpoint`` puts them for any logger."""
@@ -199,7 +199,7 @@ def main(args: ArgsType = None) -> SparseCLI:
         pl.LightningModule,
         scl.TaskDataModule,
         save_config_callback=RunConfig,
-        trainer_class=ExportingTrainer,
+        trainer_class=ProfilingTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
@@ -240,6 +240,7 @@ def run() -> None:
         elif export.is_meant(sys.argv[1:]):
             export.command(sys.argv[2:])
         else:
+            sys.argv[1:] = profile.in_run(sys.argv[1:])
             main()
     except Exception as error:
         line = one_line(error)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.data import TaskDataModule
 from lightning_sparse_cl.data.loader import length
-from lightning_sparse_cl.deploy.export import ENDINGS
+from lightning_sparse_cl.deploy.export import ENDINGS, Values
 from lightning_sparse_cl.nests import described, in_words
 
 CALIBRATION = 256
@@ -32,7 +33,7 @@ class ExportingTrainer(pl.Trainer):
         ckpt_path: str = "last",
         output: str = "model.pt2",
         task: int | None = None,
-        values: Literal["float32", "float16", "bfloat16", "int8"] = "float32",
+        values: Values = "float32",
         weights_only: bool | None = None,
     ) -> None:
         """Write the trained network, without dead channels, for use elsewhere; the file's ending says how.
@@ -52,17 +53,46 @@ class ExportingTrainer(pl.Trainer):
             ValueError: if the checkpoint is damaged, of another version or method, or cannot be exported.
         """
         _refuse_ending(output)
-        checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
-        trained = sequence_of(checkpoint)["tested"]["method"] if "task_sequence" in checkpoint else None
-        if "built_for" not in checkpoint or trained not in (None, type(model).__qualname__):
-            raise ValueError(
-                f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
-                "export_model(network, path)"
-            )
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-        calibration = _some_samples(datamodule) if values == "int8" and isinstance(datamodule, TaskDataModule) else None
+        checkpoint = restore(model, ckpt_path, weights_only)
+        calibration = None
+        if values == "int8" and isinstance(datamodule, TaskDataModule):
+            datamodule.setup()
+            calibration = some_samples(datamodule.train_sets, CALIBRATION)[0]
         _write(model, checkpoint, ckpt_path, output, values=values, task=task, calibration=calibration)
+
+
+def restore(model: pl.LightningModule, ckpt_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+    """Put a module into the state of a checkpoint, which is returned.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of another version or method.
+    """
+    checkpoint = read_checkpoint(ckpt_path, weights_only=weights_only is not False)
+    trained = sequence_of(checkpoint)["tested"]["method"] if "task_sequence" in checkpoint else None
+    if "built_for" not in checkpoint or trained not in (None, type(model).__qualname__):
+        raise ValueError(
+            f"export: {ckpt_path} is of a {trained} and the configuration of a {type(model).__qualname__}; use "
+            "export_model(network, path)"
+        )
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return checkpoint
+
+
+def some_samples(sets: Sequence[Dataset], count: int | None = None) -> tuple[Tensor | None, Tensor]:
+    """Samples of data sets as they are stored, about so many in all, and their labels; if None, all.
+
+    Where a sample is no tensor, there are none.
+    """
+    inputs, labels = [], []
+    for own in sets:
+        most = length(own) if count is None else min(length(own), count // len(sets) + 1)
+        for i in torch.linspace(0, length(own) - 1, most).long().tolist():
+            x, y = own[i]
+            inputs.append(x)
+            labels.append(torch.as_tensor(y))
+    tensors = all(isinstance(x, Tensor) for x in inputs)
+    return (torch.stack(inputs) if tensors and inputs else None), torch.stack(labels)
 
 
 def is_meant(args: Sequence[str]) -> bool:
@@ -102,16 +132,6 @@ def command(args: Sequence[str]) -> None:
 def _refuse_ending(output: str) -> None:
     if not output.endswith(ENDINGS):
         raise ValueError(f"export(output={output!r}): the ending says what is written: {', '.join(ENDINGS)}")
-
-
-def _some_samples(data: TaskDataModule) -> Tensor | None:
-    """Training samples of all tasks as they are stored, some hundred in all. If they are no tensors, None."""
-    data.setup()
-    found = []
-    for own in data.train_sets:
-        at = torch.linspace(0, length(own) - 1, min(length(own), CALIBRATION // len(data.train_sets) + 1)).long()
-        found += [own[i][0] for i in at.tolist()]
-    return torch.stack(found) if all(isinstance(x, Tensor) for x in found) else None
 
 
 def _write(

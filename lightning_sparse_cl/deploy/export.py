@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.whole_file import whole_file
 
 HERE = Path(__file__).parent
+Values = Literal["float32", "float16", "bfloat16", "int8"]
 VALUES = {
     ".spnet": ("float32", "bfloat16", "int8"), ".pt2": ("float32",), ".onnx": ("float32", "float16", "int8"),
 }  # fmt: skip
@@ -36,7 +39,7 @@ def export_model(
     model: nn.Module,
     path: str | os.PathLike,
     input_shape: Sequence[int] | None = None,
-    values: Literal["float32", "float16", "bfloat16", "int8"] = "float32",
+    values: Values = "float32",
     task: int | None = None,
     calibration: Tensor | None = None,
 ) -> int:
@@ -73,45 +76,90 @@ def export_model(
             which is named, there is no such task, or the module does not answer by a network.
         OSError: if the file cannot be written; an earlier one is untouched.
     """
-    ending, name = Path(path).suffix, type(model).__name__
+    ending = Path(path).suffix
     if ending not in ENDINGS:
         raise ValueError(f"export_model(path={str(path)!r}): the ending says what is written: {', '.join(ENDINGS)}")
     if values not in VALUES[ending]:
         raise ValueError(f"export_model(values={values!r}): values in a {ending} are {', '.join(VALUES[ending])}")
-    known: DataDescription | None = getattr(model, "data_description", None)
-    if known is None and isinstance(model, ContinualModule):
-        raise ValueError(f"export_model({name}): it was never trained; fit it, or load a checkpoint")
-    layout = known.layout if known is not None and isinstance(known.layout, Tensor) else None
-    shape = tuple(input_shape or (() if layout is None else layout.shape[1:]))
-    if not shape or (ending == ".spnet" and len(shape) != 3):
-        raise ValueError(f"export_model({name}): it takes images (C, H, W); give input_shape, got {shape}")
-    if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
-        raise ValueError(f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported")
-    network, classes = answering(model, task)
-    if task is None:
-        _refuse_other_answers(model, network, classes, shape)
-    normalisation = _normalisation(known, layout)
-    metadata = json.dumps(_metadata(model, known, shape, classes, task))
-    as_bytes = normalisation is not None and layout is not None and layout.dtype == torch.uint8
-    if ending == ".spnet":
-        given, about = (normalisation if as_bytes else None), json.loads(metadata)
-        data = spnet_bytes(layers_of(network, shape), shape, given, about.get("class_names", ()), about, values)  # type: ignore[arg-type]  # looked up above
-    else:
-        turned = as_bytes and is_image(layout)
-        if values == "float16":
-            network = _Half(network).eval()
-        if normalisation is not None:
-            network = _Normalising(network, *normalisation, turned).eval()
-        example = torch.zeros(2, *((*shape[1:], shape[0]) if turned else shape))
-        example = example.byte() if as_bytes else example
-        if ending == ".pt2":
-            data = _pt2(network, example, metadata)
+    return Exportable.of(model, input_shape, task).write(path, values, calibration)
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """What is written of a trained module, whatever the file."""
+
+    network: nn.Module
+    """What answers, for network input; in eval mode, float32, on the CPU."""
+    shape: tuple[int, ...]
+    """Of one sample as network input."""
+    normalisation: tuple[Tensor, Tensor] | None
+    """Factor and summand (C,) that make network input of stored samples."""
+    as_bytes: bool
+    """Whether stored samples are bytes."""
+    turned: bool
+    """Whether stored samples are images, whose bytes come (B, H, W, C) from files."""
+    metadata: dict[str, Any]
+    classes: list[int] | None
+    """The label of each output. If None, 0, 1, ..."""
+
+    @classmethod
+    def of(cls, model: nn.Module, input_shape: Sequence[int] | None = None, task: int | None = None) -> Exportable:
+        """See :func:`export_model` for arguments and errors."""
+        name = type(model).__name__
+        known: DataDescription | None = getattr(model, "data_description", None)
+        if known is None and isinstance(model, ContinualModule):
+            raise ValueError(f"export_model({name}): it was never trained; fit it, or load a checkpoint")
+        layout = known.layout if known is not None and isinstance(known.layout, Tensor) else None
+        shape = tuple(input_shape or (() if layout is None else layout.shape[1:]))
+        if not shape:
+            raise ValueError(f"export_model({name}): how large is a sample? give input_shape, such as (3, 32, 32)")
+        if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
+            raise ValueError(
+                f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported"
+            )
+        network, classes = answering(model, task)
+        if task is None:
+            _refuse_other_answers(model, network, classes, shape)
+        normalisation = _normalisation(known, layout)
+        as_bytes = normalisation is not None and layout is not None and layout.dtype == torch.uint8
+        metadata = _metadata(model, known, shape, classes, task)
+        return cls(network, shape, normalisation, as_bytes, as_bytes and is_image(layout), metadata, classes)
+
+    def whole(self, half: bool = False) -> nn.Module:
+        """The network for samples as :meth:`given` makes them; if ``half``, it computes in float16."""
+        network = _Half(copy.deepcopy(self.network)) if half else self.network
+        if self.normalisation is not None:
+            network = _Normalising(network, *self.normalisation, self.turned)
+        return network.eval()
+
+    def given(self, stored: Tensor) -> Tensor:
+        """Stored samples as exports take them: images (N, C, H, W) of bytes as (N, H, W, C)."""
+        return stored.permute(0, 2, 3, 1).contiguous() if self.turned else stored
+
+    def example(self) -> Tensor:
+        """Two samples as exports take them."""
+        found = torch.zeros(2, *self.shape)
+        return self.given(found.byte() if self.as_bytes else found)
+
+    def write(self, path: str | os.PathLike, values: str = "float32", calibration: Tensor | None = None) -> int:
+        """Write a file by its ending; see :func:`export_model`."""
+        ending, metadata = Path(path).suffix, json.dumps(self.metadata)
+        if ending == ".spnet":
+            if len(self.shape) != 3:
+                name = self.metadata["method"]
+                raise ValueError(f"export_model({name}): a .spnet takes images (C, H, W); samples are {self.shape}")
+            normalisation = self.normalisation if self.as_bytes else None
+            names = self.metadata.get("class_names", ())
+            layers = layers_of(self.network, self.shape)
+            data = spnet_bytes(layers, self.shape, normalisation, names, self.metadata, values)
+        elif ending == ".pt2":
+            data = _pt2(self.whole(), self.example(), metadata)
         else:
-            seen = calibration.permute(0, 2, 3, 1) if calibration is not None and turned else calibration
-            data = onnx_bytes(network, example, metadata, values, seen)  # type: ignore[arg-type]  # looked up above
-    with whole_file(path) as part:
-        part.write_bytes(data)
-    return len(data)
+            seen = None if calibration is None else self.given(calibration)
+            data = onnx_bytes(self.whole(values == "float16"), self.example(), metadata, values, seen)
+        with whole_file(path) as part:
+            part.write_bytes(data)
+        return len(data)
 
 
 def _metadata(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -33,7 +33,7 @@ def spnet_bytes(
     normalisation: tuple[Tensor, Tensor] | None = None,
     names: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
-    values: Literal["float32", "bfloat16", "int8"] = "float32",
+    values: str = "float32",
 ) -> bytes:
     """A network as the bytes of a .spnet file.
 

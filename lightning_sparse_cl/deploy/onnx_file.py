@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def onnx_bytes(
     network: nn.Module,
     example: Tensor,
     metadata: str,
-    values: Literal["float32", "float16", "int8"] = "float32",
+    values: str = "float32",
     calibration: Tensor | None = None,
 ) -> bytes:
     """A network as the bytes of an ONNX model.

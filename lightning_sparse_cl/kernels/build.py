@@ -63,8 +63,10 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def compiled(source: Path) -> Path:
+def compiled(source: Path, torch_threads: bool = True) -> Path:
     """The shared library that a C++ file and the kernels' headers are compiled to, against torch.
+
+    If not ``torch_threads``, it is compiled without torch, and has threads of its own.
 
     The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first; ``$CXXFLAGS`` are added to
     its options. What it made is kept in
@@ -74,7 +76,7 @@ def compiled(source: Path) -> Path:
     Raises:
         KernelsUnavailable: if there is no compiler, or it fails.
     """
-    command = [*_compiler(), *_flags()]
+    command = [*_compiler(), *_flags(torch_threads)]
     files = [source, *sorted({*HEADERS.glob("*.h"), *source.parent.glob("*.h")})]
     text = " ".join(command) + "".join(p.read_text() for p in files) + torch.__version__ + platform.machine()
     name = f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -119,19 +121,24 @@ def _compiler() -> list[str]:
     raise KernelsUnavailable("sparse kernels: no C++ compiler was found; install g++ or clang++, or name one in CXX")
 
 
-def _flags() -> list[str]:
+def _flags(torch_threads: bool = True) -> list[str]:
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return [
-        *("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"),
+    always = [
+        *("-O3", "-std=c++20", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast", f"-I{HEADERS}"),
         *(INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), []) if x86 else ["-mcpu=native"]),
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+    ]
+    if not torch_threads:
+        return [*always, "-pthread"]
+    return [
+        *always,
         *([] if platform.system() == "Darwin" else ["-fopenmp"]),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         "-DSPNET_TORCH",
-        *(f"-I{HEADERS}", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
+        *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
         *(f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch_cpu", "-lc10"),
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
     ]
 
 

@@ -271,5 +271,5 @@ def test_samples_that_are_no_images_are_refused(tmp_path: Path) -> None:
     module = scl.ContinualModule(scl.SmallMLP([8]))
     rows, y = torch.randn(40, 4), torch.arange(40) % 2
     trainer(epochs=1).fit(module, scl.SplitTensors((rows, y), (rows, y), 1, batch_size=8))
-    with pytest.raises(ValueError, match=r"it takes images \(C, H, W\); give input_shape, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"a \.spnet takes images \(C, H, W\); samples are \(4,\)"):
         scl.export_model(module, tmp_path / "x.spnet")
