@@ -1,8 +1,9 @@
 """Inference of sparse networks: one call of C++ beside ONNX Runtime, the kernels inside PyTorch, and dense PyTorch.
 
 ResNet-18 of width 64 and 16 and SmallCNN(32) for 32x32 images, SmallCNN(32) for 8x8; uniform random masks on all
-convolutions but the first. "flat" is FlatNetwork, "kernels" is accelerate, "dense" the fastest of eager and compiled
-PyTorch, NCHW and channels_last; ONNX Runtime gets what torch exports. All in float32, in turn in one process; medians.
+convolutions but the first. "flat" is FlatNetwork, "kernels" is accelerate layer by layer, "dense" the fastest of eager
+and compiled PyTorch, NCHW and channels_last; ONNX Runtime gets what torch exports. All in float32, in turn in one
+process; medians.
 
 python benchmarks/deploy.py [--quick]
 
@@ -80,7 +81,7 @@ def candidates(name: str, batch: int, threads: int, sparsity: float, compiles: b
         found[f"eager {layout}"] = inference(own, given)
         if compiles:
             found[f"compiled {layout}"] = inference(torch.compile(own), given)
-    scl.accelerate(net)
+    scl.accelerate(net, in_one_call=False)
     return found | {"kernels_ms": inference(net, x)}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "deployment.md")
 
 COLUMNS = {
     "split_digits_sparsity": {
@@ -108,6 +108,20 @@ COLUMNS = {
         "dense": "dense PyTorch, ms (times)",
         "0.75": "at 75 %, ms", "0.95": "at 95 %, ms",
     },
+    "ways_to_run": {
+        "way": "", "file": "file, kB", "accuracy": "accuracy, %", "peak": "peak, MB", "own": "own, MB",
+        "one": "one image, ms", "many": "32 images, ms",
+    },
+    "runtime_sizes": {"compiled": "", "kB": "kB"},
+    "narrow_values": {"data": "", "values": "values", "accuracy": "accuracy", "points lost": "points lost", "kB": "kB"},
+    "esacl_steps": {
+        "method": "", "epochs": "epochs a task", "Class-IL": "Class-IL", "Class-IL to DER++": "to DER++",
+        "Task-IL": "Task-IL", "Task-IL to DER++": "to DER++", "of plain": "FLOPs, % of plain training",
+    },
+    "esacl_tiny_imagenet": {
+        "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL", "Task-IL": "Task-IL",
+        "of DER++": "FLOPs, % of DER++", "used": "weights in use",
+    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",
@@ -115,7 +129,7 @@ COLUMNS = {
 }  # fmt: skip
 ROWS = {"split_digits_sparsity": lambda row: row["sparsity"] == 0.8}
 PLAIN = {"backward passes": 1, "seconds": 1, "footprint, MB": 2, "saturated at task": 1, "tasks that grew": 0}
-PLAIN |= {"TFLOPs": 2, "allocated": 2, "used in networks": 2}
+PLAIN |= {"points lost": 1, "kB": 1, "TFLOPs": 2, "allocated": 2, "used in networks": 2}
 PLAIN |= dict.fromkeys((f"{name}, {kind}" for name in ("dense", "kernels") for kind in ("inference", "training")), 1)
 PLAIN |= {"faster, inference": 2, "faster, training": 2, "ms a step": 0, "weights": 0, "alive": 0, "dense weights": 0}
 PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
@@ -245,11 +259,25 @@ def inference(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def ways(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each way to run a network."""
+    rows = []
+    for row in (r for r in result["rows"] if "note" not in r):
+        own = {"way": row["way"], "file": f"{row['bytes'] / 1000:.1f}", "accuracy": f"{100 * row['accuracy']:.1f}"}
+        own |= {"peak": f"{row['peak_mb']:.0f}", "own": f"{row['own_mb']:.1f}"}
+        for column, times in (("one", row["batch_1_ms"]), ("many", row["batch_32_ms"])):
+            own[column] = f"{times['median']:.3g} ({times['p90']:.3g})"
+        rows.append(own)
+    return rows
+
+
 def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
 DERIVED = {
+    "ways_to_run": ("ways_to_run", ways),
+    "runtime_sizes": ("ways_to_run", lambda result: result["sizes"]),
     "deploy": ("deploy", inference),
     "long_sequences": ("long_sequences", long_sequences),
     "sparse_speed": ("sparse_speed", speeds),

@@ -103,7 +103,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
-from lightning_sparse_cl.deploy import FlatNetwork, export_model, profile_model, write_runtime
+from lightning_sparse_cl.deploy import export_model, profile_model
 from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
@@ -131,6 +131,7 @@ from lightning_sparse_cl.optim import (
     StochasticFrankWolfe,
     UpdateRule,
 )
+from lightning_sparse_cl.runtime import FlatNetwork, write_runtime
 from lightning_sparse_cl.sparsity import (
     Enforcement,
     GrowthGates,

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.file import HEADER, SUMMED_FROM, spnet_bytes
+from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.file import HEADER, SUMMED_FROM, spnet_bytes
 
 
 class PreActivation(nn.Module):
@@ -73,6 +73,13 @@ def network(name: str, sparsity: float = 0.8) -> tuple[nn.Module, tuple[int, int
             if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.numel() > 100:
                 module.weight.mul_(torch.rand_like(module.weight) >= sparsity)
     return net, shape
+
+
+def assert_close(found: Tensor, net: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    with torch.no_grad():
+        wanted = net.double()(x.double()).flatten(1)
+    net.float()
+    assert (found.double() - wanted).abs().max() <= tolerance * wanted.abs().max()
 
 
 def data_of(name: str = "pre-activation") -> bytes:

@@ -43,7 +43,7 @@ def test_kernels_import_nothing_of_the_package_but_themselves():
             assert not bad, f"{name} imports {bad}"
 
 
-PLAIN = ["optim", "sparsity", "metrics", "backbones", "objectives", "kernels", "acceleration", "allocator"]
+PLAIN = ["optim", "sparsity", "metrics", "backbones", "objectives", "kernels", "acceleration", "runtime", "allocator"]
 
 
 @pytest.mark.parametrize("plain", PLAIN)

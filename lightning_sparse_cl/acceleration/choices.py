@@ -79,6 +79,8 @@ def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, flo
         x: its input; of a linear layer, rows as images.
         grads: whether to measure the way back, too.
     """
+    if isinstance(x, Blocked) and not layer.keeps(x):
+        x = x.plain()
     if isinstance(x, Blocked):
         grid = x.grid._replace(images=min(MOST, x.grid.images))
         x = Blocked(x.data[: grid.groups], grid)

@@ -79,6 +79,11 @@ class Layer:
         """Whether it pads so that parts of an image stay parts of it."""
         return 2 * self.geometry.padding + 1 == (self.weight.shape[2] if self.weight.ndim == 4 else 1)
 
+    def keeps(self, x: Blocked) -> bool:
+        """Whether parts of images in which an input lies stay whole."""
+        parts = [n % self.geometry.stride == 0 for n in x.data.shape[2:4]]
+        return x.grid[1:] == (1, 1) or (self.keeps_size and all(parts))
+
     def grid(self, x: Tensor) -> Grid:
         """In which to lay images (B, C, H, W) for it, and for what may follow until images are 4x4."""
         h, w = x.shape[2:]

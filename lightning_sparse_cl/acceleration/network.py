@@ -27,6 +27,7 @@ def accelerate(
     optimizers: Iterable[Optimizer] = (),
     parts: Sequence[str] = ("",),
     measure: bool = True,
+    in_one_call: bool = True,
 ) -> Acceleration:
     """Run a masked network by sparse kernels from now on, in training and evaluation, on CPUs in float32.
 
@@ -52,6 +53,9 @@ def accelerate(
             same weights, must be given, too: accelerate the network anew.
         parts: names of the submodules that are called as a whole; the model itself is ``""``.
         measure: if False, the kernels are used wherever there are any, and nothing is measured.
+        in_one_call: run a network whose weights stay the same, in eval mode and without gradients, as a
+            :class:`~lightning_sparse_cl.FlatNetwork` from the second call on, where that has all its layers. Without
+            ``optimizers`` alone: what is evaluated inside training is computed in the same way as in training.
 
     Returns:
         What :func:`densify` takes, if not the model; it tells what is run how. Masked layers without kernels are named
@@ -63,7 +67,7 @@ def accelerate(
             submodule, the model is already accelerated, or a part is compiled or scripted; nothing has changed then.
     """
     library()
-    return Acceleration(model, masks, optimizers, parts, measure)
+    return Acceleration(model, masks, optimizers, parts, measure, in_one_call)
 
 
 def densify(model: nn.Module | Acceleration) -> nn.Module:
@@ -89,12 +93,14 @@ class Acceleration:
         optimizers: Iterable[Optimizer],
         parts: Sequence[str],
         measure: bool,
+        in_one_call: bool,
     ) -> None:
         optimizers = _checked(model, optimizers, parts)
         self.model = model
         self.removed = False
         self._told = False
         self.choices = Choices(measure)
+        self.in_one_call = in_one_call and not optimizers
         self._sparse = SparseLayers(model, masks, parts)
         whole = [found for n in parts for found in traceable(model.get_submodule(n), self.layers, n)]
         self._training = CompactTraining(self._sparse, self.choices, optimizers)

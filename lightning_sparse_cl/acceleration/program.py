@@ -109,10 +109,8 @@ class Program:
 
     def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
         """In a grid whose parts the layer keeps whole."""
-        if isinstance(x, Blocked):
-            parts = [n % layer.geometry.stride == 0 for n in x.data.shape[2:4]]
-            if x.grid[1:] == (1, 1) or (layer.keeps_size and all(parts)):
-                return x
+        if isinstance(x, Blocked) and layer.keeps(x):
+            return x
         images: Tensor = rows_as_images(plain(x)) if isinstance(layer.module, nn.Linear) else plain(x)
         grid = layer.grid(images)
         return Blocked(grid.block(images), grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +14,15 @@ from lightning_sparse_cl.acceleration.choices import Choices
 from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.acceleration.program import Program
 from lightning_sparse_cl.acceleration.tracing import is_transformed, plain_state, trace
+from lightning_sparse_cl.acceleration.whole import WholeNetwork
 
 
 class Owner(Protocol):
     """The accelerated model, as far as runners know it."""
 
     choices: Choices
+    in_one_call: bool
+    """Whether inference of a whole network is one call."""
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -50,6 +53,7 @@ class Runner:
         self._traced = [m for m in self._network.modules() if not leaf(m, "") or m is self._network]
         self._programs: dict[tuple[Any, ...], Program | None] = {}
         self._said: Counter[str] = Counter()
+        self._whole = WholeNetwork(self._network, self._layers.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the code around: the kernels are no part of its graph
@@ -75,13 +79,25 @@ class Runner:
         program = self._program()
         if program is None or len(args) != len(program.inputs):
             return self.part._call_impl(*args, **kwargs)
+        run = self._by_whole(program) if self._is_inference(*args) else program
         if not (self.part._forward_hooks or self.part._forward_pre_hooks):
-            return program(*args)
-        self.part.forward = program  # between the hooks of the part itself
+            return run(*args)
+        self.part.forward = run  # between the hooks of the part itself
         try:
             return self.part._call_impl(*args)
         finally:
             del self.part.forward
+
+    def _is_inference(self, x: Tensor, *others: Tensor) -> bool:
+        """Whether the whole network may run in one call."""
+        if torch.is_grad_enabled():
+            self._whole.forget()  # an optimiser that writes to ``weight.data`` leaves no trace
+            return False
+        still = self.owner.in_one_call and not others and x.ndim == 4
+        return still and not any(m.training for m in self._modules)
+
+    def _by_whole(self, program: Program) -> Callable[[Tensor], Any]:
+        return lambda x: self._whole(x, program)
 
     def _unfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call cannot be taken, or None."""

@@ -26,7 +26,8 @@ class SparseAcceleration(pl.Callback):
     In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
     no kernels (another device or precision, no C++ compiler, a network under ``torch.compile``) the run goes on dense,
     and says so. With several processes, and optimisers that look at more than one element at a time, weights stay
-    whole: slower, and the same otherwise.
+    whole: slower, and the same otherwise. Layers are computed one by one in every stage, so that a test gives the
+    figures of the evaluation inside ``fit``; :class:`~lightning_sparse_cl.FlatNetwork` is faster for a trained network.
 
     Args:
         measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them
@@ -76,7 +77,8 @@ class SparseAcceleration(pl.Callback):
             )
             return
         try:
-            self.acceleration = accelerate(pl_module, masks, optimizers, _parts(pl_module), self.measure)
+            parts = _parts(pl_module)
+            self.acceleration = accelerate(pl_module, masks, optimizers, parts, self.measure, in_one_call=False)
         except (KernelsUnavailable, ValueError) as error:  # a compiled backbone, for one
             rank_zero_warn(f"SparseAcceleration: {error}; the run goes on dense")
             return

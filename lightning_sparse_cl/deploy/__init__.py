@@ -1,7 +1,6 @@
-"""Trained sparse networks for use elsewhere: one C++ call for a whole network."""
+"""Trained modules for use elsewhere: files of them, and what each way to run them costs."""
 
-from lightning_sparse_cl.deploy.export import export_model, write_runtime
-from lightning_sparse_cl.deploy.flat import FlatNetwork
+from lightning_sparse_cl.deploy.export import export_model
 from lightning_sparse_cl.deploy.profiling import profile_model
 
-__all__ = ["FlatNetwork", "export_model", "profile_model", "write_runtime"]
+__all__ = ["export_model", "profile_model"]

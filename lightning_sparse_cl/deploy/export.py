@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from lightning_sparse_cl.callbacks.identity import settings_of
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.deploy.answering import answering
-from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.file import spnet_bytes
 from lightning_sparse_cl.deploy.onnx_file import onnx_bytes
-from lightning_sparse_cl.kernels.build import HEADERS
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.nests import is_image
+from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.file import spnet_bytes
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.whole_file import whole_file
 
-HERE = Path(__file__).parent
 Values = Literal["float32", "float16", "bfloat16", "int8"]
 VALUES = {
     ".spnet": ("float32", "bfloat16", "int8"), ".pt2": ("float32",), ".onnx": ("float32", "float16", "int8"),
@@ -240,21 +238,3 @@ def _refuse_other_answers(
     found = (found if classes is None else found[:, classes]).cpu().float()
     if found.shape != own.shape or not torch.allclose(found, own, rtol=1e-3, atol=1e-4):
         raise ValueError(f"export_model({type(model).__name__}): it does not answer by a network that can be written")
-
-
-def write_runtime(folder: str | os.PathLike) -> list[Path]:
-    """Write the runtime's source into a folder: ``spnet.h`` and ``spnet.cpp``, C++17 without dependencies.
-
-    ``c++ -std=c++17 -O3 -march=native -pthread -c spnet.cpp`` compiles it. Beside them are ``example.c`` and
-    ``example.py``, programs that say what images show, and a ``CMakeLists.txt``.
-    """
-    source = (HERE / "spnet.cpp").read_text()
-    for header in (HEADERS / "convolve.h", HERE / "plan.h"):
-        source = source.replace(f'#include "{header.name}"', header.read_text())
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    texts = {name: (HERE / name).read_text() for name in ("spnet.h", "example.c", "example.py", "CMakeLists.txt")}
-    texts["spnet.cpp"] = source
-    for file, text in texts.items():
-        with whole_file(Path(folder, file)) as part:
-            part.write_text(text)
-    return [Path(folder, file) for file in texts]

@@ -20,9 +20,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_sparse_cl.deploy.export import Exportable
-from lightning_sparse_cl.deploy.flat import SOURCE
 from lightning_sparse_cl.deploy.profile_picture import draw_bars
 from lightning_sparse_cl.kernels.build import compiled
+from lightning_sparse_cl.runtime.flat import SOURCE
 from lightning_sparse_cl.whole_file import whole_file
 
 MEASURED = Path(__file__).with_name("measured.py")

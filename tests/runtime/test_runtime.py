@@ -15,8 +15,8 @@ import torch
 from exported import NETWORKS, data_of, network, signed, trained
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.file import SUMMED_FROM, spnet_bytes
+from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.file import SUMMED_FROM, spnet_bytes
 
 X86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="other instructions")
 SANITIZED = ["-O2", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]

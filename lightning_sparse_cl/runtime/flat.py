@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sparse_cl.deploy.description import layers_of
-from lightning_sparse_cl.deploy.file import spnet_bytes
 from lightning_sparse_cl.kernels.build import KernelsUnavailable, compiled
+from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.file import spnet_bytes
 
 SOURCE = Path(__file__).with_name("spnet.cpp")
 

@@ -19,7 +19,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.deploy.description import KINDS, Layer
+from lightning_sparse_cl.runtime.description import KINDS, Layer
 from lightning_sparse_cl.sparsity.bits import pack
 
 VERSION = 1
@@ -38,7 +38,7 @@ def spnet_bytes(
     """A network as the bytes of a .spnet file.
 
     Args:
-        layers: see :func:`~lightning_sparse_cl.deploy.description.layers_of`.
+        layers: see :func:`~lightning_sparse_cl.runtime.description.layers_of`.
         shape: (C, H, W) of an image.
         normalisation: factor and summand (C,) that make network input of bytes. If None, bytes are divided by 255.
         names: of the outputs.
