@@ -215,7 +215,7 @@ def _normalisation(known: DataDescription | None, layout: Tensor | None) -> tupl
 
 
 def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
-    file = io.BytesIO()
+    file, network = io.BytesIO(), copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # not all read others
     with torch.compiler.set_stance("default"):
         program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("samples", min=1)},))
     torch.export.save(program, file, extra_files={"metadata.json": metadata})

@@ -17,9 +17,10 @@ struct Parts {  // into how many each image is cut
 struct Blocked {
   Shape shape;
   Parts parts;
+  int64_t part_height, part_width;
   int64_t groups, place, first, last;  // place in memory, in floats; steps that write it first and read it last
-  int64_t height() const { return shape.height / parts.rows; }
-  int64_t width() const { return shape.width / parts.columns; }
+  int64_t height() const { return part_height; }
+  int64_t width() const { return part_width; }
   int64_t plane() const { return height() * width() * LANES; }
   int64_t size() const { return groups * shape.channels * plane(); }
   // Of a pixel of the first channel
@@ -146,7 +147,8 @@ class Planner {
   }
 
   int64_t value(Shape shape, Parts parts) {
-    made->values.push_back({shape, parts, parts.groups(images), 0, -1, -1});
+    int64_t height = shape.height / parts.rows, width = shape.width / parts.columns;
+    made->values.push_back({shape, parts, height, width, parts.groups(images), 0, -1, -1});
     return made->values.size() - 1;
   }
 
@@ -399,11 +401,12 @@ void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* fr
         for (int64_t j = 0; j < y.width(); j++) {
           const float* at = seen + (i * l.stride * w + j * l.stride) * LANES;
           vec v = load(at);
-          for (int64_t t = 1; t < (int64_t)l.kernel * l.kernel; t++) {
-            vec u = load(at + (t / l.kernel * w + t % l.kernel) * LANES);
-            ivec less = (ivec)~(u <= v) & (ivec) ~((ivec)(v != v));  // NaN stays
-            v = max ? (vec)((less & (ivec)u) | (~less & (ivec)v)) : v + u;
-          }
+          for (int64_t a = 0; a < l.kernel; a++)
+            for (int64_t b = a == 0; b < l.kernel; b++) {
+              vec u = load(at + (a * w + b) * LANES);
+              ivec less = (ivec)~(u <= v) & (ivec) ~((ivec)(v != v));  // NaN stays
+              v = max ? (vec)((less & (ivec)u) | (~less & (ivec)v)) : v + u;
+            }
           store(to + c * y.plane() + (i * y.width() + j) * LANES, max ? v : v * each);
         }
     }
