@@ -225,7 +225,7 @@ class Planner {
 
   // Input channels packed at once, so that their windows fill the first cache
   static int64_t block(int64_t mode, int64_t side, bool dense) {
-    static const int64_t sizes[4][3] = {{64, 32, 32}, {64, 40, 0}, {48, 28, 0}, {48, 18, 8}};  // FLAT, NEXT, AROUND, STRIDED
+    static const int64_t sizes[4][3] = {{64, 32, 32}, {64, 40, 0}, {64, 28, 0}, {48, 18, 8}};  // FLAT, NEXT, AROUND, STRIDED
     int64_t found = sizes[mode][std::min<int64_t>(side, 3) - 1];
     return found ? found : dense ? 16 : 24;
   }
