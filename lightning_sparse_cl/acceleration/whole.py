@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.acceleration.layer import Layer
+from lightning_sparse_cl.acceleration.program import Program
 from lightning_sparse_cl.kernels.build import KernelsUnavailable
 from lightning_sparse_cl.runtime.flat import FlatNetwork
 
 MOST = 4
 """Shapes of inputs that are planned for."""
+
+
+NUMBERS = ("eps", "min_val", "max_val", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+"""Attributes of layers on which their outputs depend."""
 
 
 class WholeNetwork:
@@ -26,6 +32,7 @@ class WholeNetwork:
 
     def __init__(self, network: nn.Module, layers: Iterable[Layer]) -> None:
         self._network, self._layers = network, list(layers)
+        self._program: Program | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -34,23 +41,40 @@ class WholeNetwork:
         self._seen: list[torch.Size] = []
         self._flat: dict[torch.Size, FlatNetwork | None] = {}
 
-    def __call__(self, x: Tensor, otherwise: Callable[[Tensor], Any]) -> Any:
-        """The outputs for a batch (B, C, H, W), without gradients; of ``otherwise`` where they are not known here."""
-        at = [(t._version, t.data_ptr()) for m in self._network.modules() for t in _tensors(m)]
-        if at != self._at:
+    def __call__(self, x: Tensor, program: Program) -> Any:
+        """The outputs for a batch (B, C, H, W), without gradients.
+
+        Args:
+            x: the batch.
+            program: of the network as it is now; it computes what is not known here.
+        """
+        if program is not self._program:
+            self._follow(program)
+        values: Callable[[Any], Iterable[Tensor | None]] = dict.values  # past what watches the reading of weights
+        tensors = chain.from_iterable(map(values, self._tensors))
+        at = [(t._version, t.data_ptr()) for t in tensors if t is not None]
+        numbers = [own[name] for own, name in self._numbers]
+        if (at, numbers) != self._at:
             self.forget()
-            self._at = at
+            self._at = at, numbers
         if x.shape in self._seen:
             flat = self._flat.get(x.shape[1:])
-            return otherwise(x) if flat is None else flat(x)
-        found = otherwise(x)
+            return program(x) if flat is None else flat(x)
+        found = program(x)
         if len(self._seen) < MOST:
             self._seen.append(x.shape)
             if x.shape[1:] not in self._flat:
-                self._flat[x.shape[1:]] = (
-                    self._made(x.shape[1:]) if isinstance(found, Tensor) and found.ndim == 2 else None
-                )
+                vectors = isinstance(found, Tensor) and found.ndim == 2
+                self._flat[x.shape[1:]] = self._made(x.shape[1:]) if vectors else None
         return found
+
+    def _follow(self, program: Program) -> None:
+        """Other modules, or flags of them, have come with a new program."""
+        self.forget()
+        modules = list(self._network.modules())
+        self._program = program
+        self._tensors = [own for m in modules for own in (m._parameters, m._buffers) if len(own)]
+        self._numbers = [(m.__dict__, name) for m in modules for name in NUMBERS if name in m.__dict__]
 
     def _made(self, shape: torch.Size) -> FlatNetwork | None:
         for layer in self._layers:
@@ -61,8 +85,3 @@ class WholeNetwork:
                 return FlatNetwork.of(self._network, shape)
         except (ValueError, KernelsUnavailable):  # it has something that the runtime cannot
             return None
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    own = [*dict.values(module._parameters), *module._buffers.values()]
-    return [t for t in own if t is not None]

@@ -215,9 +215,10 @@ def _normalisation(known: DataDescription | None, layout: Tensor | None) -> tupl
 
 
 def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
-    file, network = io.BytesIO(), copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # not all read others
+    file, batches = io.BytesIO(), torch.export.Dim("samples", min=1)
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # ExecuTorch takes no other
     with torch.compiler.set_stance("default"):
-        program = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim("samples", min=1)},))
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batches},))
     torch.export.save(program, file, extra_files={"metadata.json": metadata})
     return file.getvalue()
 

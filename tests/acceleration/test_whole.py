@@ -35,7 +35,7 @@ def sparse(net: nn.Module, sparsity: float = 0.8) -> nn.Module:
 
 
 def classifier() -> nn.Module:
-    return sparse(nn.Sequential(scl.ResNet18(8), nn.LazyLinear(5)))
+    return sparse(nn.Sequential(scl.ResNet18(8), nn.ReLU(), nn.LazyLinear(5)))
 
 
 def assert_as_dense(net: nn.Module, x: torch.Tensor) -> None:
@@ -84,7 +84,21 @@ def pruned(net: nn.Module) -> None:
     Masks.of(net).apply_()
 
 
-CHANGES = [doubled, moved_statistics, loaded, stepped_by_data, pruned]
+def other_numbers(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.5
+
+
+def without_a_relu(net: nn.Module) -> None:
+    net[1] = nn.LeakyReLU(-1.0)
+
+
+def other_weights(net: nn.Module) -> None:
+    net[2].weight = nn.Parameter(torch.randn_like(net[2].weight))
+
+
+CHANGES = [other_numbers, without_a_relu, other_weights, doubled, moved_statistics, loaded, stepped_by_data, pruned]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
@@ -97,7 +111,8 @@ def test_changes_are_followed(change: Callable[[nn.Module], None], calls: list[i
     change(net)
     for _ in range(3):
         assert_as_dense(net, x)
-    assert before == 2 and len(calls) == 4
+    unknown = change in (without_a_relu, other_weights)  # what the runtime, or the acceleration, does not follow
+    assert before == 2 and len(calls) == (2 if unknown else 4)
 
 
 def test_training_goes_layer_by_layer(calls: list[int]) -> None:
