@@ -114,14 +114,6 @@ COLUMNS = {
     },
     "runtime_sizes": {"compiled": "", "kB": "kB"},
     "narrow_values": {"data": "", "values": "values", "accuracy": "accuracy", "points lost": "points lost", "kB": "kB"},
-    "esacl_steps": {
-        "method": "", "epochs": "epochs a task", "Class-IL": "Class-IL", "Class-IL to DER++": "to DER++",
-        "Task-IL": "Task-IL", "Task-IL to DER++": "to DER++", "of plain": "FLOPs, % of plain training",
-    },
-    "esacl_tiny_imagenet": {
-        "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL", "Task-IL": "Task-IL",
-        "of DER++": "FLOPs, % of DER++", "used": "weights in use",
-    },
     "overhead_choices": {
         "network": "", "ms a step": "ms a step", "without channels_last": "without channels_last",
         "compiled": "compiled",

@@ -149,6 +149,7 @@ class Layer:
         bias, kept = self.bias, self._folded.get(pattern)
         at = [
             self._at,
+            norm.eps,
             *(None if t is None else (t._version, t.data_ptr()) for t in (bias, gamma, beta, mean, variance)),
         ]
         if kept is None or kept[0] != at:

@@ -55,7 +55,8 @@ def accelerate(
         measure: if False, the kernels are used wherever there are any, and nothing is measured.
         in_one_call: run a network whose weights stay the same, in eval mode and without gradients, as a
             :class:`~lightning_sparse_cl.FlatNetwork` from the second call on, where that has all its layers. Without
-            ``optimizers`` alone: what is evaluated inside training is computed in the same way as in training.
+            ``optimizers`` alone: what is evaluated inside training is computed in the same way as in training. Writing
+            to ``weight.data``, or by NumPy, leaves no trace, and is seen only after a call with gradients.
 
     Returns:
         What :func:`densify` takes, if not the model; it tells what is run how. Masked layers without kernels are named

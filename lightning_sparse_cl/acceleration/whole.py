@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_sparse_cl.acceleration.layer import Layer
 from lightning_sparse_cl.acceleration.program import Program
-from lightning_sparse_cl.kernels.build import KernelsUnavailable
+from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.file import spnet_bytes
 from lightning_sparse_cl.runtime.flat import FlatNetwork
 
 MOST = 4
@@ -82,6 +83,6 @@ class WholeNetwork:
                 return None  # values that the mask leaves out
         try:
             with torch.inference_mode(False):
-                return FlatNetwork.of(self._network, shape)
-        except (ValueError, KernelsUnavailable):  # it has something that the runtime cannot
+                return FlatNetwork(spnet_bytes(layers_of(self._network, shape), shape))  # between hooks of its own
+        except Exception:  # it has something that the runtime cannot; called layer by layer it works
             return None

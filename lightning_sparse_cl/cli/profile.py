@@ -50,6 +50,8 @@ class ProfilingTrainer(ExportingTrainer):
         if not isinstance(datamodule, scl.TaskDataModule):
             raise ValueError(f"profile(data={type(datamodule).__name__}): it takes the data of a task sequence")
         datamodule.setup()
+        if task is not None and not 0 <= task < len(datamodule.test_sets):
+            raise ValueError(f"profile(task={task}): tasks are counted from 0, and there are {datamodule.num_tasks}")
         tested = datamodule.test_sets if task is None else datamodule.test_sets[task : task + 1]
         inputs, labels = some_samples(tested, samples)
         if inputs is None:

@@ -37,6 +37,8 @@ def answering(model: nn.Module, task: int | None = None) -> Answering:
         ValueError: if there is no such task, or several subnetworks have a class, so that they do not go together.
     """
     name, learnt = type(model).__name__, Subnetworks.of(model)
+    if task is not None and type(task) is not int:
+        raise ValueError(f"{name}: task {task!r} was asked for; tasks are counted from 0")
     if len(learnt):
         if task is not None:
             return _alone(learnt.network(task), learnt.tasks[task].classes)

@@ -18,10 +18,12 @@ from lightning_sparse_cl.callbacks.identity import settings_of
 from lightning_sparse_cl.data.description import DataDescription
 from lightning_sparse_cl.deploy.answering import answering
 from lightning_sparse_cl.deploy.onnx_file import onnx_bytes
+from lightning_sparse_cl.kernels.build import KernelsUnavailable
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.nests import is_image
-from lightning_sparse_cl.runtime.description import layers_of
+from lightning_sparse_cl.runtime.description import has_hooks, layers_of
 from lightning_sparse_cl.runtime.file import spnet_bytes
+from lightning_sparse_cl.runtime.flat import FlatNetwork
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.whole_file import whole_file
 
@@ -108,9 +110,14 @@ class Exportable:
         if known is None and isinstance(model, ContinualModule):
             raise ValueError(f"export_model({name}): it was never trained; fit it, or load a checkpoint")
         layout = known.layout if known is not None and isinstance(known.layout, Tensor) else None
-        shape = tuple(input_shape or (() if layout is None else layout.shape[1:]))
-        if not shape:
-            raise ValueError(f"export_model({name}): how large is a sample? give input_shape, such as (3, 32, 32)")
+        given = (input_shape,) if isinstance(input_shape, int) else input_shape
+        shape = tuple(given or (() if layout is None else layout.shape[1:]))
+        if not shape or any(type(n) is not int or n < 1 for n in shape):
+            raise ValueError(
+                f"export_model({name}): how large is a sample? input_shape is such as (3, 32, 32), got {shape}"
+            )
+        if layout is not None and shape != tuple(layout.shape[1:]):
+            raise ValueError(f"export_model({name}): it was trained on {tuple(layout.shape[1:])}, and not on {shape}")
         if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
             raise ValueError(
                 f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported"
@@ -121,7 +128,14 @@ class Exportable:
         normalisation = _normalisation(known, layout)
         as_bytes = normalisation is not None and layout is not None and layout.dtype == torch.uint8
         metadata = _metadata(model, known, shape, classes, task)
-        return cls(network, shape, normalisation, as_bytes, as_bytes and is_image(layout), metadata, classes)
+        found = cls(network, shape, normalisation, as_bytes, as_bytes and is_image(layout), metadata, classes)
+        try:
+            with torch.no_grad():
+                found.whole()(found.example())
+        except Exception as error:  # of the user's network
+            line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise ValueError(f"export_model({name}): it cannot take samples {shape}: {line}") from error
+        return found
 
     def whole(self, half: bool = False) -> nn.Module:
         """The network for samples as :meth:`given` makes them; if ``half``, it computes in float16."""
@@ -148,8 +162,13 @@ class Exportable:
                 raise ValueError(f"export_model({name}): a .spnet takes images (C, H, W); samples are {self.shape}")
             normalisation = self.normalisation if self.as_bytes else None
             names = self.metadata.get("class_names", ())
+            if has_hooks(self.network):
+                raise ValueError(
+                    f"export_model({self.metadata['method']}): it has hooks, which would be left out; use .pt2"
+                )
             layers = layers_of(self.network, self.shape)
             data = spnet_bytes(layers, self.shape, normalisation, names, self.metadata, values)
+            self._tried(data)
         elif ending == ".pt2":
             data = _pt2(self.whole(), self.example(), metadata)
         else:
@@ -158,6 +177,16 @@ class Exportable:
         with whole_file(path) as part:
             part.write_bytes(data)
         return len(data)
+
+    def _tried(self, data: bytes) -> None:
+        """Refuse a ``.spnet`` that the runtime does not open, where one can be compiled."""
+        try:
+            FlatNetwork(data)
+        except KernelsUnavailable:
+            return
+        except ValueError as error:
+            name, reason = self.metadata["method"], str(error).removeprefix("spnet: the file is damaged: ")
+            raise ValueError(f"{name}: the runtime cannot run it: {reason}; use torch.export (.pt2)") from error
 
 
 def _metadata(

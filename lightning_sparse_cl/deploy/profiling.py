@@ -82,15 +82,20 @@ def profile_model(
     """
     wanted = list(WAYS) if ways is None else list(ways)
     if unknown := [way for way in wanted if way not in WAYS]:
-        raise ValueError(f"profile_model(ways={unknown}): the ways are {', '.join(WAYS)}")
-    if not len(samples):
-        raise ValueError("profile_model(samples=...): there are no samples")
-    if threads < 1 or seconds <= 0:
+        raise ValueError(f"profile_model(ways={unknown}): the ways are {', '.join(map(repr, WAYS))}")
+    if not len(samples) or not wanted:
+        raise ValueError(f"profile_model: there are {len(samples)} samples and {len(wanted)} ways; give some of both")
+    if labels is not None and len(labels) != len(samples):
+        raise ValueError(f"profile_model: there are {len(samples)} samples and {len(labels)} labels")
+    if threads < 1 or not seconds > 0:
         raise ValueError(f"profile_model(threads={threads}, seconds={seconds}): both are greater than 0")
-    what, folder = (
-        Exportable.of(model, None if hasattr(model, "data_description") else samples.shape[1:], task),
-        Path(folder),
-    )
+    what = Exportable.of(model, None if hasattr(model, "data_description") else samples.shape[1:], task)
+    if tuple(samples.shape[1:]) != what.shape or (samples.dtype == torch.uint8) != what.as_bytes:
+        raise ValueError(
+            f"profile_model: samples are {samples.dtype} {tuple(samples.shape)}, and the network takes "
+            f"{'uint8' if what.as_bytes else 'floats'} (N, {', '.join(map(str, what.shape))})"
+        )
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     given = what.given(samples)
     with torch.no_grad():

@@ -60,12 +60,19 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
     """What a network computes in eval mode: batch-norm is folded into the layer before it.
 
     Args:
-        network: maps images (B, C, H, W) to (B, D) or (B, C', H', W').
+        network: maps images (B, C, H, W) to (B, D) or (B, C', H', W'). Its own hooks are left out, those of its parts
+            are refused.
         shape: (C, H, W) of an image.
 
     Raises:
         ValueError: if the network cannot be traced, or does something that no runtime layer does; it is named.
     """
+    hooked = next((name for name, module in network.named_modules() if name and has_hooks(module)), None)
+    if hooked is not None:
+        raise ValueError(
+            f"{type(network).__name__}: {hooked} has hooks or a forward of its own, which would be left out; use "
+            "torch.export (.pt2)"
+        )
     training = {m: m.training for m in network.modules()}
     network.eval()
     try:
@@ -79,6 +86,11 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
     finally:
         for module, was in training.items():
             module.training = was
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 class _Description:
@@ -110,6 +122,9 @@ class _Description:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or len(node.all_input_nodes) != 1:
             raise self._refusal(node)
+        drops = node.target is F.dropout and (*node.args[2:3], node.kwargs.get("training", False)) != (False,)
+        if drops:
+            raise self._refusal(node, "it drops at random in eval mode, too, unless training=self.training is given")
         if type(module) in SAME or node.target in SAME_TARGETS or self._flattens(node, module):
             return self.values[source]
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -164,6 +179,8 @@ class _Description:
         shift = -module.running_mean.double() * scale
         shift = (shift if module.bias is None else shift + module.bias.detach().double()).cpu()
         scale, given = scale.cpu(), self.values[source]
+        if math.prod(self._unflattened(given)[1:]) > 1 and len(self.shapes[source]) == 2:
+            raise self._refusal(node, "it normalises flattened pixels")
         before = self._fusable(source)
         if before is not None and before.weight is not None and not _done(before):
             assert before.bias is not None
@@ -171,8 +188,6 @@ class _Description:
             bias = before.bias.double() * scale + shift
             self.layers[given - 1] = replace(before, weight=weight.float(), bias=bias.float())
             return given
-        if math.prod(self._unflattened(given)[1:]) > 1 and len(self.shapes[source]) == 2:
-            raise self._refusal(node, "it normalises flattened pixels")
         channels = len(scale)
         return self._new(Layer("affine", given, channels, channels, scale=scale.float(), bias=shift.float()))
 
@@ -228,7 +243,7 @@ class _Description:
         given: dict[str, Any] = {}
         if isinstance(module, nn.AdaptiveAvgPool2d) or node.target is F.adaptive_avg_pool2d:
             wanted = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else node.args[1]
-            pair = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+            pair = tuple(wanted) if isinstance(wanted, list | tuple) else (wanted, wanted)
             if len(size) != 2 or None in pair or any(n % m for n, m in zip(size, pair)):
                 return None
             kernels = {n // m for n, m in zip(size, pair)}
@@ -281,7 +296,7 @@ def _shapes(network: nn.Module, graph: fx.Graph, shape: tuple[int, ...]) -> dict
             return value
 
     found: dict[fx.Node, tuple[int, ...]] = {}
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    example = next(network.parameters(), torch.zeros(0)).detach()
     with torch.no_grad():
-        Noting(fx.GraphModule(network, graph)).run(torch.zeros(1, *shape, device=device))
+        Noting(fx.GraphModule(network, graph)).run(example.new_zeros(1, *shape))
     return found

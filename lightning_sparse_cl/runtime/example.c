@@ -8,16 +8,27 @@
 
 #include "spnet.h"
 
+// The next number of a header, after blanks and comments, or -1
+static long number(FILE *file) {
+  long found;
+  int c;
+  while ((c = fgetc(file)) == '#' || c == ' ' || c == '\n' || c == '\r' || c == '\t')
+    while (c == '#' && (c = fgetc(file)) != '\n' && c != EOF) c = '#';
+  if (c == EOF || ungetc(c, file) == EOF) return -1;
+  return fscanf(file, "%ld", &found) == 1 ? found : -1;
+}
+
 // The bytes (H, W, C) of an image, or NULL
 static uint8_t *read_image(const char *path, const int64_t shape[3]) {
   FILE *file = fopen(path, "rb");
   char kind = 0;
-  long width = 0, height = 0, most = 0;
+  long width, height, most;
   size_t size = (size_t)(shape[0] * shape[1] * shape[2]);
   uint8_t *bytes = malloc(size);
-  int right = file && bytes && fscanf(file, "P%c %ld %ld %ld", &kind, &width, &height, &most) == 4 && fgetc(file) != EOF;
+  int right = file && bytes && fscanf(file, "P%c", &kind) == 1;
   right = right && (shape[0] == 1 ? kind == '5' : shape[0] == 3 && kind == '6');
-  right = right && width == shape[2] && height == shape[1] && most == 255 && fread(bytes, 1, size, file) == size;
+  right = right && (width = number(file)) == shape[2] && (height = number(file)) == shape[1];
+  right = right && (most = number(file)) == 255 && fgetc(file) != EOF && fread(bytes, 1, size, file) == size;
   if (file) fclose(file);
   if (right) return bytes;
   fprintf(stderr, "%s: an image of %ldx%ld pixels and %ld channels is expected, as PPM or PGM\n", path, (long)shape[2],

@@ -6,17 +6,26 @@ LIBRARY is the runtime as a shared one: c++ -std=c++17 -O3 -march=native -pthrea
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+
+FIELD = re.compile(rb"(?:\s|#[^\n]*\n)*([^\s#]+)")  # of the header, after blanks and comments
 
 
 def pixels(path: str, shape: tuple[int, ...]) -> bytes:
     """The bytes (H, W, C) of a binary PPM or PGM file."""
     channels, height, width = shape
     with open(path, "rb") as file:
-        kind, *sizes = file.readline().split() + file.readline().split() + file.readline().split()
-        if kind != (b"P5" if channels == 1 else b"P6") or list(map(int, sizes)) != [width, height, 255]:
-            sys.exit(f"{path}: an image of {width}x{height} pixels and {channels} channels is expected, as PPM or PGM")
-        return file.read(width * height * channels)
+        data, at = file.read(), 0
+    header: list[bytes] = []
+    while len(header) < 4 and (field := FIELD.match(data, at)):
+        header.append(field[1])
+        at = field.end()
+    size = channels * height * width
+    found = data[at + 1 : at + 1 + size]
+    if header != [b"P5" if channels == 1 else b"P6", b"%d" % width, b"%d" % height, b"255"] or len(found) < size:
+        sys.exit(f"{path}: an image of {width}x{height} pixels and {channels} channels is expected, as PPM or PGM")
+    return found
 
 
 def main(library: str, model: str, *images: str) -> None:
@@ -38,4 +47,6 @@ def main(library: str, model: str, *images: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -52,7 +52,7 @@ def spnet_bytes(
         raise ValueError(f"spnet_bytes(values={values!r}): values are {', '.join(TYPES)}")
     about = json.dumps(dict(metadata or {})).encode()
     normalised = b"" if normalisation is None else b"".join(_raw(t.float()) for t in normalisation)
-    called = b"".join(name.replace("\0", "").encode() + b"\0" for name in names)
+    called = b"".join(name.replace("\0", "").encode(errors="replace") + b"\0" for name in names)
     begin = HEADER.size + len(normalised) + len(layers) * LAYER.size + len(about) + len(called)
     records, blob, at = [], [b"\0" * (-begin % 8)], begin + -begin % 8
 

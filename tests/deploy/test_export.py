@@ -38,6 +38,20 @@ def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         scl.export_model(network("SmallCNN")[0], tmp_path / "x.zip", (3, 16, 16))
     with pytest.raises(ValueError, match=r"values in a \.spnet are float32, bfloat16, int8"):
         scl.export_model(network("SmallCNN")[0], tmp_path / "x.spnet", (3, 16, 16), values="int4")
+    module, _ = trained()
+    for options, message in (
+        ({"task": "x"}, "task 'x' was asked for; tasks are counted from 0"),
+        ({"task": True}, "task True was asked for"),
+        ({"task": -1}, "task -1 was asked for, and it has tasks 0 to 4"),
+        ({"input_shape": (1, 9, 9)}, r"it was trained on \(1, 8, 8\), and not on \(1, 9, 9\)"),
+        ({"input_shape": 5}, r"it was trained on \(1, 8, 8\), and not on \(5,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scl.export_model(module, tmp_path / "x.pt2", **options)
+    for shape in ((1, 16, 16), (8, 8), (3, -8, 8)):
+        with pytest.raises(ValueError, match=r"it cannot take samples|how large is a sample") as error:
+            scl.export_model(network("SmallCNN")[0], tmp_path / "x.pt2", shape)
+        assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         scl.FlatNetwork.load(tmp_path / "none.spnet")
     assert not list(tmp_path.iterdir())

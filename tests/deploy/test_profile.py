@@ -61,12 +61,15 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     net, shape = network("SmallCNN")
     x = torch.randn(2, *shape)
     for options, message in (
-        ({"ways": ["TensorRT"]}, r"profile_model\(ways=\['TensorRT'\]\): the ways are PyTorch, eager, "),
+        ({"ways": ["TensorRT"]}, r"profile_model\(ways=\['TensorRT'\]\): the ways are 'PyTorch, eager', "),
         ({"threads": 0}, "both are greater than 0"),
+        ({"seconds": float("nan")}, "both are greater than 0"),
+        ({"ways": []}, "there are 2 samples and 0 ways"),
+        ({"labels": torch.zeros(3)}, "there are 2 samples and 3 labels"),
     ):
         with pytest.raises(ValueError, match=message):
             scl.profile_model(net, x, folder=tmp_path / "p", **options)
-    with pytest.raises(ValueError, match="there are no samples"):
+    with pytest.raises(ValueError, match="there are 0 samples"):
         scl.profile_model(net, x[:0], folder=tmp_path / "p")
     with pytest.raises(ValueError, match="it was never trained"):
         scl.profile_model(scl.EsaCL(scl.SmallCNN(4)), x, folder=tmp_path / "p")

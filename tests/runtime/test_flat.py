@@ -77,6 +77,15 @@ def test_what_is_not_a_number_stays_so() -> None:
             assert torch.equal(found, net(x).isnan()) and found[1].all() and not found[[0, 2]].any()
 
 
+def test_networks_of_other_precisions_and_lists_for_sizes() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d([2, 2]), nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    wanted = net(x).detach()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        found = scl.FlatNetwork.of(copy.deepcopy(net).to(dtype), (3, 8, 8))(x)
+        torch.testing.assert_close(found, wanted, rtol=0.02 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
 def test_a_modules_training_mode_is_left_as_it_was() -> None:
     net, shape = network("SmallCNN")
     net.train()[0].eval()
@@ -99,6 +108,23 @@ class Scaled(nn.Module):
         return torch.sigmoid(self.conv(x)).flatten(1)
 
 
+class Dropping(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x).flatten(1)  # in eval mode, too
+
+
+def hooked(where: int | None) -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten())
+    (net if where is None else net[where]).register_forward_hook(lambda module, args, output: 3 * output)
+    return net
+
+
+def replaced() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    net[0].forward = lambda x: x
+    return net
+
+
 REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Branching(), "Branching: what it computes cannot be traced: control flow"),
     (lambda: Scaled(), r"Scaled: the operation sigmoid cannot be exported: no layer of the runtime computes it"),
@@ -108,6 +134,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: nn.Sequential(nn.MaxPool2d(3, ceil_mode=True)), r"0 \(MaxPool2d\) cannot be exported"),
     (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False)), r"0 \(AvgPool2d\) cannot be exported"),
     (lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)), "it has no running statistics"),
+    (Dropping, "it drops at random in eval mode, too"),
+    (lambda: hooked(None), "Sequential: it has hooks"),
+    (lambda: hooked(0), "Sequential: 0 has hooks"),
+    (replaced, "Sequential: 0 has hooks or a forward of its own"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.BatchNorm1d(288)), "it normalises flattened pixels"),
+    (lambda: nn.Sequential(nn.Conv2d(3, 8, 1, padding=2)), "the runtime cannot run it: padding"),
+    (lambda: nn.Identity(), "the runtime cannot run it: it has no layers"),
 ]  # fmt: skip
 
 

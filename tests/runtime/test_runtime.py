@@ -87,7 +87,7 @@ def test_a_c_program_says_the_same_classes(cc: str, cxx: str, options: list[str]
     files = []
     for i, image in enumerate(stored):
         files.append(f"{i}.pgm")
-        (tmp_path / files[-1]).write_bytes(b"P5 8 8 255\n" + image.numpy().tobytes())
+        (tmp_path / files[-1]).write_bytes(b"P5\n# drawn by hand\n8 8 #\n255\n" + image.numpy().tobytes())
     done = subprocess.run([*program, "model.spnet", *files], cwd=tmp_path, capture_output=True, text=True, check=True)
     wanted = [f"{file}: {found.name}" for file, found in zip(files, module.predict_images(stored), strict=True)]
     assert done.stdout.splitlines() == wanted and not done.stderr
@@ -184,6 +184,9 @@ def test_cmake_and_python_alone(tmp_path: Path) -> None:
     for order in (["build/example", "model.spnet", *files], alone):
         done = subprocess.run(order, cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stdout.splitlines() == wanted
+    (tmp_path / "cut.pgm").write_bytes(b"P5 8 8 255\n" + bytes(10))
+    done = subprocess.run([*alone[:6], "cut.pgm"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "an image of 8x8 pixels and 1 channels is expected" in done.stderr
 
 
 @pytest.mark.slow
