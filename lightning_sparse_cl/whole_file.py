@@ -25,5 +25,9 @@ def whole_file(path: str | os.PathLike, ending: str = ".part") -> Iterator[Path]
     try:
         yield part
         os.replace(part, target)
+    except OSError as error:
+        if str(error.filename) == str(part):
+            error.filename = str(target)  # which the user knows
+        raise
     finally:
         part.unlink(missing_ok=True)

@@ -52,6 +52,9 @@ def test_exports_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"it cannot take samples|how large is a sample") as error:
             scl.export_model(network("SmallCNN")[0], tmp_path / "x.pt2", shape)
         assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError) as missing:
+        scl.export_model(module, tmp_path / "nowhere" / "x.pt2")
+    assert missing.value.filename == str(tmp_path / "nowhere" / "x.pt2")
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         scl.FlatNetwork.load(tmp_path / "none.spnet")
     assert not list(tmp_path.iterdir())
