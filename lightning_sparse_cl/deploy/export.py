@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -21,7 +22,7 @@ from lightning_sparse_cl.deploy.onnx_file import onnx_bytes
 from lightning_sparse_cl.kernels.build import KernelsUnavailable
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.nests import is_image
-from lightning_sparse_cl.runtime.description import has_hooks, layers_of
+from lightning_sparse_cl.runtime.description import layers_of, refuse_hooks
 from lightning_sparse_cl.runtime.file import spnet_bytes
 from lightning_sparse_cl.runtime.flat import FlatNetwork
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
@@ -162,13 +163,11 @@ class Exportable:
                 raise ValueError(f"export_model({name}): a .spnet takes images (C, H, W); samples are {self.shape}")
             normalisation = self.normalisation if self.as_bytes else None
             names = self.metadata.get("class_names", ())
-            if has_hooks(self.network):
-                raise ValueError(
-                    f"export_model({self.metadata['method']}): it has hooks, which would be left out; use .pt2"
-                )
+            refuse_hooks(self.network)
             layers = layers_of(self.network, self.shape)
             data = spnet_bytes(layers, self.shape, normalisation, names, self.metadata, values)
-            self._tried(data)
+            with contextlib.suppress(KernelsUnavailable):  # without a compiler it cannot be tried
+                FlatNetwork.opened(data, self.metadata["method"])
         elif ending == ".pt2":
             data = _pt2(self.whole(), self.example(), metadata)
         else:
@@ -177,16 +176,6 @@ class Exportable:
         with whole_file(path) as part:
             part.write_bytes(data)
         return len(data)
-
-    def _tried(self, data: bytes) -> None:
-        """Refuse a ``.spnet`` that the runtime does not open, where one can be compiled."""
-        try:
-            FlatNetwork(data)
-        except KernelsUnavailable:
-            return
-        except ValueError as error:
-            name, reason = self.metadata["method"], str(error).removeprefix("spnet: the file is damaged: ")
-            raise ValueError(f"{name}: the runtime cannot run it: {reason}; use torch.export (.pt2)") from error
 
 
 def _metadata(

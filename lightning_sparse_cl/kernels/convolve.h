@@ -12,7 +12,7 @@
 // Where a tile sees one pixel around itself there are 9 parts, by where in that window an entry begins: a tile that is
 // a whole plane leaves out the products with padding, a third of them.
 //
-// Who includes this says first how many threads there are, thread_count(), and how to use them: on_threads(n, f) calls
+// The file that includes this one says first how many threads there are, thread_count(), and how to use them: on_threads(n, f) calls
 // f(0) ... f(n - 1), each on a thread.
 
 #include <algorithm>
@@ -23,7 +23,7 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef LANES  // said by who includes this, with ROWS
+#ifdef LANES  // the file that includes this one defines it, and ROWS
 #elif defined(__AVX512F__)
 #define LANES 16
 #define ROWS 4

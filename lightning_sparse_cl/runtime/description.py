@@ -67,7 +67,7 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
     Raises:
         ValueError: if the network cannot be traced, or does something that no runtime layer does; it is named.
     """
-    hooked = next((name for name, module in network.named_modules() if name and has_hooks(module)), None)
+    hooked = next((name for name, module in network.named_modules() if name and _has_hooks(module)), None)
     if hooked is not None:
         raise ValueError(
             f"{type(network).__name__}: {hooked} has hooks or a forward of its own, which would be left out; use "
@@ -88,7 +88,18 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
             module.training = was
 
 
-def has_hooks(module: nn.Module) -> bool:
+def refuse_hooks(network: nn.Module) -> None:
+    """What a network's own hooks do would be left out.
+
+    Raises:
+        ValueError: if it has some, or a forward of its own.
+    """
+    if _has_hooks(network):
+        name = type(network).__name__
+        raise ValueError(f"{name}: it has hooks, which would be left out; use torch.export (.pt2)")
+
+
+def _has_hooks(module: nn.Module) -> bool:
     """Whether a call of a module does more than its class says."""
     return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.kernels.build import KernelsUnavailable, compiled
-from lightning_sparse_cl.runtime.description import has_hooks, layers_of
+from lightning_sparse_cl.runtime.description import layers_of, refuse_hooks
 from lightning_sparse_cl.runtime.file import spnet_bytes
 
 SOURCE = Path(__file__).with_name("spnet.cpp")
@@ -72,16 +72,20 @@ class FlatNetwork:
             ValueError: if the network does something that the runtime cannot; it is named.
             KernelsUnavailable: if the runtime cannot be compiled here.
         """
-        if has_hooks(network):
-            raise ValueError(
-                f"{type(network).__name__}: it has hooks, which would be left out; use torch.export (.pt2)"
-            )
-        data = spnet_bytes(layers_of(network, shape), shape)
+        refuse_hooks(network)
+        return cls.opened(spnet_bytes(layers_of(network, shape), shape), type(network).__name__)
+
+    @classmethod
+    def opened(cls, data: bytes, name: str) -> FlatNetwork:
+        """Of the data of a network that was just described.
+
+        Raises:
+            ValueError: if the runtime has a layer of this kind, and not of this size.
+        """
         try:
             return cls(data)
         except ValueError as error:
             reason = str(error).removeprefix("spnet: the file is damaged: ")
-            name = type(network).__name__
             raise ValueError(f"{name}: the runtime cannot run it: {reason}; use torch.export (.pt2)") from error
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -17,17 +17,15 @@ struct Parts {  // into how many each image is cut
 struct Blocked {
   Shape shape;
   Parts parts;
-  int64_t part_height, part_width;
+  int64_t height, width;  // of a part
   int64_t groups, place, first, last;  // place in memory, in floats; steps that write it first and read it last
-  int64_t height() const { return part_height; }
-  int64_t width() const { return part_width; }
-  int64_t plane() const { return height() * width() * LANES; }
+  int64_t plane() const { return height * width * LANES; }
   int64_t size() const { return groups * shape.channels * plane(); }
   // Of a pixel of the first channel
   int64_t at(int64_t image, int64_t row, int64_t column) const {
-    int64_t part = row / height() * parts.columns + column / width();
+    int64_t part = row / height * parts.columns + column / width;
     int64_t lane = image % parts.each() * parts.rows * parts.columns + part;
-    int64_t pixel = row % height() * width() + column % width();
+    int64_t pixel = row % height * width + column % width;
     return image / parts.each() * shape.channels * plane() + pixel * LANES + lane;
   }
 };
@@ -217,7 +215,7 @@ class Planner {
       network.each(l, [&](int64_t o, int64_t c, int64_t, float value) { own.value[o * row + c] = value; });
     }
     const Blocked& y = made->values[own.y];
-    own.work = own.act == SPARSE || own.act == WINDOWED ? (int64_t)l.count * y.groups * y.height() * y.width()
+    own.work = own.act == SPARSE || own.act == WINDOWED ? (int64_t)l.count * y.groups * y.height * y.width
                                                         : made->values[x].size() / LANES;
     made->steps.push_back(std::move(own));
     found[made_value].push_back(made->steps.back().y);
@@ -237,11 +235,11 @@ class Planner {
     int64_t kernel = linear ? 1 : l.kernel, stride = linear ? 1 : l.stride, padding = linear ? 0 : l.padding;
     int64_t inputs = linear ? x.shape.size() : l.in, taps = kernel * kernel;
     s.mode = kernel == 1 ? FLAT : stride == 1 ? AROUND : STRIDED;
-    int64_t side = std::min<int64_t>(3, std::max(y.height(), y.width()));
+    int64_t side = std::min<int64_t>(3, std::max(y.height, y.width));
     int64_t whole = std::max<int64_t>(1, l.out * inputs * taps);
     int64_t own = std::min(block(s.mode, side, (double)l.count > 0.07 * whole), inputs);
-    int64_t h = linear ? 1 : x.height(), w = linear ? 1 : x.width();
-    s.about.reset(new Convolution{x.groups, inputs, l.out, h, w, y.height(), y.width(), y.height(), y.width(), l.out,
+    int64_t h = linear ? 1 : x.height, w = linear ? 1 : x.width;
+    s.about.reset(new Convolution{x.groups, inputs, l.out, h, w, y.height, y.width, y.height, y.width, l.out,
                                   -padding, -padding, kernel == 1 ? stride : 1, 1, own, *s.grid});
     int64_t parts = parts_of(s.mode), blocks = (inputs + own - 1) / own, lists = blocks * l.out * parts;
     auto list_of = [&](int64_t o, int64_t c, int64_t t) { return (c / own * l.out + o) * parts + t % parts; };
@@ -262,7 +260,7 @@ class Planner {
   void list_windowed(Step& s) {
     const Layer& l = *s.layer;
     Blocked x = made->values[s.x];
-    int64_t high = x.height() + 2 * l.padding, wide = x.width() + 2 * l.padding;
+    int64_t high = x.height + 2 * l.padding, wide = x.width + 2 * l.padding;
     s.ptr.assign(l.out + 1, 0);
     network.each(l, [&](int64_t o, int64_t c, int64_t t, float value) {
       s.ptr[o + 1]++;
@@ -324,7 +322,7 @@ void surround(const Grid& grid, const float* x, int64_t h, int64_t w, int64_t ar
 void run_windowed(const Network& n, const Step& s, const Blocked& x, const Blocked& y, const float* from,
                   const float* add, float* to) {
   const Layer& l = *s.layer;
-  int64_t h = x.height() + 2 * l.padding, w = x.width() + 2 * l.padding, ins = l.in / l.groups, outs = l.out / l.groups;
+  int64_t h = x.height + 2 * l.padding, w = x.width + 2 * l.padding, ins = l.in / l.groups, outs = l.out / l.groups;
   const float* bias = n.floats(l.rest);
   int64_t splits = l.groups == 1 ? std::min<int64_t>(thread_count(), outs) : 1;
   share(x.groups * l.groups * splits, [&](int64_t begin, int64_t end) {
@@ -332,12 +330,12 @@ void run_windowed(const Network& n, const Step& s, const Blocked& x, const Block
     for (int64_t item = begin; item < end; item++) {
       int64_t split = item % splits, part = item / splits % l.groups, group = item / splits / l.groups;
       for (int64_t c = 0; c < ins; c++)
-        surround(*s.grid, from + (group * l.in + part * ins + c) * x.plane(), x.height(), x.width(), l.padding, 0,
+        surround(*s.grid, from + (group * l.in + part * ins + c) * x.plane(), x.height, x.width, l.padding, 0,
                  planes + c * h * w * LANES);
       for (int64_t o = part * outs + outs * split / splits; o < part * outs + outs * (split + 1) / splits; o++)
-        for (int64_t i = 0; i < y.height(); i++)
-          for (int64_t j = 0; j < y.width(); j += COLUMNS) {
-            int64_t some = std::min<int64_t>(COLUMNS, y.width() - j), apart = l.stride * LANES;
+        for (int64_t i = 0; i < y.height; i++)
+          for (int64_t j = 0; j < y.width; j += COLUMNS) {
+            int64_t some = std::min<int64_t>(COLUMNS, y.width - j), apart = l.stride * LANES;
             const float* seen = planes + (i * l.stride * w + j * l.stride) * LANES;
             vec a[COLUMNS];
             for (int u = 0; u < COLUMNS; u++) a[u] = bias[o] - (vec){};
@@ -350,7 +348,7 @@ void run_windowed(const Network& n, const Step& s, const Blocked& x, const Block
                 for (int64_t u = 0; u < some; u++)
                   a[u] += s.value[e] * load(seen + (int64_t)s.place[e] * LANES + u * apart);
             }
-            int64_t at = (group * l.out + o) * y.plane() + (i * y.width() + j) * LANES;
+            int64_t at = (group * l.out + o) * y.plane() + (i * y.width + j) * LANES;
             for (int64_t u = 0; u < some; u++) {
               vec v = add ? a[u] + load(add + at + u * LANES) : a[u];
               store(to + at + u * LANES, l.rectified ? rectified(v) : v);
@@ -386,7 +384,7 @@ void run_dot(const Network& n, const Step& s, const Blocked& x, int64_t images, 
 void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* from, float* to) {
   const Layer& l = *s.layer;
   bool max = l.kind == MAX_POOL;
-  int64_t w = x.width() + 2 * l.padding, h = x.height() + 2 * l.padding;
+  int64_t w = x.width + 2 * l.padding, h = x.height + 2 * l.padding;
   float each = 1.f / ((float)l.kernel * l.kernel);
   share(x.groups * l.in, [&](int64_t begin, int64_t end) {
     float* plane = l.padding ? scratch(h * w * LANES, 0) : nullptr;
@@ -394,11 +392,11 @@ void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* fr
       const float* seen = from + c * x.plane();
       if (plane) {
         float fill = max ? -std::numeric_limits<float>::infinity() : 0;
-        surround(*s.grid, seen, x.height(), x.width(), l.padding, fill, plane);
+        surround(*s.grid, seen, x.height, x.width, l.padding, fill, plane);
         seen = plane;
       }
-      for (int64_t i = 0; i < y.height(); i++)
-        for (int64_t j = 0; j < y.width(); j++) {
+      for (int64_t i = 0; i < y.height; i++)
+        for (int64_t j = 0; j < y.width; j++) {
           const float* at = seen + (i * l.stride * w + j * l.stride) * LANES;
           vec v = load(at);
           for (int64_t a = 0; a < l.kernel; a++)
@@ -407,7 +405,7 @@ void run_pool(const Step& s, const Blocked& x, const Blocked& y, const float* fr
               ivec less = (ivec)~(u <= v) & (ivec) ~((ivec)(v != v));  // NaN stays
               v = max ? (vec)((less & (ivec)u) | (~less & (ivec)v)) : v + u;
             }
-          store(to + c * y.plane() + (i * y.width() + j) * LANES, max ? v : v * each);
+          store(to + c * y.plane() + (i * y.width + j) * LANES, max ? v : v * each);
         }
     }
   });

@@ -23,7 +23,6 @@
 #include <cstring>
 #include <limits>
 #include <list>
-#include <map>
 #include <memory>
 #include <new>
 #include <stdexcept>
