@@ -92,6 +92,20 @@ def test_memories_and_subnetworks_are_exported_as_they_answer(make: Callable[[nn
         assert [name for own in flat.metadata["tasks"] for name in own] == flat.metadata["class_names"]
 
 
+class Doubling(scl.ContinualModule):
+    """Answers by more than its network."""
+
+    def forward(self, x: Tensor, features: bool = False) -> Any:
+        return 2 * super().forward(x)
+
+
+def test_a_module_that_answers_by_more_than_a_network_is_refused(tmp_path: Path) -> None:
+    module, _ = learnt(Doubling(scl.SmallCNN(8)), scl.SplitDigits(5, batch_size=16))
+    with pytest.raises(ValueError, match="it does not answer by a network that can be written"):
+        scl.export_model(module, tmp_path / "x.pt2")
+    assert not list(tmp_path.glob("x*"))
+
+
 def test_a_task_of_any_module(tmp_path: Path) -> None:
     module, data = trained()
     stored = torch.cat([d.inputs for d in data.test_sets])
