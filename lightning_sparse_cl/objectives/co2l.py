@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_sparse_cl.nests import Nest, each, joined, rows, stacked
-from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, coefficient, head_of, positive
+from lightning_sparse_cl.objectives.base import Learner, Terms, coefficient, head_of, positive
 from lightning_sparse_cl.objectives.features import features_of, fit_head
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 from lightning_sparse_cl.objectives.teacher import Teacher
 
 
-class CO2L(LooksBack, Replay):
+class CO2L(Replay):
     """Contrastive features that keep their relations, and a linear classifier fitted at each task's end.
 
     With z projected features of length one, of two views of each sample of the batch and of exemplars::

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.func import functional_call, grad, vmap
+from torch.optim import SGD
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.nests import Nest, rows, split
@@ -26,17 +27,18 @@ class EWC(LooksBack, CrossEntropy):
     batch of one normalises itself, and weights samples by p(y|x), which makes it neither the empirical nor the true
     Fisher; samples that are learnt have gradients near zero either way.) ``bound`` is ours: gradient descent at
     learning rate lr diverges where lr * alpha * F_i > 1, which the published coefficients exceed with this Fisher, by
-    far in networks that are not yet trained to the end; a weight that stiff is held all the same.
+    far in networks that are not yet trained to the end; a weight that stiff is held all the same. A bound that lets SGD
+    diverge is refused when training starts.
 
     Args:
         alpha: weight of the penalty, the paper's lambda.
-        bound: the largest value of alpha F_i, > 0; steps are stable for learning rates below 1 / bound.
+        bound: the largest value of alpha F_i, > 0; at most 1 / the learning rate of SGD.
         gamma: how much of earlier tasks' information stays, in [0, 1].
         samples: of each task, drawn at random, for the Fisher information. If None, all.
         single_head: see :class:`CrossEntropy`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or steps of SGD along the penalty would diverge.
     """
 
     F: Tensor
@@ -79,6 +81,16 @@ class EWC(LooksBack, CrossEntropy):
             stiffness = (self.alpha * self.F).clamp_max(self.bound)
             terms["rest"] = torch.dot(stiffness * moved, moved)
         return terms
+
+    def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        groups = [group for o in trainer.optimizers if isinstance(o, SGD) for group in o.param_groups]
+        lr = max((float(max(group["lr"], group.get("initial_lr", 0))) for group in groups), default=0.0)
+        if self.alpha and lr * self.bound > 1:
+            raise ValueError(
+                f"EWC(bound={self.bound:g}): SGD's steps along the penalty diverge where its learning rate, {lr:g}, is "
+                f"above 1 / bound; use a bound of at most {1 / lr:g}"
+            )
 
     @torch.no_grad()
     def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:

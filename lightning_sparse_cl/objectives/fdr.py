@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from lightning_sparse_cl.nests import split
 from lightning_sparse_cl.objectives.base import coefficient
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
+
+ROUNDING = 1e-6
+"""Smaller distances are those of float32; at a task's start, without augmentation, their gradient has no direction."""
 
 
 class FDR(Replay):
@@ -26,6 +29,7 @@ class FDR(Replay):
         replay_batch_size: number of exemplars replayed in each step.
         alpha: weight of the distance.
         single_head: see :class:`CrossEntropy`.
+        forward: see :class:`Replay`.
 
     Raises:
         ValueError: if ``alpha`` is negative, or there are more tasks than exemplars.
@@ -36,16 +40,21 @@ class FDR(Replay):
     takes = ("classes",)
 
     def __init__(
-        self, memory: int = 500, replay_batch_size: int = 32, alpha: float = 0.3, single_head: bool = False
+        self,
+        memory: int = 500,
+        replay_batch_size: int = 32,
+        alpha: float = 0.3,
+        single_head: bool = False,
+        forward: Literal["separate", "joint"] = "separate",
     ) -> None:
-        super().__init__(BalancedMemory(memory, by="task"), replay_batch_size, single_head)
+        super().__init__(BalancedMemory(memory, by="task"), replay_batch_size, single_head, forward)
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
         stored = replay[0].logits
         assert stored is not None  # keeps_logits
-        distance = logits[0].float().softmax(1) - stored.softmax(1)
-        return [self.alpha * torch.linalg.vector_norm(distance, dim=1)]
+        apart = torch.linalg.vector_norm(logits[0].float().softmax(1) - stored.softmax(1), dim=1)
+        return [self.alpha * apart.where(apart > ROUNDING, 0)]
 
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +10,18 @@ from torch.nn import functional as F
 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.nests import Nest, joined, rows
-from lightning_sparse_cl.objectives.base import Learner, LooksBack, Terms, head_of
+from lightning_sparse_cl.objectives.base import Learner, Terms, head_of
 from lightning_sparse_cl.objectives.features import features_of
 from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 from lightning_sparse_cl.objectives.teacher import Teacher
 
 
-class ICaRL(LooksBack, Replay):
+class ICaRL(Replay):
     """Exemplars by herding, distillation, and classification by the nearest mean of exemplars.
 
-    Every class has a sigmoid output; L is the binary cross-entropy, mean over the classes seen so far (Algorithm 3)::
+    Every class has a sigmoid output; L is the binary cross-entropy, mean over the classes seen so far (Algorithm 3; the
+    authors' code takes those of all tasks to come as well, with target 0: ``over="all"``)::
 
         over the task's classes: target 1 for the label, else 0;  over the other old ones: target sigmoid(teacher(x))
 
@@ -35,9 +36,10 @@ class ICaRL(LooksBack, Replay):
     Args:
         memory: number of exemplars, at least as many as there are classes.
         replay_batch_size: number of exemplars replayed in each step.
+        over: ``"seen"`` for the mean over the classes seen so far, ``"all"`` for all classes of the sequence.
 
     Raises:
-        ValueError: if ``memory`` is smaller than the number of classes.
+        ValueError: if ``memory`` is smaller than the number of classes, or ``over`` is neither.
     """
 
     trains_head = False
@@ -52,8 +54,11 @@ class ICaRL(LooksBack, Replay):
     """Mean feature (num_classes, D) of each old class's exemplars, of length one."""
     takes = ("classes",)
 
-    def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
+    def __init__(self, memory: int = 500, replay_batch_size: int = 32, over: Literal["seen", "all"] = "seen") -> None:
         super().__init__(BalancedMemory(memory, by="class"), replay_batch_size)
+        if over not in ("seen", "all"):
+            raise ValueError(f"ICaRL(over={over!r}): the loss is a mean over 'seen' or 'all' classes")
+        self.over = over
         self.teacher = Teacher()
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
@@ -79,7 +84,9 @@ class ICaRL(LooksBack, Replay):
         if self.tasks:
             target = torch.where(self.elsewhere, self.teacher(everything).to(logits).sigmoid(), target)
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-        current, replayed = ((loss * self.seen).sum(1) / self.seen.sum()).split([len(y), len(drawn.labels)])
+        if self.over == "seen":
+            loss = loss * self.seen / self.seen.float().mean()
+        current, replayed = loss.mean(1).split([len(y), len(drawn.labels)])
         rest = replayed.mean() if len(replayed) else logits.new_zeros(())
         return {"per_sample": current, "rest": rest, "logits": logits[: len(y)], "replayed": [replayed.detach()]}
 

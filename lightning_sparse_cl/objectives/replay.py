@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,30 @@ from torch.nn import functional as F
 
 from lightning_sparse_cl.backbones.batch_norm import in_eval
 from lightning_sparse_cl.data.targets import KINDS, Target
-from lightning_sparse_cl.nests import Nest, joined, split
-from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, Terms, coefficient, head_of
+from lightning_sparse_cl.nests import Nest, count, joined, split
+from lightning_sparse_cl.objectives.base import CrossEntropy, Learner, LooksBack, Terms, coefficient, head_of
 from lightning_sparse_cl.objectives.class_balanced import ClassBalancedReservoir
 from lightning_sparse_cl.objectives.memory import ExemplarMemory, Exemplars, ReservoirMemory
 
+FORWARDS = ("separate", "joint")
 
-class Replay(CrossEntropy):
-    """Base of the objectives that add to the loss of the current batch one of exemplars, in the same forward pass.
+
+class Replay(LooksBack, CrossEntropy):
+    """Base of the objectives that add to the loss of the current batch one of exemplars.
+
+    Batch-norm sees what goes through the network together. The released code of DER, DER++ and FDR sends the current
+    batch and each draw through alone (``"separate"``): each is normalised by its own mean and variance. In one pass
+    (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate and
+    somewhat faster, and it is not what the papers measured: docs/results.md has both. Without batch-norm they are the
+    same. (ER's own code is joint; SparCL's ER is separate.)
 
     Args:
         memory: where exemplars come from.
         replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
+        forward: ``"separate"`` or ``"joint"``.
+        replay_in_first_task: whether the first task replays its own samples, as soon as the memory holds some. DER,
+            DER++ and ER do so; SparCL's code begins with the second task.
     """
 
     draws = 1
@@ -39,14 +50,25 @@ class Replay(CrossEntropy):
                 "each draw, the loss of each exemplar"
             )
 
-    def __init__(self, memory: ExemplarMemory, replay_batch_size: int = 32, single_head: bool = False) -> None:
+    def __init__(
+        self,
+        memory: ExemplarMemory,
+        replay_batch_size: int = 32,
+        single_head: bool = False,
+        forward: Literal["separate", "joint"] = "separate",
+        replay_in_first_task: bool = True,
+    ) -> None:
         super().__init__(single_head)
+        if forward not in FORWARDS:
+            raise ValueError(f"{type(self).__name__}(forward={forward!r}): 'separate' or 'joint'")
         if replay_batch_size < 1:
             raise ValueError(
                 f"{type(self).__name__}(replay_batch_size={replay_batch_size}): each step replays at least one exemplar"
             )
         self.memory = memory
         self.replay_batch_size = replay_batch_size
+        self.joint = forward == "joint"
+        self.replay_in_first_task = replay_in_first_task
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
         super().build(network, layout, seed)
@@ -65,7 +87,7 @@ class Replay(CrossEntropy):
             held.logits[:, known:] = torch.cat(now)[:, known:].to(held.logits)
 
     def draw(self, prepare: Callable[[Nest], Nest]) -> list[Exemplars] | None:
-        if not self.memory:
+        if not self.memory or not (self.tasks or self.replay_in_first_task):
             self.drawn = 0
             return None
         drawn = self.memory.draw(self.replay_batch_size, self.draws)
@@ -77,10 +99,7 @@ class Replay(CrossEntropy):
     def forward(self, model: Learner, x: Nest, y: Tensor, replay: list[Exemplars] | None) -> Terms:
         if replay is None:
             return super().forward(model, x, y, None)
-        # One forward for all: batch-norm sees old and new classes together, and one pass costs less than three. The
-        # released DER++ code sends each through alone; accuracies are the same within the seeds' spread.
-        sizes = [len(y), *(len(e.labels) for e in replay)]
-        logits, *replayed = model(joined([x, *(e.inputs for e in replay)])).split(sizes)
+        logits, *replayed = self._logits(model, [x, *(draw.inputs for draw in replay)])
         losses = self.replay_losses(replayed, replay)
         if not isinstance(losses, list) or len(losses) != len(replay):
             name, draws = type(self).__name__, len(replay)
@@ -91,6 +110,24 @@ class Replay(CrossEntropy):
             "logits": logits,
             "replayed": [each.detach() for each in losses],
         }
+
+    def _logits(self, model: Learner, batches: list[Nest]) -> list[Tensor]:
+        """Logits of the current batch, and of each draw."""
+        if self.joint:
+            return list(model(joined(batches)).split([count(batch) for batch in batches]))
+        found = []
+        for i, batch in enumerate(batches):
+            self.replayed = count(batch) if i else 0
+            try:
+                found.append(model(batch))
+            except ValueError as error:
+                if i and count(batch) == 1 and "more than 1 value per channel" in str(error):
+                    raise ValueError(
+                        f"{type(self).__name__}(forward='separate'): batch-norm cannot normalise a draw of one "
+                        "exemplar by itself; use forward='joint', or a larger memory and replay_batch_size"
+                    ) from error
+                raise
+        return found
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
         """A list with one entry per draw: the loss (m,) of each of its exemplars. The objective adds their means.
@@ -103,7 +140,11 @@ class Replay(CrossEntropy):
 
 
 class ER(Replay):
-    """Cross-entropy on the current batch plus cross-entropy on a batch from memory.
+    """Cross-entropy on the current batch plus cross-entropy on a batch from memory: L = CE(x, y) + CE(x', y').
+
+    Both terms are means. The paper's Algorithm 1 and the code whose settings are in use send both batches through the
+    network together and take one mean over them, which for batches of one size is half of this loss. Under plain SGD,
+    ``ER(forward="joint")`` takes the same steps at half of a learning rate that was published for that mean.
 
     Args:
         memory: number of exemplars. If None, 500, or what ``per_class`` needs.
@@ -113,6 +154,8 @@ class ER(Replay):
             False, it is a uniform sample of all that was seen.
         per_class: number of exemplars of each class, at most; of each class a uniform sample. If ``memory`` is None,
             there is room for those of all classes; otherwise the memory is balanced, and no larger than it says.
+        forward: see :class:`Replay`.
+        replay_in_first_task: see :class:`Replay`.
 
     Raises:
         ValueError: if a number is not positive, or a balanced memory is smaller than the number of classes.
@@ -127,12 +170,16 @@ class ER(Replay):
         single_head: bool = False,
         balanced: bool = False,
         per_class: int | None = None,
+        forward: Literal["separate", "joint"] = "separate",
+        replay_in_first_task: bool = True,
     ) -> None:
         size = 500 if memory is None and per_class is None else memory
+        held: ReservoirMemory
         if balanced or size is None or per_class is not None:
-            super().__init__(ClassBalancedReservoir(size, per_class), replay_batch_size, single_head)
+            held = ClassBalancedReservoir(size, per_class)
         else:
-            super().__init__(ReservoirMemory(size), replay_batch_size, single_head)
+            held = ReservoirMemory(size)
+        super().__init__(held, replay_batch_size, single_head, forward, replay_in_first_task)
 
     def set_target(self, target: Target, labels: Tensor) -> None:
         super().set_target(target, labels)
@@ -167,6 +214,8 @@ class DER(ER):
         single_head: see :class:`CrossEntropy`.
         balanced: see :class:`ER`.
         per_class: see :class:`ER`.
+        forward: see :class:`Replay`.
+        replay_in_first_task: see :class:`Replay`.
 
     Raises:
         ValueError: if a coefficient is negative; and see :class:`ER`.
@@ -183,8 +232,10 @@ class DER(ER):
         single_head: bool = False,
         balanced: bool = False,
         per_class: int | None = None,
+        forward: Literal["separate", "joint"] = "separate",
+        replay_in_first_task: bool = True,
     ) -> None:
-        super().__init__(memory, replay_batch_size, single_head, balanced, per_class)
+        super().__init__(memory, replay_batch_size, single_head, balanced, per_class, forward, replay_in_first_task)
         self.alpha = coefficient(self, "alpha", alpha)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:
@@ -204,6 +255,8 @@ class DERpp(DER):
         single_head: see :class:`CrossEntropy`.
         balanced: see :class:`ER`.
         per_class: see :class:`ER`.
+        forward: see :class:`Replay`.
+        replay_in_first_task: see :class:`Replay`.
 
     Raises:
         ValueError: if a coefficient is negative; and see :class:`ER`.
@@ -220,8 +273,12 @@ class DERpp(DER):
         single_head: bool = False,
         balanced: bool = False,
         per_class: int | None = None,
+        forward: Literal["separate", "joint"] = "separate",
+        replay_in_first_task: bool = True,
     ) -> None:
-        super().__init__(memory, replay_batch_size, alpha, single_head, balanced, per_class)
+        super().__init__(
+            memory, replay_batch_size, alpha, single_head, balanced, per_class, forward, replay_in_first_task
+        )
         self.beta = coefficient(self, "beta", beta)
 
     def replay_losses(self, logits: Sequence[Tensor], replay: Sequence[Exemplars]) -> list[Tensor]:

@@ -40,6 +40,11 @@ def test_any_precision(objective, precision):
     assert evaluation.matrices["task_il"].R[-1, -1] > 0.7
 
 
+def test_a_bound_binds_sgd_only():
+    for optimizer in (lambda p: torch.optim.Adam(p, 1e-3), lambda p: torch.optim.SGD(p, 1e-13)):
+        assert fitted(scl.EWC(bound=1e12), optimizer=optimizer).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -48,6 +53,10 @@ def test_any_precision(objective, precision):
         (lambda: scl.EWC(gamma=1.5), r"EWC\(gamma=1.5\).*in \[0, 1\]"),
         (lambda: scl.EWC(samples=0), r"EWC\(samples=0\)"),
         (lambda: scl.EWC(bound=0.0), r"EWC\(bound=0.0\): bound is > 0"),
+        (lambda: fitted(scl.EWC(bound=1e12)), r"EWC\(bound=1e\+12\): SGD's .* learning rate, 0.03, .* at most 33.3"),
+        (lambda: scl.ER(forward="together"), r"ER\(forward='together'\): 'separate' or 'joint'"),
+        (lambda: scl.FDR(forward=None), r"FDR\(forward=None\): 'separate' or 'joint'"),
+        (lambda: scl.ICaRL(over="new"), r"ICaRL\(over='new'\).*'seen' or 'all'"),
         (lambda: scl.LwF(temperature=0.0), r"LwF\(temperature=0.0\): temperature is > 0"),
         (lambda: scl.LwF(alpha=-3.0), r"LwF\(alpha=-3.0\)"),
         (lambda: scl.FDR(alpha=-0.1), r"FDR\(alpha=-0.1\)"),

@@ -1,5 +1,6 @@
 """ER and DER++ against their formulas, written out."""
 
+import copy
 from collections import OrderedDict
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_sparse_cl import ER, CrossEntropy, DERpp, DERppOneDraw
+from lightning_sparse_cl import DER, ER, CrossEntropy, DERpp, DERppOneDraw
 from lightning_sparse_cl.objectives import Exemplars
 
 
@@ -62,6 +63,49 @@ def test_without_memory_or_weight_replay_adds_nothing(objective):
     replay = objective.draw(prepare)
     assert filled or replay is None
     assert objective(model, x, y, replay)["rest"] == 0
+
+
+def with_batch_norm(objective):
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU())
+    model = nn.Sequential(OrderedDict(backbone=backbone, head=nn.Linear(5, 3)))
+    objective.build(model, torch.empty(0, 1, 2, 2, dtype=torch.uint8), seed=0)
+    raw = torch.randint(256, (10, 1, 2, 2), dtype=torch.uint8)
+    objective.observe(raw, torch.arange(10) % 3, torch.randn(10, 3), task=0)
+    return model, torch.randn(6, 1, 2, 2), torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("objective", [ER, DER, DERpp, DERppOneDraw])
+def test_each_draw_passes_through_batch_norm_alone_or_all_together(objective):
+    model, x, y = with_batch_norm(apart := objective(10, 4))
+    together, replay = objective(10, 4, forward="joint"), apart.draw(prepare)
+    batches, before = [x, *(draw.inputs for draw in replay)], copy.deepcopy(model)
+    terms = apart(model, x, y, replay)
+    other = copy.deepcopy(before)
+    each = [other(batch) for batch in batches]  # in this order
+    assert torch.equal(terms["logits"], each[0])
+    torch.testing.assert_close(terms["rest"], sum(p.mean() for p in apart.replay_losses(each[1:], replay)))
+    assert torch.equal(model.backbone[2].running_mean, other.backbone[2].running_mean)
+    model = copy.deepcopy(before)
+    terms = together(model, x, y, replay)
+    all_at_once = before(torch.cat(batches))
+    assert torch.equal(terms["logits"], all_at_once[:6]) and not torch.equal(terms["logits"], each[0])
+    assert model.backbone[2].num_batches_tracked == 1 and other.backbone[2].num_batches_tracked == len(batches)
+
+
+def test_one_exemplar_alone_cannot_be_normalised_and_that_is_said():
+    model, x, y = with_batch_norm(er := ER(10, 1))
+    with pytest.raises(ValueError, match=r"ER\(forward='separate'\): .* one exemplar .* use forward='joint'"):
+        er(model, x, y, er.draw(prepare))
+    joint = ER(10, 1, forward="joint")
+    assert joint(model, x, y, er.draw(prepare))["rest"].isfinite()
+
+
+def test_replay_begins_with_the_second_task_if_wished():
+    _, _, _ = prepared(er := ER(10, 4, replay_in_first_task=False))
+    assert er.draw(prepare) is None and er.drawn == 0
+    er.on_task_end(None, None, 0)
+    assert len(er.draw(prepare)[0].labels) == er.drawn == 4
 
 
 @pytest.mark.parametrize("bad", [{"alpha": -0.1}, {"beta": -1}, {"replay_batch_size": 0}, {"memory": 0}])
