@@ -11,20 +11,8 @@ from typing import Any
 
 import harness
 import lightning.pytorch as pl
-import torch
 
 import lightning_sparse_cl as scl
-
-
-class SeparateForwards(scl.DERpp):
-    """DER++ with a forward pass of its own for the current batch and each draw, as in the released DER++ code."""
-
-    def forward(self, model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, replay: Any) -> dict[str, Any]:
-        terms = scl.CrossEntropy.forward(self, model, x, y, None)
-        if replay is not None:
-            losses = self.replay_losses([model(e.inputs) for e in replay], replay)
-            terms["rest"] = torch.stack([each.mean() for each in losses]).sum()
-        return terms
 
 
 class EveryMatrix(scl.StochasticFrankWolfe):
@@ -44,7 +32,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "sse .4, ere .4, no warm-up": {"selection": scl.LossSelection(0.4, 0.4, 0)},
     "momentum 0.9 (average)": {"optimizer": partial(SFW, k=None, momentum=0.9)},
     "unpruned layers constrained": {"optimizer": partial(EveryMatrix, k=None)},
-    "separate forwards": {"objective": SeparateForwards},
+    "separate forwards": {"forward": "separate"},
 }
 ALSO_AT_95 = ["as shipped", "freeze: share", "freeze: free", "momentum 0.9 (average)", "unpruned layers constrained"]
 
@@ -52,9 +40,9 @@ ALSO_AT_95 = ["as shipped", "freeze: share", "freeze: free", "momentum 0.9 (aver
 def run(choice: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     """One sequence; ACC before and after the last pruning."""
     options = copy.deepcopy(CHOICES[choice])
-    objective = options.pop("objective", scl.DERpp)
+    objective = scl.DERpp(200, 16, forward=options.pop("forward", "joint"))
     pl.seed_everything(seed, verbose=False)
-    module = scl.EsaCL(scl.SmallCNN(32), objective(memory=200, replay_batch_size=16), sparsity=sparsity, **options)
+    module = scl.EsaCL(scl.SmallCNN(32), objective, sparsity=sparsity, **options)
     metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
     return {
         "class_il_before": metrics["class_il_before"]["acc"],

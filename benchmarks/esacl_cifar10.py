@@ -86,7 +86,7 @@ ROWS = [
 
 def module_of(row: str, sparsity: float, width: int = WIDTH) -> scl.ContinualModule:
     """ResNet-18 with DER++ and 500 exemplars under the row's method."""
-    backbone, objective = scl.ResNet18(width), scl.DERpp(500, 32)
+    backbone, objective = scl.ResNet18(width), scl.DERpp(500, 32, forward="joint")
     if row in ESACL:
         module: scl.ContinualModule = scl.EsaCL(backbone, objective, sparsity, **copy.deepcopy(ESACL[row]))
     else:

@@ -34,7 +34,7 @@ def run(
     """A whole sequence of DER++ or, with kernels, of EsaCL."""
     begin()
     pl.seed_everything(seed, verbose=False)
-    turns, backbone, objective = Turns(other, first), scl.ResNet18(width), scl.DERpp(200, 32)
+    turns, backbone, objective = Turns(other, first), scl.ResNet18(width), scl.DERpp(200, 32, forward="joint")
     if name in RUNS:
         plain: dict[str, Any] = {"update": scl.SingleBackward(), "selection": scl.LossSelection(1, 1)}
         module: scl.ContinualModule = scl.EsaCL(

@@ -42,7 +42,10 @@ def run(method: str, epochs: int, seed: int, per_class: int, images: str) -> dic
     """One sequence."""
     pl.seed_everything(seed, verbose=False)
     module = scl.ContinualModule(
-        scl.SmallCNN(16), scl.DERpp(500, 32), optimizer=partial(SGD, lr=0.03), **METHODS[method](epochs)
+        scl.SmallCNN(16),
+        scl.DERpp(500, 32, forward="joint"),
+        optimizer=partial(SGD, lr=0.03),
+        **METHODS[method](epochs),
     )
     metrics = harness.fit(module, harness.small_cifar10(*torch.load(images)), epochs)
     flops = metrics["flops"]

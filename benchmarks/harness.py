@@ -23,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from scipy.stats import t
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
@@ -129,6 +130,21 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
+    """Mean of the differences of runs with the same seeds, and its 95 % interval (Student's t)."""
+    differences = [a - b for a, b in zip(values, others, strict=True)]
+    mean, n = statistics.fmean(differences), len(differences)
+    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5 if n > 1 else float("nan")
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def verdict(difference: dict[str, float], pairs: int) -> str:
+    """What :func:`paired` says of a claim that the difference is positive: an interval needs five pairs at least."""
+    if pairs < 5 or difference["low"] <= 0 <= difference["high"]:
+        return "not decidable"
+    return "confirmed" if difference["low"] > 0 else "not confirmed"
+
+
 def beside(rows: Sequence[dict[str, Any]], derpp: dict[str, Any]) -> None:
     """Add to each row its training FLOPs as a share of those of DER++, physically and as SparCL's tables count."""
     for row in rows:
@@ -167,6 +183,8 @@ def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str], plain: 
 
 
 def _cell(value: Any, scale: float) -> str:
+    if isinstance(value, dict) and "mean" in value:
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(scale * value[of] for of in ("mean", "low", "high")))
     if isinstance(value, dict):
         middle, least, greatest = (_figure(scale * value[of]) for of in ("median", "min", "max"))
         return middle if least == greatest else f"{middle} ({least}-{greatest})"

@@ -44,7 +44,7 @@ def run(data: str, seed: int, epochs: int, images: str) -> dict[str, Any]:
     """One sequence, and its files."""
     pl.seed_everything(seed, verbose=False)
     if data == "Split Digits":
-        module: scl.ContinualModule = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(200, 16), 0.8)
+        module: scl.ContinualModule = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(200, 16, forward="joint"), 0.8)
         tasks: scl.TaskDataModule = scl.SplitDigits(5, batch_size=32)
     else:
         module = module_of("SparCL", 0.9)

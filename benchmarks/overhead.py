@@ -55,7 +55,7 @@ class Contiguous(pl.Callback):
 def package(method: str, backbone: nn.Module, steps: int, *more: pl.Callback) -> list[float]:
     """Seconds of each step in the package; neither side logs, saves or shows anything."""
     torch.manual_seed(0)
-    objective = scl.DERpp(MEMORY, BATCH)
+    objective = scl.DERpp(MEMORY, BATCH, forward="joint")
     if method == "EsaCL":
         keep_all = scl.LossSelection(1, 1)
         dense = [] if isinstance(backbone, nn.Flatten) else None

@@ -58,6 +58,11 @@ COLUMNS = {
         "FLOPs as in the tables": "TFLOPs as in the tables", "closed formula": "closed formula",
         "footprint, MB": "footprint, MB", "seconds": "seconds",
     },
+    "replay_forward": {
+        "objective": "", "forward": "forward", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
+        "Class-IL, joint - separate": "joint - separate, Class-IL", "Task-IL, joint - separate": "and Task-IL",
+        "seconds": "seconds",
+    },
     "continual_dst": {
         "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
         "second half": "tasks 6 to 10", "used": "backbone used, %", "free in the last mask": "free in the last mask, %",
@@ -287,6 +292,8 @@ def cell(column: str, value: Any) -> str:
     """A median with its range, in percent where it is a fraction."""
     if not isinstance(value, dict):
         return f"{100 * value:g} %" if column == "sparsity" else str(value)
+    if "mean" in value:
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * value[of] for of in ("mean", "low", "high")))
     scale, digits = (1, PLAIN[column]) if column in PLAIN else (100, 1)
     median, low, high = (f"{scale * value[k]:.{digits}f}" for k in ("median", "min", "max"))
     return median if low == high else f"{median} ({low} to {high})"

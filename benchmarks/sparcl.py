@@ -59,7 +59,7 @@ def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: i
     """One sequence, and what the closed formulas say of its plan."""
     pl.seed_everything(seed, verbose=False)
     optimizer = partial(torch.optim.SGD, lr=0.03)
-    objective, policies = scl.DERpp(500, BATCH), POLICIES[row](sparsity)
+    objective, policies = scl.DERpp(500, BATCH, forward="joint"), POLICIES[row](sparsity)
     module = scl.ContinualModule(scl.ResNet18(width), objective, optimizer=optimizer, policies=policies)
     data = harness.small_cifar10(*torch.load(images))
     metrics = harness.fit(module, data, epochs)

@@ -98,7 +98,7 @@ def sparcl(images: Images, width: int, epochs: int, seed: int, accelerated: bool
     turns = Turns(other, first=not accelerated)
     policies = [turns, scl.SparseAcceleration()] if accelerated else [turns]
     module = scl.SparCL(
-        scl.ResNet18(width), scl.DERpp(200, 32), scl.TaskAwareDynamicMasking(0.9, interval=1),
+        scl.ResNet18(width), scl.DERpp(200, 32, forward="joint"), scl.TaskAwareDynamicMasking(0.9, interval=1),
         scl.DynamicDataRemoval(0.3, cutoff=1, interval=1), scl.DynamicGradientMasking(0.05, interval=30),
         optimizer=partial(SGD, lr=0.03), policies=policies,
     )  # fmt: skip

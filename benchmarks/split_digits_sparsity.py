@@ -27,9 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(variant: str, sparsity: float, seed: int, epochs: int) -> dict[str, Any]:
     """One sequence; ACC before and after the last pruning."""
     pl.seed_everything(seed, verbose=False)
-    module = scl.EsaCL(
-        scl.SmallCNN(32), scl.DERpp(memory=200, replay_batch_size=16), sparsity=sparsity, **VARIANTS[variant]
-    )
+    module = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(200, 16, forward="joint"), sparsity=sparsity, **VARIANTS[variant])
     metrics = harness.fit(module, scl.SplitDigits(batch_size=16), epochs)
     return {
         "class_il": metrics["class_il"]["acc"],

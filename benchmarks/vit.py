@@ -54,7 +54,7 @@ def backbones(quick: bool) -> dict[str, Callable[[], nn.Module]]:
 def run(backbone: nn.Module, method: str, seed: int, parts: list[Any]) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
     data, times, flops = scl.SplitTensors(*parts, num_tasks=5, batch_size=32), StepTimes(), scl.FlopsCounter()
-    objective, optimizer = scl.DERpp(100, 32), partial(SGD, lr=0.03)
+    objective, optimizer = scl.DERpp(100, 32, forward="joint"), partial(SGD, lr=0.03)
     if method == "DER++":
         module = scl.ContinualModule(backbone, objective, optimizer=optimizer)
     else:

@@ -46,7 +46,10 @@ def code_size(compiler: str, size: str, options: list[str], folder: Path) -> int
 def main() -> None:
     args = harness.arguments(__doc__ or "")
     pl.seed_everything(0, verbose=False)
-    module, data = scl.EsaCL(scl.SmallCNN(32), scl.DERpp(200, 16), 0.8), scl.SplitDigits(5, batch_size=32)
+    module, data = (
+        scl.EsaCL(scl.SmallCNN(32), scl.DERpp(200, 16, forward="joint"), 0.8),
+        scl.SplitDigits(5, batch_size=32),
+    )
     harness.quiet()
     harness.fit(module, data, 2 if args.quick else 20)
     stored, labels = (torch.cat([getattr(d, part) for d in data.test_sets]) for part in ("inputs", "labels"))

@@ -151,13 +151,16 @@ def test_every_overlay_fits_over_its_base(overlay):
         },
         "agem": lambda m: type(m.policies[-1]).__name__ == "AGEM",
         "accelerate": lambda m: any(type(c).__name__ == "SparseAcceleration" for c in m.trainer.callbacks),
+        "joint_forward": lambda m: type(m.objective).__name__ == "DERpp" and m.objective.joint,
         "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
         "tdm": lambda m: parts == [0.9, 0.0, 0.0],
         "tdm_ddr": lambda m: parts == [0.9, 0.3, 0.0],
         "tdm_dgm": lambda m: parts == [0.9, 0.0, 0.02],
         "sparsity_90": lambda m: parts == [0.9, 0.3, 0.02],
         "sparsity_95": lambda m: parts == [0.95, 0.3, 0.01],
-        "as_in_the_code": lambda m: m.objective.single_head and m.policies[1].by == "forgetting",
+        "as_in_the_code": lambda m: (
+            (m.objective.single_head, m.objective.replay_in_first_task, m.policies[1].by) == (True, False, "forgetting")
+        ),
         "grow": lambda m: not (m.gates.selective or m.gates.attentive or m.gates.retrain),
         "sel_mask": lambda m: m.gates.selective and not m.gates.attentive and not m.gates.retrain,
         "lsg": lambda m: m.gates.selective and m.gates.attentive and not m.gates.retrain,
