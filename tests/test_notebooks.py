@@ -9,7 +9,12 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def marked(path):
+    """The third compiles and exports for a minute, which tests of their own do in little."""
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem == "03_deployment" else [])
+
+
+@pytest.mark.parametrize("path", [marked(path) for path in NOTEBOOKS])
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # small tensors
     monkeypatch.delenv("MPLBACKEND", raising=False)

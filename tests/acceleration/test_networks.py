@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import product
 
 import pytest
 import torch
@@ -22,8 +23,13 @@ def passes(net, x, weights=None):
     return weights, out.detach(), dict(zip(["input", *parameters], grads))
 
 
-@pytest.mark.parametrize("images", [3, 16, 21])
-@pytest.mark.parametrize("name", NETWORKS)
+SLOW = [("mobilenet", 16), ("mobilenet", 21)]
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [pytest.param(*c, marks=[pytest.mark.slow] if c in SLOW else []) for c in product(NETWORKS, (3, 16, 21))],
+)
 def test_networks_compute_what_they_did(name, images):
     net, masks = network(name, side := 32 if name == "mobilenet" else 16)
     exact, plain = copy.deepcopy(net).double(), copy.deepcopy(net)

@@ -19,7 +19,8 @@ from lightning_sparse_cl.deploy.profiling import WAYS
 QUICK = ["PyTorch, eager", "PyTorch, sparse kernels", "FlatNetwork", "C runtime", "C runtime, int8"]
 
 
-@pytest.mark.parametrize("task", [None, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [None, 1])
 def test_each_way_answers_as_the_module(task: int | None, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     module, data = trained()
     sets = data.test_sets if task is None else data.test_sets[task : task + 1]

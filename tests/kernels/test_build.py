@@ -27,6 +27,7 @@ def test_without_a_compiler_there_is_a_clear_error(monkeypatch, tmp_path):
         build.library.cache_clear()
 
 
+@pytest.mark.slow  # it compiles all kernels
 def test_a_damaged_library_is_compiled_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("LIGHTNING_SPARSE_CL_CACHE", str(tmp_path))
     flags = [*build._flags(), "-O0"]
