@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
@@ -70,18 +71,27 @@ def fit(
     epochs: int,
     task_il_only: bool = False,
     before_pruning: bool = True,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a sequence on one CPU thread and return what ``metrics.json`` would hold."""
+    """Train a sequence on one CPU thread and return what ``metrics.json`` would hold.
+
+    With a ``folder``, a run that was stopped goes on from its last checkpoint there; a finished one leaves nothing.
+    """
     evaluation, report = scl.ContinualEvaluation(before_pruning and not task_il_only, not task_il_only), scl.RunReport()
     measures = [scl.FlopsCounter(), scl.MemoryFootprint()]
+    checkpoints = [] if folder is None else [scl.SequenceCheckpoint(folder, save_last=True, save_top_k=0)]
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, *measures, report],
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=folder is not None,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, *measures, report, *checkpoints],
     )  # fmt: skip
     report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # a benchmark prints its own table, not each run's report
-    trainer.fit(module, data)
-    return report.collect(trainer, module)
+    last = None if folder is None else folder / "last.ckpt"
+    trainer.fit(module, data, ckpt_path=last if last is not None and last.exists() else None)
+    metrics = report.collect(trainer, module)
+    if folder is not None:
+        shutil.rmtree(folder)
+    return metrics
 
 
 def run_all(

@@ -33,6 +33,7 @@ DIFFICULTY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "forgetting": _wrong,
     "gradient": _gradient,
 }
+WITHOUT_CLASSES = ("loss", "random")
 
 
 class DynamicDataRemoval(TaskCallback):
@@ -52,7 +53,8 @@ class DynamicDataRemoval(TaskCallback):
     * ``"gradient"``: norm of the loss's gradient with respect to the logits (DDR-GSS in Table A4, which does not say
       how; GSS itself compares the directions of gradients, which the paper's remark on redundancy does not need);
     * ``"loss"``: its loss (DDR-LARS in Table A4): what ``training_step`` returns under ``per_sample``, (B,), if it
-      does; otherwise that of its target, for classes cross-entropy.
+      does; otherwise that of its target, for classes cross-entropy;
+    * ``"random"``: all the same, so that samples are removed at random: what the other ways are to be compared with.
 
     Works with any LightningModule on a :class:`TaskDataModule`. If ``training_step`` returns ``logits`` (B, C) of the
     batch they are used, else the batch goes forward once more, without gradient. Where labels are no classes, only
@@ -75,7 +77,7 @@ class DynamicDataRemoval(TaskCallback):
         fraction: float = 0.3,
         cutoff: int = 4,
         interval: int = 5,
-        by: Literal["misclassification", "forgetting", "gradient", "loss"] = "misclassification",
+        by: Literal["misclassification", "forgetting", "gradient", "loss", "random"] = "misclassification",
         one_shot: bool = False,
     ) -> None:
         name = type(self).__name__
@@ -85,7 +87,7 @@ class DynamicDataRemoval(TaskCallback):
             raise ValueError(f"{name}(cutoff={cutoff}): the last stage that removes samples, at least 1")
         if interval < 1:
             raise ValueError(f"{name}(interval={interval}): epochs of a stage, at least 1")
-        if by not in (ways := [*DIFFICULTY, "loss"]):
+        if by not in (ways := [*DIFFICULTY, *WITHOUT_CLASSES]):
             raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(ways)}")
         self.fraction, self.cutoff, self.interval, self.by, self.one_shot = fraction, cutoff, interval, by, one_shot
         self._stage: dict[str, Tensor] = {}
@@ -97,7 +99,7 @@ class DynamicDataRemoval(TaskCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data, name = task_data(trainer, self), type(self).__name__
-        if self.by != "loss" and data.target is not KINDS["classes"]:
+        if self.by not in WITHOUT_CLASSES and data.target is not KINDS["classes"]:
             raise ValueError(
                 f"{name}(by={self.by!r}): labels of the kind {data.target.kind!r} are no classes; take by='loss'"
             )
@@ -146,6 +148,8 @@ class DynamicDataRemoval(TaskCallback):
     ) -> Tensor:
         """How hard each sample (B,) of the batch is now."""
         x, y = batch
+        if self.by == "random":
+            return torch.zeros(len(y), device=y.device)
         if self.by == "loss" and "per_sample" in outputs:
             return outputs["per_sample"].detach().float()
         data = task_data(trainer)

@@ -95,6 +95,15 @@ def test_removal_is_the_same_again_and_other_with_another_seed():
     assert torch.equal(alive[0], alive[1]) and not torch.equal(alive[0], alive[2])
 
 
+def test_at_random_no_label_counts():
+    data = toy_tasks(num_tasks=1)
+    trainer(DynamicDataRemoval(0.5, 1, 1, by="random"), epochs=2).fit(NoClasses(), data)
+    kept = data.alive[0]
+    assert len(kept) == 40 and not torch.equal(kept, torch.arange(40)) and not torch.equal(kept, torch.arange(40, 80))
+    by_class = data.train_sets[0].labels[kept].bincount()
+    assert by_class.min() > 8  # 20 each, give or take
+
+
 def test_removal_needs_a_task_sequence_in_the_data():
     with pytest.raises(TypeError, match="not a TaskDataModule"):
         pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[DynamicDataRemoval()], logger=False,
@@ -149,7 +158,7 @@ def fit(removal):
     [
         (lambda: DynamicDataRemoval(1.0), r"fraction=1\.0"),
         (lambda: DynamicDataRemoval(cutoff=0), "cutoff=0"),
-        (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss"),
+        (lambda: DynamicDataRemoval(by="luck"), "by='luck'.*misclassification, forgetting, gradient, loss, random"),
         (lambda: fit(DynamicDataRemoval(0.3, 3, 2)), "cutoff=3, interval=2.*task 0 takes 4 epochs, which is 2 stages"),
         (lambda: fit(DynamicDataRemoval(0.9, 2, 2)), r"fraction=0\.9\): 8 of the 80 samples of task 0 would be left"),
     ],
