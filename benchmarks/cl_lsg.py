@@ -8,7 +8,8 @@ Fine-tune on held-out images, task by task, of the same seed. Sizes are in whole
 
 python benchmarks/cl_lsg.py [--quick] [--root FOLDER]
 
-FOLDER holds ``tiny-imagenet-200`` (a subset of its images will do).
+FOLDER holds ``tiny-imagenet-200`` (a subset of its images will do). Finished runs are kept in
+benchmarks/results/cl_lsg_runs.json; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ PRESET = {"penalty": 1e-3, "channel_init": 0.5, "noise": False}
 REUSE = 4
 
 
-def run(row: str, seed: int, images: str, epochs: int, width: int, target: list[float] | None = None) -> dict[str, Any]:
+def run(
+    row: str, seed: int, per_class: int, epochs: int, width: int, target: list[float] | None = None, images: str = ""
+) -> dict[str, Any]:
     """One sequence."""
     pl.seed_everything(seed, verbose=False)
     backbone, sgd = scl.ResNet18(width, "7x7"), partial(torch.optim.SGD, lr=0.02, momentum=0.9)
@@ -66,20 +69,35 @@ def run(row: str, seed: int, images: str, epochs: int, width: int, target: list[
     }
 
 
+def against_grow(row: str, found: dict[tuple, dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
+    """Differences to Grow in accuracy and size, and whether the row is more accurate at equal size.
+
+    Sizes count as equal where their interval holds zero; a row that is also smaller is better still.
+    """
+    accuracy, size = (
+        harness.paired(*([found[name, seed][key] for seed in seeds] for name in (row, "Grow")))
+        for key in ("ACC", "allocated")
+    )
+    better = harness.verdict(accuracy, len(seeds))
+    return {"accuracy": accuracy, "size": size, "verdict": better if size["low"] <= 0 else "larger than Grow"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data")
     args = harness.arguments(parser)
-    per_class, epochs, width, seeds = (40, 3, 4, [0]) if args.quick else (100, 12, 16, [0, 1])
+    per_class, epochs, width = sizes = (40, 3, 4) if args.quick else (100, 12, 16)
+    seeds = [0] if args.quick else list(range(5))
+    run_all = harness.run_all if args.quick else partial(harness.run_kept, "cl_lsg")
     with TemporaryDirectory() as folder:
         images = f"{folder}/images.pt"
         torch.save(images_of(args.root, per_class), images)
-        more = (images, epochs, width)
-        jobs = [(row, seed, *more) for row in COPIES for seed in seeds]
-        found = dict(zip([job[:2] for job in jobs], harness.run_all(run, jobs, args.processes)))
+        one = partial(run, images=images)
+        jobs: list[tuple] = [(row, seed, *sizes) for seed in seeds for row in COPIES]
+        found = dict(zip([job[:2] for job in jobs], run_all(one, jobs, args.processes)))
         targets = {s: [max(v) for v in zip(*(found[row, s]["target"] for row in COPIES))] for s in seeds}
-        jobs = [(row, seed, *more, targets[seed]) for row in GROWN for seed in seeds]
-        found |= dict(zip([job[:2] for job in jobs], harness.run_all(run, jobs, args.processes)))
+        jobs = [(row, seed, *sizes, targets[seed]) for seed in seeds for row in GROWN]
+        found |= dict(zip([job[:2] for job in jobs], run_all(one, jobs, args.processes)))
     rows = []
     for row in (*COPIES, *GROWN):
         runs = [found[row, seed] for seed in seeds]
@@ -94,8 +112,10 @@ def main() -> None:
         tasks = [{"method": r["method"], **{str(t + 1): round(v, 3) for t, v in enumerate(r[key])}} for r in rows]
         harness.show(key, tasks, list(tasks[0]))
     if not args.quick:
-        sizes = {"epochs_per_task": epochs, "images_per_class": per_class, "width": width}
-        harness.save("cl_lsg", rows, seeds=seeds, **sizes)
+        against = [{"claim": name} | against_grow(name, found, seeds) for name in GROWN if name != "Grow"]
+        harness.show("Against Grow, paired", against, list(against[0]), ("size",))
+        about = {"epochs_per_task": epochs, "images_per_class": per_class, "width": width}
+        harness.save("cl_lsg", rows, seeds=seeds, **about, against_grow=against)
 
 
 if __name__ == "__main__":
