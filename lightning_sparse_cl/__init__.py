@@ -104,7 +104,16 @@ from lightning_sparse_cl.data import (
     padded,
 )
 from lightning_sparse_cl.deploy import export_model, profile_model
-from lightning_sparse_cl.methods import CLLSG, ContinualDST, ContinualModule, EsaCL, IsolatingModule, Prediction, SparCL
+from lightning_sparse_cl.methods import (
+    CLLSG,
+    ContinualDST,
+    ContinualModule,
+    EsaCL,
+    IsolatingModule,
+    PackNet,
+    Prediction,
+    SparCL,
+)
 from lightning_sparse_cl.metrics import AccuracyMatrix
 from lightning_sparse_cl.objectives import (
     CO2L,
@@ -133,10 +142,14 @@ from lightning_sparse_cl.optim import (
 )
 from lightning_sparse_cl.runtime import FlatNetwork, write_runtime
 from lightning_sparse_cl.sparsity import (
+    CalibratedLogit,
     Enforcement,
     GrowthGates,
+    LargestLogit,
+    LowestEntropy,
     Masks,
     Subnetworks,
+    TaskInference,
     compact,
     enforce,
     load_sparse,
@@ -167,6 +180,7 @@ __all__ = [
     "CIFAR10Source",
     "CIFAR100Source",
     "CSVSource",
+    "CalibratedLogit",
     "ClassBalancedReservoir",
     "ClassSplit",
     "ContinualDST",
@@ -199,8 +213,10 @@ __all__ = [
     "JapaneseVowelsSource",
     "KSparsePolytope",
     "LaMAML",
+    "LargestLogit",
     "LeNet5",
     "LossSelection",
+    "LowestEntropy",
     "LwF",
     "MNISTSource",
     "Masks",
@@ -211,6 +227,7 @@ __all__ = [
     "Objective",
     "OneShotPruning",
     "OpenTasks",
+    "PackNet",
     "Permuted",
     "PermutedDigits",
     "PermutedMNIST",
@@ -260,6 +277,7 @@ __all__ = [
     "TaskDataModule",
     "TaskDatasets",
     "TaskEarlyStopping",
+    "TaskInference",
     "TaskLRSchedule",
     "TaskProgressBar",
     "TaskSchedule",

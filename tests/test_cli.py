@@ -64,7 +64,7 @@ def small(config):
 
 
 def epochs_of(config):
-    return 2 if "cl_lsg" in str(config) or config.stem == "esacl_efficient" else 1
+    return 2 if "cl_lsg" in str(config) or config.stem in ("esacl_efficient", "packnet") else 1
 
 
 FAST = {

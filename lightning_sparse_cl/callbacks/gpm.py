@@ -93,7 +93,7 @@ class GPM(pl.Callback):
             )
         masked = [k.__name__ for k in movers]
         masked += ["OneShotPruning without Reopen"] if pruning and not reopening else []
-        masked += [f"OneShotPruning(epoch={c.epoch})" for c in pruning if c.epoch is not None]
+        masked += [f"OneShotPruning({c.inside})" for c in pruning if c.inside]
         masked += [f"Reopen(part={c.part})" for c in reopening if c.part < 1]
         if masked:
             name = masked[0]

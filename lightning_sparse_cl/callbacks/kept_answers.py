@@ -63,7 +63,8 @@ class KeptAnswers:
         known = torch.zeros(live.shape[1], dtype=torch.bool, device=device)
         known[learnt.known()] = True
         outputs = len(learnt.module.get_parameter(learnt.head[0]))
-        some_unknown = len(learnt.known()) < outputs  # as combined has it: a head may have more outputs than classes
+        # As combined has it: a head may have more outputs than classes.
+        some_unknown = len(learnt.known()) < outputs and learnt.asks_running(learnt.tasks)
         class_il, task_il = (
             [matrix.to(device) for name, matrix in matrices.items() if name.startswith(scenario)]
             for scenario in ("class_il", "task_il")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,9 +29,9 @@ class OneShotPruning(ScorePruning):
     by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit, so that the
     checkpoints of its end are pruned. Where the last checkpoint was written earlier, a warning says so.
 
-    With ``epoch`` the weights are pruned inside the task, and the mask then holds until the task ends: the rest of the
-    task trains the sparse network. Momentum and other optimiser state of pruned weights is cleared, so that Frank-Wolfe
-    does not spend its K on them. A task that ends before this epoch is pruned at its end.
+    With ``epoch`` or ``retrain`` the weights are pruned inside the task, and the mask then holds until the task ends:
+    the rest of the task trains the sparse network. Momentum and other optimiser state of pruned weights is cleared, so
+    that Frank-Wolfe does not spend its K on them. A task that ends before this epoch is pruned at its end.
 
     Args:
         sparsity: zero fraction, in [0, 1).
@@ -44,6 +45,8 @@ class OneShotPruning(ScorePruning):
         epoch: the epoch of each task, counted from 0, at whose start the weights are pruned, at least 1. The epochs
             before it train every weight that is not pruned or frozen. Without a :class:`TaskSchedule` it is an epoch of
             the fit. If None, the weights are pruned at the task's end.
+        retrain: instead of ``epoch``: how many of the task's last epochs train the pruned network, at least 1.
+        last: whether the sequence's last task is pruned, too. If False, it keeps all weights that are free.
 
     Raises:
         ValueError: if an argument is out of range, or a task has no such epoch.
@@ -60,6 +63,8 @@ class OneShotPruning(ScorePruning):
         ranking: Literal["layer", "global"] = "layer",
         distribution: Distribution = "uniform",
         epoch: int | None = None,
+        retrain: int | None = None,
+        last: bool = True,
     ) -> None:
         super().__init__(sparsity, ranking, distribution, dense, sparse)
         if of not in ("free", "share"):
@@ -68,7 +73,15 @@ class OneShotPruning(ScorePruning):
             check_number("OneShotPruning", "epoch", epoch, whole=True)
             if epoch < 1:
                 raise ValueError(f"OneShotPruning(epoch={epoch}): an epoch of each task, counted from 0, at least 1")
-        self.of, self.epoch = of, epoch
+        if retrain is not None:
+            check_number("OneShotPruning", "retrain", retrain, whole=True)
+            if retrain < 1:
+                raise ValueError(f"OneShotPruning(retrain={retrain}): how many of a task's last epochs, at least 1")
+            if epoch is not None:
+                raise ValueError(
+                    f"OneShotPruning(epoch={epoch}, retrain={retrain}): both say when to prune; give one of them"
+                )
+        self.of, self.epoch, self.retrain, self.last = of, epoch, retrain, last
         self._pruned_at: int | None = None
         """Step before which this task's weights were pruned."""
 
@@ -90,27 +103,48 @@ class OneShotPruning(ScorePruning):
         self._check_epoch(trainer)
         super().on_fit_start(trainer, pl_module)
 
+    @property
+    def inside(self) -> str | None:
+        """The argument that has it prune inside tasks, as it was given. If None, it prunes at their ends."""
+        given = {"epoch": self.epoch, "retrain": self.retrain}
+        return next((f"{name}={value}" for name, value in given.items() if value is not None), None)
+
     def _check_epoch(self, trainer: pl.Trainer) -> None:
-        if self.epoch is None or parts_of(trainer).fast_dev_run:
-            return
         schedule = first_callback(trainer, TaskSchedule)
+        if not self.last and schedule is None:
+            raise ValueError("OneShotPruning(last=False): only a sequence has a last task; add a TaskSchedule")
+        if self.inside is None or parts_of(trainer).fast_dev_run:
+            return
         data = task_data(trainer) if schedule is not None else None
         tasks = [0] if data is None else range(len(data.learnt.classes) if data.learnt else 0, data.num_tasks)
         for task in tasks:
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
-            if self.epoch >= epochs:
+            if max(self.epoch or 0, self.retrain or 0) >= epochs:
                 of = "the fit" if schedule is None else f"task {task + 1}"
+                counted = "counted from 0" if self.epoch else "the first of which trains all weights"
                 allowed = "" if epochs < 2 else "1, or " if epochs == 2 else f"1 to {epochs - 1}, or "
                 raise ValueError(
-                    f"OneShotPruning(epoch={self.epoch}): {of} has {epochs} epochs, counted from 0; use {allowed}null "
-                    "to prune at the end"
+                    f"OneShotPruning({self.inside}): {of} has {epochs} epochs, {counted}; use {allowed}null to prune "
+                    "at the end"
                 )
+            if self.retrain and math.isinf(epochs):
+                raise ValueError(
+                    f"OneShotPruning({self.inside}): the fit's number of epochs is not known; set the Trainer's "
+                    "max_epochs, or use epoch"
+                )
+
+    def _spares(self, trainer: pl.Trainer) -> bool:
+        """Whether the running task is not pruned at all."""
+        return not self.last and task_data(trainer).task == task_data(trainer).num_tasks - 1
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
         return {name: pl_module.get_parameter(name).detach().abs() for name in self.names(pl_module)}
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        return self.epoch is not None and self._pruned_at is None and position(trainer).epoch >= self.epoch
+        if self.inside is None or self._pruned_at is not None or self._spares(trainer):
+            return False
+        at = position(trainer)
+        return at.epoch >= (at.epochs - (self.retrain or 0) if self.epoch is None else self.epoch)
 
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
         frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
@@ -144,7 +178,7 @@ class OneShotPruning(ScorePruning):
         self._pruned_at = None
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        if not self.is_pruned(pl_module):
+        if not self.is_pruned(pl_module) and not self._spares(trainer):
             self.prune(trainer, pl_module)
 
     def on_train_batch_end(

@@ -20,6 +20,7 @@ from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.sharing import sharing
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
+from lightning_sparse_cl.sparsity.task_inference import LargestLogit, TaskInference
 
 
 class TaskSubnetworks(Sparsifier):
@@ -47,10 +48,13 @@ class TaskSubnetworks(Sparsifier):
             batch-norm, biases and head on top of frozen weights.
         share: False keeps a whole copy of the network for every task, and freezes nothing: independent networks, each
             starting from the last one's weights (fine-tuning) or, with :class:`FromScratch`, anew.
+        inference: how the task of a sample is told where it is not given, in Class-IL and by ``predict``. If None,
+            :class:`~lightning_sparse_cl.LargestLogit`. A test may take another one than the training did.
 
     Raises:
-        ValueError: if an argument is none of these, no weight is free, the last layer is no head of all classes,
-            the objective does not train the head by its loss, or the module has already learnt tasks.
+        ValueError: if an argument is none of these, no weight is free, there is one task and so none to infer, the last
+            layer is no head of all classes, the objective does not train the head by its loss, or the module has
+            already learnt tasks.
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
@@ -62,6 +66,7 @@ class TaskSubnetworks(Sparsifier):
         batch_norm: Literal["per_task", "frozen", "shared"] = "per_task",
         full: Literal["error", "share"] = "error",
         share: bool = True,
+        inference: TaskInference | None = None,
     ) -> None:
         super().__init__()  # which weights is the choice of others
         if batch_norm not in ("per_task", "frozen", "shared"):
@@ -71,6 +76,7 @@ class TaskSubnetworks(Sparsifier):
         if full not in ("error", "share"):
             raise ValueError(f"TaskSubnetworks(full={full!r}): full is 'error' or 'share'")
         self.batch_norm, self.full, self.share = batch_norm, full, share
+        self.inference = inference or LargestLogit()
         self._norms: dict[str, Tensor] = {}  # frozen batch-norm: tensors to put back
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -81,6 +87,12 @@ class TaskSubnetworks(Sparsifier):
         super().on_fit_start(trainer, pl_module)
         self.subnetworks = Subnetworks.of(pl_module)
         data = task_data(trainer, self)
+        if data.num_tasks == 1 and type(self.inference) is not LargestLogit:
+            raise ValueError(
+                f"TaskSubnetworks(inference={type(self.inference).__name__}()): the data have one task, and there is "
+                "none to infer; leave it out"
+            )
+        self.subnetworks.inference = self.inference
         if data.target is not KINDS["classes"]:
             raise ValueError(
                 f"{type(self).__name__}: a class is told by the subnetwork of its task, and the data have labels of "
@@ -156,6 +168,8 @@ class TaskSubnetworks(Sparsifier):
             own = [n for n in own if n not in norm_tensors(pl_module)]
         classes = task_data(trainer).live().nonzero().squeeze(1).tolist()
         self.subnetworks.add(classes, masks, own)
+        if self.inference.calibrated:
+            self.subnetworks.calibrate(task, (x for x, _ in task_data(trainer).samples(share=False)))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Subnetworks of a checkpoint, in a module that does not restore them itself."""
@@ -164,6 +178,7 @@ class TaskSubnetworks(Sparsifier):
             if "subnetworks" in checkpoint:
                 super().on_test_start(trainer, pl_module)
                 Subnetworks.of(pl_module).load_state_dict(checkpoint["subnetworks"])
+        Subnetworks.of(pl_module).inference = self.inference
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._norms = {}

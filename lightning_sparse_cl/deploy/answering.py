@@ -12,6 +12,7 @@ from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
+from lightning_sparse_cl.sparsity.task_inference import LargestLogit
 
 
 class Answering(NamedTuple):
@@ -43,6 +44,11 @@ def answering(model: nn.Module, task: int | None = None) -> Answering:
         if task is not None:
             return _alone(learnt.network(task), learnt.tasks[task].classes)
         known = learnt.known()
+        if type(learnt.inference) is not LargestLogit:
+            raise ValueError(
+                f"{name}: its tasks are told by {type(learnt.inference).__name__}, which a file of all subnetworks "
+                "does not do; give a task, counted from 0 (sparsecl export --task 0)"
+            )
         if sum(len(own.classes) for own in learnt.tasks) > len(known):
             raise ValueError(
                 f"{name}: several of its {len(learnt)} tasks have the same classes, and one file has the subnetwork of "

@@ -5,7 +5,8 @@ from lightning_sparse_cl.methods.cl_lsg import CLLSG
 from lightning_sparse_cl.methods.continual_dst import ContinualDST
 from lightning_sparse_cl.methods.esacl import EsaCL
 from lightning_sparse_cl.methods.isolation import IsolatingModule
+from lightning_sparse_cl.methods.packnet import PackNet
 from lightning_sparse_cl.methods.predicting import Prediction
 from lightning_sparse_cl.methods.sparcl import SparCL
 
-__all__ = ["CLLSG", "ContinualDST", "ContinualModule", "EsaCL", "IsolatingModule", "Prediction", "SparCL"]
+__all__ = ["CLLSG", "ContinualDST", "ContinualModule", "EsaCL", "IsolatingModule", "PackNet", "Prediction", "SparCL"]

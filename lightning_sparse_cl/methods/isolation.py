@@ -73,4 +73,6 @@ class IsolatingModule(ContinualModule):
         """Subnetworks are restored, too, so that a loaded module needs no trainer to answer."""
         super().on_load_checkpoint(checkpoint)
         if "subnetworks" in checkpoint:
-            Subnetworks.of(self).load_state_dict(checkpoint["subnetworks"])
+            learnt, kept = Subnetworks.of(self), [p for p in self.policies if isinstance(p, TaskSubnetworks)]
+            learnt.load_state_dict(checkpoint["subnetworks"])
+            learnt.inference = kept[0].inference if kept else learnt.inference

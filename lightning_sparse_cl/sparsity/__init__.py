@@ -8,12 +8,17 @@ from lightning_sparse_cl.sparsity.layers import sparse_weights
 from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.sparsity.scores import top_k_mask
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
+from lightning_sparse_cl.sparsity.task_inference import CalibratedLogit, LargestLogit, LowestEntropy, TaskInference
 
 __all__ = [
+    "CalibratedLogit",
     "Enforcement",
     "GrowthGates",
+    "LargestLogit",
+    "LowestEntropy",
     "Masks",
     "Subnetworks",
+    "TaskInference",
     "compact",
     "enforce",
     "load_sparse",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
@@ -15,6 +15,7 @@ from lightning_sparse_cl.sparsity.bits import pack, unpack
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.masks import Masks
+from lightning_sparse_cl.sparsity.task_inference import LargestLogit, TaskInference
 
 _KEY = "_subnetworks"
 """In the module's ``__dict__``: copies and pickles of the module have them."""
@@ -28,6 +29,8 @@ class Subnetwork(NamedTuple):
     """By weight: which it uses, eight a byte. Their values are shared and frozen."""
     own: dict[str, Tensor]
     """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
+    calibration: tuple[float, float] | None = None
+    """Mean and deviation of a :class:`TaskInference`'s scores on the task's own training samples."""
 
 
 class Subnetworks:
@@ -42,6 +45,8 @@ class Subnetworks:
     def __init__(self, module: nn.Module | None = None) -> None:
         self._module: ReferenceType[nn.Module] | None = None if module is None else ref(module)
         self.tasks: list[Subnetwork] = []
+        self.inference: TaskInference = LargestLogit()
+        """How the task of a sample is told where it is not given."""
         self._forget()
 
     def _forget(self) -> None:
@@ -61,10 +66,10 @@ class Subnetworks:
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"tasks": self.tasks}
+        return {"tasks": self.tasks, "inference": self.inference}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.tasks, self._module = state["tasks"], None
+        self.tasks, self.inference, self._module = state["tasks"], state["inference"], None
         self._forget()
 
     @property
@@ -103,6 +108,14 @@ class Subnetworks:
         copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
         self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
         self.drop_networks()
+
+    @torch.no_grad()
+    def calibrate(self, task: int, batches: Iterable[Nest]) -> None:
+        """Measure the scores of :attr:`inference` on samples of the task itself."""
+        scores = torch.cat([self.inference.score(self.network(task)(x)).float() for x in batches])
+        mean, deviation = scores.mean().item(), scores.std().item()
+        self.tasks[task] = learnt = self._task(task)._replace(calibration=(mean, deviation))
+        self._ready[task] = learnt, self._ready[task][1]
 
     def mask(self, task: int, name: str) -> Tensor:
         """Which of a weight's entries a task uses, of the weight's shape."""
@@ -208,10 +221,11 @@ class Subnetworks:
         return {i: self.network(i)(x) for i in asked}
 
     def combined(self, x: Nest, answers: Mapping[int, Tensor], task: int | None = None) -> Tensor:
-        """Logits (B, num_classes): each class has that of its task's subnetwork.
+        """Logits (B, num_classes): each class has that of its task's subnetwork, made comparable by :attr:`inference`.
 
         A class that several tasks have, as in domain-incremental learning, has the largest of theirs; one that none of
-        ``answers`` has, that of the network which is being trained.
+        ``answers`` has, that of the network which is being trained. Under an :attr:`inference` other than the largest
+        logit only the classes of the sample's task are answered; all others are -inf.
 
         Args:
             x: the batch.
@@ -222,15 +236,24 @@ class Subnetworks:
             answers = {task: answers[task]} if task in answers else {}
         classes = len(self.module.get_parameter(self.head[0]))
         known = self.known(answers)
-        if len(known) == classes or (task is not None and answers):
+        if len(known) == classes or not self.asks_running(answers, task):
             logits = next(iter(answers.values())).new_full((count(x), classes), -torch.inf)
         else:
             logits = self.running(x).clone()
         logits[:, known] = -torch.inf
-        for i, answer in answers.items():
+        comparable = {i: self.inference.comparable(a, self.tasks[i].calibration) for i, a in answers.items()}
+        if len(comparable) > 1 and type(self.inference) is not LargestLogit:
+            scores = torch.stack([a.amax(1) for a in comparable.values()])
+            others = zip(comparable.items(), scores < scores.amax(0), strict=True)
+            comparable = {i: answer.masked_fill(other[:, None], -torch.inf) for (i, answer), other in others}
+        for i, answer in comparable.items():
             own = self.tasks[i].classes
             logits[:, own] = logits[:, own].maximum(answer.to(logits.dtype))
         return logits
+
+    def asks_running(self, answers: Sized, task: int | None = None) -> bool:
+        """Whether classes that none of ``answers`` has are those of the network which is being trained."""
+        return not answers or (task is None and type(self.inference) is LargestLogit)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tasks": [task._asdict() for task in self.tasks]}

@@ -1,0 +1,80 @@
+"""Which task a sample belongs to, told by the answers of all tasks' subnetworks."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class TaskInference:
+    """Base of the rules that compare the answers of subnetworks, which have never seen each other's classes.
+
+    A rule gives each task a score for each sample; the sample belongs to the task with the highest, and to the class
+    that is this task's most probable. It is asked task by task, so that no network need answer twice.
+
+    To write one, override :meth:`score`.
+    """
+
+    calibrated: ClassVar[bool] = False
+    """Whether it needs the mean and deviation of scores on each task's own training samples."""
+
+    def score(self, answer: Tensor) -> Tensor:
+        """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how tasks are compared: override score()")
+
+    def comparable(self, answer: Tensor, calibration: tuple[float, float] | None = None) -> Tensor:
+        """Logits (B, n) whose largest is the task's score, in the order of ``answer``.
+
+        Args:
+            answer: logits (B, n) of the task's subnetwork.
+            calibration: mean and deviation of the task's scores on its own samples.
+
+        Raises:
+            ValueError: if the rule needs a calibration, and there is none.
+        """
+        score = self.score(answer)
+        if self.calibrated:
+            if calibration is None:
+                raise ValueError(
+                    f"{type(self).__name__}: tasks were learnt without it, and their scores were not measured on their "
+                    "own samples; train with TaskSubnetworks(inference=...), or take LowestEntropy"
+                )
+            mean, deviation = calibration
+            score = (score - mean) / max(deviation, 1e-6)
+        return answer - answer.amax(1, keepdim=True) + score[:, None].to(answer.dtype)
+
+
+class LargestLogit(TaskInference):
+    """The task whose subnetwork gives the largest logit; what is asked for if nothing else is."""
+
+    def score(self, answer: Tensor) -> Tensor:
+        return answer.amax(1)
+
+    def comparable(self, answer: Tensor, calibration: tuple[float, float] | None = None) -> Tensor:
+        return answer
+
+
+class CalibratedLogit(LargestLogit):
+    """The task whose largest logit is the largest beside those of its own training samples.
+
+    From the largest logit their mean is subtracted, and the rest divided by their deviation: networks that were trained
+    for longer, or on easier tasks, give larger logits to anything.
+    """
+
+    calibrated = True
+    comparable = TaskInference.comparable
+
+
+class LowestEntropy(TaskInference):
+    """The task whose subnetwork is the surest: its answer has the lowest entropy.
+
+    Tasks of different numbers of classes are compared by the part of the largest possible entropy, log n. A task of one
+    class is always sure of it, and cannot be told so.
+    """
+
+    def score(self, answer: Tensor) -> Tensor:
+        log_p = answer.float().log_softmax(1)
+        entropy = -(log_p.exp() * log_p).sum(1)
+        return -entropy / max(torch.tensor(float(answer.shape[1])).log().item(), 1e-6)
