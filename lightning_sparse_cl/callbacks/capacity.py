@@ -50,7 +50,9 @@ class ModelCapacity(TaskCallback):
         if not trainer.is_global_zero or parts_of(trainer).fast_dev_run:
             return
         network = {
-            n: t for n, t in pl_module.state_dict().items() if not n.startswith(("objective.", "update.", "gates."))
+            n: t
+            for n, t in pl_module.state_dict().items()
+            if not n.startswith(("objective.", "update.", "gates.", "scores."))
         }
         if len(learnt := Subnetworks.of(pl_module)):
             network = learnt.stored()

@@ -16,6 +16,7 @@ from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.data.targets import KINDS
+from lightning_sparse_cl.metrics import mask_bits
 from lightning_sparse_cl.objectives.base import Objective
 from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 from lightning_sparse_cl.sparsity.sharing import sharing
@@ -27,10 +28,10 @@ class TaskSubnetworks(Sparsifier):
     """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy what is its own.
 
     Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
-    :class:`SparseGrowth`); list this one after those that prune at task ends and before those that draw masks at task
-    starts. Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, the
-    rows of its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change
-    them.
+    :class:`SparseGrowth`), or of a module that learns masks and returns them from ``task_masks()``; list this one after
+    those that prune at task ends and before those that draw masks at task starts. Layers without a mask are used, and
+    so frozen, by the first task. Of the head, the last linear layer, the rows of its classes are the task's own, and so
+    are biases. Later tasks may use frozen weights, and never change them.
 
     Every task's logits are bit-identical ever after: those of ``Subnetworks.of(module).network(task)``. Works on any
     LightningModule whose ``forward`` maps images to logits and whose last layer is a linear head.
@@ -155,9 +156,11 @@ class TaskSubnetworks(Sparsifier):
                 f"TaskSubnetworks: task {task} ends, and {len(self.subnetworks)} are stored; the checkpoint was taken "
                 "without TaskSubnetworks"
             )
-        network, head = network_of(pl_module), self.subnetworks.head
+        network, head, alive = network_of(pl_module), self.subnetworks.head, self.masks.alive
+        if callable(learnt := getattr(pl_module, "task_masks", None)):
+            alive |= learnt()
         masks = {
-            name: self.masks.alive.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
+            name: alive.get(name, torch.ones_like(layer.weight, dtype=torch.bool))
             for name, layer in weight_layers(network).items()
             if self.share and name not in head
         }
@@ -214,7 +217,8 @@ class TaskSubnetworks(Sparsifier):
         ``density`` by layer, one entry a task; ``overlap`` (T, T), the part of task i's weights that task j uses too;
         ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
         weights that no earlier task had; ``compact``: parameters of each task's network without the channels that it
-        does not use. Without sharing only ``used``, in whole networks.
+        does not use; ``mask_bits``: what all masks together take, in bits per weight (see
+        :func:`~lightning_sparse_cl.metrics.mask_bits`). Without sharing only ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
         if not self.share:
@@ -233,6 +237,9 @@ class TaskSubnetworks(Sparsifier):
             "used": [n / max(sum(sizes.values()), 1) for n in used],
             "free_in_mask": [n / count for n, count in zip(new, counts)],
             "compact": [self.subnetworks.parameters(i) / whole for i in range(len(tasks))],
+            "mask_bits": mask_bits(
+                torch.cat([self.subnetworks.mask(i, name).reshape(-1) for name in shared]) for i in range(len(tasks))
+            ),
         }
 
 

@@ -6,7 +6,24 @@ from lightning_sparse_cl.methods.continual_dst import ContinualDST
 from lightning_sparse_cl.methods.esacl import EsaCL
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.methods.packnet import PackNet
+from lightning_sparse_cl.methods.piggyback import Piggyback
 from lightning_sparse_cl.methods.predicting import Prediction
+from lightning_sparse_cl.methods.scored import ScoredModule
 from lightning_sparse_cl.methods.sparcl import SparCL
+from lightning_sparse_cl.methods.supsup import SupSup
+from lightning_sparse_cl.methods.wsn import WSN
 
-__all__ = ["CLLSG", "ContinualDST", "ContinualModule", "EsaCL", "IsolatingModule", "PackNet", "Prediction", "SparCL"]
+__all__ = [
+    "CLLSG",
+    "WSN",
+    "ContinualDST",
+    "ContinualModule",
+    "EsaCL",
+    "IsolatingModule",
+    "PackNet",
+    "Piggyback",
+    "Prediction",
+    "ScoredModule",
+    "SparCL",
+    "SupSup",
+]

@@ -8,10 +8,8 @@ from functools import partial
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import SGD, Adam, Optimizer
 
-from lightning_sparse_cl.backbones.head import logits_among
 from lightning_sparse_cl.callbacks.pruning import Reopen
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
@@ -104,15 +102,9 @@ class CLLSG(IsolatingModule):
             with torch.no_grad():
                 self.head.weight[rows] *= (len(used) / used.sum()).sqrt()
 
-    def running(self, x: Nest) -> Tensor:
-        """Logits (B, num_classes) of the network that grows: its weights times masks, drawn in training mode."""
-        network, own = self.network, self.objective.own_classes if self.training else None
-        weights = self.gates.weights(network)
-        if own is None:
-            return functional_call(network, weights, (x,))
-        of_backbone = {n.removeprefix("backbone."): w for n, w in weights.items() if n.startswith("backbone.")}
-        found = functional_call(self.backbone, of_backbone, (x,))
-        return logits_among(own, found, weights["head.weight"], self.head.bias)
+    def effective_weights(self) -> dict[str, Tensor]:
+        """Weights times masks, drawn in training mode."""
+        return self.gates.weights(self.network)
 
     def penalty(self) -> Tensor:
         """lambda ||m^g||_0 of eq 2, in expectation."""

@@ -7,7 +7,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from lightning_sparse_cl.backbones.head import logits_among
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.base import ContinualModule
@@ -47,7 +49,25 @@ class IsolatingModule(ContinualModule):
 
     def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of the network that the running task trains."""
-        return super().forward(x)
+        if not (weights := self.effective_weights()):
+            return super().forward(x)
+        own = self.objective.own_classes if self.training else None
+        if own is None:
+            return functional_call(self.network, weights, (x,))
+        of_backbone = {n.removeprefix("backbone."): w for n, w in weights.items() if n.startswith("backbone.")}
+        found = functional_call(self.backbone, of_backbone, (x,))
+        return logits_among(own, found, weights.get("head.weight", self.head.weight), self.head.bias)
+
+    def effective_weights(self) -> dict[str, Tensor]:
+        """What the running task's network has in the place of parameters, by name: weights times learnt masks.
+
+        If it is empty, the network computes with its parameters as they are.
+        """
+        return {}
+
+    def task_masks(self) -> dict[str, Tensor]:
+        """Which weights the task that ends uses, by name, where the module has learnt it; others see to the rest."""
+        return {}
 
     def predict(self, x: Nest, task: int) -> Tensor:
         """Labels (B,) of images (B, C, H, W), out of the classes of ``task``, by its compact subnetwork alone.

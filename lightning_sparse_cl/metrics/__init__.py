@@ -16,6 +16,7 @@ from lightning_sparse_cl.metrics.accuracy_matrix import (
     forgetting,
     forward_transfer,
 )
+from lightning_sparse_cl.metrics.mask_bits import mask_bits
 
 __all__ = [
     "AccuracyMatrix",
@@ -25,6 +26,7 @@ __all__ = [
     "capacity",
     "forgetting",
     "forward_transfer",
+    "mask_bits",
     "mask_overhead",
     "mean_kept",
     "packnet_share",

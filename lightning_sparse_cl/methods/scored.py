@@ -1,0 +1,55 @@
+"""Base of the methods that learn a score for each weight, and make masks of the scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_sparse_cl.methods.isolation import IsolatingModule
+from lightning_sparse_cl.nests import Nest
+from lightning_sparse_cl.sparsity.weight_scores import WeightScores
+
+
+class ScoredModule(IsolatingModule):
+    """An :class:`IsolatingModule` whose tasks learn masks by :class:`WeightScores`.
+
+    Args:
+        *args: see :class:`IsolatingModule`.
+        scores: the scores.
+        fixed: whether the weights that have scores are never trained.
+        **kwargs: see :class:`IsolatingModule`.
+    """
+
+    def __init__(self, *args: Any, scores: WeightScores, fixed: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scores, self.fixed = scores, fixed
+
+    def build(
+        self, layout: Nest, num_classes: int, seed: int = 0, inputs: Nest | None = None, target: str = "classes",
+        labels: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().build(layout, num_classes, seed, inputs, target, labels)
+        network = self.network
+        self.scores.build(network, seed)
+        for name in self.scores.names if self.fixed else ():
+            network.get_parameter(name).requires_grad_(False)
+
+    def learns_masks(self) -> bool:
+        """Whether the running task learns masks; if not, it uses all weights."""
+        return True
+
+    def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
+        super().on_task_start(trainer, pl_module, task)
+        self.scores.begin(task)
+
+    def effective_weights(self) -> dict[str, Tensor]:
+        """Weights times masks."""
+        return self.scores.weights(self.network) if self.learns_masks() else {}
+
+    def task_masks(self) -> dict[str, Tensor]:
+        """The masks that the running task has learnt."""
+        if not self.learns_masks():
+            return {}
+        return {name: mask > 0 for name, mask in self.scores.masks().items()}

@@ -1,0 +1,59 @@
+"""What the masks of all tasks take to store: the entropy that no code can beat, and an actual code."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Masks of so many tasks at a time are one symbol."""
+
+
+def mask_bits(masks: Iterable[Tensor]) -> dict[str, float]:
+    """Bits per weight that the masks of T tasks take together.
+
+    Each weight has one bit per task; these T bits are one symbol, so that masks which share much take little. EsaCL's
+    eq 6.24 and WSN's tables assume a factor gamma of compression instead.
+
+    Args:
+        masks: T boolean masks (n,) or of any one shape, one per task. Of more than 32 tasks, so many at a time.
+
+    Returns:
+        ``plain``, T; ``entropy``, that of the symbols, which no code for single weights can beat; ``coded``, a Huffman
+        code's, without its table of at most 2^T entries.
+    """
+    entropy = coded = 0.0
+    tasks, symbols = 0, torch.zeros(0, dtype=torch.long)
+    for tasks, mask in enumerate(masks, 1):
+        at = (tasks - 1) % GROUP
+        if not at:
+            entropy, coded = entropy + _entropy(symbols), coded + _coded(symbols)
+            symbols = torch.zeros(mask.numel(), dtype=torch.long)
+        symbols |= mask.reshape(-1).cpu().long() << at
+    return {"plain": float(tasks), "entropy": entropy + _entropy(symbols), "coded": coded + _coded(symbols)}
+
+
+def _entropy(symbols: Tensor) -> float:
+    counts, n = symbols.unique(return_counts=True)[1].tolist(), max(symbols.numel(), 1)
+    return sum(c * math.log2(n / c) for c in counts) / n
+
+
+def _coded(symbols: Tensor) -> float:
+    return huffman_bits(symbols.unique(return_counts=True)[1].tolist()) / max(symbols.numel(), 1)
+
+
+def huffman_bits(counts: Sequence[int]) -> int:
+    """Bits that a Huffman code takes for symbols that occur so often; one bit each where there is one symbol only."""
+    if len(counts) < 2:
+        return sum(counts)
+    heap, total = list(counts), 0
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heapq.heappop(heap)
+        total += both
+        heapq.heappush(heap, both)
+    return total

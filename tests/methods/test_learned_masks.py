@@ -1,0 +1,204 @@
+"""WSN, SupSup, Piggyback: masks from scores, gradients straight through them, and nothing forgotten."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from logits_of_tasks import Logits
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.demos import toy_tasks
+from lightning_sparse_cl.sparsity.weight_scores import above, top_k
+
+OPTIMIZERS = {
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1),
+}
+METHODS = {
+    "WSN": lambda **m: scl.WSN(scl.SmallCNN(8), 0.4, **m),
+    "SupSup": lambda **m: scl.SupSup(scl.SmallCNN(8), 0.4, **m),
+    "Piggyback": lambda **m: scl.Piggyback(scl.SmallCNN(8), **m),
+    "Piggyback, pretrained": lambda **m: scl.Piggyback(scl.SmallCNN(8), pretrained=True, **m),
+}
+
+
+def subnetworks(name, batch_norm="per_task"):
+    return scl.TaskSubnetworks(batch_norm, full="error" if name == "WSN" else "share")
+
+
+def masks_of(module):
+    learnt = scl.Subnetworks.of(module)
+    return [{name: learnt.mask(t, name) for name in task.masks} for t, task in enumerate(learnt.tasks)]
+
+
+@pytest.mark.parametrize("batch_norm", ["per_task", "frozen"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_forgotten(name, optimizer, batch_norm):
+    torch.manual_seed(0)
+    logits, evaluation = Logits(), scl.ContinualEvaluation()
+    module = METHODS[name](optimizer=OPTIMIZERS[optimizer], subnetworks=subnetworks(name, batch_norm))
+    trainer(logits, evaluation, epochs=3).fit(module, toy_tasks(num_tasks=4))
+    logits.assert_same()
+    assert evaluation.matrices["task_il"].summary()["bwt"] == 0
+
+
+class Still(scl.TaskCallback):
+    """The weights, before training and after each task."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.weights = [{n: pl_module.get_parameter(n).detach().clone() for n in pl_module.scores.names}]
+
+    def on_task_end(self, trainer, pl_module, task):
+        self.weights.append({n: pl_module.get_parameter(n).detach().clone() for n in pl_module.scores.names})
+
+
+@pytest.mark.parametrize("name", ["SupSup", "Piggyback", "Piggyback, pretrained"])
+def test_the_weights_stay_and_only_masks_learn(name):
+    torch.manual_seed(0)
+    module, still = METHODS[name](optimizer=OPTIMIZERS["adamw"]), Still()
+    trainer(still, epochs=3).fit(module, toy_tasks(num_tasks=3))
+    masks, (before, *after) = masks_of(module), still.weights
+    for weight in before:
+        assert torch.equal(before[weight], after[0][weight]) == (name != "Piggyback")
+        assert torch.equal(after[0][weight], after[1][weight]) and torch.equal(after[1][weight], after[2][weight])
+        assert masks[0][weight].all() == (name == "Piggyback")
+        assert all(0 < int(mask[weight].sum()) < mask[weight].numel() for mask in masks[1:])
+    assert any(not torch.equal(masks[1][n], masks[2][n]) for n in masks[1])
+
+
+def test_signed_constants_have_the_signs_that_were_drawn():
+    nets = []
+    for constants in (False, True):
+        torch.manual_seed(0)
+        module = scl.SupSup(scl.SmallCNN(8), signed_constants=constants)
+        module.build((1, 8, 8), 6)
+        nets.append({n: module.get_parameter(n) for n in module.scores.names})
+    for drawn, constant in zip(*(net.values() for net in nets)):
+        assert torch.equal(drawn.sign(), constant.sign())
+        torch.testing.assert_close(constant.abs(), torch.full_like(constant, (2 / constant[0].numel()) ** 0.5))
+
+
+def test_wsn_keeps_exact_counts_and_shares_more_than_independent_masks_would():
+    torch.manual_seed(0)
+    module = METHODS["WSN"](optimizer=OPTIMIZERS["adamw"])
+    trainer(epochs=3).fit(module, toy_tasks(num_tasks=4))
+    masks, shared = masks_of(module), module.policies[0].summary()
+    for task in masks:
+        assert all(int(mask.sum()) == round(0.4 * mask.numel()) for mask in task.values())
+    assert shared["used"][-1] < 1 - 0.6**4
+    assert all(0 < shared["overlap"][0][t] < 1 for t in (1, 2, 3))
+    assert shared["mask_bits"]["entropy"] <= shared["mask_bits"]["coded"] < shared["mask_bits"]["plain"] == 4
+
+
+def test_gradients_pass_straight_through_top_k():
+    generator = torch.Generator().manual_seed(0)
+    s, w, x = (torch.randn(5, 7, generator=generator) for _ in range(3))
+    s.requires_grad_(), w.requires_grad_()
+    mask = top_k(s, 10)
+    assert set(mask.detach().unique().tolist()) == {0.0, 1.0} and int(mask.sum()) == 10
+    assert float(s.abs()[mask < 1].max()) <= float(s.abs()[mask > 0].min())
+    masked = (mask * w).detach().requires_grad_()
+    (of_masked,) = torch.autograd.grad(((masked * x).sin()).sum(), masked)
+    of_s, of_w = torch.autograd.grad(((mask * w * x).sin()).sum(), [s, w])
+    torch.testing.assert_close(of_s, s.detach().sign() * w.detach() * of_masked)
+    torch.testing.assert_close(of_w, mask.detach() * of_masked)
+
+
+def test_gradients_pass_straight_through_a_threshold_and_adam_takes_fifty_steps_to_it():
+    r = torch.tensor([0.01], requires_grad=True)
+    mask = above(r, 0.005)
+    assert mask.item() == 1
+    loss = 0.5 * (mask * 1.0 * 1.0 - 0.0) ** 2  # w = x = 1, y = 0
+    assert torch.autograd.grad(loss.sum(), r)[0].item() == pytest.approx(1)
+    adam, steps = torch.optim.Adam([r], lr=1e-4), 0
+    while above(r, 0.005).item():
+        adam.zero_grad()
+        (0.5 * above(r, 0.005) ** 2).sum().backward()
+        adam.step()
+        steps += 1
+    assert steps in (50, 51)
+
+
+def test_piggyback_starts_from_the_whole_network():
+    module = scl.Piggyback(scl.SmallCNN(8), pretrained=True)
+    module.build((1, 8, 8), 6)
+    x = torch.randn(4, 1, 8, 8)
+    module.eval()
+    torch.testing.assert_close(module.running(x), module.network(x))
+    assert all(mask.all() for mask in module.task_masks().values())
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise Stop
+
+
+@pytest.mark.parametrize("step", [3, 16, 22])
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_it_ends_with_the_same_bits(name, step, tmp_path):
+    def run(folder, *more, ckpt_path=None):
+        pl.seed_everything(0, verbose=False)
+        module = METHODS[name](optimizer=OPTIMIZERS["adamw"])
+        checkpoint = scl.SequenceCheckpoint(folder, save_last=True, every_n_train_steps=1)
+        parts = (scl.RandomState(), checkpoint, *more)
+        trainer(*parts, epochs=2, enable_checkpointing=True).fit(module, toy_tasks(3), ckpt_path=ckpt_path)
+        return module
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", StopAt(step))
+    resumed = run(tmp_path / "stopped", ckpt_path=tmp_path / "stopped" / "last.ckpt")
+    for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(masks_of(whole), masks_of(resumed)) for n in a)
+
+
+def test_a_checkpoint_answers_alone(tmp_path):
+    module = scl.WSN(scl.SmallCNN(8), 0.4, scl.TaskSubnetworks(inference=scl.CalibratedLogit()))
+    run = trainer(epochs=2)
+    run.fit(module, data := toy_tasks(3))
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    loaded = scl.WSN.load_from_checkpoint(tmp_path / "run.ckpt")
+    x = data.prepare(data.test_sets[1].inputs, augment=False)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    assert torch.equal(loaded.predict(x, 1), module.predict(x, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: scl.WSN(scl.SmallCNN(4), keep=0.0), r"keep=0.0\): the fraction of weights that is on, in \(0, 1\]"),
+        (lambda: scl.WSN(scl.SmallCNN(4), keep=1.1), r"keep=1.1\)"),
+        (lambda: scl.WSN(scl.SmallCNN(4), 1e-4).build((1, 8, 8), 4), r"keep=0.0001\): it keeps none of backbone"),
+        (lambda: scl.WeightScores(), "keep=None, threshold=None.*give one of them"),
+        (lambda: scl.WeightScores(0.5, 0.1), "keep=0.5, threshold=0.1.*give one of them"),
+        (lambda: scl.SupSup(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "no weight is ever free; use 'share'"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), init=0.001), r"threshold=0.005, init=0.001\): scores start above"),
+        (
+            lambda: trainer(epochs=1).fit(scl.WSN(scl.SmallCNN(4), keep=1.0), toy_tasks(3)),
+            "task 1 of 3 has no free weight in its mask; the free weights ended with task 0",
+        ),
+        (
+            lambda: scl.WSN(scl.SmallCNN(4)).predict(torch.zeros(1, 1, 8, 8), 0),
+            "task 0 was never trained",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
