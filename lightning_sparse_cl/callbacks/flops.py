@@ -53,11 +53,11 @@ class FlopsCounter(pl.Callback):
 
     A product of activations with a weight, of m multiply-accumulates (see
     :class:`~lightning_sparse_cl.metrics.DenseCost`), costs 2ma FLOPs forward and, if a gradient is taken, 2ma for the
-    error and 2mg for the weight. a and g are the fractions of the weight alive and updated; g is 1 on steps that need
-    whole gradients, such as RigL's exchanges, and 0 for a weight that is not trained. A product of two activations, as
-    attention has them, costs 2m forward and 4m backward. Everything is counted at the masks of its moment: removed
-    data, replay, SAM's second pass, ranking passes. Evaluation is not training and does not count. Counts are of all
-    processes together, each taken to do what this one does.
+    error and 2mg for the weight. a and g are the fractions of the weight alive and updated; g is 0 for a weight that is
+    not trained, and 1 where its whole gradient is needed: on steps such as RigL's exchanges, and where scores learn by
+    it. A product of two activations, as attention has them, costs 2m forward and 4m backward. Everything is counted at
+    the masks of its moment: removed data, replay, SAM's second pass, ranking passes. Evaluation is not training and
+    does not count. Counts are of all processes together, each taken to do what this one does.
 
     :meth:`summary` tells, in FLOPs:
 
@@ -220,7 +220,8 @@ class FlopsCounter(pl.Callback):
         alive = {n: masks.alive[n].count_nonzero() if n in masks.alive else size for n, size in sizes.items()}
         moved = {n: masks.movable(n).count_nonzero() if n in held else size for n, size in alive.items()}
         masked = torch.tensor([n in masks.alive or n in held for n in sizes], device=device)
-        whole = torch.tensor([n in self._enforcement.whole for n in sizes], device=device)
+        asked = {*self._enforcement.whole, *getattr(masks.module, "whole_gradients", list)()}
+        whole = torch.tensor([n in asked for n in sizes], device=device)
         every = torch.tensor(list(sizes.values()), device=device)
         self._alive, updated = (
             torch.stack([torch.as_tensor(n, device=device) for n in counts.values()] or [every])

@@ -44,6 +44,10 @@ class ScoredModule(IsolatingModule):
         super().on_task_start(trainer, pl_module, task)
         self.scores.begin(task)
 
+    def whole_gradients(self) -> list[str]:
+        """Weights whose gradient is taken in every step, whether they are trained or not: their scores need it."""
+        return self.scores.names if self.learns_masks() else []
+
     def effective_weights(self) -> dict[str, Tensor]:
         """Weights times masks."""
         return self.scores.weights(self.network) if self.learns_masks() else {}

@@ -134,6 +134,14 @@ def test_piggyback_starts_from_the_whole_network():
     assert all(mask.all() for mask in module.task_masks().values())
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_scores_need_the_gradients_of_all_weights_and_flops_say_so(name):
+    counter = scl.FlopsCounter()
+    trainer(counter, epochs=1).fit(METHODS[name](), toy_tasks(num_tasks=3))
+    flops = counter.summary()
+    assert flops["training"] == pytest.approx(flops["dense"], rel=1e-5)
+
+
 class Stop(Exception):
     pass
 
