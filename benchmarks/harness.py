@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -193,6 +194,8 @@ def show(title: str, rows: list[dict[str, Any]], columns: Sequence[str], plain: 
 
 
 def _cell(value: Any, scale: float) -> str:
+    if isinstance(value, dict) and "mean" in value and math.isnan(value["low"]):
+        return f"{scale * value['mean']:+.1f}"  # of one seed
     if isinstance(value, dict) and "mean" in value:
         return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(scale * value[of] for of in ("mean", "low", "high")))
     if isinstance(value, dict):
