@@ -2,10 +2,10 @@
 
 from functools import partial
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from logits_of_tasks import Logits
+from stopped import assert_resumes
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -142,37 +142,10 @@ def test_scores_need_the_gradients_of_all_weights_and_flops_say_so(name):
     assert flops["training"] == pytest.approx(flops["dense"], rel=1e-5)
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt(pl.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise Stop
-
-
-@pytest.mark.parametrize("step", [3, 16, 22])
+@pytest.mark.parametrize("step", [16, *(pytest.param(s, marks=pytest.mark.slow) for s in (3, 10, 22))])
 @pytest.mark.parametrize("name", METHODS)
 def test_resumed_it_ends_with_the_same_bits(name, step, tmp_path):
-    def run(folder, *more, ckpt_path=None):
-        pl.seed_everything(0, verbose=False)
-        module = METHODS[name](optimizer=OPTIMIZERS["adamw"])
-        checkpoint = scl.SequenceCheckpoint(folder, save_last=True, every_n_train_steps=1)
-        parts = (scl.RandomState(), checkpoint, *more)
-        trainer(*parts, epochs=2, enable_checkpointing=True).fit(module, toy_tasks(3), ckpt_path=ckpt_path)
-        return module
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(tmp_path / "stopped", StopAt(step))
-    resumed = run(tmp_path / "stopped", ckpt_path=tmp_path / "stopped" / "last.ckpt")
-    for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), key
-    assert all(torch.equal(a[n], b[n]) for a, b in zip(masks_of(whole), masks_of(resumed)) for n in a)
+    assert_resumes(lambda: METHODS[name](optimizer=OPTIMIZERS["adamw"]), step, 2, tmp_path)
 
 
 def test_a_checkpoint_answers_alone(tmp_path):

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from logits_of_tasks import Logits
+from stopped import assert_resumes
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -91,35 +92,19 @@ def test_the_mask_holds_while_the_task_is_retrained_and_earlier_ones_are_in_it()
     assert not watch.alive[2, EPOCHS - 1, 0]  # the last one is not pruned
 
 
-class Stop(Exception):
-    pass
+AT_PRUNING = (EPOCHS - RETRAIN) * STEPS
 
 
-class StopAt(pl.Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == self.epoch:
-            raise Stop
-
-
-@pytest.mark.parametrize("epoch", [1, EPOCHS - RETRAIN, EPOCHS - 1, 2 * EPOCHS - 1])
-def test_resumed_after_any_epoch_it_ends_with_the_same_bits(tmp_path, epoch):
-    def run(folder, *more, ckpt_path=None):
-        pl.seed_everything(0, verbose=False)
-        module, checkpoint = packnet(), scl.SequenceCheckpoint(folder, save_last=True)
-        parts = (scl.RandomState(), checkpoint, *more)
-        trainer(*parts, epochs=EPOCHS, enable_checkpointing=True).fit(module, toy_tasks(3), ckpt_path=ckpt_path)
-        return module
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(tmp_path / "stopped", StopAt(epoch))
-    resumed = run(tmp_path / "stopped", ckpt_path=tmp_path / "stopped" / "last.ckpt")
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    assert owned(whole) == owned(resumed)
+@pytest.mark.parametrize(
+    "step",
+    [
+        AT_PRUNING,
+        AT_PRUNING + 2,
+        *(pytest.param(s, marks=pytest.mark.slow) for s in (3, AT_PRUNING - 1, 2 * EPOCHS * STEPS - 3)),
+    ],
+)
+def test_resumed_it_ends_with_the_same_bits(tmp_path, step):
+    assert_resumes(packnet, step, EPOCHS, tmp_path)
 
 
 def test_pruning_inside_works_in_a_module_that_knows_nothing_of_it():
