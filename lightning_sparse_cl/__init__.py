@@ -106,6 +106,7 @@ from lightning_sparse_cl.data import (
 from lightning_sparse_cl.deploy import export_model, profile_model
 from lightning_sparse_cl.methods import (
     CLLSG,
+    LPS,
     WSN,
     ContinualDST,
     ContinualModule,
@@ -174,6 +175,7 @@ __all__ = [
     "EWC",
     "FDR",
     "GPM",
+    "LPS",
     "SET",
     "SNFS",
     "SNIP",

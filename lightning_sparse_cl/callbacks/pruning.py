@@ -117,7 +117,7 @@ class OneShotPruning(ScorePruning):
             return
         data = task_data(trainer) if schedule is not None else None
         tasks = [0] if data is None else range(len(data.learnt.classes) if data.learnt else 0, data.num_tasks)
-        for task in tasks:
+        for task in tasks if self.last else tasks[:-1]:
             epochs = position(trainer).epochs if schedule is None else schedule.epochs_of(task)
             if max(self.epoch or 0, self.retrain or 0) >= epochs:
                 of = "the fit" if schedule is None else f"task {task + 1}"

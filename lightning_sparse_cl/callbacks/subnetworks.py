@@ -76,6 +76,10 @@ class TaskSubnetworks(Sparsifier):
             )
         if full not in ("error", "share"):
             raise ValueError(f"TaskSubnetworks(full={full!r}): full is 'error' or 'share'")
+        if not isinstance(inference, TaskInference | None):
+            raise ValueError(
+                f"TaskSubnetworks(inference={inference!r}): a TaskInference, such as LowestEntropy(), or None"
+            )
         self.batch_norm, self.full, self.share = batch_norm, full, share
         self.inference = inference or LargestLogit()
         self._norms: dict[str, Tensor] = {}  # frozen batch-norm: tensors to put back
@@ -88,12 +92,6 @@ class TaskSubnetworks(Sparsifier):
         super().on_fit_start(trainer, pl_module)
         self.subnetworks = Subnetworks.of(pl_module)
         data = task_data(trainer, self)
-        if data.num_tasks == 1 and type(self.inference) is not LargestLogit:
-            raise ValueError(
-                f"TaskSubnetworks(inference={type(self.inference).__name__}()): the data have one task, and there is "
-                "none to infer; leave it out"
-            )
-        self.subnetworks.inference = self.inference
         if data.target is not KINDS["classes"]:
             raise ValueError(
                 f"{type(self).__name__}: a class is told by the subnetwork of its task, and the data have labels of "
@@ -119,12 +117,33 @@ class TaskSubnetworks(Sparsifier):
                 f"TaskSubnetworks: this {type(pl_module).__name__} has already learnt {len(self.subnetworks)} tasks; "
                 "train a new one, or go on with ckpt_path"
             )
+        self._check_inference(data.num_tasks)
+
+    def _check_inference(self, num_tasks: int) -> None:
+        rule = type(self.inference).__name__
+        if num_tasks == 1 and type(self.inference) is not LargestLogit:
+            raise ValueError(
+                f"TaskSubnetworks(inference={rule}()): the data have one task, and there is none to infer; leave it out"
+            )
+        self.subnetworks.inference = self.inference
+        learnt = range(len(self.subnetworks))
+        if self.inference.calibrated and any(self.subnetworks.calibration(task) is None for task in learnt):
+            raise ValueError(
+                f"TaskSubnetworks(inference={rule}()): this module has learnt tasks without it, and their scores were "
+                "not measured on their own samples; take LowestEntropy"
+            )
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         """Classes that are met for the first time begin as they were drawn, whatever was done to their weights before.
 
         So a task learns the same, whether its classes were known from the beginning or not.
         """
+        live = int(task_data(trainer).live().sum())
+        if live < self.inference.least_classes:
+            raise ValueError(
+                f"TaskSubnetworks(inference={type(self.inference).__name__}()): task {task} has {live} class, and its "
+                f"answers are compared among {self.inference.least_classes} at least; take LargestLogit"
+            )
         met = set(self.subnetworks.known())
         new = [c for c in task_data(trainer).live().nonzero().squeeze(1).tolist() if c not in met]
         if callable(draw := getattr(pl_module, "draw_head", None)):
@@ -211,6 +230,10 @@ class TaskSubnetworks(Sparsifier):
     def _none_left(self, names: list[str], tasks: int) -> bool:
         return all(bool(self.subnetworks.used(name, tasks).all()) for name in names)
 
+    def _mask(self, task: int, names: list[str]) -> Tensor:
+        """Which of all weights a task uses, in one row."""
+        return torch.cat([self.subnetworks.mask(task, name).reshape(-1) for name in names])
+
     def summary(self) -> dict[str, Any]:
         """What the subnetworks share, as fractions of the weights of convolutions and linear layers but the head.
 
@@ -237,9 +260,7 @@ class TaskSubnetworks(Sparsifier):
             "used": [n / max(sum(sizes.values()), 1) for n in used],
             "free_in_mask": [n / count for n, count in zip(new, counts)],
             "compact": [self.subnetworks.parameters(i) / whole for i in range(len(tasks))],
-            "mask_bits": mask_bits(
-                torch.cat([self.subnetworks.mask(i, name).reshape(-1) for name in shared]) for i in range(len(tasks))
-            ),
+            "mask_bits": mask_bits(self._mask(i, list(shared)) for i in range(len(tasks) if shared else 0)),
         }
 
 

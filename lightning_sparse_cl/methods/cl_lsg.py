@@ -57,6 +57,8 @@ class CLLSG(IsolatingModule):
         ValueError: if ``subnetworks`` refuses tasks without free weights, or has frozen batch-norm.
     """
 
+    masks_are_learnt = True
+
     def __init__(
         self,
         backbone: nn.Module,

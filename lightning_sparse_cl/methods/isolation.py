@@ -14,6 +14,7 @@ from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.nests import Nest
+from lightning_sparse_cl.optim.la_maml import LaMAML
 from lightning_sparse_cl.sparsity import Subnetworks
 
 
@@ -24,14 +25,25 @@ class IsolatingModule(ContinualModule):
     :class:`TaskSubnetworks`. In ``fit``, ``val/acc`` and ``val/loss`` are Task-IL figures of the running task.
 
     Raises:
-        ValueError: if no policy is a :class:`TaskSubnetworks`.
+        ValueError: if no policy is a :class:`TaskSubnetworks`, or the network computes with masks that are learnt, and
+            the objective or the update rule would not.
     """
+
+    masks_are_learnt = False
+    """Whether the running network has :meth:`effective_weights`."""
 
     def configure_callbacks(self) -> list[pl.Callback]:
         if not any(isinstance(p, TaskSubnetworks) for p in self.policies):
             raise ValueError(
                 f"{type(self).__name__}(policies=...): add TaskSubnetworks(), which keeps what tasks learnt"
             )
+        objective, update = self.objective, self.update
+        for part, wrong in ((objective, objective.reads_network), (update, isinstance(update, LaMAML))):
+            if wrong and self.masks_are_learnt:
+                raise ValueError(
+                    f"{type(self).__name__}: {type(part).__name__} computes with the network's weights as they are, "
+                    "and its running network with weights times learnt masks; use ER or SingleBackward, for example"
+                )
         return super().configure_callbacks()
 
     def forward(self, x: Nest, features: bool = False) -> Tensor:

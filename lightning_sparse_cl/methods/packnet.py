@@ -34,8 +34,8 @@ class PackNet(IsolatingModule):
     here it is the last one. Its learning rate is 0.001, a tenth of that after 10 of 20 epochs, and 0.0001 while
     retraining for 10: policy ``TaskLRSchedule``.
 
-    After ``Reopen("zero")`` a unit whose inputs and outputs are all free has no gradient on either side: it stays dead,
-    as in the released code. ``Reopen("random")`` draws free weights anew.
+    After ``Reopen("zero")`` a unit whose inputs and outputs are all free has no gradient on either side, and stays dead
+    unless its bias or batch-norm lets something through. ``Reopen("random")`` draws free weights anew.
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).

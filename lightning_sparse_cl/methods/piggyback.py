@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -13,6 +14,7 @@ from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.scored import ScoredModule
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import UpdateRule
+from lightning_sparse_cl.sparsity.scores import check_number
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 
@@ -65,9 +67,12 @@ class Piggyback(ScoredModule):
                 "Piggyback(subnetworks=TaskSubnetworks(full='error')): after the first task no weight is free; use "
                 "'share'"
             )
-        if not init > threshold:
+        check_number("Piggyback", "threshold", threshold)
+        check_number("Piggyback", "init", init)
+        if not threshold < init < math.inf:
             raise ValueError(
-                f"Piggyback(threshold={threshold}, init={init}): scores start above the threshold, with all weights on"
+                f"Piggyback(threshold={threshold}, init={init}): scores start above the threshold, with all weights "
+                "on, and finite"
             )
         super().__init__(
             backbone,

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor
 
+from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity.weight_scores import WeightScores
@@ -15,15 +16,27 @@ from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 class ScoredModule(IsolatingModule):
     """An :class:`IsolatingModule` whose tasks learn masks by :class:`WeightScores`.
 
+    While a task trains all weights are multiplied, whatever their masks, and FLOPs are counted so.
+
     Args:
         *args: see :class:`IsolatingModule`.
         scores: the scores.
-        fixed: whether the weights that have scores are never trained.
+        fixed: whether the weights that have scores are never trained; they then require no gradient.
         **kwargs: see :class:`IsolatingModule`.
+
+    Raises:
+        ValueError: if each task is to have a whole copy of the network.
     """
+
+    masks_are_learnt = True
 
     def __init__(self, *args: Any, scores: WeightScores, fixed: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if any(isinstance(p, TaskSubnetworks) and not p.share for p in self.policies):
+            raise ValueError(
+                f"{type(self).__name__}(subnetworks=TaskSubnetworks(share=False)): its tasks are masks on weights that "
+                "they share; leave share=False out"
+            )
         self.scores, self.fixed = scores, fixed
 
     def build(

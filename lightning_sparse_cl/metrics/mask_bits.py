@@ -11,6 +11,8 @@ from torch import Tensor
 
 GROUP = 32
 """Masks of so many tasks at a time are one symbol."""
+LENGTH = 8
+"""Bits in the table for the length of a symbol's code."""
 
 
 def mask_bits(masks: Iterable[Tensor]) -> dict[str, float]:
@@ -23,18 +25,20 @@ def mask_bits(masks: Iterable[Tensor]) -> dict[str, float]:
         masks: T boolean masks (n,) or of any one shape, one per task. Of more than 32 tasks, so many at a time.
 
     Returns:
-        ``plain``, T; ``entropy``, that of the symbols, which no code for single weights can beat; ``coded``, a Huffman
-        code's, without its table of at most 2^T entries.
+        ``plain``, T; ``entropy``, that of the symbols as they occur; ``coded``, a Huffman code's with its table, or T
+        where that takes more. (Of few weights and many tasks nearly every symbol is another one: the table is all there
+        is.)
     """
     entropy = coded = 0.0
     tasks, symbols = 0, torch.zeros(0, dtype=torch.long)
     for tasks, mask in enumerate(masks, 1):
         at = (tasks - 1) % GROUP
         if not at:
-            entropy, coded = entropy + _entropy(symbols), coded + _coded(symbols)
+            entropy, coded = entropy + _entropy(symbols), coded + _coded(symbols, GROUP)
             symbols = torch.zeros(mask.numel(), dtype=torch.long)
         symbols |= mask.reshape(-1).cpu().long() << at
-    return {"plain": float(tasks), "entropy": entropy + _entropy(symbols), "coded": coded + _coded(symbols)}
+    last = (tasks - 1) % GROUP + 1 if tasks else 0
+    return {"plain": float(tasks), "entropy": entropy + _entropy(symbols), "coded": coded + _coded(symbols, last)}
 
 
 def _entropy(symbols: Tensor) -> float:
@@ -42,8 +46,9 @@ def _entropy(symbols: Tensor) -> float:
     return sum(c * math.log2(n / c) for c in counts) / n
 
 
-def _coded(symbols: Tensor) -> float:
-    return huffman_bits(symbols.unique(return_counts=True)[1].tolist()) / max(symbols.numel(), 1)
+def _coded(symbols: Tensor, tasks: int) -> float:
+    counts = symbols.unique(return_counts=True)[1].tolist()
+    return min(tasks, (huffman_bits(counts) + len(counts) * (tasks + LENGTH)) / max(symbols.numel(), 1))
 
 
 def huffman_bits(counts: Sequence[int]) -> int:

@@ -54,6 +54,8 @@ class Objective(TaskHooks, nn.Module):
     """Whether :meth:`forward` returns the loss of each exemplar, so that :class:`LossSelection` can select by it."""
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
+    reads_network = False
+    """Whether it computes with ``network`` itself, and so needs its parameters to be what the module computes with."""
     views = 1
     """Augmented views of each sample of the current batch; of several, the tensors of ``x`` are (B, views, ...)."""
     takes: tuple[str, ...] = ("classes",)

@@ -32,13 +32,13 @@ class EWC(LooksBack, CrossEntropy):
 
     Args:
         alpha: weight of the penalty, the paper's lambda.
-        bound: the largest value of alpha F_i, > 0; at most 1 / the learning rate of SGD.
+        bound: the largest value of alpha F_i, > 0; at most 1 / the learning rate of SGD, or (1 + momentum) / it.
         gamma: how much of earlier tasks' information stays, in [0, 1].
         samples: of each task, drawn at random, for the Fisher information. If None, all.
         single_head: see :class:`CrossEntropy`.
 
     Raises:
-        ValueError: if an argument is out of range, or steps of SGD along the penalty would diverge.
+        ValueError: if an argument is out of range, or steps of SGD along the penalty may diverge.
     """
 
     F: Tensor
@@ -49,6 +49,7 @@ class EWC(LooksBack, CrossEntropy):
     weight_names: list[str]
     """Of the weights theta, in their order."""
     takes = ("classes",)
+    reads_network = True
 
     def __init__(
         self,
@@ -85,12 +86,13 @@ class EWC(LooksBack, CrossEntropy):
     def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)
         groups = [group for o in trainer.optimizers if isinstance(o, SGD) for group in o.param_groups]
-        lr = max((float(max(group["lr"], group.get("initial_lr", 0))) for group in groups), default=0.0)
-        if self.alpha and lr * self.bound > 1:
-            raise ValueError(
-                f"EWC(bound={self.bound:g}): SGD's steps along the penalty diverge where its learning rate, {lr:g}, is "
-                f"above 1 / bound; use a bound of at most {1 / lr:g}"
-            )
+        for group in groups if self.alpha and trainer.datamodule.num_tasks > 1 else ():
+            lr, most = float(max(group["lr"], group.get("initial_lr", 0))), 1 + float(group["momentum"])
+            if lr * self.bound > most:
+                raise ValueError(
+                    f"EWC(bound={self.bound:g}): SGD's steps along the penalty may diverge, for bound times the "
+                    f"learning rate, {lr:g}, is above {most:g}; use a bound of at most {most / lr:g}"
+                )
 
     @torch.no_grad()
     def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:

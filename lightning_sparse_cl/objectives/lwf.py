@@ -35,6 +35,7 @@ class LwF(LooksBack, CrossEntropy):
     old: Tensor
     """Which classes (num_classes,) earlier tasks had."""
     takes = ("classes",)
+    reads_network = True
 
     def __init__(
         self, alpha: float = 3.0, temperature: float = 2.0, warmup: bool = True, single_head: bool = False

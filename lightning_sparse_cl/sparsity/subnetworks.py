@@ -29,8 +29,8 @@ class Subnetwork(NamedTuple):
     """By weight: which it uses, eight a byte. Their values are shared and frozen."""
     own: dict[str, Tensor]
     """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
-    calibration: tuple[float, float] | None = None
-    """Mean and deviation of a :class:`TaskInference`'s scores on the task's own training samples."""
+    calibration: dict[str, tuple[float, float]] | None = None
+    """By the name of a :class:`TaskInference`, mean and deviation of its scores on the task's own training samples."""
 
 
 class Subnetworks:
@@ -113,9 +113,14 @@ class Subnetworks:
     def calibrate(self, task: int, batches: Iterable[Nest]) -> None:
         """Measure the scores of :attr:`inference` on samples of the task itself."""
         scores = torch.cat([self.inference.score(self.network(task)(x)).float() for x in batches])
-        mean, deviation = scores.mean().item(), scores.std().item()
-        self.tasks[task] = learnt = self._task(task)._replace(calibration=(mean, deviation))
+        found = {type(self.inference).__name__: (scores.mean().item(), scores.std(correction=0).item())}
+        learnt = self._task(task)
+        self.tasks[task] = learnt = learnt._replace(calibration=(learnt.calibration or {}) | found)
         self._ready[task] = learnt, self._ready[task][1]
+
+    def calibration(self, task: int) -> tuple[float, float] | None:
+        """Mean and deviation of :attr:`inference`'s scores on the task's own samples. If None, they are not known."""
+        return (self._task(task).calibration or {}).get(type(self.inference).__name__)
 
     def mask(self, task: int, name: str) -> Tensor:
         """Which of a weight's entries a task uses, of the weight's shape."""
@@ -241,11 +246,12 @@ class Subnetworks:
         else:
             logits = self.running(x).clone()
         logits[:, known] = -torch.inf
-        comparable = {i: self.inference.comparable(a, self.tasks[i].calibration) for i, a in answers.items()}
+        comparable = {i: self.inference.comparable(a, self.calibration(i)) for i, a in answers.items()}
         if len(comparable) > 1 and type(self.inference) is not LargestLogit:
             scores = torch.stack([a.amax(1) for a in comparable.values()])
             others = zip(comparable.items(), scores < scores.amax(0), strict=True)
             comparable = {i: answer.masked_fill(other[:, None], -torch.inf) for (i, answer), other in others}
+            logits = logits.to(scores.dtype)
         for i, answer in comparable.items():
             own = self.tasks[i].classes
             logits[:, own] = logits[:, own].maximum(answer.to(logits.dtype))

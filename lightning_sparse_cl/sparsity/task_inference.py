@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -19,6 +20,8 @@ class TaskInference:
 
     calibrated: ClassVar[bool] = False
     """Whether it needs the mean and deviation of scores on each task's own training samples."""
+    least_classes: ClassVar[int] = 1
+    """How many classes a task needs."""
 
     def score(self, answer: Tensor) -> Tensor:
         """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
@@ -32,9 +35,15 @@ class TaskInference:
             calibration: mean and deviation of the task's scores on its own samples.
 
         Raises:
-            ValueError: if the rule needs a calibration, and there is none.
+            ValueError: if the rule needs a calibration, and there is none, or scores have another shape.
         """
+        answer = answer.float() if answer.dtype in (torch.bfloat16, torch.float16) else answer  # scores may be close
         score = self.score(answer)
+        if score.shape != answer.shape[:1]:
+            raise ValueError(
+                f"{type(self).__name__}.score() gives {tuple(score.shape)}: one number per sample, "
+                f"({len(answer)},), is needed"
+            )
         if self.calibrated:
             if calibration is None:
                 raise ValueError(
@@ -71,10 +80,12 @@ class LowestEntropy(TaskInference):
     """The task whose subnetwork is the surest: its answer has the lowest entropy.
 
     Tasks of different numbers of classes are compared by the part of the largest possible entropy, log n. A task of one
-    class is always sure of it, and cannot be told so.
+    class is refused: its answer has no entropy, so that it would get every sample.
     """
+
+    least_classes = 2
 
     def score(self, answer: Tensor) -> Tensor:
         log_p = answer.float().log_softmax(1)
         entropy = -(log_p.exp() * log_p).sum(1)
-        return -entropy / max(torch.tensor(float(answer.shape[1])).log().item(), 1e-6)
+        return -entropy / math.log(max(answer.shape[1], 2))

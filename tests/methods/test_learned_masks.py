@@ -72,6 +72,17 @@ def test_the_weights_stay_and_only_masks_learn(name):
     assert any(not torch.equal(masks[1][n], masks[2][n]) for n in masks[1])
 
 
+def test_every_task_of_supsup_starts_from_scores_of_its_own():
+    scores = scl.WeightScores(0.5, anew=True)
+    scores.build(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), seed=0)
+    first = scores.scores[0].clone()
+    scores.begin(1)
+    assert not torch.equal(first, scores.scores[0])
+    second = scores.scores[0].clone()
+    scores.begin(1)
+    assert torch.equal(second, scores.scores[0])
+
+
 def test_signed_constants_have_the_signs_that_were_drawn():
     nets = []
     for constants in (False, True):
@@ -169,6 +180,18 @@ def test_a_checkpoint_answers_alone(tmp_path):
         (lambda: scl.WeightScores(0.5, 0.1), "keep=0.5, threshold=0.1.*give one of them"),
         (lambda: scl.SupSup(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "no weight is ever free; use 'share'"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), init=float("inf")), "init=inf.*finite"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), threshold=None), "threshold=None"),
+        (lambda: scl.WSN(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks(share=False)), "leave share=False out"),
+        (lambda: trainer().fit(scl.WSN(scl.SmallCNN(4), objective=scl.LwF()), toy_tasks(2)), "WSN: LwF computes with"),
+        (
+            lambda: trainer().fit(scl.SupSup(scl.SmallCNN(4), objective=scl.EWC()), toy_tasks(2)),
+            "SupSup: EWC computes with",
+        ),
+        (
+            lambda: trainer().fit(scl.WSN(scl.SmallCNN(4), objective=scl.ER(), update=scl.LaMAML()), toy_tasks(2)),
+            "WSN: LaMAML computes with",
+        ),
         (lambda: scl.Piggyback(scl.SmallCNN(4), init=0.001), r"threshold=0.005, init=0.001\): scores start above"),
         (
             lambda: trainer(epochs=1).fit(scl.WSN(scl.SmallCNN(4), keep=1.0), toy_tasks(3)),

@@ -39,7 +39,7 @@ class Watch(pl.Callback):
     """The mask and the weights at every step, as (task, epoch, step)."""
 
     def __init__(self):
-        self.alive, self.zeros = {}, {}
+        self.alive = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         masks, at = scl.Masks.of(pl_module), (trainer.datamodule.task, trainer.datamodule.epoch_in_task, batch_idx)

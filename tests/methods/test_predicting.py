@@ -38,7 +38,7 @@ def photos(tmp_path):
 def trained(photos):
     pl.seed_everything(0, verbose=False)
     data = scl.SplitImageFolder(str(photos), num_tasks=2, size=10, batch_size=8)
-    (t := trainer(epochs=3)).fit(model := scl.EsaCL(scl.SmallCNN(4), scl.DERpp(20, 8)), data)
+    (t := trainer(epochs=3)).fit(model := scl.EsaCL(scl.SmallCNN(4), scl.DERpp(20, 8, forward="joint")), data)
     return t, model, data
 
 

@@ -1,10 +1,12 @@
 """What holds of all objectives: zero coefficients, precisions, and errors that name what is wrong."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from small_network import learnt
+from torch.optim.lr_scheduler import LambdaLR
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -54,6 +56,10 @@ def test_a_bound_binds_sgd_only():
         (lambda: scl.EWC(samples=0), r"EWC\(samples=0\)"),
         (lambda: scl.EWC(bound=0.0), r"EWC\(bound=0.0\): bound is > 0"),
         (lambda: fitted(scl.EWC(bound=1e12)), r"EWC\(bound=1e\+12\): SGD's .* learning rate, 0.03, .* at most 33.3"),
+        (
+            lambda: fitted(scl.EWC(bound=40), policies=[scl.TaskLRSchedule(partial(LambdaLR, lr_lambda=lambda e: e))]),
+            "learning rate, 0.03, is above 1",
+        ),
         (lambda: scl.ER(forward="together"), r"ER\(forward='together'\): 'separate' or 'joint'"),
         (lambda: scl.FDR(forward=None), r"FDR\(forward=None\): 'separate' or 'joint'"),
         (lambda: scl.ICaRL(over="new"), r"ICaRL\(over='new'\).*'seen' or 'all'"),
