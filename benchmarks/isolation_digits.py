@@ -20,7 +20,7 @@ import harness
 import lightning_sparse_cl as scl
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "split_digits"
-METHODS = ("packnet", "wsn", "supsup", "piggyback", "continual_dst", "cl_lsg", "scratch", "finetune_copies")
+METHODS = ("packnet", "lps", "wsn", "supsup", "piggyback", "continual_dst", "cl_lsg", "scratch", "finetune_copies")
 RULES = {"largest logit": scl.LargestLogit, "entropy": scl.LowestEntropy, "calibrated": scl.CalibratedLogit}
 
 

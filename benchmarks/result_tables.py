@@ -62,6 +62,12 @@ COLUMNS = {
         "objective": "", "forward": "forward", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
         "Class-IL, joint - separate": "joint - separate, Class-IL", "Task-IL, joint - separate": "and Task-IL",
     },
+    "isolation_digits": {
+        "configuration": "", "Task-IL": "Task-IL ACC", "Class-IL, largest logit": "Class-IL by the largest logit",
+        "Class-IL, entropy": "by the lowest entropy", "Class-IL, calibrated": "calibrated", "used": "weights in use, %",
+        "mask bits": "bits of a mask, % of a bit per weight", "of plain": "training FLOPs, % of plain training",
+        "seconds": "seconds",
+    },
     "continual_dst": {
         "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
         "second half": "tasks 6 to 10", "used": "backbone used, %", "free in the last mask": "free in the last mask, %",

@@ -30,7 +30,11 @@ def continued(folder):
     return f"--continue_from={folder / 'last.ckpt'}"
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+AS_ANOTHER = {"der", "er", "finetune", "finetune_copies", "lps", "piggyback", "rigl_derpp", "snip_derpp", "supsup"}
+"""What goes on in them goes on in others, too."""
+
+
+@pytest.mark.parametrize("config", [slow(c) if c in AS_ANOTHER else c for c in CONFIGS])
 def test_every_configuration_goes_on_from_three_tasks_to_five(tmp_path, config):
     first, later = tmp_path / "first", tmp_path / "later"
     main(command(first, config, *tasks(FIRST)))
@@ -58,7 +62,7 @@ def test_every_configuration_goes_on_from_three_tasks_to_five(tmp_path, config):
         assert_identical(after["subnetworks"]["tasks"][:3], before["subnetworks"]["tasks"], "subnetworks")
 
 
-@pytest.mark.parametrize("config", ISOLATING)
+@pytest.mark.parametrize("config", [slow(c) if c in AS_ANOTHER else c for c in ISOLATING])
 def test_isolated_tasks_end_with_the_bits_of_all_at_once(tmp_path, config):
     main(command(tmp_path / "all", config, *tasks(ALL)))
     main(command(tmp_path / "first", config, *tasks(FIRST)))

@@ -278,8 +278,9 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-AS_ANOTHER = {"RotatedDigits", "SplitMiniImageNet", "SplitTinyImageNet"}
-"""Their arguments are those of another data module, which is tried in the fast tests."""
+AS_ANOTHER = {"RotatedDigits", "PermutedMNIST", "RotatedMNIST", "SplitFashionMNIST", "SplitCIFAR100",
+              "SplitMiniImageNet", "SplitTinyImageNet", "SNFS", "AdaptiveGrowth", "DERppOneDraw", "SupSup"}  # fmt: skip
+"""Their arguments are those of another class, which is tried in the fast tests."""
 
 
 def cases(files):

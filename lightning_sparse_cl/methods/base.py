@@ -356,7 +356,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         else:
             self.remember_sequence(checkpoint)
         own, found = self.state_dict(), checkpoint["state_dict"]
-        for name in own | found:
+        for name in sorted(own | found, key=lambda name: name.endswith("_extra_state")):  # what says most comes first
             shapes = [tuple(s[name].shape) if torch.is_tensor(s.get(name)) else name in s for s in (found, own)]
             if shapes[0] != shapes[1]:
                 there, here = (s if isinstance(s, tuple) else "present" if s else "missing" for s in shapes)

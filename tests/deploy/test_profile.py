@@ -43,6 +43,7 @@ def test_each_way_answers_as_the_module(task: int | None, tmp_path: Path, capsys
     assert (tmp_path / "p" / "profile.png").read_bytes()[1:4] == b"PNG" and "C runtime, int8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_way_that_cannot_be_gone_is_said_and_the_others_go_on(tmp_path: Path) -> None:
     class Own(nn.Module):  # another process does not know it, and no runtime layer computes a sigmoid
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ def masks_of(module):
     return [{name: learnt.mask(t, name) for name in task.masks} for t, task in enumerate(learnt.tasks)]
 
 
-@pytest.mark.parametrize("batch_norm", ["per_task", "frozen"])
+@pytest.mark.parametrize("batch_norm", ["per_task", pytest.param("frozen", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_is_forgotten(name, optimizer, batch_norm):

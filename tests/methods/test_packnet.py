@@ -47,9 +47,9 @@ class Watch(pl.Callback):
         assert all(not pl_module.get_parameter(n)[~mask].any() for n, mask in masks.alive.items())
 
 
-@pytest.mark.parametrize("batch_norm", ["per_task", "frozen"])
+@pytest.mark.parametrize("batch_norm", ["per_task", pytest.param("frozen", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("init", ["zero", "random"])
+@pytest.mark.parametrize("init", ["zero", pytest.param("random", marks=pytest.mark.slow)])
 def test_nothing_is_forgotten(batch_norm, optimizer, init):
     logits, evaluation = Logits(), scl.ContinualEvaluation()
     module = packnet(optimizer=optimizer, batch_norm=batch_norm, init=init)

@@ -90,18 +90,21 @@ def test_losses_of_exemplars_are_those_of_the_formula(objective):
     torch.testing.assert_close(torch.stack([each.mean() for each in losses]).sum(), expected)
 
 
+@pytest.mark.parametrize(("forward", "sizes"), [("joint", [26]), ("separate", [16, 10])])
 @pytest.mark.parametrize("replays", [True, False])
-def test_batch_norm_moves_in_the_pass_that_sees_the_exemplars(replays):
+def test_batch_norm_moves_in_the_pass_that_sees_the_exemplars(replays, forward, sizes):
     """Once a step; an ascent without replay would move it by the current task's images alone."""
     pl.seed_everything(0, verbose=False)
-    module = scl.ContinualModule(scl.SmallCNN(4), scl.ER(40, 10), scl.SharpnessAware(replays=replays))
+    objective = scl.ER(40, 10, forward=forward)
+    module = scl.ContinualModule(scl.SmallCNN(4), objective, scl.SharpnessAware(replays=replays))
     norm = next(m for m in module.modules() if isinstance(m, torch.nn.BatchNorm2d))
     seen: list[tuple[int, int]] = []  # samples of each pass, and how often statistics had moved before it
     norm.register_forward_pre_hook(lambda layer, args: seen.append((len(args[0]), int(layer.num_batches_tracked))))
     trainer(epochs=1).fit(module, toy_tasks(num_tasks=1, per_class=40, batch_size=16))
-    assert int(norm.num_batches_tracked) == 5
-    moved = [n for (n, before), (_, after) in zip(seen, [*seen[1:], (0, 5)]) if after > before]
-    assert moved == [16, *[26] * 4]  # in the first step the memory is empty
+    expected = [16, *sizes * 4]  # in the first step the memory is empty
+    assert int(norm.num_batches_tracked) == len(expected)
+    moved = [n for (n, before), (_, after) in zip(seen, [*seen[1:], (0, len(expected))]) if after > before]
+    assert moved == expected
 
 
 def test_an_objective_that_forgets_to_tell_losses_is_named():
