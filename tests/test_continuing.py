@@ -92,7 +92,7 @@ class StopAfter(pl.Callback):
             trainer.save_checkpoint(Path(trainer.default_root_dir, "between.ckpt"))
 
 
-@pytest.mark.parametrize("config", ["continual_dst", *map(slow, ("derpp", "ewc", "lamaml"))])
+@pytest.mark.parametrize("config", ["wsn", *map(slow, ("continual_dst", "derpp", "ewc", "lamaml"))])
 def test_killed_in_the_continued_part_and_resumed(tmp_path, config):
     """Inside a further task, and where the sequence goes on, with the same command."""
     main(command(tmp_path / "first", config, *tasks(FIRST)))

@@ -78,6 +78,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "p").exists() and len(WAYS) == 11
 
 
+@pytest.mark.slow  # half a minute
 def test_the_command_takes_the_folder_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     about = ["--data.init_args.num_tasks=2", "--schedule.epochs=1", "--trainer.limit_train_batches=2"]
     cli = main(["fit", "-c", "split_digits/esacl", *about])
