@@ -204,7 +204,8 @@ class LPS(IsolatingModule):
             self.prune()  # it ended early
 
     def _is_pruned(self) -> bool:
-        return all(name in Masks.of(self).alive for name in self.names)
+        alive = Masks.of(self).alive  # looked up once
+        return all(name in alive for name in self.names)
 
     def effective_weights(self) -> dict[str, Tensor]:
         """Weights times B, until the task is pruned."""

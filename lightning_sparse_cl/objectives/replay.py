@@ -24,9 +24,9 @@ class Replay(LooksBack, CrossEntropy):
 
     Batch-norm sees what goes through the network together. The released code of DER, DER++ and FDR sends the current
     batch and each draw through alone (``"separate"``): each is normalised by its own mean and variance. In one pass
-    (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate and
-    somewhat faster, and it is not what the papers measured: docs/results.md has both. Without batch-norm they are the
-    same. (ER's own code is joint; SparCL's ER is separate.)
+    (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate where it
+    was measured (docs/results.md), and not what the papers did. Without batch-norm they are the same. (ER's own code is
+    joint; SparCL's ER is separate.)
 
     Args:
         memory: where exemplars come from.
