@@ -24,14 +24,14 @@ class StopAt(pl.Callback):
             raise Stop
 
 
-def assert_resumes(make: Callable[[], pl.LightningModule], step: int, epochs: int, folder) -> None:
+def assert_resumes(make: Callable[[], pl.LightningModule], step: int, epochs: int, folder, **data) -> None:
     """Weights, scores, buffers and the tasks' subnetworks have the same bits; ``step`` counts from the first task's."""
 
     def run(folder, *more, ckpt_path=None):
         pl.seed_everything(0, verbose=False)
         module, checkpoint = make(), scl.SequenceCheckpoint(folder, save_last=True, every_n_train_steps=1)
         parts = (scl.RandomState(), checkpoint, *more)
-        trainer(*parts, epochs=epochs, enable_checkpointing=True).fit(module, toy_tasks(3), ckpt_path=ckpt_path)
+        trainer(*parts, epochs=epochs, enable_checkpointing=True).fit(module, toy_tasks(3, **data), ckpt_path=ckpt_path)
         return module
 
     whole = run(folder / "whole")

@@ -28,6 +28,7 @@ from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.snip import SNIP
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.stable_units import StableUnits
 from lightning_sparse_cl.callbacks.state import RandomState
 from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
@@ -62,6 +63,7 @@ __all__ = [
     "SparseAcceleration",
     "SparseGrowth",
     "Sparsifier",
+    "StableUnits",
     "TaskAwareDynamicMasking",
     "TaskCallback",
     "TaskEarlyStopping",

@@ -27,6 +27,7 @@ from lightning_sparse_cl.callbacks.run_folder import run_folder
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.stable_units import StableUnits
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.callbacks.tables import TITLES, print_report, print_tested
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
@@ -48,7 +49,7 @@ class Measure(Protocol):
 
 MEASURES: dict[str, type[Measure]] = {
     "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
-    "growth": SparseGrowth, "anytime": AnytimeAccuracy,
+    "growth": SparseGrowth, "units": StableUnits, "anytime": AnytimeAccuracy,
 }  # fmt: skip
 
 
@@ -63,11 +64,11 @@ class RunReport(TaskCallback):
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
-    ``subnetworks.png``), ``anytime`` (of :class:`AnytimeAccuracy`), ``held_out`` (accuracy of each task on its
-    validation samples, if there are any), ``seconds`` (of training and evaluation, pauses left out), ``figure`` (what
-    is measured on each task: accuracy, or mAP, R² or mIoU where labels are of another kind), ``class_names``,
-    ``classes`` (the names of each task's classes),
-    ``seed``, ``versions``, ``machine``, ``finished``.
+    ``subnetworks.png``), ``units`` (of :class:`StableUnits`), ``anytime`` (of :class:`AnytimeAccuracy`), ``held_out``
+    (accuracy of each task on its validation samples, if there are any), ``seconds`` (of training and evaluation, pauses
+    left out), ``figure`` (what is measured on each task: accuracy, or mAP, R² or mIoU where labels are of another
+    kind), ``class_names``, ``classes`` (the names of each task's classes), ``seed``, ``versions``, ``machine``,
+    ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``
     is false, and ``stopped_at`` tells the ``task``, the ``epoch`` within it (both from 0) and the ``step``. A run that

@@ -22,6 +22,7 @@ from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_dat
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.gates import GrowthGates
+from lightning_sparse_cl.sparsity.units import expanded
 
 
 class Growing(Protocol):
@@ -100,7 +101,7 @@ class SparseGrowth(Sparsifier):
         gates.begin(self.masks.frozen)
         for name, allocated in gates.allocated_kernels().items():
             weight = pl_module.get_parameter(name)
-            self.masks.set_alive(name, _expanded(allocated, weight))
+            self.masks.set_alive(name, expanded(allocated, weight))
             if task == 0 and name != gates.head:  # drawn for as many inputs as the whole network has
                 weight.data *= math.sqrt(allocated.shape[1] / int(allocated[0].sum()))
         self.grew.append(False)
@@ -122,7 +123,7 @@ class SparseGrowth(Sparsifier):
         at, gates = position(trainer), _growing(pl_module).gates
         for i, (name, allocated) in enumerate(gates.allocated_kernels().items()):
             self.masks.set_alive(name, None)
-            new = ~_expanded(allocated, pl_module.get_parameter(name))
+            new = ~expanded(allocated, pl_module.get_parameter(name))
             redraw(pl_module, name, new, task_data(trainer).order_seed + 1000 * at.task + 500 + i)
         gates.growing.fill_(True)
         for optimizer in trainer.optimizers:
@@ -134,7 +135,7 @@ class SparseGrowth(Sparsifier):
         self.reached.append(held_out_accuracy(trainer, pl_module, _growing(pl_module).running))
         for name, mask in _growing(pl_module).gates.finish().items():
             weight = pl_module.get_parameter(name)
-            self.masks.set_alive(name, _expanded(mask.expand(weight.shape[:2]), weight))
+            self.masks.set_alive(name, expanded(mask.expand(weight.shape[:2]), weight))
         self.allocated.append(self._allocated(pl_module))
 
     def _allocated(self, pl_module: pl.LightningModule) -> float:
@@ -219,8 +220,3 @@ def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks:
             "or one a task, or runs of all tasks with a val_fraction"
         )
     return found
-
-
-def _expanded(kernels: Tensor, weight: Tensor) -> Tensor:
-    """A mask of kernels (C_out, n_in) as one of the weight's shape."""
-    return kernels.view(*kernels.shape, *[1] * (weight.ndim - 2)).expand_as(weight)

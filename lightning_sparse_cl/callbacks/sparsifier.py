@@ -44,6 +44,8 @@ class Sparsifier(TaskCallback):
     """Whether it prunes: a callback that freezes needs one that does."""
     masks_gradients: ClassVar[bool] = False
     """Whether it sets gradient masks, which hold until it sets others."""
+    keeps_tasks: ClassVar[bool] = False
+    """Whether it stores and freezes what each task uses."""
     masks: Masks
 
     def __init__(self, dense: Chosen | None = None, sparse: Chosen | None = None) -> None:

@@ -13,6 +13,7 @@ from lightning_sparse_cl.backbones.batch_norm import norm_tensors, norms
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.stable_units import StableUnits
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import task_data
 from lightning_sparse_cl.data.targets import KINDS
@@ -28,10 +29,10 @@ class TaskSubnetworks(Sparsifier):
     """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy what is its own.
 
     Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
-    :class:`SparseGrowth`), or of a module that learns masks and returns them from ``task_masks()``; list this one after
-    those that prune at task ends and before those that draw masks at task starts. Layers without a mask are used, and
-    so frozen, by the first task. Of the head, the last linear layer, the rows of its classes are the task's own, and so
-    are biases. Later tasks may use frozen weights, and never change them.
+    :class:`SparseGrowth`, :class:`StableUnits`), or of a module that learns masks and returns them from
+    ``task_masks()``; list this one after those that prune at task ends and before those that draw masks at task starts.
+    Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, the rows of
+    its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change them.
 
     Every task's logits are bit-identical ever after: those of ``Subnetworks.of(module).network(task)``. Works on any
     LightningModule whose ``forward`` maps images to logits and whose last layer is a linear head.
@@ -59,8 +60,9 @@ class TaskSubnetworks(Sparsifier):
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
-    after = (*Sparsifier.after, ScorePruning, SparseGrowth)
+    after = (*Sparsifier.after, ScorePruning, SparseGrowth, StableUnits)
     needs_tasks = True
+    keeps_tasks = True
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from lightning_sparse_cl.methods.continual_dst import ContinualDST
 from lightning_sparse_cl.methods.esacl import EsaCL
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.methods.lps import LPS
+from lightning_sparse_cl.methods.nispa import NISPA
 from lightning_sparse_cl.methods.packnet import PackNet
 from lightning_sparse_cl.methods.piggyback import Piggyback
 from lightning_sparse_cl.methods.predicting import Prediction
@@ -17,6 +18,7 @@ from lightning_sparse_cl.methods.wsn import WSN
 __all__ = [
     "CLLSG",
     "LPS",
+    "NISPA",
     "WSN",
     "ContinualDST",
     "ContinualModule",

@@ -9,6 +9,7 @@ from lightning_sparse_cl.sparsity.masks import Masks
 from lightning_sparse_cl.sparsity.scores import top_k_mask
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 from lightning_sparse_cl.sparsity.task_inference import CalibratedLogit, LargestLogit, LowestEntropy, TaskInference
+from lightning_sparse_cl.sparsity.units import UnitActivity
 from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Masks",
     "Subnetworks",
     "TaskInference",
+    "UnitActivity",
     "WeightScores",
     "compact",
     "enforce",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.sparsity.channels import Channels
+from lightning_sparse_cl.sparsity.units import kernelwise
 
 
 def binary_concrete(m: Tensor, temperature: float = 1.0) -> Tensor:
@@ -123,7 +124,7 @@ class GrowthGates(nn.Module):
         for i, name in enumerate(self.names):
             self.kernel[i].fill_(self.kernel_init)
             if name in owned:
-                self._owned(i).copy_(_kernelwise(owned[name]))
+                self._owned(i).copy_(kernelwise(owned[name]))
         for m in self.channel:
             m.fill_(self.channel_init)
 
@@ -212,8 +213,3 @@ class GrowthGates(nn.Module):
 
 def _outer(out: Tensor, into: Tensor) -> Tensor:
     return out[:, None] * into[None]
-
-
-def _kernelwise(mask: Tensor) -> Tensor:
-    """A mask of a weight's shape as one of its kernels: on where any entry is."""
-    return mask.flatten(2).any(2) if mask.ndim > 2 else mask
