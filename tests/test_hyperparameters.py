@@ -47,7 +47,7 @@ NO_RESULT = {
     "schedulers of foreign modules, tested in test_order_and_hooks": {"TaskSchedule.restart_schedulers"},
     "what is tested, not how it is trained, tested in test_some_tasks": {"ContinualEvaluation.tasks"},
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
-    "takes more epochs, tested in test_lps": {"LPS"},
+    "takes more epochs, tested in test_lps and test_nispa": {"LPS", "NISPA", "StableUnits"},
     "acts where a Reopen gives weights back, tested in test_packnet": {"OneShotPruning.last"},
     "how answers are compared, tested in test_task_inference": {"TaskSubnetworks.inference"},
     "takes another backbone, tested in test_cli": {"SplitDigits.table"},

@@ -24,6 +24,7 @@ def shortened(config):
         "continual_dst": {"growth.init_args.interval": 4},
         "esacl_efficient": {"prune_epoch": 1},
         "packnet": {"pruning.init_args.retrain": 1},
+        "nispa": {"units.init_args.phase": 1},
         "lps": {"rho": [0.1], "admm": 1, "retrain": 1},
     }  # fmt: skip
     return [

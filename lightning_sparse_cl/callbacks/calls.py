@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
@@ -110,7 +110,7 @@ class OutermostCalls:
             self._counter.__exit__(None, None, None)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or any(isinstance(a, fx.Proxy) for a in args):  # looked at, not run
             return
         if self._inside is not None:
             self._met.add(id(module))

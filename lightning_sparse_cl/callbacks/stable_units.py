@@ -139,6 +139,8 @@ class StableUnits(Sparsifier):
         self.stable = self.stable or [torch.zeros(n, dtype=torch.bool, device=device) for n in self.channels.sizes]
         self.stable = [units.to(device) for units in self.stable]
         self.stable[self.channels.input].fill_(True)
+        outputs = torch.zeros(self.channels.sizes[self.channels.output], dtype=torch.bool, device=device)
+        self.stable[self.channels.output] = outputs  # each task has its own, and there may be more than before
         if task > 0:
             self._clear_biases(pl_module)
         self._chosen, self._kept, self._phase, self._best = [], {}, 0, 0.0

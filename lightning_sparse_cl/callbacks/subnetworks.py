@@ -221,11 +221,14 @@ class TaskSubnetworks(Sparsifier):
         if not names or any(bool(self.masks.movable(name).any()) for name in names):
             return
         ended = next(t for t in range(task) if self._none_left(names, t + 1)) if self._none_left(names, task) else None
-        since = f"; the free weights ended with task {ended}"
+        since = f"; the free weights ended with task {ended}."
         if ended is None:
-            since = " though some are free: is there a Reopen, and after pruning and this callback?"
+            since = (
+                " though some are free: does a Reopen, after pruning and this callback, give them back, or are all "
+                "units stable?"
+            )
         raise ValueError(
-            f"TaskSubnetworks: task {task} of {task_data(trainer).num_tasks} has no free weight in its mask{since}. "
+            f"TaskSubnetworks: task {task} of {task_data(trainer).num_tasks} has no free weight in its mask{since} "
             "Take a wider network or a higher sparsity, or go on with frozen weights alone by full='share'"
         )
 

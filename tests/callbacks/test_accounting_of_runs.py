@@ -319,3 +319,17 @@ def test_a_metric_in_the_module_does_not_disturb_the_count():
         trainer(count, epochs=1).fit(model, toy_tasks(num_tasks=1))
     plain, metric = (count.summary() for count in flops)
     assert plain["training"] == metric["training"] > 0 and not metric["not_counted"]
+
+
+def test_a_network_that_is_traced_inside_a_fit_is_not_counted():
+    class Trace(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            torch.fx.symbolic_trace(pl_module.network)
+
+    counted = []
+    for more in ([], [Trace()]):
+        torch.manual_seed(0)
+        counter = scl.FlopsCounter()
+        trainer(counter, *more).fit(scl.PackNet(scl.SmallCNN(4), scl.OneShotPruning(0.5)), toy_tasks(2))
+        counted.append(counter.summary())
+    assert counted[0] == counted[1]

@@ -191,6 +191,26 @@ def test_resumed_it_ends_with_the_same_bits(falls, step, tmp_path, monkeypatch):
     assert_resumes(lambda: nispa(tolerance=0.0), step, EPOCHS + 1, tmp_path, val_fraction=0.2)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sparsity": 0.3}, {"phase": 3}, {"phases": 5}, {"tolerance": 0.001}, {"dense": ["backbone.3.weight"]},
+        {"sparse": ["backbone.3.weight"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_parameter_does_something(changed, monkeypatch):
+    monkeypatch.setattr(stable_units, "held_out_accuracy", lambda t, *_: 1 - 0.005 * t.datamodule.epoch_in_task)
+    results = []
+    for options in ({}, changed):
+        torch.manual_seed(0)
+        units = scl.StableUnits(**({"sparsity": 0.6, "phase": 2, "phases": 9, "tolerance": 0.5} | options))
+        module = scl.NISPA(scl.SmallCNN(8), units)
+        trainer(epochs=EPOCHS + 1).fit(module, data(1))
+        results.append(torch.cat([p.detach().flatten() for p in module.network.parameters()]))
+    assert not torch.equal(*results)
+
+
 def test_in_another_module():
     torch.manual_seed(0)
     logits, module = Logits(), PlainClassifier(6, 8)
