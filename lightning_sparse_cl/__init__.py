@@ -22,6 +22,7 @@ from lightning_sparse_cl.callbacks import (
     SNIP,
     AdaptiveGrowth,
     AnytimeAccuracy,
+    CompactPickGrow,
     ContinualEvaluation,
     DropAndGrow,
     DynamicDataRemoval,
@@ -107,6 +108,7 @@ from lightning_sparse_cl.data import (
 from lightning_sparse_cl.deploy import export_model, profile_model
 from lightning_sparse_cl.methods import (
     CLLSG,
+    CPG,
     LPS,
     NISPA,
     WSN,
@@ -173,6 +175,7 @@ __all__ = [
     "AGEM",
     "CLLSG",
     "CO2L",
+    "CPG",
     "DER",
     "ER",
     "EWC",
@@ -195,6 +198,7 @@ __all__ = [
     "CalibratedLogit",
     "ClassBalancedReservoir",
     "ClassSplit",
+    "CompactPickGrow",
     "ContinualDST",
     "ContinualEvaluation",
     "ContinualModule",

@@ -14,7 +14,7 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.__main__ import main
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs" / "split_digits").glob("*.yaml"))
-ISOLATING = ["continual_dst", "cl_lsg", "scratch", "finetune_copies", "wsn", "supsup", "piggyback", "nispa"]
+ISOLATING = ["continual_dst", "cl_lsg", "scratch", "finetune_copies", "wsn", "supsup", "piggyback", "nispa", "cpg"]
 FIRST, LATER, ALL = "[[0,1],[2,3],[4,5]]", "[[6,7],[8,9]]", "[[0,1],[2,3],[4,5],[6,7],[8,9]]"
 
 

@@ -24,6 +24,11 @@ def shortened(config):
         "continual_dst": {"growth.init_args.interval": 4},
         "esacl_efficient": {"prune_epoch": 1},
         "packnet": {"pruning.init_args.retrain": 1},
+        "cpg": {
+            "stages.init_args.learn": 1, "stages.init_args.compact": 1, "stages.init_args.ramp": 1,
+            "stages.init_args.retrain": 0, "stages.init_args.steps": [0.5], "stages.init_args.sizes": [1.0],
+            "stages.init_args.target": 0.0, "stages.init_args.fits": 0.0,
+        },
         "nispa": {"units.init_args.phase": 1},
         "lps": {"rho": [0.1], "admm": 1, "retrain": 1},
     }  # fmt: skip

@@ -6,6 +6,7 @@ from lightning_sparse_cl.callbacks.anytime import AnytimeAccuracy
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.clipping import GradientClipping
+from lightning_sparse_cl.callbacks.compact_pick_grow import CompactPickGrow
 from lightning_sparse_cl.callbacks.data_removal import DynamicDataRemoval
 from lightning_sparse_cl.callbacks.drop_grow import SET, DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.dynamic_masking import TaskAwareDynamicMasking
@@ -41,6 +42,7 @@ __all__ = [
     "SNIP",
     "AdaptiveGrowth",
     "AnytimeAccuracy",
+    "CompactPickGrow",
     "ContinualEvaluation",
     "DropAndGrow",
     "DynamicDataRemoval",

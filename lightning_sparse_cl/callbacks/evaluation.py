@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -225,7 +225,19 @@ def measuring(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
 
 
 def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits: Callable[[Tensor], Any]) -> float:
-    """Accuracy, or the target's metric, of the running task on its held-out samples, among the task's classes.
+    """:func:`accuracy_on` the running task's held-out samples."""
+    data = _data(trainer)
+    held_out = ((data.prepare(moved(x, pl_module.device), augment=False), y) for x, y in data.val_dataloader()[0])
+    return accuracy_on(trainer, pl_module, logits, held_out)
+
+
+def accuracy_on(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    logits: Callable[[Tensor], Any],
+    batches: Iterable[tuple[Nest, Tensor]],
+) -> float:
+    """Accuracy, or the target's metric, on samples of the running task, among the task's classes.
 
     It is of the samples of all processes.
 
@@ -233,13 +245,14 @@ def held_out_accuracy(trainer: pl.Trainer, pl_module: pl.LightningModule, logits
         trainer: the trainer, in ``fit``.
         pl_module: put in eval mode for it.
         logits: maps a batch to logits (B, num_classes), or to what holds them.
+        batches: network input and labels.
     """
     data = _data(trainer)
     live = data.live().to(pl_module.device)
     figure = AccuracyMatrix(1, 1, partial(data.target.measure, data.num_classes)).to(pl_module.device)
     with measuring(trainer, pl_module):
-        for x, y in data.val_dataloader()[0]:
-            x, y = data.prepare(moved(x, pl_module.device), augment=False), y.to(pl_module.device)
+        for x, y in batches:
+            x, y = moved(x, pl_module.device), y.to(pl_module.device)
             known = of_classes(logits_of(logits(x), pl_module, y.ndim == 3), live.numel(), pl_module)
             figure.update(data.target.among(known, live), y, 0)
     return float(figure.close_row(0))

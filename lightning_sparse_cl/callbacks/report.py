@@ -20,6 +20,7 @@ from lightning_sparse_cl.callbacks.anytime import AnytimeAccuracy
 from lightning_sparse_cl.callbacks.averaging import AVERAGING
 from lightning_sparse_cl.callbacks.capacity import ModelCapacity
 from lightning_sparse_cl.callbacks.claims import Claim
+from lightning_sparse_cl.callbacks.compact_pick_grow import CompactPickGrow
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
@@ -49,7 +50,7 @@ class Measure(Protocol):
 
 MEASURES: dict[str, type[Measure]] = {
     "flops": FlopsCounter, "memory": MemoryFootprint, "size": ModelCapacity, "subnetworks": TaskSubnetworks,
-    "growth": SparseGrowth, "units": StableUnits, "anytime": AnytimeAccuracy,
+    "growth": SparseGrowth, "units": StableUnits, "stages": CompactPickGrow, "anytime": AnytimeAccuracy,
 }  # fmt: skip
 
 
@@ -64,11 +65,11 @@ class RunReport(TaskCallback):
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
     ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
-    ``subnetworks.png``), ``units`` (of :class:`StableUnits`), ``anytime`` (of :class:`AnytimeAccuracy`), ``held_out``
-    (accuracy of each task on its validation samples, if there are any), ``seconds`` (of training and evaluation, pauses
-    left out), ``figure`` (what is measured on each task: accuracy, or mAP, R² or mIoU where labels are of another
-    kind), ``class_names``, ``classes`` (the names of each task's classes), ``seed``, ``versions``, ``machine``,
-    ``finished``.
+    ``subnetworks.png``), ``units`` and ``stages`` (of :class:`StableUnits` and :class:`CompactPickGrow`), ``anytime``
+    (of :class:`AnytimeAccuracy`), ``held_out`` (accuracy of each task on its validation samples, if there are any),
+    ``seconds`` (of training and evaluation, pauses left out), ``figure`` (what is measured on each task: accuracy, or
+    mAP, R² or mIoU where labels are of another kind), ``class_names``, ``classes`` (the names of each task's classes),
+    ``seed``, ``versions``, ``machine``, ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``
     is false, and ``stopped_at`` tells the ``task``, the ``epoch`` within it (both from 0) and the ``step``. A run that

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 
 import lightning.pytorch as pl
@@ -18,6 +16,7 @@ from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy
 from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
+from lightning_sparse_cl.callbacks.target_accuracy import check_target, targets_of
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
@@ -67,9 +66,7 @@ class SparseGrowth(Sparsifier):
         super().__init__()
         if reuse_epochs < 1:
             raise ValueError(f"SparseGrowth(reuse_epochs={reuse_epochs}): stage 1 takes at least one epoch")
-        for value in target if isinstance(target, list) else [target]:
-            if not isinstance(value, str) and not value >= 0:
-                raise ValueError(f"SparseGrowth(target={target}): an accuracy is a fraction, at least 0")
+        check_target("SparseGrowth", target)
         self.target, self.reuse_epochs = target, reuse_epochs
         self.grew: list[bool] = []
         self.reached: list[float] = []
@@ -94,7 +91,7 @@ class SparseGrowth(Sparsifier):
             raise ValueError(
                 f"SparseGrowth(reuse_epochs={self.reuse_epochs}): a task has {shortest} epochs, none is left to grow"
             )
-        self.targets = targets_of(self.target, data.num_tasks)
+        self.targets = targets_of("SparseGrowth", self.target, data.num_tasks)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         gates = _growing(pl_module).gates
@@ -184,39 +181,3 @@ def _equal_batches(batches: Iterable[tuple[Nest, Tensor]]) -> Iterator[tuple[Nes
         if len(y) >= size:
             size = len(y)
             yield (x,)
-
-
-def targets_of(target: float | Sequence[float] | str | Sequence[str], num_tasks: int) -> list[float]:
-    """The target of each task; see :class:`SparseGrowth`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if there are not as many targets as tasks, or a file has none.
-    """
-    given: list[Any] = list(target) if isinstance(target, list | tuple) else [target]
-    if not given:
-        raise ValueError("SparseGrowth(target=[]): no target")
-    if len({isinstance(value, str) for value in given}) > 1:
-        raise ValueError(f"SparseGrowth(target={target}): accuracies or files, not both")
-    if not isinstance(given[0], str):
-        found = [float(v) for v in (given if isinstance(target, list | tuple) else given * num_tasks)]
-    else:
-        runs = []
-        for path in given:
-            if not Path(path).is_file():
-                raise FileNotFoundError(
-                    f"SparseGrowth(target={path!r}): there is no such file; give a run's metrics.json"
-                )
-            try:
-                runs.append([float(value) for value in json.loads(Path(path).read_text())["held_out"]])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"SparseGrowth(target={path!r}): no metrics.json with held_out accuracies; run with a val_fraction"
-                ) from error
-        found = [max(values) for values in zip(*runs)]
-    if len(found) != num_tasks:
-        raise ValueError(
-            f"SparseGrowth(target={target}): {len(found)} held-out accuracies for {num_tasks} tasks; give one for all "
-            "or one a task, or runs of all tasks with a val_fraction"
-        )
-    return found

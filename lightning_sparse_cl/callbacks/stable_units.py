@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sparse_cl.callbacks.evaluation import held_out_accuracy, measuring
+from lightning_sparse_cl.callbacks.kept_network import kept_network, put_back
 from lightning_sparse_cl.callbacks.pruning import redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
@@ -166,10 +167,11 @@ class StableUnits(Sparsifier):
         if at.over or (at.epoch + 1) % self.phase:  # where it is over, the task has ended with its last batch
             return
         if self._end_phase(trainer, pl_module) or self._share() <= FEWEST:
-            self._put_back(pl_module)
+            self._take_back(pl_module)
             task_data(trainer).end_task()
             return
-        self._kept = self._network(pl_module)
+        kept = kept_network([network_of(pl_module)], self.masks)
+        self._kept = kept | {"chosen": self._chosen, "phase": self._phase}
         self._choose(trainer, pl_module)
 
     def _share(self) -> float:
@@ -185,10 +187,16 @@ class StableUnits(Sparsifier):
         self._best = max(self._best, accuracy)
         return failed
 
+    def _take_back(self, pl_module: pl.LightningModule) -> None:
+        """Go back to the network that the last phase had trained, and to the units that were stable then."""
+        put_back([network_of(pl_module)], self.masks, self._kept)
+        self._chosen = [units.to(pl_module.device) for units in self._kept["chosen"]]
+        self.stopped_in[-1] = self._kept["phase"]
+
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if not self.stopped_in[-1]:  # the task's epochs are over
             if self._end_phase(trainer, pl_module):
-                self._put_back(pl_module)
+                self._take_back(pl_module)
             else:
                 self.stopped_in[-1] = self._phase
         if not self._chosen:  # it was ended within its first phase
@@ -200,25 +208,6 @@ class StableUnits(Sparsifier):
             self.connected[name] = alive[name]
             self.masks.set_alive(name, alive[name] & self._between(name, weight, self.stable, self.stable))
         self._chosen, self._kept = [], {}
-
-    # -- what it keeps, to take it back ------------------------------------------------------------------------------
-
-    def _network(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The network as it is."""
-        state = {name: tensor.detach().clone() for name, tensor in network_of(pl_module).state_dict().items()}
-        return {"state": state, "alive": self.masks.alive, "chosen": self._chosen, "phase": self._phase}
-
-    @torch.no_grad()
-    def _put_back(self, pl_module: pl.LightningModule) -> None:
-        """The network that the last phase had trained, with the units that were stable then."""
-        for name, tensor in network_of(pl_module).state_dict().items():
-            tensor.copy_(self._kept["state"][name])
-        for name in (*self._layers, self._head):
-            mask = self._kept["alive"].get(name)
-            self.masks.set_alive(name, None if mask is None else mask.to(pl_module.device))
-        self._chosen = [units.to(pl_module.device) for units in self._kept["chosen"]]
-        self.stopped_in[-1] = self._kept["phase"]
-        Enforcement.of(pl_module).apply_to_averages()
 
     # -- units and connections ---------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.backbones.batch_norm import norm_tensors, norms
+from lightning_sparse_cl.callbacks.compact_pick_grow import CompactPickGrow
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
@@ -60,7 +61,7 @@ class TaskSubnetworks(Sparsifier):
         TypeError: if the data are no :class:`TaskDataModule`.
     """
 
-    after = (*Sparsifier.after, ScorePruning, SparseGrowth, StableUnits)
+    after = (*Sparsifier.after, ScorePruning, SparseGrowth, StableUnits, CompactPickGrow)
     needs_tasks = True
     keeps_tasks = True
 

@@ -3,6 +3,7 @@
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.methods.cl_lsg import CLLSG
 from lightning_sparse_cl.methods.continual_dst import ContinualDST
+from lightning_sparse_cl.methods.cpg import CPG
 from lightning_sparse_cl.methods.esacl import EsaCL
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.methods.lps import LPS
@@ -17,6 +18,7 @@ from lightning_sparse_cl.methods.wsn import WSN
 
 __all__ = [
     "CLLSG",
+    "CPG",
     "LPS",
     "NISPA",
     "WSN",

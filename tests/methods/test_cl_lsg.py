@@ -8,7 +8,7 @@ import torch
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.callbacks.sparse_growth import targets_of
+from lightning_sparse_cl.callbacks.target_accuracy import targets_of
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
 TASKS = 3
@@ -167,12 +167,13 @@ def test_targets_from_runs(tmp_path):
     runs = [tmp_path / "a.json", tmp_path / "b.json"]
     runs[0].write_text(json.dumps({"held_out": [0.5, 0.9]}))
     runs[1].write_text(json.dumps({"held_out": [0.7, 0.8]}))
-    assert targets_of([str(r) for r in runs], 2) == [0.7, 0.9]
-    assert targets_of(str(runs[0]), 2) == [0.5, 0.9] and targets_of(0.4, 2) == [0.4, 0.4]
+    assert targets_of("SparseGrowth", [str(r) for r in runs], 2) == [0.7, 0.9]
+    assert targets_of("SparseGrowth", str(runs[0]), 2) == [0.5, 0.9]
+    assert targets_of("SparseGrowth", 0.4, 2) == [0.4, 0.4]
     with pytest.raises(ValueError, match="2 held-out accuracies for 3 tasks"):
-        targets_of(str(runs[0]), 3)
+        targets_of("SparseGrowth", str(runs[0]), 3)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
-        targets_of("nowhere.json", 3)
+        targets_of("SparseGrowth", "nowhere.json", 3)
 
 
 def test_scratch_and_fine_tune_keep_a_network_a_task():
@@ -249,7 +250,7 @@ def test_bad_input_is_named():
             scl.CLLSG(scl.SmallCNN(4), scl.SparseGrowth(0.5), subnetworks=subnetworks)
     for target, message in (([0.1, "a.json"], "accuracies or files"), ([], "no target"), ([__file__], "no metrics")):
         with pytest.raises(ValueError, match=message):
-            targets_of(target, 2)
+            targets_of("SparseGrowth", target, 2)
     with pytest.raises(ValueError, match="set the data module's val_fraction"):
         fit(lsg(), val_fraction=0.0)
     with pytest.raises(ValueError, match=r"reuse_epochs=6\): a task has 6 epochs"):

@@ -1,0 +1,31 @@
+"""A network as it was at some moment, kept to be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_sparse_cl.sparsity.enforcement import Enforcement
+from lightning_sparse_cl.sparsity.masks import Masks
+
+
+def kept_network(parts: Sequence[nn.Module], masks: Masks) -> dict[str, Any]:
+    """Copies of all tensors of ``parts``, and what is alive, in a form that checkpoints take."""
+    states = [{name: tensor.detach().clone() for name, tensor in part.state_dict().items()} for part in parts]
+    return {"states": states, "alive": masks.alive}
+
+
+@torch.no_grad()
+def put_back(parts: Sequence[nn.Module], masks: Masks, kept: dict[str, Any]) -> None:
+    """Make the same ``parts`` what they were when they were kept. What is frozen stays so."""
+    for part, state in zip(parts, kept["states"], strict=True):
+        for name, tensor in part.state_dict().items():
+            tensor.copy_(state[name])
+    for name in masks.alive.keys() - kept["alive"].keys():
+        masks.set_alive(name, None)
+    for name, mask in kept["alive"].items():
+        masks.set_alive(name, mask.to(masks.module.get_parameter(name).device))
+    Enforcement.of(masks.module).apply_to_averages()
