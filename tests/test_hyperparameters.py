@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import StepLR
 from toy_trainer import trainer
 
@@ -90,7 +90,8 @@ BASE: dict[str, dict[str, Any]] = {
     "CLLSG": {"backbone": scl.SmallCNN(8), "growth": scl.SparseGrowth(1.1, 1)},
     "GrowthGates": {"kernel_init": 0.1}, "SparseGrowth": {"target": 1.1, "reuse_epochs": 1},
     "PackNet": {"backbone": scl.SmallCNN(4), "pruning": scl.OneShotPruning(0.5, dense=["head.weight"])},
-    **{name: {"backbone": scl.SmallCNN(4)} for name in ("WSN", "SupSup", "Piggyback")},
+    **{name: {"backbone": scl.SmallCNN(4)} for name in ("WSN", "SupSup")},
+    "Piggyback": {"backbone": scl.SmallCNN(4), "optimizer": partial(Adam, lr=0.02)},
     "TaskSubnetworks": {"full": "share"},
     "LossSelection": {"warmup": 1},
     "OneShotPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},

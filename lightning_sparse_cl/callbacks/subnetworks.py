@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,10 +31,11 @@ class TaskSubnetworks(Sparsifier):
     """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy what is its own.
 
     Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
-    :class:`SparseGrowth`, :class:`StableUnits`), or of a module that learns masks and returns them from
-    ``task_masks()``; list this one after those that prune at task ends and before those that draw masks at task starts.
-    Layers without a mask are used, and so frozen, by the first task. Of the head, the last linear layer, the rows of
-    its classes are the task's own, and so are biases. Later tasks may use frozen weights, and never change them.
+    :class:`SparseGrowth`, :class:`StableUnits`, :class:`CompactPickGrow`), or of a module that learns masks and returns
+    them from ``task_masks()``, and from ``task_negated()`` where it changes signs; list this one after those that prune
+    at task ends and before those that draw masks at task starts. Layers without a mask are used, and so frozen, by the
+    first task. Of the head, the last linear layer, the rows of its classes are the task's own, and so are biases. Later
+    tasks may use frozen weights, and never change them.
 
     Every task's logits are bit-identical ever after: those of ``Subnetworks.of(module).network(task)``. Works on any
     LightningModule whose ``forward`` maps images to logits and whose last layer is a linear head.
@@ -192,7 +194,8 @@ class TaskSubnetworks(Sparsifier):
         if self.batch_norm != "per_task":
             own = [n for n in own if n not in norm_tensors(pl_module)]
         classes = task_data(trainer).live().nonzero().squeeze(1).tolist()
-        self.subnetworks.add(classes, masks, own)
+        negated: dict[str, Tensor] = getattr(pl_module, "task_negated", dict)()
+        self.subnetworks.add(classes, masks, own, negated)
         if self.inference.calibrated:
             self.subnetworks.calibrate(task, (x for x, _ in task_data(trainer).samples(share=False)))
 
@@ -236,9 +239,13 @@ class TaskSubnetworks(Sparsifier):
     def _none_left(self, names: list[str], tasks: int) -> bool:
         return all(bool(self.subnetworks.used(name, tasks).all()) for name in names)
 
-    def _mask(self, task: int, names: list[str]) -> Tensor:
-        """Which of all weights a task uses, in one row."""
-        return torch.cat([self.subnetworks.mask(task, name).reshape(-1) for name in names])
+    def _planes(self, names: list[str]) -> Iterator[Tensor]:
+        """For each task which of all weights it uses, in one row; and which with their sign changed, if it has any."""
+        for task, learnt in enumerate(self.subnetworks.tasks if names else ()):
+            signs = torch.cat([self.subnetworks.signs(task, name).reshape(-1) for name in names])
+            yield signs != 0
+            if learnt.negated:
+                yield signs < 0
 
     def summary(self) -> dict[str, Any]:
         """What the subnetworks share, as fractions of the weights of convolutions and linear layers but the head.
@@ -247,7 +254,8 @@ class TaskSubnetworks(Sparsifier):
         ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
         weights that no earlier task had; ``compact``: parameters of each task's network without the channels that it
         does not use; ``mask_bits``: what all masks together take, in bits per weight (see
-        :func:`~lightning_sparse_cl.metrics.mask_bits`). Without sharing only ``used``, in whole networks.
+        :func:`~lightning_sparse_cl.metrics.mask_bits`; a mask that changes signs counts as two). Without sharing only
+        ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
         if not self.share:
@@ -266,7 +274,7 @@ class TaskSubnetworks(Sparsifier):
             "used": [n / max(sum(sizes.values()), 1) for n in used],
             "free_in_mask": [n / count for n, count in zip(new, counts)],
             "compact": [self.subnetworks.parameters(i) / whole for i in range(len(tasks))],
-            "mask_bits": mask_bits(self._mask(i, list(shared)) for i in range(len(tasks) if shared else 0)),
+            "mask_bits": mask_bits(self._planes(list(shared))),
         }
 
 

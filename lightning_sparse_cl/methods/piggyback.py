@@ -39,6 +39,7 @@ class Piggyback(ScoredModule):
         pretrained: whether ``backbone`` has been trained, so that the first task learns a mask only.
         threshold: scores above it are on.
         init: what all scores start from.
+        ternary: whether negative scores change the sign of their weight, the paper's other masks; two bits a weight.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
@@ -55,6 +56,7 @@ class Piggyback(ScoredModule):
         pretrained: bool = False,
         threshold: float = 0.005,
         init: float = 0.01,
+        ternary: bool = False,
         subnetworks: TaskSubnetworks | None = None,
         objective: Objective | None = None,
         update: UpdateRule | None = None,
@@ -80,7 +82,7 @@ class Piggyback(ScoredModule):
             update,
             optimizer or partial(Adam, lr=0.001),
             policies=[subnetworks, *policies],
-            scores=WeightScores(threshold=threshold, init=init, anew=True),
+            scores=WeightScores(threshold=threshold, init=init, anew=True, negates=ternary),
             fixed=pretrained,
         )
         self.pretrained = pretrained

@@ -69,4 +69,10 @@ class ScoredModule(IsolatingModule):
         """The masks that the running task has learnt."""
         if not self.learns_masks():
             return {}
-        return {name: mask > 0 for name, mask in self.scores.masks().items()}
+        return {name: mask != 0 for name, mask in self.scores.masks().items()}
+
+    def task_negated(self) -> dict[str, Tensor]:
+        """Where the running task changes the signs of weights."""
+        if not self.learns_masks() or not self.scores.negates:
+            return {}
+        return {name: mask < 0 for name, mask in self.scores.masks().items()}

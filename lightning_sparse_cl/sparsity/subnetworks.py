@@ -31,6 +31,8 @@ class Subnetwork(NamedTuple):
     """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
     calibration: dict[str, tuple[float, float]] | None = None
     """By the name of a :class:`TaskInference`, mean and deviation of its scores on the task's own training samples."""
+    negated: dict[str, Tensor] | None = None
+    """By weight: which it uses with their sign changed, eight a byte. If None, none."""
 
 
 class Subnetworks:
@@ -89,8 +91,15 @@ class Subnetworks:
     def __len__(self) -> int:
         return len(self.tasks)
 
-    def add(self, classes: Sequence[int], masks: Mapping[str, Tensor], own: Sequence[str]) -> None:
-        """Remember what the next task uses: masks by weight, copies of the tensors named ``own``, and rows of the head.
+    def add(
+        self,
+        classes: Sequence[int],
+        masks: Mapping[str, Tensor],
+        own: Sequence[str],
+        negated: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Remember what the next task uses: masks by weight, copies of the tensors named ``own``, and rows of the head;
+        and which weights it uses with their sign changed.
 
         Extracted networks are dropped: only those that are asked for between two tasks take memory at a time. Where the
         answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one.
@@ -106,7 +115,8 @@ class Subnetworks:
         state = self._tensors()
         copies = {name: state[name].detach().clone() for name in own if name not in self.head}
         copies |= {name: state[name].detach()[list(classes)].clone() for name in self.head}
-        self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies))
+        signs = {n: pack(m) for n, m in negated.items()} if negated else None
+        self.tasks.append(Subnetwork(list(classes), {n: pack(m) for n, m in masks.items()}, copies, negated=signs))
         self.drop_networks()
 
     @torch.no_grad()
@@ -126,6 +136,13 @@ class Subnetworks:
         """Which of a weight's entries a task uses, of the weight's shape."""
         weight = self.module.get_parameter(name)
         return unpack(self._task(task).masks[name].to(weight.device), weight.shape)
+
+    def signs(self, task: int, name: str) -> Tensor:
+        """What a task multiplies a weight with: 0, 1, or -1 where it changes its sign; of the weight's shape."""
+        mask, negated = self.mask(task, name), (self._task(task).negated or {}).get(name)
+        if negated is None:
+            return mask
+        return torch.where(unpack(negated.to(mask.device), mask.shape), -1, mask.int())
 
     def used(self, name: str, tasks: int | None = None) -> Tensor:
         """Which entries the first ``tasks`` tasks use together, of the weight's shape. If None, all tasks."""
@@ -161,7 +178,7 @@ class Subnetworks:
         head = {name: torch.zeros_like(state[name]) for name in self.head}
         for name, tensor in head.items():
             tensor[learnt.classes] = learnt.own[name].to(tensor)
-        return {name: held(name) * self.mask(task, name) for name in learnt.masks} | learnt.own | head
+        return {name: held(name) * self.signs(task, name) for name in learnt.masks} | learnt.own | head
 
     @contextmanager
     def use(self, task: int) -> Iterator[None]:
@@ -204,10 +221,13 @@ class Subnetworks:
 
     def stored(self) -> dict[str, Tensor]:
         """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight a
-        byte, under ``mask.TASK.NAME``; a task's own tensors under ``own.TASK.NAME``.
+        byte, under ``mask.TASK.NAME``, changed signs under ``negated.TASK.NAME``; a task's own tensors under
+        ``own.TASK.NAME``.
         """
         shared = {name: self._held(name) for name in (self.tasks[0].masks if self.tasks else ())}
         masks = {f"mask.{i}.{n}": bits for i, task in enumerate(self.tasks) for n, bits in task.masks.items()}
+        for i, task in enumerate(self.tasks):
+            masks |= {f"negated.{i}.{n}": bits for n, bits in (task.negated or {}).items()}
         own = {f"own.{i}.{n}": tensor for i, task in enumerate(self.tasks) for n, tensor in task.own.items()}
         return shared | masks | own
 

@@ -29,25 +29,37 @@ def above(scores: Tensor, threshold: float) -> Tensor:
     return (scores > threshold).to(scores) + (scores - scores.detach())
 
 
+def ternary(scores: Tensor, threshold: float) -> Tensor:
+    """1 at scores above the threshold, -1 at negative ones, else 0; the gradient with respect to s is the mask's."""
+    return (scores > threshold).to(scores) - (scores < 0).to(scores) + (scores - scores.detach())
+
+
 class WeightScores(nn.Module):
     """Scores for all weights of convolutions and linear layers but the head, the last of them.
 
     Each weight is multiplied with a mask of 0 and 1 that its scores decide: either the largest scores of a layer are
-    on, or those above a threshold. The scores learn by the gradient of the mask, dL/dm = w dL/d(m w).
+    on, or those above a threshold. The scores learn by the gradient of the mask, dL/dm = w dL/d(m w). Where negative
+    scores change a weight's sign, masks are of -1, 0 and 1.
 
     Args:
         keep: fraction of each layer's weights that is on, in (0, 1].
         threshold: scores above it are on. Give one of the two.
         init: value that all scores start from. If None, they are drawn as a linear layer draws its weights.
         anew: whether every task starts from such scores, or from those that the last one has left.
+        negates: whether negative scores change signs; goes with ``threshold``.
 
     Raises:
-        ValueError: if not one of ``keep`` and ``threshold`` is given, ``keep`` is out of range, or it keeps no weight
-            of a layer.
+        ValueError: if not one of ``keep`` and ``threshold`` is given, ``keep`` is out of range, it keeps no weight of a
+            layer, or signs are to change without a threshold that is positive.
     """
 
     def __init__(
-        self, keep: float | None = None, threshold: float | None = None, init: float | None = None, anew: bool = False
+        self,
+        keep: float | None = None,
+        threshold: float | None = None,
+        init: float | None = None,
+        anew: bool = False,
+        negates: bool = False,
     ) -> None:
         super().__init__()
         if (keep is None) == (threshold is None):
@@ -56,7 +68,9 @@ class WeightScores(nn.Module):
             check_number("WeightScores", "keep", keep)
             if not 0 < keep <= 1:
                 raise ValueError(f"WeightScores(keep={keep}): the fraction of weights that is on, in (0, 1]")
-        self.keep, self.threshold, self.init, self.anew = keep, threshold, init, anew
+        if negates and (threshold is None or threshold <= 0):
+            raise ValueError(f"WeightScores(threshold={threshold}, negates=True): a positive threshold is needed")
+        self.keep, self.threshold, self.init, self.anew, self.negates = keep, threshold, init, anew, negates
         self.names: list[str] = []
         self.scores = nn.ParameterList()
 
@@ -87,7 +101,7 @@ class WeightScores(nn.Module):
                 scores.copy_(drawn)
 
     def masks(self) -> dict[str, Tensor]:
-        """What each weight is multiplied with, 0 or 1, of its shape."""
+        """What each weight is multiplied with: 0 or 1, or -1 where its sign changes; of its shape."""
         return {name: self._mask(scores) for name, scores in zip(self.names, self.scores, strict=True)}
 
     def weights(self, network: nn.Module) -> dict[str, Tensor]:
@@ -95,7 +109,9 @@ class WeightScores(nn.Module):
         return {name: network.get_parameter(name) * mask for name, mask in self.masks().items()}
 
     def _mask(self, scores: Tensor) -> Tensor:
-        return above(scores, self.threshold) if self.threshold is not None else top_k(scores, self._count(scores))
+        if self.threshold is None:
+            return top_k(scores, self._count(scores))
+        return (ternary if self.negates else above)(scores, self.threshold)
 
     def _count(self, scores: Tensor) -> int:
         return round((self.keep or 0) * scores.numel())

@@ -10,7 +10,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.demos import toy_tasks
-from lightning_sparse_cl.sparsity.weight_scores import above, top_k
+from lightning_sparse_cl.sparsity.weight_scores import above, ternary, top_k
 
 OPTIMIZERS = {
     "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.01),
@@ -21,6 +21,7 @@ METHODS = {
     "SupSup": lambda **m: scl.SupSup(scl.SmallCNN(8), 0.4, **m),
     "Piggyback": lambda **m: scl.Piggyback(scl.SmallCNN(8), **m),
     "Piggyback, pretrained": lambda **m: scl.Piggyback(scl.SmallCNN(8), pretrained=True, **m),
+    "Piggyback, ternary": lambda **m: scl.Piggyback(scl.SmallCNN(8), ternary=True, **m),
 }
 
 
@@ -58,16 +59,16 @@ class Still(scl.TaskCallback):
         self.weights.append({n: pl_module.get_parameter(n).detach().clone() for n in pl_module.scores.names})
 
 
-@pytest.mark.parametrize("name", ["SupSup", "Piggyback", "Piggyback, pretrained"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "WSN"])
 def test_the_weights_stay_and_only_masks_learn(name):
     torch.manual_seed(0)
     module, still = METHODS[name](optimizer=OPTIMIZERS["adamw"]), Still()
     trainer(still, epochs=3).fit(module, toy_tasks(num_tasks=3))
     masks, (before, *after) = masks_of(module), still.weights
     for weight in before:
-        assert torch.equal(before[weight], after[0][weight]) == (name != "Piggyback")
+        assert torch.equal(before[weight], after[0][weight]) == ("pretrained" in name or name == "SupSup")
         assert torch.equal(after[0][weight], after[1][weight]) and torch.equal(after[1][weight], after[2][weight])
-        assert masks[0][weight].all() == (name == "Piggyback")
+        assert masks[0][weight].all() == (name not in ("SupSup", "Piggyback, pretrained"))
         assert all(0 < int(mask[weight].sum()) < mask[weight].numel() for mask in masks[1:])
     assert any(not torch.equal(masks[1][n], masks[2][n]) for n in masks[1])
 
@@ -136,6 +137,31 @@ def test_gradients_pass_straight_through_a_threshold_and_adam_takes_fifty_steps_
     assert steps in (50, 51)
 
 
+def test_ternary_masks_have_three_values_and_the_gradient_of_the_mask():
+    r = torch.tensor([0.01, 0.005, 0.001, 0.0, -0.001, -1.0], requires_grad=True)
+    mask, upstream = ternary(r, 0.005), torch.arange(6.0)
+    assert mask.tolist() == [1, 0, 0, 0, -1, -1]
+    assert torch.equal(torch.autograd.grad((mask * upstream).sum(), r)[0], upstream)
+
+
+def test_changed_signs_are_stored_and_a_checkpoint_has_them(tmp_path):
+    torch.manual_seed(0)
+    module = METHODS["Piggyback, ternary"](optimizer=partial(torch.optim.Adam, lr=0.02))
+    run, data = trainer(epochs=3), toy_tasks(3)
+    run.fit(module, data)
+    learnt, kept = scl.Subnetworks.of(module), next(p for p in module.policies if isinstance(p, scl.TaskSubnetworks))
+    assert learnt.tasks[0].negated is None, "the first task trains all weights"
+    for task in (1, 2):
+        signs = [learnt.signs(task, name) for name in module.scores.names]
+        assert all(set(s.unique().tolist()) == {-1, 0, 1} for s in signs)
+        assert all(torch.equal(s != 0, learnt.mask(task, n)) for s, n in zip(signs, module.scores.names))
+    assert kept.summary()["mask_bits"]["plain"] == 5  # one for the first task, two for each later one
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    loaded, x = scl.Piggyback.load_from_checkpoint(tmp_path / "run.ckpt"), data.prepare(data.test_sets[2].inputs)
+    assert torch.equal(loaded.predict(x, 2), module.predict(x, 2))
+    assert torch.equal(scl.Subnetworks.of(loaded).network(2)(x), learnt.network(2)(x))
+
+
 def test_piggyback_starts_from_the_whole_network():
     module = scl.Piggyback(scl.SmallCNN(8), pretrained=True)
     module.build((1, 8, 8), 6)
@@ -177,6 +203,7 @@ def test_a_checkpoint_answers_alone(tmp_path):
         (lambda: scl.WSN(scl.SmallCNN(4), keep=1.1), r"keep=1.1\)"),
         (lambda: scl.WSN(scl.SmallCNN(4), 1e-4).build((1, 8, 8), 4), r"keep=0.0001\): it keeps none of backbone"),
         (lambda: scl.WeightScores(), "keep=None, threshold=None.*give one of them"),
+        (lambda: scl.WeightScores(0.5, negates=True), "negates=True.*: a positive threshold is needed"),
         (lambda: scl.WeightScores(0.5, 0.1), "keep=0.5, threshold=0.1.*give one of them"),
         (lambda: scl.SupSup(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "no weight is ever free; use 'share'"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
