@@ -75,11 +75,11 @@ def main() -> None:
     results, table = dict(zip(jobs, every, strict=True)), []
     for method, epochs in rows:
         runs = [results[method, epochs, seed, per_class] for seed in seeds]
-        plain = [results["DER++", epochs, seed, per_class] for seed in seeds]
         row = {"method": method, "epochs": epochs} | {k: harness.spread([r[k] for r in runs]) for k in runs[0]}
-        for key in ("Class-IL", "Task-IL"):
-            row[f"{key} to DER++"] = harness.spread([r[key] - p[key] for r, p in zip(runs, plain)])
         table.append(row | {"by seed": {k: [round(r[k], 5) for r in runs] for k in ("Class-IL", "Task-IL")}})
+    for row in table:
+        plain = next(r for r in table if r["method"] == "DER++" and r["epochs"] == row["epochs"])
+        harness.differ(row, plain, "DER++")
     harness.show("SAM and selection, in percent", table, [k for k in table[0] if k != "by seed"])
     if not args.quick:
         missing = [f"{m}, {e} epochs" for e in EPOCHS for m in METHODS if (m, e) not in rows]

@@ -87,8 +87,11 @@ def main() -> None:
         by_seed = {k: [round(r[k], 5) for r in runs] for k in ("Class-IL", "Task-IL")}  # for paired differences
         table.append({"method": row[0], "sparsity": row[1]} | spreads | {"by seed": by_seed})
     harness.beside(table, table[0])
+    for row in table:
+        for name in ("DER++", "SparCL"):
+            harness.differ(row, next(r for r in table if r["method"] == name), name)
     harness.show("Split Tiny-ImageNet, 50 classes, in percent", table,
-                 ["method", "sparsity", "Class-IL", "Task-IL", "of DER++", "used"])  # fmt: skip
+                 ["method", "sparsity", "Class-IL", "Class-IL to DER++", "Task-IL", "of DER++", "used"])  # fmt: skip
     if not args.quick:
         search = {f"{row}, seed {seed}": round(results[(row, s, seed)]["Class-IL"], 4) for row, s, seed in found}
         harness.save("esacl_tiny_imagenet", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class,

@@ -149,6 +149,12 @@ def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, float]
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def differ(row: dict[str, Any], reference: dict[str, Any], name: str) -> None:
+    """Add the paired differences of a row's accuracies, which it has by seed, to those of another row."""
+    for of, values in row["by seed"].items():
+        row[f"{of} to {name}"] = "-" if row is reference else paired(values, reference["by seed"][of])
+
+
 def verdict(difference: dict[str, float], pairs: int) -> str:
     """What :func:`paired` says of a claim that the difference is positive: an interval needs five pairs at least."""
     if pairs < 5 or difference["low"] <= 0 <= difference["high"]:

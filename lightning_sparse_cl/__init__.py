@@ -153,6 +153,7 @@ from lightning_sparse_cl.runtime import FlatNetwork, write_runtime
 from lightning_sparse_cl.sparsity import (
     CalibratedLogit,
     Enforcement,
+    EntropyGradient,
     GrowthGates,
     LargestLogit,
     LowestEntropy,
@@ -211,6 +212,7 @@ __all__ = [
     "DynamicDataRemoval",
     "DynamicGradientMasking",
     "Enforcement",
+    "EntropyGradient",
     "EsaCL",
     "FashionMNISTSource",
     "FiniteLoss",

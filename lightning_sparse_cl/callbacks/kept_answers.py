@@ -33,7 +33,7 @@ class KeptAnswers:
     Everything is forgotten, and all networks are asked again, if one of them is no longer the same: it was replaced,
     the shared weights that it uses have changed, or batch-norm that all share has moved on
     (``TaskSubnetworks("shared")``, with which every evaluation asks all networks). Test samples that come in another
-    order each time are always sent through all networks.
+    order each time are always sent through all networks, and so are all samples where tasks are told together.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,12 @@ class KeptAnswers:
             for number, (x, y) in enumerate(loader):
                 x, y = data.prepare(moved(x, device), augment=False), y.to(device)
                 batch = _Batch(learnt, x, task, known, some_unknown)
-                if class_il:
+                if learnt.inference.together:
+                    for matrix in class_il:
+                        matrix.update(
+                            of_classes(learnt.combined(x, learnt.answers(x)), len(known), learnt.module), y, task
+                        )
+                elif class_il:
                     largest = batch.largest(self._largest.get((task, number)), len(self._asked))
                     if in_order:
                         self._largest[task, number] = largest

@@ -2,6 +2,7 @@
 
 from lightning_sparse_cl.sparsity.channels import compact
 from lightning_sparse_cl.sparsity.enforcement import Enforcement, enforce
+from lightning_sparse_cl.sparsity.entropy_gradient import EntropyGradient
 from lightning_sparse_cl.sparsity.export import load_sparse, save_sparse
 from lightning_sparse_cl.sparsity.gates import GrowthGates
 from lightning_sparse_cl.sparsity.layers import sparse_weights
@@ -15,6 +16,7 @@ from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 __all__ = [
     "CalibratedLogit",
     "Enforcement",
+    "EntropyGradient",
     "GrowthGates",
     "LargestLogit",
     "LowestEntropy",

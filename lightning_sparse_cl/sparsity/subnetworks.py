@@ -268,10 +268,13 @@ class Subnetworks:
         logits[:, known] = -torch.inf
         comparable = {i: self.inference.comparable(a, self.calibration(i)) for i, a in answers.items()}
         if len(comparable) > 1 and type(self.inference) is not LargestLogit:
-            scores = torch.stack([a.amax(1) for a in comparable.values()])
+            if self.inference.together:
+                scores = self.inference.scores(self, x)[list(comparable)]
+            else:
+                scores = torch.stack([a.amax(1) for a in comparable.values()])
             others = zip(comparable.items(), scores < scores.amax(0), strict=True)
             comparable = {i: answer.masked_fill(other[:, None], -torch.inf) for (i, answer), other in others}
-            logits = logits.to(scores.dtype)
+            logits = logits.to(next(iter(comparable.values())).dtype)
         for i, answer in comparable.items():
             own = self.tasks[i].classes
             logits[:, own] = logits[:, own].maximum(answer.to(logits.dtype))

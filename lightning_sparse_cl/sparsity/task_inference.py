@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from lightning_sparse_cl.nests import Nest
+
+if TYPE_CHECKING:
+    from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
 class TaskInference:
@@ -22,10 +27,16 @@ class TaskInference:
     """Whether it needs the mean and deviation of scores on each task's own training samples."""
     least_classes: ClassVar[int] = 1
     """How many classes a task needs."""
+    together: ClassVar[bool] = False
+    """Whether the scores of all tasks are found at once, by :meth:`scores`."""
 
     def score(self, answer: Tensor) -> Tensor:
         """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tasks are compared: override score()")
+
+    def scores(self, learnt: Subnetworks, x: Nest) -> Tensor:
+        """How much samples look like each task, (T, B), where that is not told by the tasks' answers one by one."""
+        raise NotImplementedError(f"{type(self).__name__} asks tasks one by one")
 
     def comparable(self, answer: Tensor, calibration: tuple[float, float] | None = None) -> Tensor:
         """Logits (B, n) whose largest is the task's score, in the order of ``answer``.

@@ -60,6 +60,16 @@ def by_hand(module, x, rule):
     return torch.tensor(labels)
 
 
+def test_evaluation_test_and_prediction_agree_where_tasks_are_told_together(tmp_path):
+    module, data, evaluation, run = learnt(scl.EntropyGradient())
+    tested = run.test(module, data, verbose=False)[0]
+    for t, test in enumerate(data.test_sets):
+        found = torch.tensor([data.class_names.index(p.name) for p in module.predict_images(test.inputs)])
+        accuracy = float((found == test.labels).float().mean())
+        assert evaluation.matrices["class_il"].R[-1, t] == pytest.approx(accuracy)
+        assert tested[f"class_il/task_{t}"] == pytest.approx(accuracy)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_the_class_is_the_best_of_the_best_task(rule, tmp_path):
     module, data, evaluation, run = learnt(rule())

@@ -1,0 +1,103 @@
+"""Which task a sample belongs to, told by the entropy of all subnetworks in superposition (SupSup)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from lightning_sparse_cl.nests import Nest, count, each
+from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.task_inference import TaskInference
+
+if TYPE_CHECKING:
+    from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
+
+CHUNK = 32
+"""Samples whose gradients are computed together: each takes a network of its own."""
+
+
+class EntropyGradient(TaskInference):
+    """The task whose mask, if it had more weight, would make the answer of all masks together surer (SupSup).
+
+    One network has the masks of all T tasks at once, sum_i alpha_i m_i with alpha_i = 1/T, and answers with the classes
+    of all of them. The task is the one with the smallest dH/dalpha_i, H being the entropy of the answer. In one shot
+    that is all; the binary search keeps the half of the tasks with the smaller gradients and asks again, ceil(log2 T)
+    times. Each sample is told by itself; the paper's experiments decide for a batch, by one image.
+
+    The paper's networks have nothing but masks. Here what a task has for itself is superposed, too: biases and
+    batch-norm are averaged with the same weights, statistics as they are; rows of the head belong to classes, and stay.
+    **It is made for networks without batch-norm**: the average of several tasks' batch-norm is that of none, and tasks
+    are then hardly told apart (docs/subnetworks.md).
+
+    A sample takes a forward and a backward pass through the whole network for each answer, whatever T is.
+
+    Args:
+        search: ``"one_shot"`` or ``"binary"``.
+
+    Raises:
+        ValueError: if ``search`` is neither.
+    """
+
+    together = True
+
+    def __init__(self, search: Literal["one_shot", "binary"] = "one_shot") -> None:
+        if search not in ("one_shot", "binary"):
+            raise ValueError(f"EntropyGradient(search={search!r}): search is 'one_shot' or 'binary'")
+        self.search = search
+
+    def comparable(self, answer: Tensor, calibration: tuple[float, float] | None = None) -> Tensor:
+        return answer
+
+    @torch.no_grad()
+    def scores(self, learnt: Subnetworks, x: Nest) -> Tensor:
+        """How much each sample looks like each task, (T, B)."""
+        gradients, tasks = _Gradients(learnt), len(learnt)
+        alive = torch.ones(count(x), tasks, dtype=torch.bool, device=next(learnt.module.parameters()).device)
+        while True:
+            left = int(alive[0].sum())
+            found = gradients.of(alive / left, x).masked_fill(~alive, torch.inf)
+            if self.search == "one_shot" or left <= 2:
+                return -found.T
+            kept = found.topk(math.ceil(left / 2), largest=False).indices
+            alive = torch.zeros_like(alive).scatter_(1, kept, True)
+
+
+class _Gradients:
+    """dH/dalpha of the superposition of a module's subnetworks."""
+
+    def __init__(self, learnt: Subnetworks) -> None:
+        self.network = copy.deepcopy(network_of(learnt.module)).eval().requires_grad_(False)
+        self.known = learnt.known()
+        tensors = [learnt.tensors(task) for task in range(len(learnt))]
+        self.stacked = {
+            name: torch.stack([t[name] for t in tensors])
+            for name, tensor in tensors[0].items()
+            if name not in learnt.head and tensor.is_floating_point()
+        }
+        self.moving = {name for name, _ in self.network.named_parameters()}
+        rows = tensors[0][learnt.head[0]]
+        owners = torch.zeros(len(rows), device=rows.device)
+        for task in learnt.tasks:
+            owners[task.classes] += 1
+        owners.clamp_(min=1)  # a class of several tasks has the mean of their rows
+        summed = {name: torch.stack([t[name] for t in tensors]).sum(0) for name in learnt.head}
+        self.head = {name: rows / owners.view(-1, *[1] * (rows.ndim - 1)) for name, rows in summed.items()}
+
+    def entropy(self, alpha: Tensor, x: Nest) -> Tensor:
+        """H of one sample's answer."""
+        superposed = {
+            name: torch.tensordot(alpha if name in self.moving else alpha.detach(), tensor, 1)
+            for name, tensor in self.stacked.items()
+        }
+        logits = functional_call(self.network, superposed | self.head, (each(lambda part: part[None], x),))
+        log_p = logits[0, self.known].log_softmax(0)
+        return -(log_p.exp() * log_p).sum()
+
+    def of(self, alpha: Tensor, x: Nest) -> Tensor:
+        """(B, T) for ``alpha`` (B, T)."""
+        return vmap(grad(self.entropy), chunk_size=CHUNK)(alpha, x)
