@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, jvp
 
-from lightning_sparse_cl.nests import Nest, count, each
+from lightning_sparse_cl.nests import Nest, count, rows
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.task_inference import TaskInference
 
 if TYPE_CHECKING:
     from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
-
-CHUNK = 32
-"""Samples whose gradients are computed together: each takes a network of its own."""
 
 
 class EntropyGradient(TaskInference):
@@ -34,7 +31,7 @@ class EntropyGradient(TaskInference):
     **It is made for networks without batch-norm**: the average of several tasks' batch-norm is that of none, and tasks
     are then hardly told apart (docs/subnetworks.md).
 
-    A sample takes a forward and a backward pass through the whole network for each answer, whatever T is.
+    One shot takes T forward passes with their derivatives, each of about two passes, through the whole network.
 
     Args:
         search: ``"one_shot"`` or ``"binary"``.
@@ -56,11 +53,15 @@ class EntropyGradient(TaskInference):
     @torch.no_grad()
     def scores(self, learnt: Subnetworks, x: Nest) -> Tensor:
         """How much each sample looks like each task, (T, B)."""
-        gradients, tasks = _Gradients(learnt), len(learnt)
-        alive = torch.ones(count(x), tasks, dtype=torch.bool, device=next(learnt.module.parameters()).device)
+        gradients = _Gradients(learnt)
+        device = next(learnt.module.parameters()).device
+        alive = torch.ones(count(x), len(learnt), dtype=torch.bool, device=device)
         while True:
-            left = int(alive[0].sum())
-            found = gradients.of(alive / left, x).masked_fill(~alive, torch.inf)
+            left, found = int(alive[0].sum()), torch.full(alive.shape, torch.inf, device=device)
+            masks, group = alive.unique(dim=0, return_inverse=True)
+            for i, mask in enumerate(masks):  # samples with the same tasks left have one network
+                here = (group == i).nonzero()[:, 0]
+                found[here] = gradients.of(mask / left, rows(x, here)).masked_fill(~mask, torch.inf)
             if self.search == "one_shot" or left <= 2:
                 return -found.T
             kept = found.topk(math.ceil(left / 2), largest=False).indices
@@ -80,24 +81,29 @@ class _Gradients:
             if name not in learnt.head and tensor.is_floating_point()
         }
         self.moving = {name for name, _ in self.network.named_parameters()}
-        rows = tensors[0][learnt.head[0]]
-        owners = torch.zeros(len(rows), device=rows.device)
+        weight = tensors[0][learnt.head[0]]
+        owners = torch.zeros(len(weight), device=weight.device)
         for task in learnt.tasks:
             owners[task.classes] += 1
         owners.clamp_(min=1)  # a class of several tasks has the mean of their rows
         summed = {name: torch.stack([t[name] for t in tensors]).sum(0) for name in learnt.head}
-        self.head = {name: rows / owners.view(-1, *[1] * (rows.ndim - 1)) for name, rows in summed.items()}
+        self.head = {name: total / owners.view(-1, *[1] * (total.ndim - 1)) for name, total in summed.items()}
 
     def entropy(self, alpha: Tensor, x: Nest) -> Tensor:
-        """H of one sample's answer."""
+        """H (B,) of the answers."""
         superposed = {
             name: torch.tensordot(alpha if name in self.moving else alpha.detach(), tensor, 1)
             for name, tensor in self.stacked.items()
         }
-        logits = functional_call(self.network, superposed | self.head, (each(lambda part: part[None], x),))
-        log_p = logits[0, self.known].log_softmax(0)
-        return -(log_p.exp() * log_p).sum()
+        logits = functional_call(self.network, superposed | self.head, (x,))
+        log_p = logits[:, self.known].log_softmax(1)
+        return -(log_p.exp() * log_p).sum(1)
 
     def of(self, alpha: Tensor, x: Nest) -> Tensor:
-        """(B, T) for ``alpha`` (B, T)."""
-        return vmap(grad(self.entropy), chunk_size=CHUNK)(alpha, x)
+        """(B, T) for ``alpha`` (T,): a forward pass with its derivative for each task that has a part in it."""
+        found = torch.zeros(count(x), len(alpha), device=alpha.device, dtype=alpha.dtype)
+        for task in alpha.nonzero()[:, 0].tolist():
+            along = torch.zeros_like(alpha)
+            along[task] = 1
+            found[:, task] = jvp(lambda a: self.entropy(a, x), (alpha,), (along,))[1]
+        return found
