@@ -44,7 +44,7 @@ def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
     return sum(t.numel() * t.element_size() for t in tensors) / 1e3
 
 
-def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict[str, Any]:
+def run(config: str, seed: int, batches: int | None, overlays: list[str]) -> dict[str, Any]:
     """One run of the command line, in process; ``config`` is the name of one, such as ``split_digits/esacl``."""
     from lightning_sparse_cl.__main__ import main
 
@@ -54,7 +54,7 @@ def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict
             ["fit", "-c", str(CONFIGS / f"{config}.yaml"), *laid, f"--seed_everything={seed}",
              "--trainer.accelerator=cpu",
              "--trainer.enable_progress_bar=false", "--trainer.logger=false", f"--trainer.default_root_dir={folder}",
-             *([f"--schedule.epochs={epochs}"] if epochs else [])]
+             *([f"--trainer.limit_train_batches={batches}"] if batches else [])]
         )  # fmt: skip
         report = next(c for c in cli.trainer.callbacks if isinstance(c, scl.RunReport))
         metrics = report.collect(cli.trainer, cli.model)
@@ -74,12 +74,14 @@ def run(config: str, seed: int, epochs: int | None, overlays: list[str]) -> dict
 def main() -> None:
     args = harness.arguments(__doc__)
     configs = sorted(p.stem for p in (CONFIGS / "split_digits").glob("*.yaml"))
-    epochs = 3 if args.quick else None
+    batches = 1 if args.quick else None  # of each epoch
     based = [c for c in configs if (OVERLAYS / f"{c}.yaml").exists()]
     of = {config: (config, []) for config in configs} | {row: ("esacl", laid) for row, laid in EFFICIENT.items()}
     seeds = {row: list(range(1 if args.quick else 5 if row in COMPARED else 3)) for row in of}
-    jobs = [(f"split_digits/{config}", seed, epochs, laid) for row, (config, laid) in of.items() for seed in seeds[row]]
-    jobs += [("split_digits/esacl", 0, epochs, [f"objectives/{c}"]) for c in based]
+    jobs = [
+        (f"split_digits/{config}", seed, batches, laid) for row, (config, laid) in of.items() for seed in seeds[row]
+    ]
+    jobs += [("split_digits/esacl", 0, batches, [f"objectives/{c}"]) for c in based]
     run_all = harness.run_all if args.quick else partial(harness.run_kept, "split_digits_methods")
     (*results,) = run_all(run, jobs, args.processes)
     under = dict(zip(based, (r["Class-IL"] for r in results[-len(based) :]), strict=True))
