@@ -81,6 +81,7 @@ ROWS = [
     ("SFW, free", 0.9), *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.8), ("EsaCL, share", 0.9),
     ("efficient with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
     ("efficient without SP, with SAM, rho 0.01", 0.9), ("efficient with SAM", 0.9),
+    ("efficient, small steps", 0.6), ("efficient without SP", 0.6),
 ]  # fmt: skip
 
 

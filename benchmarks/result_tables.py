@@ -44,6 +44,15 @@ COLUMNS = {
         "of DER++ as in the tables": "% of DER++, as the tables count", "backward passes": "backward passes a sample",
         "used": "weights in use",
     },
+    "esacl_tiny_imagenet": {
+        "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
+        "Class-IL to SparCL": "beside SparCL", "Task-IL": "Task-IL", "Task-IL to DER++": "beside DER++",
+        "Task-IL to SparCL": "beside SparCL", "of DER++": "FLOPs, % of DER++", "used": "weights in use",
+    },
+    "esacl_steps": {
+        "method": "", "epochs": "epochs a task", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
+        "Task-IL": "Task-IL", "Task-IL to DER++": "beside DER++", "of plain": "FLOPs, % of plain training",
+    },
     "esacl_seconds": {
         "method": "", "seed": "seed", "DER++, s": "DER++, s", "EsaCL, s": "EsaCL with kernels, s",
         "seconds of DER++": "seconds of DER++", "FLOPs of DER++": "FLOPs of DER++",
@@ -64,9 +73,16 @@ COLUMNS = {
     },
     "isolation_digits": {
         "configuration": "", "Task-IL": "Task-IL ACC", "Class-IL, largest logit": "Class-IL by the largest logit",
-        "Class-IL, entropy": "by the lowest entropy", "Class-IL, calibrated": "calibrated", "used": "weights in use, %",
+        "Class-IL, entropy": "by the lowest entropy", "Class-IL, calibrated": "calibrated",
+        "Class-IL, entropy gradient": "by the gradient of the entropy",
+        "Class-IL, its binary search": "its binary search", "used": "weights in use, %",
         "mask bits": "bits of a mask, % of a bit per weight", "of plain": "training FLOPs, % of plain training",
         "seconds": "seconds",
+    },
+    "isolation": {
+        "method": "", "Task-IL": "Task-IL ACC", "Task-IL to Scratch": "beside Scratch", "Class-IL": "Class-IL ACC",
+        "used": "weights in use, %", "mask bits": "bits of a mask, % of a bit per weight",
+        "of plain": "training FLOPs, % of plain training",
     },
     "continual_dst": {
         "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
@@ -169,6 +185,8 @@ METHODS = {
     "wsn": ("WSN", "Kang et al., 2022", "methods/wsn.py", "Task-IL"),
     "supsup": ("SupSup", "Wortsman et al., 2020", "methods/supsup.py", "Task-IL"),
     "piggyback": ("Piggyback", "Mallya et al., 2018", "methods/piggyback.py", "Task-IL"),
+    "cpg": ("CPG", "Hung et al., 2019", "methods/cpg.py", "Task-IL"),
+    "nispa": ("NISPA", "Gurbuz & Dovrolis, 2022", "methods/nispa.py", "Task-IL"),
     "snip_derpp": ("SNIP-DER++", "Lee et al., 2019", "callbacks/snip.py", "both"),
     "rigl_derpp": ("RigL-DER++ (SET, SNFS: overlays)", "Evci et al., 2020", "callbacks/drop_grow.py", "both"),
     "er": ("experience replay", "Chaudhry et al., 2019", "objectives/replay.py", "both"),

@@ -18,6 +18,7 @@ from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
 from lightning_sparse_cl.callbacks.freezing import FreezeMasks
 from lightning_sparse_cl.callbacks.gpm import GPM
 from lightning_sparse_cl.callbacks.gradient_masking import DynamicGradientMasking
+from lightning_sparse_cl.callbacks.gradual_pruning import GradualPruning
 from lightning_sparse_cl.callbacks.growth_rules import SNFS, AdaptiveGrowth, MomentumGrowth, UnfiredGrowth
 from lightning_sparse_cl.callbacks.launchers import join_after_restart
 from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
@@ -52,6 +53,7 @@ __all__ = [
     "FreezeMasks",
     "FromScratch",
     "GradientClipping",
+    "GradualPruning",
     "MemoryFootprint",
     "ModelCapacity",
     "MomentumGrowth",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sparse_cl.callbacks.evaluation import accuracy_on, held_out_accuracy
+from lightning_sparse_cl.callbacks.gradual_pruning import cubic
 from lightning_sparse_cl.callbacks.kept_network import kept_network, put_back
 from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
@@ -35,11 +36,6 @@ class Picking(Protocol):
 
     def running(self, x: Nest) -> Tensor:
         """Logits (B, num_classes) of images (B, C, H, W) by the network of the running task."""
-
-
-def cubic(u: float, start: float, end: float) -> float:
-    """From ``start`` at u = 0 to ``end`` at u = 1, fast at first: end + (start - end) (1 - u)^3 (Zhu & Gupta, 2017)."""
-    return end + (start - end) * (1 - min(max(u, 0.0), 1.0)) ** 3
 
 
 class CompactPickGrow(Sparsifier):

@@ -26,7 +26,7 @@ class ScorePruning(Sparsifier):
 
     * *when*: :meth:`due`, asked before every batch. By default weights are pruned once, before the first batch that
       finds them without a mask. A policy that prunes at other moments returns False and calls :meth:`prune`.
-    * *how many*: :meth:`how_many` of the weights that are ranked together stay alive.
+    * *how many*: :meth:`density`, or :meth:`how_many` of the weights that are ranked together stay alive.
 
     The rest is the base's: which weights are ranked together, their division among layers, exact counts with ties
     broken by position, frozen weights (kept, and counted), the mean over processes, and several rounds.
@@ -89,6 +89,10 @@ class ScorePruning(Sparsifier):
         """Whether to prune before the batch that comes."""
         return bool(self.unmasked(pl_module))
 
+    def density(self, trainer: pl.Trainer) -> float:
+        """The fraction of the weights that is kept now."""
+        return 1 - self.sparsity
+
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
         """How many of the weights of ``group``, which are ranked together, stay alive."""
         if self.ranking == "global":
@@ -133,7 +137,7 @@ class ScorePruning(Sparsifier):
 
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         """Score and keep the best, in :attr:`rounds`."""
-        new, density = self.unmasked(pl_module), 1 - self.sparsity
+        new, density = self.unmasked(pl_module), self.density(trainer)
         for i in range(self.rounds):
             scores = dict(self.scores(trainer, pl_module, batch))
             if missing := [name for name in self.names(pl_module) if name not in scores]:

@@ -11,7 +11,7 @@ from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks import compact_pick_grow
-from lightning_sparse_cl.callbacks.compact_pick_grow import cubic
+from lightning_sparse_cl.callbacks.gradual_pruning import cubic
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
 OPTIMIZERS = {
