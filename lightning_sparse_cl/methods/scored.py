@@ -53,17 +53,21 @@ class ScoredModule(IsolatingModule):
         """Whether the running task learns masks; if not, it uses all weights."""
         return True
 
+    def learns_scores(self) -> bool:
+        """Whether the scores are learnt now; if not, the task's masks are as they are."""
+        return True
+
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)
         self.scores.begin(task)
 
     def whole_gradients(self) -> list[str]:
         """Weights whose gradient is taken in every step, whether they are trained or not: their scores need it."""
-        return self.scores.names if self.learns_masks() else []
+        return self.scores.names if self.learns_masks() and self.learns_scores() else []
 
     def effective_weights(self) -> dict[str, Tensor]:
         """Weights times masks."""
-        return self.scores.weights(self.network) if self.learns_masks() else {}
+        return self.scores.weights(self.network, self.learns_scores()) if self.learns_masks() else {}
 
     def task_masks(self) -> dict[str, Tensor]:
         """The masks that the running task has learnt."""

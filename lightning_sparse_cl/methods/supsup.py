@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.callbacks.train_free_weights import TrainFreeWeights
 from lightning_sparse_cl.methods.scored import ScoredModule
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
@@ -31,9 +33,11 @@ class SupSup(ScoredModule):
     batch-norm has no parameters, and the head is a masked random layer that all tasks share). Each layer keeps the same
     fraction (there, more of small layers).
 
-    Where the task is not known it is told by the answers of all subnetworks, see :class:`TaskInference`. The paper's
-    own rule, by the gradient of the entropy of all masks in superposition, is not offered: batch-norm of its own for
-    each task cannot be superposed.
+    Where the task is not known it is told by the answers of all subnetworks, see :class:`TaskInference`; the paper's
+    own rule is :class:`EntropyGradient`.
+
+    With ``train_free`` a task goes on, under its mask as it is, to train those of its weights that no earlier task has,
+    as in "Exclusive Supermask Subnetwork Training for Continual Learning" (ExSSNeT; Yadav & Bansal, 2023).
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Its weights stay as they
@@ -41,6 +45,7 @@ class SupSup(ScoredModule):
         keep: fraction of each layer's weights in a task's mask, in (0, 1].
         signed_constants: whether all weights of a layer get the same magnitude, with the signs that they were drawn
             with. If False, they stay as they were drawn, or trained before.
+        train_free: how many of a task's last epochs train weights. The other epochs learn the mask.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
@@ -57,6 +62,7 @@ class SupSup(ScoredModule):
         backbone: nn.Module,
         keep: float = 0.5,
         signed_constants: bool = True,
+        train_free: int = 0,
         subnetworks: TaskSubnetworks | None = None,
         objective: Objective | None = None,
         update: UpdateRule | None = None,
@@ -71,11 +77,15 @@ class SupSup(ScoredModule):
             objective or CrossEntropy(single_head=True),
             update,
             optimizer or partial(Adam, lr=0.001),
-            policies=[subnetworks, *policies],
+            policies=[subnetworks, *([TrainFreeWeights(train_free)] if train_free else []), *policies],
             scores=WeightScores(keep, anew=True),
-            fixed=True,
+            fixed=not train_free,
         )
-        self.signed_constants = signed_constants
+        self.signed_constants, self.train_free = signed_constants, train_free
+
+    def learns_scores(self) -> bool:
+        at = position(self.trainer) if self.train_free and self._trainer is not None else None
+        return at is None or at.epoch < at.epochs - self.train_free
 
     @torch.no_grad()
     def build(

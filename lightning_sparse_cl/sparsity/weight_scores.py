@@ -104,9 +104,10 @@ class WeightScores(nn.Module):
         """What each weight is multiplied with: 0 or 1, or -1 where its sign changes; of its shape."""
         return {name: self._mask(scores) for name, scores in zip(self.names, self.scores, strict=True)}
 
-    def weights(self, network: nn.Module) -> dict[str, Tensor]:
-        """The weights of ``network`` times their masks."""
-        return {name: network.get_parameter(name) * mask for name, mask in self.masks().items()}
+    def weights(self, network: nn.Module, learn: bool = True) -> dict[str, Tensor]:
+        """The weights of ``network`` times their masks; if the scores do not learn, without a gradient for them."""
+        masks = self.masks() if learn else {name: mask.detach() for name, mask in self.masks().items()}
+        return {name: network.get_parameter(name) * mask for name, mask in masks.items()}
 
     def _mask(self, scores: Tensor) -> Tensor:
         if self.threshold is None:

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from logits_of_tasks import Logits
@@ -19,6 +20,7 @@ OPTIMIZERS = {
 METHODS = {
     "WSN": lambda **m: scl.WSN(scl.SmallCNN(8), 0.4, **m),
     "SupSup": lambda **m: scl.SupSup(scl.SmallCNN(8), 0.4, **m),
+    "SupSup, free weights trained": lambda **m: scl.SupSup(scl.SmallCNN(8), 0.4, train_free=1, **m),
     "Piggyback": lambda **m: scl.Piggyback(scl.SmallCNN(8), **m),
     "Piggyback, pretrained": lambda **m: scl.Piggyback(scl.SmallCNN(8), pretrained=True, **m),
     "Piggyback, ternary": lambda **m: scl.Piggyback(scl.SmallCNN(8), ternary=True, **m),
@@ -59,7 +61,7 @@ class Still(scl.TaskCallback):
         self.weights.append({n: pl_module.get_parameter(n).detach().clone() for n in pl_module.scores.names})
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "WSN"])
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("WSN", "SupSup, free weights trained")])
 def test_the_weights_stay_and_only_masks_learn(name):
     torch.manual_seed(0)
     module, still = METHODS[name](optimizer=OPTIMIZERS["adamw"]), Still()
@@ -71,6 +73,29 @@ def test_the_weights_stay_and_only_masks_learn(name):
         assert masks[0][weight].all() == (name not in ("SupSup", "Piggyback, pretrained"))
         assert all(0 < int(mask[weight].sum()) < mask[weight].numel() for mask in masks[1:])
     assert any(not torch.equal(masks[1][n], masks[2][n]) for n in masks[1])
+
+
+def test_the_last_epochs_train_the_weights_that_no_earlier_task_has():
+    seen = {}
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            at = trainer.datamodule.task, trainer.datamodule.epoch_in_task
+            parts = (pl_module.get_parameter(n) for n in pl_module.scores.names), pl_module.scores.scores
+            seen[at] = [[p.detach().clone() for p in part] for part in parts]
+
+    torch.manual_seed(0)
+    module = METHODS["SupSup, free weights trained"](optimizer=OPTIMIZERS["adamw"])
+    trainer(Look(), epochs=3).fit(module, toy_tasks(num_tasks=2))
+    learnt = scl.Subnetworks.of(module)
+    for i, name in enumerate(module.scores.names):
+        first, second = learnt.mask(0, name), learnt.mask(1, name)
+        (w1, w2, w3, v2, v3), (_, s2, s3, r2, r3) = zip(*((seen[at][0][i], seen[at][1][i]) for at in
+            ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2))))  # fmt: skip
+        assert torch.equal(w1, w2) and torch.equal(s2, s3), "a mask, and then weights"
+        assert torch.equal((w2 != w3), first & (w2 != w3)) and float((w2 != w3)[first].float().mean()) > 0.9
+        changed, free = v2 != v3, second & ~first
+        assert torch.equal(w3, v2) and torch.equal(r2, r3) and not (changed & ~free).any() and changed.any()
 
 
 def test_every_task_of_supsup_starts_from_scores_of_its_own():
@@ -171,7 +196,7 @@ def test_piggyback_starts_from_the_whole_network():
     assert all(mask.all() for mask in module.task_masks().values())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if "trained" not in name or "pre" in name])
 def test_scores_need_the_gradients_of_all_weights_and_flops_say_so(name):
     counter = scl.FlopsCounter()
     trainer(counter, epochs=1).fit(METHODS[name](), toy_tasks(num_tasks=3))
@@ -196,6 +221,11 @@ def test_a_checkpoint_answers_alone(tmp_path):
     assert torch.equal(loaded.predict(x, 1), module.predict(x, 1))
 
 
+def test_a_module_without_scores_is_refused():
+    with pytest.raises(TypeError, match="ContinualModule has no WeightScores as `scores`; use SupSup"):
+        trainer(scl.TrainFreeWeights(1)).fit(scl.ContinualModule(scl.SmallCNN(4)), toy_tasks(2))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -206,6 +236,10 @@ def test_a_checkpoint_answers_alone(tmp_path):
         (lambda: scl.WeightScores(0.5, negates=True), "negates=True.*: a positive threshold is needed"),
         (lambda: scl.WeightScores(0.5, 0.1), "keep=0.5, threshold=0.1.*give one of them"),
         (lambda: scl.SupSup(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "no weight is ever free; use 'share'"),
+        (
+            lambda: trainer(epochs=2).fit(scl.SupSup(scl.SmallCNN(4), train_free=2), toy_tasks(2)),
+            r"TrainFreeWeights\(epochs=2\): task 0 has 2 epochs, and none is left to learn its mask",
+        ),
         (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), init=float("inf")), "init=inf.*finite"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), threshold=None), "threshold=None"),
