@@ -55,6 +55,18 @@ class Compare(pl.Callback):
         assert broadcast(rates) == rates
 
 
+STAGES = {"learn": 1, "compact": 1, "ramp": 1, "retrain": 1, "steps": (0.3, 0.6), "sizes": (2 / 3, 1.0), "fits": 0.0}
+ISOLATING = {
+    "PackNet": lambda net: scl.PackNet(net, scl.OneShotPruning(0.5, retrain=2, dense=["head.weight"])),
+    "LPS": lambda net: scl.LPS(net, rho=(0.1,), admm=1, retrain=1),
+    "WSN": scl.WSN,
+    "SupSup": lambda net: scl.SupSup(net, train_free=2),
+    "Piggyback": lambda net: scl.Piggyback(net, ternary=True),
+    "CPG": lambda net: scl.CPG(net, scl.CompactPickGrow([0.0, 1.1, 0.0], **STAGES)),
+    "NISPA": lambda net: scl.NISPA(net, scl.StableUnits(0.5, 1, 6), scl.TaskSubnetworks(full="share")),
+}
+
+
 def fit_and_compare(method, gradients="", by=""):
     """One of two processes: what a method trains is the same on both, and as accurate as it says."""
     pl.seed_everything(0, verbose=False)
@@ -95,6 +107,8 @@ def fit_and_compare(method, gradients="", by=""):
         model = scl.ContinualModule(backbone, scl.ER(30, 8, balanced=True))
     elif method == "per class":
         model = scl.ContinualModule(backbone, scl.DER(None, 8, per_class=5))
+    elif method in ISOLATING:
+        model = ISOLATING[method](backbone)
     elif method == "LaMAML":
         model = scl.ContinualModule(backbone, scl.ER(30, 8), scl.LaMAML(parts=2))
     else:
@@ -102,7 +116,7 @@ def fit_and_compare(method, gradients="", by=""):
         model = scl.ContinualModule(backbone, getattr(scl, method)(*sizes))
     flops, evaluation = scl.FlopsCounter(), scl.ContinualEvaluation()
     callbacks = scl.RandomState(), flops, evaluation, Compare(flops, more, method == "SparCL")
-    data = toy_tasks(batch_size=8)
+    data = toy_tasks(batch_size=8, val_fraction=0.2 if method in ISOLATING else 0.0)
     trainer(*callbacks, epochs=5, devices=2, strategy="ddp").fit(model, data)
     model.eval()
     test = data.test_sets[1]
@@ -119,11 +133,26 @@ def fit_and_compare(method, gradients="", by=""):
         ("efficient EsaCL",),
         ("SparCL", "measured", "forgetting"),
         ("balanced",),
+        ("Piggyback",),
         pytest.param(("per class",), marks=pytest.mark.slow),
         pytest.param(("SparCL", "training", "loss"), marks=pytest.mark.slow),
         *(
             pytest.param((method,), marks=pytest.mark.slow)
-            for method in ("RigL", "SET", "SNFS", "SNIP", "CO2L", "EWC", "LwF", "ICaRL", "FDR", "AGEM", "GPM", "LaMAML")
+            for method in (
+                "RigL",
+                "SET",
+                "SNFS",
+                "SNIP",
+                "CO2L",
+                "EWC",
+                "LwF",
+                "ICaRL",
+                "FDR",
+                "AGEM",
+                "GPM",
+                "LaMAML",
+                *(name for name in ISOLATING if name != "Piggyback"),
+            )
         ),
     ],
     ids="-".join,

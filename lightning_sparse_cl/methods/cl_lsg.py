@@ -108,9 +108,9 @@ class CLLSG(IsolatingModule):
         """Weights times masks, drawn in training mode."""
         return self.gates.weights(self.network)
 
-    def penalty(self) -> Tensor:
+    def penalty(self) -> Tensor | float:
         """lambda ||m^g||_0 of eq 2, in expectation."""
-        return self.gates.penalty * self.gates.expected_size()
+        return super().penalty() + self.gates.penalty * self.gates.expected_size()
 
     def configure_optimizers(self) -> list[Optimizer]:
         """One optimiser for the weights, one for the real-valued masks."""

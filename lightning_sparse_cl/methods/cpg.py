@@ -94,6 +94,10 @@ class CPG(IsolatingModule):
             for name, pick in self.picks.masks().items()
         }
 
+    def idle(self) -> list[nn.Parameter]:
+        """The scores, while there are no old weights to pick."""
+        return [] if Masks.of(self).frozen else list(self.picks.scores)
+
     def whole_gradients(self) -> list[str]:
         """While picks are learnt, the gradients of old weights are taken, too."""
         return self.picks.names if Masks.of(self).frozen and self.stages.picks_learn else []

@@ -6,8 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 from lightning_sparse_cl.backbones.head import logits_among
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
@@ -80,6 +81,19 @@ class IsolatingModule(ContinualModule):
     def task_masks(self) -> dict[str, Tensor]:
         """Which weights the task that ends uses, by name, where the module has learnt it; others see to the rest."""
         return {}
+
+    def idle(self) -> list[nn.Parameter]:
+        """Parameters of learnt masks that the running network does not use now, and that are not to move."""
+        return []
+
+    def penalty(self) -> Tensor | float:
+        """Nothing; among several processes it touches what is idle, for DDP waits for the gradient of everything."""
+        idle = self.idle() if self.trainer.world_size > 1 else []
+        return super().penalty() + 0.0 * sum(p.sum() for p in idle)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for parameter in self.idle():  # a gradient of zero would let momentum and weight decay move it
+            parameter.grad = None
 
     def predict(self, x: Nest, task: int) -> Tensor:
         """Labels (B,) of images (B, C, H, W), out of the classes of ``task``, by its compact subnetwork alone.

@@ -185,8 +185,8 @@ class LPS(IsolatingModule):
     def penalty(self) -> Tensor | float:
         """rho/2 ||W - Z + U||^2 of both."""
         if (rho := self._stage()) is None:
-            return 0.0
-        return rho * (self.pruning.distance(self._free()) + self.sharing.distance(self._old()))
+            return super().penalty()
+        return super().penalty() + rho * (self.pruning.distance(self._free()) + self.sharing.distance(self._old()))
 
     @torch.no_grad()
     def prune(self) -> None:
@@ -216,6 +216,10 @@ class LPS(IsolatingModule):
             name: torch.where(masks.frozen_part(name), self.get_parameter(name) * b, self.get_parameter(name))
             for name, b in zip(self.names, self.multipliers, strict=True)
         }
+
+    def idle(self) -> list[nn.Parameter]:
+        """B, unless it multiplies weights, or ADMM draws it."""
+        return [] if self._stage() is not None or self.effective_weights() else list(self.multipliers)
 
     def whole_gradients(self) -> list[str]:
         """While B is learnt, the gradients of old weights are taken, too."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
 from lightning_sparse_cl.methods.isolation import IsolatingModule
@@ -60,6 +60,10 @@ class ScoredModule(IsolatingModule):
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         super().on_task_start(trainer, pl_module, task)
         self.scores.begin(task)
+
+    def idle(self) -> list[nn.Parameter]:
+        """The scores, while they are not learnt."""
+        return [] if self.learns_masks() and self.learns_scores() else list(self.scores.scores)
 
     def whole_gradients(self) -> list[str]:
         """Weights whose gradient is taken in every step, whether they are trained or not: their scores need it."""
