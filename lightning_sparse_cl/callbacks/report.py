@@ -36,7 +36,7 @@ from lightning_sparse_cl.callbacks.task_line import learnt_line
 from lightning_sparse_cl.callbacks.time_left import SequenceTime
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, parts_of, task_data
 from lightning_sparse_cl.data.datamodule import TaskDataModule
-from lightning_sparse_cl.sparsity import Masks
+from lightning_sparse_cl.sparsity import Masks, Subnetworks
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.whole_file import whole_file
 
@@ -62,8 +62,9 @@ class RunReport(TaskCallback):
     prints. All accuracies are fractions in the file and percent in the table; what is not defined is null. Keys:
     ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc``, ``bwt``, ``fwt``, ``forgetting``; with
     ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
-    masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel), ``flops``, ``memory`` and
-    ``size`` (the summaries of :class:`FlopsCounter`, :class:`MemoryFootprint` and :class:`ModelCapacity`),
+    masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel; both by the mask of the last
+    task where masks are learnt), ``flops``, ``memory`` and ``size`` (the summaries of :class:`FlopsCounter`,
+    :class:`MemoryFootprint` and :class:`ModelCapacity`),
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
     ``subnetworks.png``), ``units`` and ``stages`` (of :class:`StableUnits` and :class:`CompactPickGrow`), ``anytime``
     (of :class:`AnytimeAccuracy`), ``held_out`` (accuracy of each task on its validation samples, if there are any),
@@ -204,6 +205,11 @@ class RunReport(TaskCallback):
         weights = {n: p for n, p in network_of(pl_module).named_parameters() if p.ndim > 1}
         alive = {n: int(p.count_nonzero()) for n, p in weights.items()}
         masked = list(Masks.of(pl_module))
+        learnt = Subnetworks.of(pl_module)
+        if not masked and len(learnt):  # masks that are learnt are those of a task
+            last = learnt.tasks[-1].masks
+            alive |= {n: int(learnt.mask(len(learnt) - 1, n).sum()) for n in last}
+            masked = list(last)
         total = sum(weights[n].numel() for n in masked)
         metrics |= _classes(trainer)
         return metrics | {
