@@ -26,6 +26,7 @@ ESACL = "under EsaCL"
 EFFICIENT = {
     "esacl, efficient": ["esacl/efficient"],
     "esacl, efficient, without_sp": ["esacl/efficient", "esacl/without_sp"],
+    "esacl, efficient, joint_forward": ["esacl/efficient", "objectives/joint_forward"],
 }
 """Rows of overlays on ``esacl``."""
 COMPARED = {"derpp", "sparcl", "esacl", *EFFICIENT}
