@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch.func import functional_call, jvp
 
 from lightning_sparse_cl.nests import Nest, count, rows
 from lightning_sparse_cl.sparsity.layers import network_of
+from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 from lightning_sparse_cl.sparsity.task_inference import TaskInference
-
-if TYPE_CHECKING:
-    from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
 class EntropyGradient(TaskInference):

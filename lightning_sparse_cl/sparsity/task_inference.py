@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_sparse_cl.nests import Nest
-
-if TYPE_CHECKING:
-    from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 
 
 class TaskInference:
@@ -34,8 +31,13 @@ class TaskInference:
         """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tasks are compared: override score()")
 
-    def scores(self, learnt: Subnetworks, x: Nest) -> Tensor:
-        """How much samples look like each task, (T, B), where that is not told by the tasks' answers one by one."""
+    def scores(self, learnt: Any, x: Nest) -> Tensor:
+        """How much samples look like each task, (T, B), where that is not told by the tasks' answers one by one.
+
+        Args:
+            learnt: the :class:`~lightning_sparse_cl.Subnetworks` of all tasks.
+            x: the batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} asks tasks one by one")
 
     def comparable(self, answer: Tensor, calibration: tuple[float, float] | None = None) -> Tensor:
