@@ -49,7 +49,6 @@ NO_RESULT = {
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "takes more epochs, tested in test_lps, test_nispa and test_cpg": {"LPS", "NISPA", "StableUnits", "CPG",
         "CompactPickGrow"},
-    "acts on a module with scores, tested in test_learned_masks": {"TrainFreeWeights"},
     "acts where a Reopen gives weights back, tested in test_packnet": {"OneShotPruning.last", "GradualPruning.last"},
     "how answers are compared, tested in test_task_inference": {"TaskSubnetworks.inference"},
     "takes another backbone, tested in test_cli": {"SplitDigits.table"},

@@ -34,7 +34,6 @@ from lightning_sparse_cl.callbacks.stable_units import StableUnits
 from lightning_sparse_cl.callbacks.state import RandomState
 from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
-from lightning_sparse_cl.callbacks.train_free_weights import TrainFreeWeights
 
 __all__ = [
     "AGEM",
@@ -76,7 +75,6 @@ __all__ = [
     "TaskProgressBar",
     "TaskSchedule",
     "TaskSubnetworks",
-    "TrainFreeWeights",
     "UnfiredGrowth",
     "join_after_restart",
     "position",

@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_sparse_cl.callbacks.early_stopping import TaskEarlyStopping
 from lightning_sparse_cl.callbacks.evaluation import accuracy_on, held_out_accuracy
 from lightning_sparse_cl.callbacks.gradual_pruning import cubic
 from lightning_sparse_cl.callbacks.kept_network import kept_network, put_back
+from lightning_sparse_cl.callbacks.lr_schedule import TaskLRSchedule
 from lightning_sparse_cl.callbacks.pruning import Reopen, redraw
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
@@ -46,10 +48,11 @@ class CompactPickGrow(Sparsifier):
       and the task starts over. In the largest network it goes on with what it has.
     * *compact*: prune the task's weights to each of the sparsities ``steps`` in turn, in ``compact`` epochs each, while
       the training samples are fitted. In the first ``ramp`` epochs of each the sparsity rises along a cubic. The
-      largest sparsity that reaches the target is kept. A task that has missed it in the largest network is pruned all
-      the same, so far that the tasks that are left have as much each.
+      largest sparsity that reaches the target is kept. A task that has missed either in the largest network is pruned
+      anyway, until each remaining task is left an equal share.
     * *retrain*: what is left, and which old weights are used, all of them at first, for ``retrain`` epochs, or until
-      ``patience`` of them bring nothing; the best network is taken. The first task has no old weights, and ends before.
+      ``patience`` epochs pass without improvement; the best network is kept. The first task has no old weights to pick,
+      and skips this stage.
 
     A sparsity is the fraction of the weights that no earlier task has. The learning rates fall as in the code: that of
     the weights to a tenth at half, and again at four fifths, of learning, and a tenth in the other stages; that of the
@@ -62,12 +65,12 @@ class CompactPickGrow(Sparsifier):
         compact: epochs for each sparsity.
         ramp: how many of them raise the sparsity.
         retrain: epochs of retraining, at most; 0 for none.
-        patience: epochs of retraining without gain after which it ends.
+        patience: epochs of retraining without improvement after which it ends.
         steps: the sparsities, rising, in (0, 1).
         interval: steps between two prunings of a ramp.
-        sizes: fractions of the weights of the whole network that it has at first, and each time that it has grown,
-            rising to 1. Its layers have the first channels, as many as the square root of it says.
-        fits: accuracy on the training samples that must be exceeded.
+        sizes: the network's size at first and after each growth, as a fraction of all weights, rising to 1; each layer
+            uses its first sqrt(size) channels.
+        fits: accuracy on the training samples that must be exceeded, in [0, 1].
 
     Raises:
         ValueError: if an argument is out of range or does not fit the run, nothing is held out to decide by, or
@@ -100,13 +103,22 @@ class CompactPickGrow(Sparsifier):
             if value < least:
                 raise ValueError(f"CompactPickGrow({name}={value}): a whole number, at least {least}")
         if ramp > compact:
-            raise ValueError(f"CompactPickGrow(ramp={ramp}): epochs of the compact={compact} for a sparsity")
-        steps, sizes = tuple(steps), tuple(sizes)
-        if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] < 1:
-            raise ValueError(f"CompactPickGrow(steps={steps}): sparsities in (0, 1), each larger than the last")
-        if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] <= 0 or sizes[-1] != 1:
-            raise ValueError(f"CompactPickGrow(sizes={sizes}): fractions of the weights, rising to 1")
+            raise ValueError(f"CompactPickGrow(ramp={ramp}): at most compact={compact}, the epochs of one sparsity")
+        for name, values in (("steps", steps), ("sizes", sizes)):
+            if not isinstance(values, list | tuple) or not values:
+                raise ValueError(f"CompactPickGrow({name}={values!r}): a list of fractions")
+            for value in values:
+                check_number("CompactPickGrow", name, value)
+            if list(values) != sorted(set(values)):
+                raise ValueError(f"CompactPickGrow({name}={values}): each is larger than the one before")
+        if not 0 < steps[0] <= steps[-1] < 1:
+            raise ValueError(f"CompactPickGrow(steps={steps}): sparsities in (0, 1)")
+        if sizes[0] <= 0 or sizes[-1] != 1:
+            raise ValueError(f"CompactPickGrow(sizes={sizes}): fractions of the weights, of which the last is 1")
         check_number("CompactPickGrow", "fits", fits)
+        if not 0 <= fits <= 1:
+            raise ValueError(f"CompactPickGrow(fits={fits}): an accuracy, in [0, 1]")
+        steps, sizes = tuple(steps), tuple(sizes)
         self.target, self.learn, self.compact, self.ramp, self.retrain = target, learn, compact, ramp, retrain
         self.patience, self.steps, self.interval, self.sizes, self.fits = patience, steps, interval, sizes, fits
         self._restart()
@@ -138,6 +150,15 @@ class CompactPickGrow(Sparsifier):
         data, schedule = task_data(trainer, self), first_callback(trainer, TaskSchedule)
         if not isinstance(getattr(pl_module, "picks", None), WeightScores):
             raise TypeError(f"CompactPickGrow: {type(pl_module).__name__} has no WeightScores as `picks`; use CPG")
+        self._refuse_rivals(trainer)
+        for other in parts_of(trainer).callbacks:
+            if isinstance(other, TaskEarlyStopping | TaskLRSchedule):
+                raise ValueError(
+                    f"CompactPickGrow: its stages end by themselves, and set the learning rates; leave "
+                    f"{type(other).__name__} out"
+                )
+            if isinstance(other, Reopen) and other.part < 1:
+                raise ValueError(f"CompactPickGrow: a task has all free weights; leave Reopen(part={other.part}) out")
         if not data.val_fraction:
             raise ValueError("CompactPickGrow: it is decided on held-out samples; set the data module's val_fraction")
         learnt = len(data.learnt.classes) if data.learnt else 0
@@ -145,7 +166,7 @@ class CompactPickGrow(Sparsifier):
             if schedule is not None and (epochs := schedule.epochs_of(task)) < self.longest:
                 raise ValueError(
                     f"CompactPickGrow(learn={self.learn}, compact={self.compact}, retrain={self.retrain}): all stages "
-                    f"take up to {self.longest} epochs, and task {task} has {epochs}"
+                    f"take up to {self.longest} epochs, and task {task} has {epochs}; use more epochs or shorter stages"
                 )
         self.targets = targets_of("CompactPickGrow", self.target, data.num_tasks)
         self.channels = Channels.of(network_of(pl_module))
@@ -221,8 +242,8 @@ class CompactPickGrow(Sparsifier):
             return
         task, tasks = task_data(trainer).task, task_data(trainer).num_tasks
         reached, fits = self._accuracy(trainer, pl_module), self._fits(trainer, pl_module)
-        missed = reached < self.targets[task]
-        if (missed or not fits) and self.grown + 1 < len(self.sizes):
+        missed = reached < self.targets[task] or not fits
+        if missed and self.grown + 1 < len(self.sizes):
             self._grow(trainer, pl_module)
             return
         must = 1 - round(1 / (tasks - task), 1) if missed else None  # it leaves as much to each task that comes
@@ -238,11 +259,11 @@ class CompactPickGrow(Sparsifier):
     def _compacted(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._at["epoch"] < self.compact:
             return
-        reached, fits, must = self._accuracy(trainer, pl_module), self._fits(trainer, pl_module), self._at["must"]
-        if fits and (must is not None or reached >= self.targets[task_data(trainer).task]):
+        reached, must = self._accuracy(trainer, pl_module), self._at["must"]
+        goes_on = self._fits(trainer, pl_module) if must is None else self._sparsity() < must - 1e-9
+        if must is not None or (goes_on and reached >= self.targets[task_data(trainer).task]):
             self._keep(pl_module, reached, self._sparsity())
-        enough = must is not None and self._sparsity() >= must - 1e-9
-        if fits and not enough and self._at["step"] + 1 < len(self.steps):
+        if goes_on and self._at["step"] + 1 < len(self.steps):
             self._at["step"] += 1
             self._enter(trainer, "compact")
         else:

@@ -24,7 +24,7 @@ class GradualPruning(OneShotPruning):
     From the part ``start`` of a task to the part ``until`` the smallest weights of every layer are pruned, ``times``
     times in equal distances; the sparsity is s (1 - (1 - u)^3) at the part u of the way. The rest of the task trains
     the sparse network. Pruned weights stay zero, for they are the smallest the next time. What a task that ends early
-    still lacks is pruned at its end. For the rest it is :class:`OneShotPruning`.
+    still lacks is pruned at its end. Otherwise it behaves like :class:`OneShotPruning`.
 
     Args:
         sparsity: zero fraction in the end, in [0, 1).

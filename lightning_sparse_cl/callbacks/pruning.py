@@ -67,20 +67,19 @@ class OneShotPruning(ScorePruning):
         last: bool = True,
     ) -> None:
         super().__init__(sparsity, ranking, distribution, dense, sparse)
+        name = type(self).__name__
         if of not in ("free", "share"):
-            raise ValueError(f"OneShotPruning(of={of!r}): of is 'free' or 'share'")
+            raise ValueError(f"{name}(of={of!r}): of is 'free' or 'share'")
         if epoch is not None:
-            check_number("OneShotPruning", "epoch", epoch, whole=True)
+            check_number(name, "epoch", epoch, whole=True)
             if epoch < 1:
-                raise ValueError(f"OneShotPruning(epoch={epoch}): an epoch of each task, counted from 0, at least 1")
+                raise ValueError(f"{name}(epoch={epoch}): an epoch of each task, counted from 0, at least 1")
         if retrain is not None:
-            check_number("OneShotPruning", "retrain", retrain, whole=True)
+            check_number(name, "retrain", retrain, whole=True)
             if retrain < 1:
-                raise ValueError(f"OneShotPruning(retrain={retrain}): how many of a task's last epochs, at least 1")
+                raise ValueError(f"{name}(retrain={retrain}): how many of a task's last epochs, at least 1")
             if epoch is not None:
-                raise ValueError(
-                    f"OneShotPruning(epoch={epoch}, retrain={retrain}): both say when to prune; give one of them"
-                )
+                raise ValueError(f"{name}(epoch={epoch}, retrain={retrain}): both say when to prune; give one of them")
         self.of, self.epoch, self.retrain, self.last = of, epoch, retrain, last
         self._pruned_at: int | None = None
         """Step before which this task's weights were pruned."""
@@ -91,12 +90,13 @@ class OneShotPruning(ScorePruning):
             self._pruned_at = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = type(self).__name__
         if self.of == "share" and not has_schedule(trainer):
-            raise ValueError("OneShotPruning(of='share'): a share needs the number of tasks; add a TaskSchedule")
+            raise ValueError(f"{name}(of='share'): a share needs the number of tasks; add a TaskSchedule")
         learnt = task_data(trainer).learnt if self.of == "share" else None
         if learnt is not None and learnt.planned != (tasks := task_data(trainer).num_tasks):
             raise ValueError(
-                f"OneShotPruning(of='share'): each of {learnt.planned} tasks was to have an equal share of the "
+                f"{name}(of='share'): each of {learnt.planned} tasks was to have an equal share of the "
                 f"weights, and now there are {tasks}; begin a sequence that is to go on with of='free' "
                 "(EsaCL: freeze='none' or 'free'), which needs no number of tasks"
             )
@@ -110,9 +110,10 @@ class OneShotPruning(ScorePruning):
         return next((f"{name}={value}" for name, value in given.items() if value is not None), None)
 
     def _check_epoch(self, trainer: pl.Trainer) -> None:
+        name = type(self).__name__
         schedule = first_callback(trainer, TaskSchedule)
         if not self.last and schedule is None:
-            raise ValueError("OneShotPruning(last=False): only a sequence has a last task; add a TaskSchedule")
+            raise ValueError(f"{name}(last=False): only a sequence has a last task; add a TaskSchedule")
         if self.inside is None or parts_of(trainer).fast_dev_run:
             return
         data = task_data(trainer) if schedule is not None else None
@@ -124,12 +125,11 @@ class OneShotPruning(ScorePruning):
                 counted = "counted from 0" if self.epoch else "the first of which trains all weights"
                 allowed = "" if epochs < 2 else "1, or " if epochs == 2 else f"1 to {epochs - 1}, or "
                 raise ValueError(
-                    f"OneShotPruning({self.inside}): {of} has {epochs} epochs, {counted}; use {allowed}null to prune "
-                    "at the end"
+                    f"{name}({self.inside}): {of} has {epochs} epochs, {counted}; use {allowed}null to prune at the end"
                 )
             if self.retrain and math.isinf(epochs):
                 raise ValueError(
-                    f"OneShotPruning({self.inside}): the fit's number of epochs is not known; set the Trainer's "
+                    f"{name}({self.inside}): the fit's number of epochs is not known; set the Trainer's "
                     "max_epochs, or use epoch"
                 )
 
@@ -147,6 +147,7 @@ class OneShotPruning(ScorePruning):
         return at.epoch >= (at.epochs - (self.retrain or 0) if self.epoch is None else self.epoch)
 
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
+        name = type(self).__name__
         frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
         all_ = sum(pl_module.get_parameter(name).numel() for name in group)
         if self.distribution != "uniform":
@@ -155,7 +156,7 @@ class OneShotPruning(ScorePruning):
         kept = sum(frozen.values()) + round(density * of)
         if kept < 1:
             raise ValueError(
-                f"OneShotPruning(sparsity={self.sparsity}): leaves no weight in {group[0]}, which has {all_}; lower "
+                f"{name}(sparsity={self.sparsity}): leaves no weight in {group[0]}, which has {all_}; lower "
                 "the sparsity or keep the layer dense"
             )
         return kept

@@ -120,6 +120,14 @@ class Sparsifier(TaskCallback):
                 "pattern or type of layer, `dense` keeps them"
             )
 
+    def _refuse_rivals(self, trainer: pl.Trainer) -> None:
+        """Of the callbacks that prune, this one takes no other beside it."""
+        for other in callbacks_of(trainer, Sparsifier):
+            if other.makes_masks and other is not self:
+                raise ValueError(
+                    f"{type(self).__name__}: {type(other).__name__} makes masks of the same weights; use one of them"
+                )
+
     # -- through a fit -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -35,14 +35,14 @@ class StableUnits(Sparsifier):
     * the *stable* units are those of earlier tasks and the smallest set of units that has the share
       p = (1 + cos(pi tau / phases)) / 2 of the layer's activity on the training samples; the others are *plastic*;
     * connections from plastic to stable units are dropped, those to the logits of the task's classes, too;
-    * as many grow at random into plastic units, first one for each plastic unit that leads nowhere. Their weights are
-      drawn from a normal distribution with mean and deviation of the layer's weights.
+    * as many grow at random into plastic units, starting with one for each plastic unit that has no outgoing
+      connection. Their weights are drawn from a normal distribution with mean and deviation of the layer's weights.
 
-    So a task is left with fewer units in each phase. It ends, with the network that the last but one phase had trained,
-    when from the third phase on the accuracy on held-out samples is lower than the best by more than ``tolerance``, or
-    p is 5 % at most; or else, with the network as it is, when its epochs are over. The connections among stable units
-    are what :class:`TaskSubnetworks`, which is needed next to this callback, stores and freezes; all other weights are
-    drawn anew for the next task. Inputs count as stable.
+    So a task is left with fewer units in each phase. From the third phase on, a task ends when the accuracy on held-out
+    samples is lower than the best by more than ``tolerance``, or p is 5 % at most, and goes back to the network of the
+    phase before. Otherwise it ends with its epochs, and keeps its network. The connections among stable units are what
+    :class:`TaskSubnetworks`, which is needed next to this callback, stores and freezes; all other weights are drawn
+    anew for the next task. Inputs count as stable.
 
     Layers whose outputs are added share units. Layers that stay dense, and the head, lose connections like all others.
     The optimiser starts afresh with each phase.
@@ -104,8 +104,14 @@ class StableUnits(Sparsifier):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         data, schedule = task_data(trainer, self), first_callback(trainer, TaskSchedule)
-        if not any(c.keeps_tasks for c in callbacks_of(trainer, Sparsifier)):
+        self._refuse_rivals(trainer)
+        keeping = [c for c in callbacks_of(trainer, Sparsifier) if c.keeps_tasks]
+        if not keeping:
             raise ValueError("StableUnits: TaskSubnetworks stores what tasks use; add it to the callbacks")
+        if not getattr(keeping[0], "share", True):
+            raise ValueError(
+                "StableUnits: TaskSubnetworks(share=False) keeps whole networks, and freezes nothing; leave it out"
+            )
         if not data.val_fraction:
             raise ValueError(
                 "StableUnits: phases end by the accuracy on held-out samples; set the data module's val_fraction"

@@ -228,8 +228,8 @@ class TaskSubnetworks(Sparsifier):
         since = f"; the free weights ended with task {ended}."
         if ended is None:
             since = (
-                " though some are free: does a Reopen, after pruning and this callback, give them back, or are all "
-                "units stable?"
+                ", although some weights are free: either no Reopen, listed after pruning and before this callback, "
+                "gives them back, or all units are stable."
             )
         raise ValueError(
             f"TaskSubnetworks: task {task} of {task_data(trainer).num_tasks} has no free weight in its mask{since} "

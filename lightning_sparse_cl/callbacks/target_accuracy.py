@@ -8,10 +8,13 @@ from typing import Any
 
 
 def check_target(owner: str, target: float | list[float] | str | list[str]) -> None:
-    """Raises ValueError if an accuracy is negative."""
-    for value in target if isinstance(target, list) else [target]:
-        if not isinstance(value, str) and not value >= 0:
-            raise ValueError(f"{owner}(target={target}): an accuracy is a fraction, at least 0")
+    """Raises ValueError unless these are accuracies that are not negative, or files; one or a list."""
+    given = target if isinstance(target, list) else [target]
+    numbers = [v for v in given if isinstance(v, int | float) and not isinstance(v, bool)]
+    if not given or len(numbers) not in (0, len(given)) or not all(isinstance(v, str) or v in numbers for v in given):
+        raise ValueError(f"{owner}(target={target!r}): an accuracy or a run's metrics.json, or a list of either")
+    if not all(value >= 0 for value in numbers):
+        raise ValueError(f"{owner}(target={target}): an accuracy is a fraction, at least 0")
 
 
 def targets_of(owner: str, target: float | list[float] | str | list[str], num_tasks: int) -> list[float]:
@@ -22,10 +25,6 @@ def targets_of(owner: str, target: float | list[float] | str | list[str], num_ta
         ValueError: if there are not as many targets as tasks, or a file has none.
     """
     given: list[Any] = list(target) if isinstance(target, list) else [target]
-    if not given:
-        raise ValueError(f"{owner}(target=[]): no target")
-    if len({isinstance(value, str) for value in given}) > 1:
-        raise ValueError(f"{owner}(target={target}): accuracies or files, not both")
     if not isinstance(given[0], str):
         found = [float(v) for v in (given if isinstance(target, list) else given * num_tasks)]
     else:

@@ -16,26 +16,28 @@ from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 
 
 class Scored(Protocol):
-    """A module that learns masks by scores, as this callback sees it. :class:`~lightning_sparse_cl.SupSup` is one."""
+    """A module that learns masks by scores, as this callback sees it: :class:`~lightning_sparse_cl.SupSup`."""
 
     scores: WeightScores
+    train_free: int
+    """How many of a task's last epochs it leaves its scores as they are."""
 
     def task_masks(self) -> dict[str, Tensor]:
         """The masks that the running task has learnt."""
 
 
 class TrainFreeWeights(Sparsifier):
-    """Hold the weights that have scores, and train some of them in a task's last epochs.
+    """Hold the weights that have scores, and train some of them in a task's last epochs; ``SupSup(train_free=...)``.
 
     These are the weights in the task's mask that no earlier task uses, as in "Exclusive Supermask Subnetwork Training
-    for Continual Learning" (Yadav & Bansal, 2023). The mask is to stay as it is then, which is the module's part.
+    for Continual Learning" (Yadav & Bansal, 2023). The module keeps its mask fixed during these epochs.
 
     Args:
         epochs: how many of a task's last epochs.
 
     Raises:
         ValueError: if it is no whole number, at least 1, or a task has no more epochs than these.
-        TypeError: if the module has no scores.
+        TypeError: if the module does not stop its scores for so many epochs.
     """
 
     needs_tasks = True
@@ -55,8 +57,11 @@ class TrainFreeWeights(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if not isinstance(getattr(pl_module, "scores", None), WeightScores):
-            raise TypeError(f"TrainFreeWeights: {type(pl_module).__name__} has no WeightScores as `scores`; use SupSup")
+        if getattr(pl_module, "train_free", None) != self.epochs:
+            raise TypeError(
+                f"TrainFreeWeights(epochs={self.epochs}): {type(pl_module).__name__} does not stop its scores for it; "
+                f"use SupSup(train_free={self.epochs}), which adds this callback"
+            )
         data, schedule = task_data(trainer, self), first_callback(trainer, TaskSchedule)
         learnt = len(data.learnt.classes) if data.learnt else 0
         for task in range(learnt, data.num_tasks) if not parts_of(trainer).fast_dev_run else ():

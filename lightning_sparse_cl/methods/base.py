@@ -213,6 +213,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self.train()  # it may have answered since it was trained
         keep_freed_memory()
 
     def forward(self, x: Nest, features: bool = False) -> Any:

@@ -34,8 +34,8 @@ class CPG(IsolatingModule):
     ``backbone`` is the network at its largest size, 1.5 times the weights of the first one in the paper.
 
     Pruned weights are zero at once; in the released code they act in training until the epoch is over. The code decides
-    by accuracies on the test data, here those on held-out samples; the best network is taken after retraining, where
-    the code compares with the one whose picks were just reset.
+    by accuracies on the test data, here those on held-out samples. After retraining the best network seen is kept; the
+    released code compares only with the network whose picks were just reset.
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Channels can be followed
@@ -65,6 +65,8 @@ class CPG(IsolatingModule):
         mask_optimizer: Callable[[Iterable], Optimizer] | None = None,
         policies: Sequence[pl.Callback] = (),
     ) -> None:
+        if not isinstance(stages, CompactPickGrow):
+            raise ValueError(f"CPG(stages={stages!r}): a CompactPickGrow")
         super().__init__(
             backbone,
             objective or CrossEntropy(single_head=True),

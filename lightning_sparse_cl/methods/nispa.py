@@ -28,7 +28,8 @@ class NISPA(IsolatingModule):
     The released code has networks without batch-norm, and multiplies the logits of other classes with zero, so that
     they compete with those of the task; here they are left out, and each task has its own batch-norm and biases unless
     told otherwise. In the code the connections of the head are sparse, too; here a task's classes read all stable
-    units. The code keeps the best epoch of a phase by validation; here it is the last one.
+    units. The code keeps the best epoch of a phase by validation, measures activity in training mode, and draws weights
+    anew by ``kaiming_normal_``; here it is the last epoch, evaluation mode, and the layer's own initialisation.
 
     The order of Adam 0.002, 90 % sparsity, phases of five epochs and a tolerance of 0.75 % is that of the code for
     CIFAR-10 in five tasks. (EsaCL's table prints 57.36 % Task-IL for it; the result that the authors have released for
@@ -55,6 +56,8 @@ class NISPA(IsolatingModule):
         optimizer: Callable[[Iterable], Optimizer] | None = None,
         policies: Sequence[pl.Callback] = (),
     ) -> None:
+        if not isinstance(units, StableUnits | None):
+            raise ValueError(f"NISPA(units={units!r}): a StableUnits, or None")
         super().__init__(
             backbone,
             objective or CrossEntropy(single_head=True),

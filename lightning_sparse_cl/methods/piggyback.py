@@ -69,8 +69,13 @@ class Piggyback(ScoredModule):
                 "Piggyback(subnetworks=TaskSubnetworks(full='error')): after the first task no weight is free; use "
                 "'share'"
             )
+        for name, value in (("pretrained", pretrained), ("ternary", ternary)):
+            if not isinstance(value, bool):
+                raise ValueError(f"Piggyback({name}={value!r}): {name} is True or False")
         check_number("Piggyback", "threshold", threshold)
         check_number("Piggyback", "init", init)
+        if ternary and threshold <= 0:
+            raise ValueError(f"Piggyback(threshold={threshold}, ternary=True): a positive threshold is needed")
         if not threshold < init < math.inf:
             raise ValueError(
                 f"Piggyback(threshold={threshold}, init={init}): scores start above the threshold, with all weights "

@@ -18,6 +18,7 @@ from lightning_sparse_cl.methods.scored import ScoredModule
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.objectives.base import CrossEntropy, Objective
 from lightning_sparse_cl.optim.sam import UpdateRule
+from lightning_sparse_cl.sparsity.scores import check_number
 from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 
 
@@ -36,8 +37,8 @@ class SupSup(ScoredModule):
     Where the task is not known it is told by the answers of all subnetworks, see :class:`TaskInference`; the paper's
     own rule is :class:`EntropyGradient`.
 
-    With ``train_free`` a task goes on, under its mask as it is, to train those of its weights that no earlier task has,
-    as in "Exclusive Supermask Subnetwork Training for Continual Learning" (ExSSNeT; Yadav & Bansal, 2023).
+    With ``train_free``, once its mask is learnt, a task trains the weights in it that no earlier task uses, as in
+    "Exclusive Supermask Subnetwork Training for Continual Learning" (ExSSNeT; Yadav & Bansal, 2023).
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Its weights stay as they
@@ -72,6 +73,9 @@ class SupSup(ScoredModule):
         subnetworks = subnetworks or TaskSubnetworks(full="share")
         if subnetworks.full == "error":
             raise ValueError("SupSup(subnetworks=TaskSubnetworks(full='error')): no weight is ever free; use 'share'")
+        check_number("SupSup", "train_free", train_free, whole=True)
+        if train_free < 0:
+            raise ValueError(f"SupSup(train_free={train_free}): how many of a task's last epochs, at least 0")
         super().__init__(
             backbone,
             objective or CrossEntropy(single_head=True),

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, jvp
 
-from lightning_sparse_cl.nests import Nest, count, rows
+from lightning_sparse_cl.nests import Nest, count, each, rows
 from lightning_sparse_cl.sparsity.layers import network_of
 from lightning_sparse_cl.sparsity.subnetworks import Subnetworks
 from lightning_sparse_cl.sparsity.task_inference import TaskInference
 
 
 class EntropyGradient(TaskInference):
-    """The task whose mask, if it had more weight, would make the answer of all masks together surer (SupSup).
+    """The task whose mask, if it had more weight, would make the joint answer more certain (SupSup).
 
     One network has the masks of all T tasks at once, sum_i alpha_i m_i with alpha_i = 1/T, and answers with the classes
     of all of them. The task is the one with the smallest dH/dalpha_i, H being the entropy of the answer. In one shot
@@ -29,7 +30,7 @@ class EntropyGradient(TaskInference):
     **It is made for networks without batch-norm**: the average of several tasks' batch-norm is that of none, and tasks
     are then hardly told apart (docs/subnetworks.md).
 
-    One shot takes T forward passes with their derivatives, each of about two passes, through the whole network.
+    One shot takes T forward passes with derivatives through the whole network, each costing about two plain passes.
 
     Args:
         search: ``"one_shot"`` or ``"binary"``.
@@ -49,42 +50,47 @@ class EntropyGradient(TaskInference):
         return answer
 
     @torch.no_grad()
-    def scores(self, learnt: Subnetworks, x: Nest) -> Tensor:
-        """How much each sample looks like each task, (T, B)."""
-        gradients = _Gradients(learnt)
+    def scores(self, learnt: Subnetworks, x: Nest, tasks: Sequence[int]) -> Tensor:
+        gradients = _Gradients(learnt, tasks)
+        x = each(lambda part: part.to(gradients.dtype) if part.is_floating_point() else part, x)
         device = next(learnt.module.parameters()).device
-        alive = torch.ones(count(x), len(learnt), dtype=torch.bool, device=device)
+        alive, left = torch.ones(count(x), len(tasks), dtype=torch.bool, device=device), len(tasks)
         while True:
-            left, found = int(alive[0].sum()), torch.full(alive.shape, torch.inf, device=device)
+            found = torch.full(alive.shape, torch.inf, dtype=gradients.dtype, device=device)
             masks, group = alive.unique(dim=0, return_inverse=True)
             for i, mask in enumerate(masks):  # samples with the same tasks left have one network
                 here = (group == i).nonzero()[:, 0]
-                found[here] = gradients.of(mask / left, rows(x, here)).masked_fill(~mask, torch.inf)
+                alpha = mask.to(gradients.dtype) / left
+                found[here] = gradients.of(alpha, rows(x, here)).masked_fill(~mask, torch.inf)
             if self.search == "one_shot" or left <= 2:
                 return -found.T
-            kept = found.topk(math.ceil(left / 2), largest=False).indices
+            left = math.ceil(left / 2)
+            kept = found.topk(left, largest=False).indices
             alive = torch.zeros_like(alive).scatter_(1, kept, True)
 
 
 class _Gradients:
-    """dH/dalpha of the superposition of a module's subnetworks."""
+    """dH/dalpha of the superposition of some of a module's subnetworks, in single precision at least."""
 
-    def __init__(self, learnt: Subnetworks) -> None:
+    def __init__(self, learnt: Subnetworks, tasks: Sequence[int]) -> None:
         self.network = copy.deepcopy(network_of(learnt.module)).eval().requires_grad_(False)
-        self.known = learnt.known()
-        tensors = [learnt.tensors(task) for task in range(len(learnt))]
+        own = next(self.network.parameters()).dtype
+        self.dtype = own if own == torch.float64 else torch.float32
+        self.network.to(self.dtype)
+        self.known = learnt.known(tasks)
+        tensors = [learnt.tensors(task) for task in tasks]
         self.stacked = {
-            name: torch.stack([t[name] for t in tensors])
+            name: torch.stack([t[name] for t in tensors]).to(self.dtype)
             for name, tensor in tensors[0].items()
             if name not in learnt.head and tensor.is_floating_point()
         }
         self.moving = {name for name, _ in self.network.named_parameters()}
         weight = tensors[0][learnt.head[0]]
-        owners = torch.zeros(len(weight), device=weight.device)
-        for task in learnt.tasks:
-            owners[task.classes] += 1
+        owners = torch.zeros(len(weight), dtype=self.dtype, device=weight.device)
+        for task in tasks:
+            owners[learnt.tasks[task].classes] += 1
         owners.clamp_(min=1)  # a class of several tasks has the mean of their rows
-        summed = {name: torch.stack([t[name] for t in tensors]).sum(0) for name in learnt.head}
+        summed = {name: torch.stack([t[name] for t in tensors]).sum(0).to(self.dtype) for name in learnt.head}
         self.head = {name: total / owners.view(-1, *[1] * (total.ndim - 1)) for name, total in summed.items()}
 
     def entropy(self, alpha: Tensor, x: Nest) -> Tensor:

@@ -269,7 +269,7 @@ class Subnetworks:
         comparable = {i: self.inference.comparable(a, self.calibration(i)) for i, a in answers.items()}
         if len(comparable) > 1 and type(self.inference) is not LargestLogit:
             if self.inference.together:
-                scores = self.inference.scores(self, x)[list(comparable)]
+                scores = self.inference.scores(self, x, list(comparable))
             else:
                 scores = torch.stack([a.amax(1) for a in comparable.values()])
             others = zip(comparable.items(), scores < scores.amax(0), strict=True)

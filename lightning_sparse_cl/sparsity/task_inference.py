@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -31,12 +32,13 @@ class TaskInference:
         """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tasks are compared: override score()")
 
-    def scores(self, learnt: Any, x: Nest) -> Tensor:
-        """How much samples look like each task, (T, B), where that is not told by the tasks' answers one by one.
+    def scores(self, learnt: Any, x: Nest, tasks: Sequence[int]) -> Tensor:
+        """How much samples look like each of ``tasks``, (len(tasks), B), where one answer alone does not tell.
 
         Args:
             learnt: the :class:`~lightning_sparse_cl.Subnetworks` of all tasks.
             x: the batch.
+            tasks: which of them are asked.
         """
         raise NotImplementedError(f"{type(self).__name__} asks tasks one by one")
 

@@ -62,6 +62,13 @@ def test_with_subnetworks_the_weights_are_divided_and_nothing_is_forgotten(of):
     assert used == ([size // 2, size * 3 // 4, size * 7 // 8] if of == "free" else [size // 3, size * 2 // 3, size])
 
 
+def test_the_last_task_keeps_all_if_told_to():
+    counts = Counts()
+    pruning = scl.GradualPruning(0.5, times=4, dense=["head.weight"], last=False)
+    trainer(counts, epochs=2).fit(module([pruning, scl.Reopen("zero")]), toy_tasks(2))
+    assert counts.counts[0][-1] == 288 and set(counts.counts[1]) == {576}
+
+
 def test_a_task_that_ends_early_is_pruned_at_its_end():
     class End(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
@@ -93,6 +100,7 @@ def test_resumed_it_ends_with_the_same_bits(step, tmp_path):
         ({"start": 0.5, "until": 0.5}, r"start=0.5, until=0.5\): parts of a task"),
         ({"until": 1.5}, r"until=1.5\)"),
         ({"times": 0}, r"times=0\): a whole number, at least 1"),
+        ({"of": "all"}, r"GradualPruning\(of='all'\): of is 'free' or 'share'"),
         ({"sparsity": 1.0}, r"GradualPruning\(sparsity=1.0\)"),
     ],
 )

@@ -282,7 +282,11 @@ def test_a_foreign_module_may_have_any_names_and_be_tested_from_its_checkpoint(t
 
 def test_an_order_that_cannot_work_is_said():
     for model, policies, message in (
-        (PlainClassifier(), [scl.OneShotPruning(0.5, dense=[]), scl.TaskSubnetworks()], "does a Reopen, after pruning"),
+        (
+            PlainClassifier(),
+            [scl.OneShotPruning(0.5, dense=[]), scl.TaskSubnetworks()],
+            "either no Reopen, listed after",
+        ),
         (PlainClassifier(3), [scl.TaskSubnetworks()], "no linear head of 6 classes"),
     ):
         with pytest.raises(ValueError, match=message):

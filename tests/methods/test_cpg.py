@@ -116,6 +116,64 @@ def test_the_last_stage_may_end_with_the_task(spare, monkeypatch):
     assert module.stages.summary()["sparsity"] == [0.6]
 
 
+@pytest.mark.parametrize(("reached", "fits"), [(0.1, 0.0), (0.1, 1.0), (0.9, 0.0)])
+def test_what_is_missed_in_the_largest_network_leaves_an_equal_share_to_each_later_task(reached, fits, monkeypatch):
+    accuracies(monkeypatch, [reached] * 99, fits)
+    module = cpg(0.5, stages={"sizes": (1.0,), "steps": (0.3, 0.5, 0.6, 0.7, 0.9)})
+    trainer(epochs=EPOCHS + 6).fit(module, data())
+    assert module.stages.summary()["sparsity"] == [0.7, 0.5, 0.0]
+    kept = next(p for p in module.policies if isinstance(p, scl.TaskSubnetworks))
+    assert kept.summary()["used"] == pytest.approx([0.3, 0.65, 1.0], abs=0.02)
+
+
+def test_samples_that_are_not_fitted_make_it_grow(monkeypatch):
+    accuracies(monkeypatch, [0.9] * 99, fits=0.4)
+    module = cpg(0.5)
+    trainer(epochs=EPOCHS).fit(module, data(1))
+    assert module.stages.summary()["size"] == [1.0]
+
+
+def test_learning_rates_fall_by_stages(monkeypatch):
+    accuracies(monkeypatch, [1.0] * 99)
+    seen = {}
+
+    class Rates(scl.TaskCallback):
+        after = (scl.CompactPickGrow,)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            at = trainer.datamodule.task, pl_module.stages._at["stage"], pl_module.stages._at["epoch"]
+            states = [len(o.state) for o in trainer.optimizers] if batch_idx == 0 else None
+            rates = [round(o.param_groups[0]["lr"] / o.defaults["lr"], 6) for o in trainer.optimizers]
+            seen.setdefault(at, (rates, states))
+
+    module = cpg(0.5, stages={"learn": 10, "sizes": (1.0,), "retrain": 2})
+    trainer(Rates(), epochs=EPOCHS + 10).fit(module, data(2))
+    learn = [seen[1, "learn", e][0] for e in range(10)]
+    assert learn == [[1, 1]] * 5 + [[0.1, 0.2]] * 2 + [[0.1, 0]] + [[0.01, 0]] * 2
+    assert seen[1, "compact", 0][0] == [0.1, 0] and seen[1, "retrain", 0][0] == [0.1, 0.2]
+    assert all(seen[1, stage, 0][1] == [0, 0] for stage in ("learn", "compact", "retrain")), "momentum starts afresh"
+    assert seen[1, "learn", 1][1][0] > 0
+
+
+def test_retraining_that_gains_nothing_changes_nothing(monkeypatch):
+    accuracies(monkeypatch, [0.9] * 99)
+    networks = []
+
+    class Look(scl.TaskCallback):
+        after = (scl.CompactPickGrow,)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.datamodule.task == 1 and pl_module.stages._at["stage"] == "retrain" and not networks:
+                networks.append(pl_module.stages._best["states"][0])
+
+        def on_task_end(self, trainer, pl_module, task):
+            if task == 1:
+                networks.append({n: t.clone() for n, t in pl_module.network.state_dict().items()})
+
+    trainer(Look(), epochs=EPOCHS).fit(cpg(0.5), data(2))
+    assert all(torch.equal(networks[0][name], tensor) for name, tensor in networks[1].items())
+
+
 def test_samples_that_are_not_fitted_any_more_end_the_pruning(monkeypatch):
     found, fits = iter([0.9, 0.9, 0.9]), iter([1.0, 1.0, 0.4])
     monkeypatch.setattr(compact_pick_grow, "held_out_accuracy", lambda *_: next(found))
@@ -239,12 +297,34 @@ def test_every_parameter_does_something(changed, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        *(
+            (lambda t=t: scl.CompactPickGrow(t), r"CompactPickGrow\(target=.*\): an accuracy or a run's metrics.json")
+            for t in (None, [], [None], {}, (0.5, 0.5), True, ["a.json", 0.5])
+        ),
+        (lambda: scl.CompactPickGrow(0.5, steps=None), r"steps=None\): a list of fractions"),
+        (lambda: scl.CompactPickGrow(0.5, steps="abc"), r"steps='abc'\): a list of fractions"),
+        (lambda: scl.CompactPickGrow(0.5, sizes=[None]), r"CompactPickGrow\(sizes=None\)"),
+        (lambda: scl.CompactPickGrow(0.5, fits=2), r"fits=2\): an accuracy, in \[0, 1\]"),
+        (lambda: scl.CompactPickGrow(0.5, fits=float("nan")), r"fits=nan\)"),
+        (lambda: scl.CPG(scl.SmallCNN(4), "stages"), r"CPG\(stages='stages'\): a CompactPickGrow"),
+        (
+            lambda: trainer(scl.TaskEarlyStopping("val/acc"), epochs=EPOCHS).fit(cpg(), data()),
+            "its stages end by themselves, and set the learning rates; leave TaskEarlyStopping out",
+        ),
+        (
+            lambda: trainer(epochs=EPOCHS).fit(cpg(policies=[scl.GradualPruning(0.5)]), data()),
+            "CompactPickGrow: GradualPruning makes masks of the same weights; use one of them",
+        ),
+        (
+            lambda: trainer(epochs=EPOCHS).fit(cpg(reopen=scl.Reopen("zero", 0.3)), data()),
+            r"leave Reopen\(part=0.3\) out",
+        ),
         (lambda: scl.CompactPickGrow(-0.1), r"CompactPickGrow\(target=-0.1\): an accuracy"),
         (lambda: scl.CompactPickGrow(0.5, learn=0), r"CompactPickGrow\(learn=0\): a whole number, at least 1"),
-        (lambda: scl.CompactPickGrow(0.5, compact=2, ramp=3), r"CompactPickGrow\(ramp=3\): epochs of the compact=2"),
-        (lambda: scl.CompactPickGrow(0.5, steps=[0.5, 0.3]), r"steps=\(0.5, 0.3\)\): sparsities in"),
-        (lambda: scl.CompactPickGrow(0.5, steps=[]), r"steps=\(\)\)"),
-        (lambda: scl.CompactPickGrow(0.5, sizes=[0.5]), r"sizes=\(0.5,\)\): fractions of the weights, rising to 1"),
+        (lambda: scl.CompactPickGrow(0.5, compact=2, ramp=3), r"CompactPickGrow\(ramp=3\): at most compact=2"),
+        (lambda: scl.CompactPickGrow(0.5, steps=[0.5, 0.3]), r"steps=\[0.5, 0.3\]\): each is larger"),
+        (lambda: scl.CompactPickGrow(0.5, steps=[]), r"steps=\[\]\): a list"),
+        (lambda: scl.CompactPickGrow(0.5, sizes=[0.5]), r"sizes=\[0.5\]\): .*of which the last is 1"),
         (lambda: trainer(epochs=8).fit(cpg(), data()), r"all stages take up to 10 epochs, and task 0 has 8"),
         (lambda: trainer(epochs=EPOCHS).fit(cpg(), toy_tasks()), "set the data module's val_fraction"),
         (lambda: trainer(epochs=EPOCHS).fit(cpg([0.5, 0.5]), data()), r"target=\[0.5, 0.5\]\): 2 held-out"),

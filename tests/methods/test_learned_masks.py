@@ -10,6 +10,7 @@ from stopped import assert_resumes
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.train_free_weights import TrainFreeWeights
 from lightning_sparse_cl.demos import toy_tasks
 from lightning_sparse_cl.sparsity.weight_scores import above, ternary, top_k
 
@@ -221,9 +222,10 @@ def test_a_checkpoint_answers_alone(tmp_path):
     assert torch.equal(loaded.predict(x, 1), module.predict(x, 1))
 
 
-def test_a_module_without_scores_is_refused():
-    with pytest.raises(TypeError, match="ContinualModule has no WeightScores as `scores`; use SupSup"):
-        trainer(scl.TrainFreeWeights(1)).fit(scl.ContinualModule(scl.SmallCNN(4)), toy_tasks(2))
+@pytest.mark.parametrize("name", ["WSN", "SupSup", "Piggyback"])
+def test_a_module_that_does_not_stop_its_scores_is_refused(name):
+    with pytest.raises(TypeError, match=r"does not stop its scores for it; use SupSup\(train_free=2\)"):
+        trainer(TrainFreeWeights(2), epochs=4).fit(METHODS[name](), toy_tasks(2))
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,10 @@ def test_a_module_without_scores_is_refused():
             r"TrainFreeWeights\(epochs=2\): task 0 has 2 epochs, and none is left to learn its mask",
         ),
         (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
+        (lambda: scl.SupSup(scl.SmallCNN(4), train_free=-1), r"SupSup\(train_free=-1\): how many"),
+        (lambda: scl.SupSup(scl.SmallCNN(4), train_free=None), r"SupSup\(train_free=None\)"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), ternary="no"), r"Piggyback\(ternary='no'\): ternary is True or False"),
+        (lambda: scl.Piggyback(scl.SmallCNN(4), threshold=0.0, ternary=True), r"Piggyback\(threshold=0.0, ternary"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), init=float("inf")), "init=inf.*finite"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), threshold=None), "threshold=None"),
         (lambda: scl.WSN(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks(share=False)), "leave share=False out"),

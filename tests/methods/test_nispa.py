@@ -162,6 +162,49 @@ def test_a_task_ends_when_little_activity_is_left(monkeypatch):
     assert units_of(module).summary()["phases"] == [2, 2]
 
 
+def test_biases_of_plastic_units_and_the_optimiser_start_anew():
+    seen, states = {}, []
+
+    class Look(scl.TaskCallback):
+        after = (scl.StableUnits,)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            at = trainer.datamodule.task, trainer.datamodule.epoch_in_task
+            if at == (1, 0) and batch_idx == 0:
+                seen["bias"] = pl_module.backbone[1].bias.detach().clone()
+            if batch_idx == 0 and at[1] % PHASE == 0:
+                states.append(len(trainer.optimizers[0].state))
+
+    torch.manual_seed(0)
+    module = nispa("mlp", phases=4, full="share")
+    trainer(Look(), epochs=EPOCHS).fit(module, data(2))
+    units, first = units_of(module), scl.Subnetworks.of(module)
+    stable = first.mask(0, "backbone.1.weight").any(1)
+    assert not stable.all() and not seen["bias"][~stable].any() and seen["bias"][stable].any()
+    assert set(states) == {0} and units.summary()["stable"]
+
+
+def test_what_grows_is_drawn_as_the_layers_weights_are():
+    drawn = []
+
+    class Look(scl.TaskCallback):
+        after = (scl.StableUnits,)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            alive, weight = scl.Masks.of(pl_module).alive["backbone.7.weight"], pl_module.backbone[7].weight.detach()
+            drawn.append((alive.clone(), weight.clone()))
+
+    torch.manual_seed(0)
+    net = scl.SmallCNN(16)
+    module = scl.NISPA(net, scl.StableUnits(0.5, PHASE, 4, 1.0))
+    trainer(Look(), epochs=2 * PHASE).fit(module, data(1))
+    (_, _), (alive, weight) = drawn[0], drawn[1]
+    old, grown = alive & drawn[0][0], alive & ~drawn[0][0]
+    assert int(grown.sum()) > 100 and (weight[grown] != 0).all()
+    assert float(weight[grown].std()) == pytest.approx(float(weight[old].std()), rel=0.2)
+    assert abs(float(weight[grown].mean()) - float(weight[old].mean())) < 0.2 * float(weight[old].std())
+
+
 def test_what_is_not_frozen_starts_anew():
     seen = []
 
@@ -235,6 +278,15 @@ class Crossed(torch.nn.Module):
         (lambda: scl.StableUnits(0.5, phase=0), r"StableUnits\(phase=0\): a whole number, at least 1"),
         (lambda: scl.StableUnits(0.5, phases=2.5), r"StableUnits\(phases=2.5\)"),
         (lambda: scl.StableUnits(0.5, tolerance=-0.1), r"StableUnits\(tolerance=-0.1\)"),
+        (lambda: scl.NISPA(scl.SmallCNN(4), units=-1), r"NISPA\(units=-1\): a StableUnits, or None"),
+        (
+            lambda: trainer(epochs=EPOCHS).fit(nispa(share=False), data()),
+            r"TaskSubnetworks\(share=False\) keeps whole networks",
+        ),
+        (
+            lambda: trainer(scl.SET(0.5), epochs=EPOCHS).fit(nispa(), data()),
+            "StableUnits: SET makes masks of the same weights; use one of them",
+        ),
         (lambda: trainer(epochs=3).fit(nispa(), data()), r"phase=2\): task 0 has 3 epochs, and two phases of 2"),
         (lambda: trainer(epochs=EPOCHS).fit(nispa(), toy_tasks()), "set the data module's val_fraction"),
         (

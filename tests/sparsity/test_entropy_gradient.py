@@ -27,7 +27,7 @@ def two_masks():
 
 def test_the_gradient_of_a_case_by_hand():
     network, learnt = two_masks()
-    gradients, x = _Gradients(learnt), torch.ones(1, 1)
+    gradients, x = _Gradients(learnt, [0, 1]), torch.ones(1, 1)
     half = torch.tensor([0.5, 0.5])
     p = torch.tensor([1.0, 0.5]).softmax(0)
     entropy = -(p * p.log()).sum()
@@ -36,7 +36,7 @@ def test_the_gradient_of_a_case_by_hand():
     torch.testing.assert_close(gradients.of(half, x), torch.stack([by_z[0], by_z.sum()])[None])
     assert gradients.of(half, x)[0].tolist() == pytest.approx([-0.1175, 0], abs=1e-4)
     for search in ("one_shot", "binary"):
-        assert scl.EntropyGradient(search).scores(learnt, x).argmax(0).tolist() == [0]
+        assert scl.EntropyGradient(search).scores(learnt, x, range(len(learnt))).argmax(0).tolist() == [0]
     del network
 
 
@@ -54,7 +54,10 @@ def supsup(request):
 
 def test_gradients_are_those_of_finite_differences(supsup):
     module, data = supsup
-    gradients, x = _Gradients(scl.Subnetworks.of(module)), data.prepare(data.test_sets[1].inputs[:3], augment=False)
+    gradients, x = (
+        _Gradients(scl.Subnetworks.of(module), range(5)),
+        data.prepare(data.test_sets[1].inputs[:3], augment=False),
+    )
     gradients.network.double()
     gradients.stacked = {n: t.double() for n, t in gradients.stacked.items()}
     gradients.head = {n: t.double() for n, t in gradients.head.items()}
@@ -74,7 +77,7 @@ def test_gradients_are_those_of_finite_differences(supsup):
 def test_one_mask_alone_answers_as_its_task(supsup):
     module, data = supsup
     learnt, x = scl.Subnetworks.of(module), data.prepare(data.test_sets[3].inputs[:4], augment=False)
-    gradients = _Gradients(learnt)
+    gradients = _Gradients(learnt, range(5))
     for task in range(5):
         alone = {n: t[task] for n, t in gradients.stacked.items()}
         logits = torch.func.functional_call(gradients.network, alone | gradients.head, (x,))
@@ -93,7 +96,7 @@ def test_every_class_is_one_of_the_task_told_and_the_binary_search_halves_the_ta
 
     monkeypatch.setattr(entropy_gradient._Gradients, "of", counted)
     monkeypatch.setattr(learnt, "inference", scl.EntropyGradient(search))
-    label, told = int(module(x).argmax()), int(learnt.inference.scores(learnt, x).argmax())
+    label, told = int(module(x).argmax()), int(learnt.inference.scores(learnt, x, range(len(learnt))).argmax())
     assert sum(asked) == 2 * least and len(asked) == 2 * (1 if search == "one_shot" else math.ceil(math.log2(5)))
     assert label in learnt.tasks[told].classes
 
@@ -103,7 +106,7 @@ def test_without_batch_norm_most_tasks_are_told(search):
     module, data = learnt_by(scl.SmallMLP((64, 64)))
     learnt, hits = scl.Subnetworks.of(module), []
     for task, test in enumerate(data.test_sets):
-        told = scl.EntropyGradient(search).scores(learnt, data.prepare(test.inputs, augment=False)).argmax(0)
+        told = scl.EntropyGradient(search).scores(learnt, data.prepare(test.inputs, augment=False), range(5)).argmax(0)
         hits.append(float((told == task).float().mean()))
     assert sum(hits) / 5 > 0.6
 
@@ -112,8 +115,25 @@ def test_samples_are_told_by_themselves(supsup):
     module, data = supsup
     learnt, x = scl.Subnetworks.of(module), data.prepare(data.test_sets[0].inputs, augment=False)
     for search in ("one_shot", "binary"):
-        whole = scl.EntropyGradient(search).scores(learnt, x)
-        torch.testing.assert_close(scl.EntropyGradient(search).scores(learnt, x[3:5]), whole[:, 3:5])
+        whole = scl.EntropyGradient(search).scores(learnt, x, range(len(learnt)))
+        torch.testing.assert_close(scl.EntropyGradient(search).scores(learnt, x[3:5], range(5)), whole[:, 3:5])
+
+
+@pytest.mark.parametrize("search", ["one_shot", "binary"])
+def test_some_tasks_alone_no_samples_and_other_precisions(search):
+    module, data = learnt_by(scl.SmallMLP((64, 64)))
+    learnt, x = scl.Subnetworks.of(module), data.prepare(data.test_sets[0].inputs, augment=False)
+    learnt.inference = scl.EntropyGradient(search)
+    answers = learnt.answers(x)
+    logits = learnt.combined(x, {task: answers[task] for task in (0, 2, 3)})
+    finite = torch.stack([logits[:, learnt.tasks[task].classes].isfinite().all(1) for task in range(5)])
+    assert (finite.sum(0) == 1).all() and not finite[[1, 4]].any(), "the classes of one of the tasks that were asked"
+    assert module(x[:0]).shape == (0, data.num_classes)
+    single = module(x).argmax(1)
+    for dtype, same in ((torch.float64, 0.9), (torch.bfloat16, 0.5)):
+        module.to(dtype)
+        learnt.drop_networks()
+        assert float((module(x.to(dtype)).argmax(1) == single).float().mean()) > same
 
 
 def test_bad_input_is_named():
