@@ -46,6 +46,7 @@ def saved_and_loaded(module, folder):
 
 WAYS = {
     "the module itself": lambda module, folder: module,
+    "a module that has answered": lambda module, folder: module.eval(),
     "a copy": lambda module, folder: copy.deepcopy(module),
     "a pickle": lambda module, folder: pickle.loads(pickle.dumps(module)),
     "a checkpoint": saved_and_loaded,
@@ -66,6 +67,18 @@ def test_every_way_to_a_trained_module_goes_on_with_the_same_bits(way, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(further.parameters(), expected.parameters(), strict=True))
     assert torch.equal(further.objective.memory.labels, expected.objective.memory.labels)
     assert further.objective.memory.logits.shape == (60, 8) and not further.objective.memory.logits.isnan().any()
+
+
+def test_subnetworks_that_have_answered_go_on_with_the_same_bits():
+    found = []
+    for answers in (False, True):
+        inference = scl.TaskSubnetworks(full="share", inference=scl.LowestEntropy())
+        module = learnt(scl.WSN(scl.SmallCNN(4), 0.3, inference))
+        if answers:
+            module.eval()(torch.rand(2, 1, 8, 8))
+        go_on(module, digits(LATER))
+        found.append([*module.parameters(), *module.buffers()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_the_head_grows_and_rows_of_old_classes_stay_bit_for_bit():
