@@ -49,11 +49,7 @@ NO_RESULT = {
     "goes on or stops, tested in test_subnetworks": {"TaskSubnetworks.full"},
     "takes more epochs, tested in test_lps, test_nispa and test_cpg": {"LPS", "NISPA", "StableUnits", "CPG",
         "CompactPickGrow"},
-<<<<<<< Updated upstream
     "acts where a Reopen gives weights back, tested in test_packnet": {"OneShotPruning.last", "GradualPruning.last"},
-=======
-    "acts where a Reopen gives weights back, tested in test_packnet": {"OneShotPruning.last"},
->>>>>>> Stashed changes
     "how answers are compared, tested in test_task_inference": {"TaskSubnetworks.inference"},
     "takes another backbone, tested in test_cli": {"SplitDigits.table"},
     "digits are not augmented": {f"{kind}{name}.augment" for kind in ("Split", "Permuted", "Rotated")
