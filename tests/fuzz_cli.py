@@ -30,6 +30,7 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from toy_trainer import SHORTER, epochs_of
 
 from lightning_sparse_cl.__main__ import run
 from lightning_sparse_cl.cli.shipped import configs
@@ -73,7 +74,7 @@ def base(name: str) -> dict[str, Any]:
     for file in ([f"split_digits/{below[folder]}"] if folder in below else []) + [name]:
         _merge(found, yaml.safe_load(files[file].read_text()))
     found.setdefault("trainer", {}).update(limit_train_batches=2, enable_progress_bar=False, accelerator="cpu")
-    epochs = 3 if name == "esacl/efficient" else 2 if "cl_lsg" in name else 1
+    epochs = 3 if name == "esacl/efficient" else epochs_of(name)
     found["schedule"] = found.get("schedule", {}) | {"epochs": epochs}
     own = found.get("data", {}).get("init_args", {})
     found["data"] = {"class_path": "SplitDigits", "init_args": {k: own[k] for k in ("joint",) if k in own}}
@@ -86,10 +87,15 @@ def base(name: str) -> dict[str, Any]:
     backbone["init_args"] = {"width": 4}
     for part, values in QUICK.items():
         own = found["model"]["init_args"].get(part)
-        if own is not None and own["class_path"] != "SparseGrowth":
+        if own is not None and own["class_path"] not in ("SparseGrowth", "CompactPickGrow"):
             own.setdefault("init_args", {}).update(values)
-        elif own is not None:
-            own["init_args"] |= {"reuse_epochs": 1, "target": 1.1}
+    for values in (values for method, values in SHORTER.items() if method in name):
+        for dotted, value in values.items():
+            *path, last = dotted.split(".")
+            inside = found["model"]["init_args"]
+            for key in path:
+                inside = inside[key]
+            inside[last] = value
     return found
 
 

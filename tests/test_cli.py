@@ -8,7 +8,7 @@ from pathlib import Path
 import fake_data
 import pytest
 import torch
-from toy_trainer import shortened
+from toy_trainer import epochs_of, shortened
 
 from lightning_sparse_cl import FlatNetwork
 from lightning_sparse_cl.__main__ import main, run
@@ -63,11 +63,6 @@ def small(config):
         *(["--data.init_args.num_tasks=4"] if few else []),
         *shortened(config.stem),
     ]
-
-
-def epochs_of(config):
-    two = ("cl_lsg", "cpg", "esacl_efficient", "lps", "nispa", "packnet")
-    return 2 if config.stem.startswith(two) or "cl_lsg" in str(config) else 1
 
 
 FAST = {

@@ -76,10 +76,22 @@ class TaskLRSchedule(TaskCallback):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.pop("initial_lr", group["lr"])
-        self._running = [self.scheduler(optimizer) for optimizer in trainer.optimizers]
+        try:
+            self._running = [self.scheduler(optimizer) for optimizer in trainer.optimizers]
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise ValueError(f"TaskLRSchedule(scheduler={_called(self.scheduler)}): {error}") from error
         if any(isinstance(s, ReduceLROnPlateau) for s in self._running):
             raise ValueError("TaskLRSchedule(scheduler=ReduceLROnPlateau): take one that needs no metric to step")
 
     def _step(self) -> None:
         for scheduler in self._running:
-            scheduler.step()
+            try:
+                scheduler.step()
+            except (ArithmeticError, TypeError, ValueError) as error:
+                raise ValueError(f"TaskLRSchedule(scheduler={_called(self.scheduler)}): {error}") from error
+
+
+def _called(scheduler: Any) -> str:
+    """The name of what makes a scheduler."""
+    made = getattr(scheduler, "func", scheduler)
+    return getattr(made, "__name__", type(made).__name__)

@@ -291,3 +291,11 @@ def test_a_schedule_of_lr_holds_for_the_sgd_steps_of_frank_wolfe():
         optimizer.step()
         scheduler.step()
         assert weight.tolist() == pytest.approx([expected] * 3)
+
+
+@pytest.mark.parametrize("options", [{"T_max": 0}, {"T_max": "ten"}, {}])
+def test_a_scheduler_that_cannot_be_is_named(options):
+    scheduler = partial(CosineAnnealingLR, **options)
+    module = ContinualModule(SmallCNN(4), policies=[TaskLRSchedule(scheduler)])
+    with pytest.raises(ValueError, match=r"TaskLRSchedule\(scheduler=CosineAnnealingLR\): "):
+        trainer().fit(module, toy_tasks(2))
