@@ -57,7 +57,7 @@ class CompactPickGrow(Sparsifier):
     A sparsity is the fraction of the weights that no earlier task has. The learning rates fall as in the code: that of
     the weights to a tenth at half, and again at four fifths, of learning, and a tenth in the other stages; that of the
     picks to a fifth at half, to nothing at seven tenths of learning if there are free weights, and a fifth while
-    retraining.
+    retraining. Passes that measure accuracy are not in the FLOPs.
 
     Args:
         target: accuracy that a task is to reach, see :class:`~lightning_sparse_cl.SparseGrowth`.

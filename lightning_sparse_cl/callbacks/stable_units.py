@@ -45,7 +45,7 @@ class StableUnits(Sparsifier):
     anew for the next task. Inputs count as stable.
 
     Layers whose outputs are added share units. Layers that stay dense, and the head, lose connections like all others.
-    The optimiser starts afresh with each phase.
+    The optimiser starts afresh with each phase. Passes that measure activity and accuracy are not in the FLOPs.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
