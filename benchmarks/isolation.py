@@ -4,9 +4,10 @@ The tasks of benchmarks/continual_dst.py (Tiny ImageNet, 10 tasks of 10 classes,
 of width 8 with a 7x7 stem, batch 32, 12 epochs a task, batch-norm of each task's own; five seeds. Optimisers are those
 of the methods' code: SGD with momentum for PackNet (0.01, a tenth of that while the last four epochs retrain), Adam
 0.001 for scores and weights of WSN, SupSup, Piggyback and Continual DST, divided by ten at half and three quarters of a
-task, and 0.002 for NISPA, whose phases have two epochs. Class-IL infers the task by the lowest entropy. The target of
-CL-LSG and CPG is Scratch's accuracy on held-out images, which are a fifth of the training images, for all rows. CPG's
-stages need more epochs, 24 a task at most; it starts with two thirds of the weights.
+task, 0.0005 for LPS, whose stages have two epochs each, and 0.002 for NISPA, whose phases have two. Class-IL infers the
+task by the lowest entropy. The target of CL-LSG and CPG is Scratch's accuracy on held-out images, which are a fifth of
+the training images, for all rows. CPG's stages need more epochs, 24 a task at most; it starts with two thirds of the
+weights.
 
 python benchmarks/isolation.py [--quick] [--root FOLDER] [--finished]
 
@@ -56,6 +57,13 @@ def scored(method: Any, net: Any, epochs: int, full: Any, **options: Any) -> scl
     return method(net, subnetworks=kept, optimizer=ADAM, policies=drops(epochs // 2, 3 * epochs // 4), **options)
 
 
+def lps(net: Any, epochs: int) -> scl.IsolatingModule:
+    part = max(1, epochs // 6)
+    rho = (0.01, 0.1, 1.0) if epochs >= 3 * part + 2 * part else (0.1,)
+    adam = partial(Adam, lr=0.0005)
+    return scl.LPS(net, rho=rho, admm=part, retrain=part, subnetworks=subnetworks(), optimizer=adam)
+
+
 def dst(net: Any, epochs: int) -> scl.IsolatingModule:
     growth = scl.RigL(0.9, interval=25, fraction=0.5, until=1.0, final=0.005, distribution="erk", dense=HEAD)
     policies = drops(epochs // 2, 3 * epochs // 4)
@@ -93,6 +101,7 @@ METHODS: dict[str, Callable[[Any, int], scl.IsolatingModule]] = {
     "Scratch": scratch,
     "PackNet, half of what is free": lambda net, e: packnet(net, e, "free", 0.5, False),
     "PackNet, equal shares": lambda net, e: packnet(net, e, "share", 0.0, True),
+    "LPS, equal shares": lps,
     "WSN, 10 %": lambda net, e: scored(scl.WSN, net, e, "share", keep=0.1),
     "WSN, 50 %": lambda net, e: scored(scl.WSN, net, e, "share", keep=0.5),
     "SupSup, 50 %": lambda net, e: scored(scl.SupSup, net, e, "share", keep=0.5),

@@ -79,6 +79,11 @@ COLUMNS = {
         "mask bits": "bits of a mask, % of a bit per weight", "of plain": "training FLOPs, % of plain training",
         "seconds": "seconds",
     },
+    "isolation": {
+        "method": "", "Task-IL": "Task-IL ACC", "Task-IL to Scratch": "beside Scratch", "Class-IL": "Class-IL ACC",
+        "used": "weights in use, %", "mask bits": "bits of a mask, % of a bit per weight",
+        "of plain": "training FLOPs, % of plain training",
+    },
     "continual_dst": {
         "sparsity": "sparsity", "init": "start", "growth": "growth", "ACC": "ACC", "first half": "tasks 1 to 5",
         "second half": "tasks 6 to 10", "used": "backbone used, %", "free in the last mask": "free in the last mask, %",
