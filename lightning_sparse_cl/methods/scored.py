@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_sparse_cl.callbacks.subnetworks import TaskSubnetworks
+from lightning_sparse_cl.callbacks.subnetworks import FromScratch, TaskSubnetworks
 from lightning_sparse_cl.methods.isolation import IsolatingModule
 from lightning_sparse_cl.nests import Nest
 from lightning_sparse_cl.sparsity.weight_scores import WeightScores
@@ -25,7 +25,7 @@ class ScoredModule(IsolatingModule):
         **kwargs: see :class:`IsolatingModule`.
 
     Raises:
-        ValueError: if each task is to have a whole copy of the network.
+        ValueError: if each task is to have a whole copy of the network, or to start from scratch.
     """
 
     masks_are_learnt = True
@@ -36,6 +36,11 @@ class ScoredModule(IsolatingModule):
             raise ValueError(
                 f"{type(self).__name__}(subnetworks=TaskSubnetworks(share=False)): its tasks are masks on weights that "
                 "they share; leave share=False out"
+            )
+        if any(isinstance(p, FromScratch) for p in self.policies):
+            raise ValueError(
+                f"{type(self).__name__}(policies=[..., FromScratch()]): its tasks share weights, which are not drawn "
+                "anew; leave FromScratch out"
             )
         self.scores, self.fixed = scores, fixed
 

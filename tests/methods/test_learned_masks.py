@@ -250,6 +250,7 @@ def test_a_module_that_does_not_stop_its_scores_is_refused(name):
         (lambda: scl.Piggyback(scl.SmallCNN(4), init=float("inf")), "init=inf.*finite"),
         (lambda: scl.Piggyback(scl.SmallCNN(4), threshold=None), "threshold=None"),
         (lambda: scl.WSN(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks(share=False)), "leave share=False out"),
+        (lambda: scl.SupSup(scl.SmallCNN(4), policies=[scl.FromScratch()]), "leave FromScratch out"),
         (lambda: trainer().fit(scl.WSN(scl.SmallCNN(4), objective=scl.LwF()), toy_tasks(2)), "WSN: LwF computes with"),
         (
             lambda: trainer().fit(scl.SupSup(scl.SmallCNN(4), objective=scl.EWC()), toy_tasks(2)),
