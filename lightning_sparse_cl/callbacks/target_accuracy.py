@@ -22,8 +22,9 @@ def targets_of(owner: str, target: float | list[float] | str | list[str], num_ta
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if there are not as many targets as tasks, or a file has none.
+        ValueError: if these are no targets, there are not as many as tasks, or a file has none.
     """
+    check_target(owner, target)
     given: list[Any] = list(target) if isinstance(target, list) else [target]
     if not isinstance(given[0], str):
         found = [float(v) for v in (given if isinstance(target, list) else given * num_tasks)]

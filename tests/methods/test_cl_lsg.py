@@ -248,7 +248,11 @@ def test_bad_input_is_named():
     for subnetworks in (scl.TaskSubnetworks(), scl.TaskSubnetworks("frozen", "share")):
         with pytest.raises(ValueError, match=r"CLLSG\(subnetworks=TaskSubnetworks"):
             scl.CLLSG(scl.SmallCNN(4), scl.SparseGrowth(0.5), subnetworks=subnetworks)
-    for target, message in (([0.1, "a.json"], "accuracies or files"), ([], "no target"), ([__file__], "no metrics")):
+    for target, message in (
+        ([0.1, "a.json"], "an accuracy or a run's metrics"),
+        ([], "or a list of either"),
+        ([__file__], "no metrics"),
+    ):
         with pytest.raises(ValueError, match=message):
             targets_of("SparseGrowth", target, 2)
     with pytest.raises(ValueError, match="set the data module's val_fraction"):
