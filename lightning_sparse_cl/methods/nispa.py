@@ -31,9 +31,9 @@ class NISPA(IsolatingModule):
     units. The code keeps the best epoch of a phase by validation, measures activity in training mode, and draws weights
     anew by ``kaiming_normal_``; here it is the last epoch, evaluation mode, and the layer's own initialisation.
 
-    The order of Adam 0.002, 90 % sparsity, phases of five epochs and a tolerance of 0.75 % is that of the code for
-    CIFAR-10 in five tasks. (EsaCL's table prints 57.36 % Task-IL for it; the result that the authors have released for
-    the same split has a mean of 91.28 %.)
+    Adam 0.002, 90 % sparsity, phases of five epochs and a tolerance of 0.75 % are the settings of the code for CIFAR-10
+    in five tasks. (EsaCL's table prints 57.36 % Task-IL for NISPA there; the result that NISPA's authors have released
+    for the same split has a mean of 91.28 %.)
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Channels can be followed
