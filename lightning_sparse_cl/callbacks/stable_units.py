@@ -30,7 +30,8 @@ class StableUnits(Sparsifier):
     """Choose a task's units by their activity, and lead no connection from other units into them (NISPA).
 
     The network starts with random connections, kernels of convolutions and weights of linear layers, exactly as many as
-    the sparsity says, and keeps that number while there is room. A task is trained in phases. At the end of phase tau, in each layer,
+    the sparsity says, and keeps that number while there is room. A task is trained in phases. At the end of phase tau,
+    in each layer,
 
     * the *stable* units are those of earlier tasks and the smallest set of units that has the share
       p = (1 + cos(pi tau / phases)) / 2 of the layer's activity on the training samples; the others are *plastic*;
