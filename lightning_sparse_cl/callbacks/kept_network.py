@@ -13,7 +13,13 @@ from lightning_sparse_cl.sparsity.masks import Masks
 
 
 def kept_network(parts: Sequence[nn.Module], masks: Masks) -> dict[str, Any]:
-    """Copies of all tensors of ``parts``, and what is alive, in a form that checkpoints take."""
+    """Copies of all tensors of ``parts``, and what is alive, in a form that checkpoints take.
+
+    They are the same on all processes: call it on all of them.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer in (b for part in parts for b in part.buffers()):
+            torch.distributed.broadcast(buffer, 0)  # batch-norm's, which DDP brings in step at the next forward
     states = [{name: tensor.detach().clone() for name, tensor in part.state_dict().items()} for part in parts]
     return {"states": states, "alive": masks.alive}
 
