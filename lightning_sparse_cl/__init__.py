@@ -58,6 +58,7 @@ from lightning_sparse_cl.callbacks import (
     join_after_restart,
     position,
 )
+from lightning_sparse_cl.comparing import Comparison, compare
 from lightning_sparse_cl.data import (
     CIFAR10Source,
     CIFAR100Source,
@@ -170,8 +171,7 @@ from lightning_sparse_cl.sparsity import (
     sparse_weights,
     top_k_mask,
 )
-
-__version__ = "0.1.0"
+from lightning_sparse_cl.version import __version__
 
 __all__ = [
     "AGEM",
@@ -201,6 +201,7 @@ __all__ = [
     "ClassBalancedReservoir",
     "ClassSplit",
     "CompactPickGrow",
+    "Comparison",
     "ContinualDST",
     "ContinualEvaluation",
     "ContinualModule",
@@ -320,6 +321,7 @@ __all__ = [
     "WeightScores",
     "accelerate",
     "compact",
+    "compare",
     "densify",
     "enforce",
     "export_model",

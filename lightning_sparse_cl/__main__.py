@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.cli import export, predict, profile, shipped
+from lightning_sparse_cl.cli import compare, export, predict, profile, shipped
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line, too_large
 from lightning_sparse_cl.cli.last import newest_run, plain
 from lightning_sparse_cl.cli.profile import ProfilingTrainer
 from lightning_sparse_cl.cli.values import refuse_nonsense
-from lightning_sparse_cl.cli.version_folder import claimed
+from lightning_sparse_cl.cli.version_folder import claimed, run_name
 
 NOBODY_CAN_ACT_ON = (
     ".*does not have many workers.*",  # the data are in memory
@@ -39,6 +40,8 @@ NOBODY_CAN_ACT_ON = (
 )
 
 
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"configs": shipped.command, "compare": compare.command}
+"""Without a Trainer, a model and data."""
 MOST_THREADS = 1024
 """Above it, a number is taken for a mistake."""
 
@@ -95,7 +98,8 @@ class SparseCLI(LightningCLI):
             config.verbose = False
 
     def instantiate_classes(self) -> None:
-        with claimed(self.config[self.subcommand].trainer.logger) as self._claimed:
+        config = self.config[self.subcommand]
+        with claimed(config.trainer.logger, run_name(config.model, config.data)) as self._claimed:
             super().instantiate_classes()
 
     def before_fit(self) -> None:
@@ -181,7 +185,7 @@ def _with_files(args: ArgsType) -> ArgsType:
     args = list(args)
     for i, word in enumerate(args):
         option, equals, value = word.partition("=")
-        if option not in ("-c", "--config") or not (equals or i + 1 < len(args)):
+        if option not in shipped.OPTIONS or not (equals or i + 1 < len(args)):
             continue
         path = shipped.find(value if equals else args[i + 1])
         args[i if equals else i + 1] = f"{option}={path}" if equals else path
@@ -195,6 +199,7 @@ def main(args: ArgsType = None) -> SparseCLI:
     for pattern in NOBODY_CAN_ACT_ON:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    given = args if isinstance(args, list) else sys.argv[1:]
     return SparseCLI(
         pl.LightningModule,
         scl.TaskDataModule,
@@ -219,7 +224,7 @@ def main(args: ArgsType = None) -> SparseCLI:
                 scl.MemoryFootprint(),
                 scl.FiniteLoss(),
                 scl.ModelCapacity(),
-                scl.RunReport(),
+                scl.RunReport(name=shipped.run_name(given)),
             ],
         },
     )
@@ -233,8 +238,8 @@ def run() -> None:
     """The console script: like :func:`main`; what the user can mend is told in one line, with exit status 1."""
     requeue_before_training()
     try:
-        if sys.argv[1:2] == ["configs"]:
-            shipped.command(sys.argv[2:])
+        if (own := COMMANDS.get("".join(sys.argv[1:2]))) is not None:
+            own(sys.argv[2:])
         elif predict.is_meant(sys.argv[1:]):
             predict.command(sys.argv[2:])
         elif export.is_meant(sys.argv[1:]):

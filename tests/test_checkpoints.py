@@ -93,7 +93,7 @@ def test_no_door_takes_a_damaged_checkpoint(tmp_path, finished, monkeypatch, doo
     where = ["--trainer.logger=false", f"--checkpoint.dirpath={tmp_path}"]
     path = tmp_path / "last.ckpt"
     if way == "last in a run's folder":
-        where, path = [], tmp_path / "runs" / "lightning_logs" / "version_3" / "checkpoints" / "last.ckpt"
+        where, path = [], tmp_path / "runs" / "CrossEntropy-SplitDigits" / "version_3" / "checkpoints" / "last.ckpt"
         path.parent.mkdir(parents=True)
     at = len(whole) // 2
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -122,7 +122,7 @@ def test_a_damaged_neighbour_is_skipped_and_said(tmp_path, said):
     assert Path(fit(0, "--ckpt_path=last").trainer.ckpt_path).parents[1].name == first.name
     assert sum("skipped checkpoint" in line for line in said) == 2
     shutil.rmtree(first)
-    shutil.rmtree(Path("runs/lightning_logs/version_3"))
+    shutil.rmtree(Path("runs/CrossEntropy-SplitDigits/version_3"))
     with pytest.raises(ValueError, match="this file is truncated"):
         fit(0, "--ckpt_path=last")  # one of the two may be this run's
 

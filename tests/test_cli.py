@@ -146,8 +146,8 @@ def test_every_overlay_fits_over_its_base(overlay):
             (m.trainer.optimizers[0].param_groups[0]["lr"], m.trainer.optimizers[0].param_groups[0]["momentum"])
             == (0.001, 0.9)
         ),
-        "without_sse": lambda m: m.selection.kept["ascent"] == 1.0 and m.selection.kept["descent"] == 0.4,
-        "without_ere": lambda m: m.selection.kept["ascent"] == 0.4 and m.selection.kept["descent"] == 1.0,
+        "without_sse": lambda m: m.selection.sse == 1.0 and m.selection.ere == 0.4,
+        "without_ere": lambda m: m.selection.sse == 0.4 and m.selection.ere == 1.0,
         "er": lambda m: type(m.objective).__name__ == "ER",
         "derpp": lambda m: type(m.objective).__name__ == "DERpp" and m.objective.memory.size == 500,
         **{
@@ -156,7 +156,7 @@ def test_every_overlay_fits_over_its_base(overlay):
         },
         "agem": lambda m: type(m.policies[-1]).__name__ == "AGEM",
         "accelerate": lambda m: any(type(c).__name__ == "SparseAcceleration" for c in m.trainer.callbacks),
-        "joint_forward": lambda m: type(m.objective).__name__ == "DERpp" and m.objective.joint,
+        "joint_forward": lambda m: type(m.objective).__name__ == "DERpp" and m.objective._forward == "joint",
         "derpp_one_draw": lambda m: type(m.objective).__name__ == "DERppOneDraw",
         "tdm": lambda m: parts == [0.9, 0.0, 0.0],
         "tdm_ddr": lambda m: parts == [0.9, 0.3, 0.0],

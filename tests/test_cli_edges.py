@@ -225,7 +225,7 @@ def test_two_runs_without_a_logger_do_not_share_a_folder_at_once(tmp_path, monke
 
 def test_a_refused_run_leaves_no_folder(monkeypatch):
     main(["fit", "-c", "split_digits/finetune", *SMALL])
-    last = "--ckpt_path=runs/lightning_logs/version_0/checkpoints/last.ckpt"
+    last = "--ckpt_path=runs/CrossEntropy-SplitDigits/version_0/checkpoints/last.ckpt"
     before = set(Path("runs").rglob("*"))
     for door in ("fit", "test"):
         wider = ["split_digits/finetune", *SMALL, "--model.init_args.backbone.width=8", last]

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import StepLR
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.run_description import run_description
 from lightning_sparse_cl.demos import toy_tasks
 
 PARTS = (
@@ -64,6 +65,8 @@ NO_RESULT = {
     "what the parts below are put into": {"params", "kwargs", "args", "source"},
 }  # fmt: skip
 
+NOT_TOLD = {"train", "test", "transform", "ContinualEvaluation.before_pruning", "ContinualEvaluation.class_il"}
+"""Tensors and callables, which settings do not describe, and what is measured."""
 OF_SERIES = {"SplitJapaneseVowels", "SeriesCNN", "SeriesGRU"}
 THE_DATA = toy_tasks()
 IMAGES = tuple(torch.cat([getattr(d, part) for d in THE_DATA.load()[0]]) for part in ("inputs", "labels"))
@@ -206,8 +209,8 @@ def public(files: bool) -> Iterator[Any]:
         yield from (pytest.param(*pair, marks=pytest.mark.xdist_group(name)) for pair in pairs)
 
 
-def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
-    """A short sequence with the class in its place; all that came out."""
+def fit(name: str, **kwargs: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """A short sequence with the class in its place; all that came out, and the settings that its report tells."""
     part, kwargs = getattr(scl, name), copy.deepcopy(kwargs)
     torch.manual_seed(0)
     data, callbacks, model = {"val_fraction": 0.2}, [], None
@@ -250,13 +253,15 @@ def fit(name: str, **kwargs: Any) -> list[torch.Tensor]:
     schedule = next((c for c in callbacks if isinstance(c, scl.TaskSchedule)), scl.TaskSchedule(2))
     schedule = scl.TaskSchedule(3) if name in ("GrowthGates", "SparseGrowth", "CLLSG") else schedule
     schedule = {"TaskEarlyStopping": scl.TaskSchedule(8), "DynamicDataRemoval": scl.TaskSchedule(4)}.get(name, schedule)
-    trainer(evaluation, epochs=schedule.epochs).fit(model, sequence)
+    ran = trainer(evaluation, epochs=schedule.epochs)
+    ran.fit(model, sequence)
     figures = [m.R for m in evaluation.matrices.values()] + [torch.tensor(sequence.starts)]
-    return [p.detach() for p in model.parameters()] + [f.float().nan_to_num(-1) for f in figures]
+    results = [p.detach() for p in model.parameters()] + [f.float().nan_to_num(-1) for f in figures]
+    return results, run_description(ran, model)["settings"]
 
 
 @cache
-def base(name: str) -> list[torch.Tensor]:
+def base(name: str) -> tuple[list[torch.Tensor], dict[str, Any]]:
     return fit(name, **BASE.get(name, {}))
 
 
@@ -299,8 +304,10 @@ def cases(files):
 
 @pytest.mark.parametrize(("name", "parameter"), cases(files=False), ids=str)
 def test_changing_it_changes_the_result(name, parameter):
-    changed = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)} | along(name, parameter))
-    assert not same(changed, base(name)), f"{name}({parameter}=...) has no effect"
+    changed, told = fit(name, **BASE.get(name, {}) | {parameter: other(name, parameter)} | along(name, parameter))
+    assert not same(changed, base(name)[0]), f"{name}({parameter}=...) has no effect"
+    if parameter not in NOT_TOLD and f"{name}.{parameter}" not in NOT_TOLD:
+        assert told != base(name)[1], f"metrics.json does not tell {name}({parameter}=...)"
 
 
 def served(name: str, **kwargs: Any) -> list[torch.Tensor]:

@@ -24,3 +24,4 @@ class SmallImageMobileNetV2(nn.Sequential):
         features = MobileNetV2(width_mult=width, inverted_residual_setting=SETTING).features
         features[0][0] = nn.LazyConv2d(features[0][0].out_channels, 3, 1, 1, bias=False)
         super().__init__(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.width = width

@@ -48,6 +48,7 @@ class ResNet18(nn.Module):
             raise ValueError(f"ResNet18(width={width}): a stage has at least one channel")
         if stem not in ("3x3", "7x7"):
             raise ValueError(f"ResNet18(stem={stem!r}): stem is '3x3' or '7x7'")
+        self.width, self._stem = width, stem
         kernel, stride = (3, 1) if stem == "3x3" else (7, 2)
         self.stem = nn.LazyConv2d(width, kernel, stride, kernel // 2, bias=False)
         self.bn = nn.BatchNorm2d(width)

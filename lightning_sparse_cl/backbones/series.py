@@ -27,6 +27,8 @@ class SeriesCNN(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"SeriesCNN(kernel={kernel}): a kernel sees an odd number of steps, such as 5")
 
+        self.width, self.kernel = width, kernel
+
         def block(conv: nn.Module, outputs: int) -> nn.Sequential:
             return nn.Sequential(conv, nn.BatchNorm1d(outputs), nn.ReLU())
 
@@ -63,6 +65,7 @@ class SeriesGRU(nn.Module):
         super().__init__()
         if width < 1 or layers < 1:
             raise ValueError(f"SeriesGRU(width={width}, layers={layers}): at least one layer of at least one unit")
+        self.width, self.layers = width, layers
         self.embed = nn.LazyConv1d(width, 1)  # the recurrent layer has to know its input's size
         self.recurrent = nn.GRU(width, width, layers, batch_first=True)
 

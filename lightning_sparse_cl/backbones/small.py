@@ -34,6 +34,7 @@ class SmallCNN(nn.Sequential):
             nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
         )
+        self.width = width
 
 
 class SmallMLP(nn.Sequential):
@@ -53,3 +54,4 @@ class SmallMLP(nn.Sequential):
         for i, o in pairwise(hidden):
             layers += [nn.Linear(i, o), nn.ReLU()]
         super().__init__(*layers)
+        self.hidden = list(hidden)

@@ -32,6 +32,7 @@ class TextTransformer(nn.Module):
                 raise ValueError(f"TextTransformer({name}={size}): {name} is at least 1")
         if width % heads:
             raise ValueError(f"TextTransformer(width={width}, heads={heads}): heads divide the width")
+        self.vocabulary, self.width, self.layers, self.heads, self.length = sizes.values()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)

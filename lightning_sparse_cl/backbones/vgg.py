@@ -38,6 +38,7 @@ class VGG16(nn.Sequential):
         for width_ in hidden:
             layers += [nn.LazyLinear(width_), nn.ReLU()]
         super().__init__(*layers)
+        self.width, self.hidden = width, hidden
 
 
 class LeNet5(nn.Sequential):
@@ -59,3 +60,4 @@ class LeNet5(nn.Sequential):
             nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
             nn.Flatten(), nn.LazyLinear(c), nn.ReLU(), nn.Linear(c, d), nn.ReLU(),
         )  # fmt: skip
+        self.width = width

@@ -14,8 +14,10 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.averaging import averaged
 from lightning_sparse_cl.callbacks.kept_answers import KeptAnswers
 from lightning_sparse_cl.callbacks.outputs import logits_of, of_classes
+from lightning_sparse_cl.callbacks.trainer_parts import batches_trained
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 from lightning_sparse_cl.metrics import AccuracyMatrix
+from lightning_sparse_cl.metrics.accuracy_matrix import acc_seen
 from lightning_sparse_cl.nests import Nest, moved
 from lightning_sparse_cl.sparsity import Subnetworks
 
@@ -44,6 +46,10 @@ class ContinualEvaluation(pl.Callback):
     :func:`~lightning_sparse_cl.callbacks.outputs.logits_of` finds them): it runs its own passes over the data module's
     test loaders, so that neither a ``validation_step`` nor a validation loop is needed, and resuming never meets a
     half-measured task. ``trainer.test`` and ``trainer.validate`` report the same figures for the weights given.
+
+    After each task it logs, per scenario, ``class_il/acc`` (over all tasks), ``class_il/acc_seen`` (over the tasks
+    learnt so far, the curve that papers draw), ``incremental_acc`` (the mean of that curve), ``bwt``, ``fwt`` and
+    ``forgetting``; and, to every logger, ``class_il/task_0``, ``class_il/task_1``, ..., the accuracy on each task.
 
     Args:
         before_pruning: also measure just before each task's end changes the weights: the cost of pruning.
@@ -107,11 +113,13 @@ class ContinualEvaluation(pl.Callback):
             learnt = Subnetworks.of(pl_module)
             known = (lambda x: learnt.combined(x, learnt.answers(x, task), task)) if len(learnt) else pl_module
             self.held_out.append(held_out_accuracy(trainer, pl_module, known))
-        figures = {s: self.matrices[s].figures() for s in self.scenarios}
-        pl_module.log_dict(
-            {f"{s}/{f}": v for s in self.scenarios for f, v in figures[s].items() if v is not None},
-            on_step=False, on_epoch=True, sync_dist=True,
-        )  # fmt: skip
+        figures: dict[str, float] = {}
+        for scenario in self.scenarios:
+            matrix = self.matrices[scenario]
+            figures |= {f"{scenario}/{f}": v for f, v in matrix.figures().items() if v is not None}
+            figures |= {f"{scenario}/acc_seen": v for v in acc_seen(matrix.R)[task : task + 1].tolist() if v == v}
+            _draw_curves({f"{scenario}/task_{t}": v for t, v in enumerate(matrix.R[task].tolist()) if v == v}, trainer)
+        pl_module.log_dict(figures, on_step=False, on_epoch=True, sync_dist=True)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule, row: int | None, suffix: str = "") -> None:
         data, matrices = _data(trainer), {s: self.matrices[s + suffix] for s in self.scenarios}
@@ -182,6 +190,12 @@ class ContinualEvaluation(pl.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._loaded = state
+
+
+def _draw_curves(figures: dict[str, float], trainer: pl.Trainer) -> None:
+    """Log what may be thousands of figures at once, which the module's own ``log`` would reduce one by one."""
+    for logger in trainer.loggers:
+        logger.log_metrics(figures, step=batches_trained(trainer))
 
 
 def _data(trainer: pl.Trainer) -> TaskDataModule:

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_sparse_cl.callbacks.checkpoint import SequenceCheckpoint
 from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
+from lightning_sparse_cl.data.datamodule import TaskDataModule
 
 FORMAT = 4
 """Of the state in checkpoints; grows when its layout changes."""
@@ -211,6 +212,19 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def settings_of_data(data: TaskDataModule) -> dict[str, Any]:
+    """What data were made with, as far as it is kept and is a number, a text or a list of up to 100 of them."""
+    source = getattr(data, "source", None)
+    found: dict[str, Any] = {"data.num_tasks": data.num_tasks}
+    for name, value in (_arguments(data) | ({} if source is None else _arguments(source))).items():
+        plain = (bool, int, float, str)
+        if value is None or isinstance(value, plain):
+            found[f"data.{name}"] = value
+        elif isinstance(value, list | tuple) and len(value) <= 100 and all(isinstance(item, plain) for item in value):
+            found[f"data.{name}"] = list(value)
+    return found
+
+
 def optimizer_name(i: int) -> str:
     """What an optimiser's settings are called."""
     return f"optimizer_{i}" if i else "optimizer"
@@ -242,11 +256,25 @@ def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, .
         _describe(value.keywords, name, found, inner)
     else:
         found[name or "method"] = type(value).__name__
-        if not type(value).__module__.startswith("torch.") and inspect.isfunction(init := type(value).__init__):
-            kept = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
-            for parameter in inspect.signature(init).parameters:
-                if parameter in kept:
-                    _describe(kept[parameter], f"{name}.{parameter}".lstrip("."), found, inner)
+        for parameter, kept in _arguments(value).items():
+            _describe(kept, f"{name}.{parameter}".lstrip("."), found, inner)
+
+
+def _arguments(part: Any) -> dict[str, Any]:
+    """What the constructors of a part and of its base classes were given, as far as it is kept.
+
+    It is kept under the argument's name or, where that means something else (``forward``), with ``_`` before it.
+    """
+    if type(part).__module__.startswith("torch."):
+        return {}
+    inits = [init for cls in type(part).__mro__ if inspect.isfunction(init := vars(cls).get("__init__"))]
+    kept, found = {**getattr(part, "__dict__", {}), **getattr(part, "_modules", {})}, {}
+    for name in (name for init in inits for name in inspect.signature(init).parameters):
+        if isinstance(aside := kept.get(f"_{name}"), bool | int | float | str):
+            found[name] = aside
+        elif name in kept:
+            found[name] = kept[name]
+    return found
 
 
 def without_parser(value: partial) -> partial:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
 
-import lightning
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_sparse_cl.callbacks.anytime import AnytimeAccuracy
@@ -24,6 +20,7 @@ from lightning_sparse_cl.callbacks.compact_pick_grow import CompactPickGrow
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.flops import FlopsCounter
 from lightning_sparse_cl.callbacks.footprint import MemoryFootprint
+from lightning_sparse_cl.callbacks.run_description import run_description
 from lightning_sparse_cl.callbacks.run_folder import run_folder
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.sparse_growth import SparseGrowth
@@ -60,7 +57,9 @@ class RunReport(TaskCallback):
     Writes ``metrics.json`` and ``accuracy_matrix.png`` to the folder of the run
     (:func:`~lightning_sparse_cl.callbacks.run_folder.run_folder`) and prints a table; if the run has no folder, it only
     prints. All accuracies are fractions in the file and percent in the table; what is not defined is null. Keys:
-    ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc``, ``bwt``, ``fwt``, ``forgetting``; with
+    ``name``, ``method`` (its classes), ``data`` (its class), ``settings`` (hyper-parameters by dotted name, also of the
+    objective, the callbacks, the data and the optimiser, and the ``epochs`` of the tasks), ``class_il`` and ``task_il``
+    (each ``matrix``, ``baseline``, ``acc_seen``, ``acc``, ``incremental_acc``, ``bwt``, ``fwt``, ``forgetting``; with
     ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel; both by the mask of the last
     task where masks are learnt), ``flops``, ``memory`` and ``size`` (the summaries of :class:`FlopsCounter`,
@@ -68,9 +67,11 @@ class RunReport(TaskCallback):
     ``subnetworks`` and ``growth`` (of :class:`TaskSubnetworks` and :class:`SparseGrowth`, also drawn to
     ``subnetworks.png``), ``units`` and ``stages`` (of :class:`StableUnits` and :class:`CompactPickGrow`), ``anytime``
     (of :class:`AnytimeAccuracy`), ``held_out`` (accuracy of each task on its validation samples, if there are any),
-    ``seconds`` (of training and evaluation, pauses left out), ``figure`` (what is measured on each task: accuracy, or
+    ``seconds`` (of training and evaluation, pauses left out), ``task_seconds`` (of each task; null for tasks of an
+    earlier fit), ``figure`` (what is measured on each task: accuracy, or
     mAP, R² or mIoU where labels are of another kind), ``class_names``, ``classes`` (the names of each task's classes),
-    ``seed``, ``versions``, ``machine``, ``finished``.
+    ``seed``, ``commit`` (of the working folder, with ``+changes`` if files differ from it; null outside of Git),
+    ``versions``, ``machine``, ``finished``.
 
     A fit that is stopped, by a signal or an exception, leaves ``metrics.json`` with what it had measured: ``finished``
     is false, and ``stopped_at`` tells the ``task``, the ``epoch`` within it (both from 0) and the ``step``. A run that
@@ -80,15 +81,17 @@ class RunReport(TaskCallback):
 
     Args:
         folder: where to write instead of the folder of the run.
+        name: what comparisons call the run: ``name`` in the file. If None, they call it by its method.
     """
 
     after = (ModelCapacity, ContinualEvaluation, Sparsifier, *AVERAGING)
 
-    def __init__(self, folder: str | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | None = None, name: str | None = None) -> None:
+        self.folder, self.name = folder, name
         self._folder: Path | None = None
         self._mine = Claim(Path("metrics.json"))  # not taken
         self._seconds = 0.0
+        self._learnt_at: dict[int, float] = {}  # seconds when each task had been learnt
         self._started: float | None = None
         self._is_training = False  # between the first batch of this process and the end
         self._time = SequenceTime()
@@ -98,6 +101,7 @@ class RunReport(TaskCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._seconds, self._started, self._is_training, self._time = 0.0, None, False, SequenceTime()
+            self._learnt_at = {}
             self._folder = run_folder(trainer) if self.folder is None else Path(self.folder)
             if self._folder is not None and trainer.is_global_zero and not trainer.loggers:
                 self._claim(self._folder)
@@ -126,14 +130,14 @@ class RunReport(TaskCallback):
         return self._seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "learnt_at": dict(self._learnt_at)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seconds = state["seconds"]
+        self._seconds, self._learnt_at = state["seconds"], dict(state.get("learnt_at", {}))
 
-    @rank_zero_only
     def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        if not sys.stdout.isatty():  # on a terminal the bar tells it
+        self._learnt_at[task] = self.seconds
+        if trainer.is_global_zero and not sys.stdout.isatty():  # on a terminal the bar tells it
             self._time.update(trainer)
             print(learnt_line(trainer, task, self._time), flush=True)
 
@@ -211,20 +215,22 @@ class RunReport(TaskCallback):
             alive |= {n: int(learnt.mask(len(learnt) - 1, n).sum()) for n in last}
             masked = list(last)
         total = sum(weights[n].numel() for n in masked)
-        metrics |= _classes(trainer)
+        metrics = {"name": self.name} | run_description(trainer, pl_module) | metrics | _classes(trainer)
         return metrics | {
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},
             "seconds": round(self.seconds, 3),
-            "processes": trainer.world_size,
-            "seed": torch.initial_seed(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-            },
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {trainer.strategy.root_device}",
+            "task_seconds": self._task_seconds(),
         }
+
+    def _task_seconds(self) -> list[float | None]:
+        """Of each task from its start, or that of the fit, to its end; None for tasks that an earlier fit learnt."""
+        ends, last = [self._learnt_at.get(task) for task in range(max(self._learnt_at, default=-1) + 1)], 0.0
+        found: list[float | None] = []
+        for end in ends:
+            found.append(None if end is None else round(end - last, 3))
+            last = last if end is None else end
+        return found
 
 
 def _classes(trainer: pl.Trainer) -> dict[str, Any]:

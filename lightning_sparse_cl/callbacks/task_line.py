@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from lightning_sparse_cl.callbacks.blocks import Value, mean
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.tables import TITLES
 from lightning_sparse_cl.callbacks.time_left import SequenceTime, duration
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
+from lightning_sparse_cl.metrics.accuracy_matrix import acc_seen
 
 
 def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
@@ -23,14 +23,10 @@ def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
     line = f"task {task + 1}/{data.num_tasks} learnt"
     evaluation = first_callback(trainer, ContinualEvaluation)
     if evaluation is not None:
-        seen = len(data.classes) if data.joint else task + 1
-        found = {s: _mean_of_row(evaluation, s, task, seen) for s in SCENARIOS if s in evaluation.matrices}
-        figures = [f"{TITLES[s]} {100 * acc:.1f} %" for s, acc in found.items() if acc is not None]
+        matrices = evaluation.matrices
+        found = {s: float(acc_seen(matrices[s].R)[task]) for s in SCENARIOS if s in matrices}
+        figures = [f"{TITLES[s]} {100 * acc:.1f} %" for s, acc in found.items() if acc == acc]
         line += f": {', '.join(figures)} so far" if figures else ""
     times = [] if time.elapsed is None else [duration(time.elapsed)]
     times += [] if time.left is None or data.finished else [f"{duration(time.left)} left"]
     return f"{line}; {', '.join(times)}" if times else line
-
-
-def _mean_of_row(evaluation: ContinualEvaluation, scenario: str, task: int, seen: int) -> Value:
-    return mean(evaluation.matrices[scenario].R[task, :seen].tolist())

@@ -58,3 +58,8 @@ def callbacks_of(trainer: pl.Trainer, kind: type[Kind]) -> list[Kind]:
 def first_callback(trainer: pl.Trainer, kind: type[Kind]) -> Kind | None:
     """The first callback of this kind, or None if the Trainer has none."""
     return next((callback for callback in parts_of(trainer).callbacks if isinstance(callback, kind)), None)
+
+
+def batches_trained(trainer: pl.Trainer) -> int:
+    """Batches since the fit began: the step under which Lightning logs."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import sequence_of
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.cli.parser import Parser
 from lightning_sparse_cl.data import TaskDataModule
 from lightning_sparse_cl.data.loader import length
 from lightning_sparse_cl.deploy.export import ENDINGS, Values
@@ -111,7 +111,7 @@ def command(args: Sequence[str]) -> None:
     Raises:
         ValueError: if an argument is wrong, or the checkpoint cannot be exported.
     """
-    parser = _Parser("sparsecl export", description="Export a trained network.", allow_abbrev=False)
+    parser = Parser("sparsecl export", description="Export a trained network.")
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of a run")
     parser.add_argument(
         "--output", default="model.pt2", metavar="FILE", help="the file, .pt2, .spnet or .onnx (model.pt2)"
@@ -144,8 +144,3 @@ def _write(
             "takes one tensor of floats"
         )
     print(f"{output}: {scl.export_model(model, output, inputs.shape[1:], **options):,} bytes")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"export: {message}")

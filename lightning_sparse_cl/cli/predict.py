@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
+from lightning_sparse_cl.cli.parser import Parser
 from lightning_sparse_cl.data.pictures import image_paths, unread_below
 from lightning_sparse_cl.data.raw_images import one_as_stored
 from lightning_sparse_cl.nests import described, in_words, is_image
@@ -138,13 +139,8 @@ def _stored(path: Path, known: scl.DataDescription) -> Tensor | None:
         return None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"predict: {message}")
-
-
 def _parse(args: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser("sparsecl predict", description="Classify the images of a folder.", allow_abbrev=False)
+    parser = Parser("sparsecl predict", description="Classify the images of a folder.")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="images of any size and mode, anywhere below")
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="a checkpoint of a run")
     parser.add_argument("--output", default="predictions.csv", metavar="FILE", help="the table (predictions.csv)")

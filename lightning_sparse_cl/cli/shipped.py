@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDERS = (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
 """Where they lie: in an installed package, and in a checkout."""
+OPTIONS = ("-c", "--config")
+"""That name a configuration."""
 
 
 def configs() -> dict[str, Path]:
@@ -25,6 +28,21 @@ def find(name: str) -> str:
         return name
     key = name.removeprefix("configs/").removesuffix(".yaml")
     return str(configs().get(key, name))
+
+
+def run_name(args: Sequence[str]) -> str | None:
+    """``esacl, efficient``: what a run with these arguments is called, by the names of its configuration files.
+
+    If it has none, or that of another run, which is called ``config.yaml``, None.
+    """
+    words = [word.partition("=") for word in args]
+    given = [
+        value if equals else "".join(args[i + 1 : i + 2])
+        for i, (option, equals, value) in enumerate(words)
+        if option in OPTIONS
+    ]
+    names = [Path(name).stem for name in given]
+    return ", ".join(names) if names and "config" not in names else None
 
 
 def command(args: list[str]) -> None:

@@ -74,9 +74,9 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         self.update = update or SingleBackward()
         self.optimizer = optimizer or partial(SGD, lr=0.03)
         self.selection = selection
-        if selection is not None and selection.kept["replay"] < 1 and not self.objective.ranks_replay:
+        if selection is not None and selection.replay < 1 and not self.objective.ranks_replay:
             raise ValueError(
-                f"LossSelection(replay={selection.kept['replay']}): {type(self.objective).__name__} tells no loss of "
+                f"LossSelection(replay={selection.replay}): {type(self.objective).__name__} tells no loss of "
                 "each exemplar to select by; use replay=1, or an objective that does, such as DERpp, DER, ER, FDR or "
                 "ICaRL"
             )

@@ -84,7 +84,7 @@ class Passes:
             self._before = self._outputs(self.x, self.y, self.replay if self.thinned else None, self.drawn)
         if self.thinned and "replayed" not in self._before:
             raise ValueError(
-                f"LossSelection(replay={self.selection.kept['replay']}): {type(self.objective).__name__}.forward() "
+                f"LossSelection(replay={self.selection.replay}): {type(self.objective).__name__}.forward() "
                 "returns no 'replayed', the losses of each draw; use replay=1, or return them"
             )
 

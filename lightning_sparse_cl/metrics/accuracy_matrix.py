@@ -87,18 +87,54 @@ class AccuracyMatrix(Metric):
         self.baseline[: len(baseline)] = baseline
 
     def summary(self) -> dict[str, float | list[Any] | None]:
-        """``matrix``, ``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions. If one is not defined, None."""
-        return {"matrix": _listed(self.R), "baseline": _listed(self.baseline)} | self.figures()
+        """``matrix``, ``baseline``, ``acc_seen`` after each task, and :meth:`figures`; all are fractions.
+
+        If one is not defined, None.
+        """
+        lists = {"matrix": _listed(self.R), "baseline": _listed(self.baseline), "acc_seen": _listed(acc_seen(self.R))}
+        return lists | self.figures()
 
     def figures(self) -> dict[str, float | None]:
-        """``acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions. If one is not defined, None."""
+        """``acc``, ``incremental_acc``, ``bwt``, ``fwt``, ``forgetting`` as fractions. If one is not defined, None."""
         figures = {
             "acc": average_accuracy(self.R),
+            "incremental_acc": acc_seen(self.R).nanmean(),
             "bwt": backward_transfer(self.R),
             "fwt": forward_transfer(self.R, self.baseline),
             "forgetting": forgetting(self.R),
         }
         return {name: None if value.isnan() else value.item() for name, value in figures.items()}
+
+    def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
+        """Draw R as a heat map with percent in its cells: row = after task, column = on task; needs matplotlib.
+
+        Args:
+            val: R (stages, tasks) as fractions. If None, this matrix's own.
+            ax: the axes to draw on. If None, those of a new figure.
+
+        Returns:
+            The figure and the axes, as the ``plot`` of any torchmetrics metric.
+
+        Raises:
+            ModuleNotFoundError: if matplotlib is not installed.
+        """
+        from lightning_sparse_cl.comparing.plots import draw_matrix
+
+        return draw_matrix((self.R if val is None else val).tolist(), ax)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{k}={v:.3f}" for k, v in self.figures().items() if v is not None)
+        return f"AccuracyMatrix({self.R.shape[0]} stages, {self.R.shape[1]} tasks{', ' * bool(shown)}{shown})"
+
+
+def acc_seen(R: Tensor) -> Tensor:
+    """Mean accuracy over the tasks learnt so far, after each task (stages,); its last entry is ACC.
+
+    It is the curve that papers draw. nan after tasks that were not measured.
+    """
+    stages, tasks = R.shape
+    seen = torch.ones_like(R, dtype=torch.bool).tril(tasks - stages)  # joint training learns all in one stage
+    return R.double().masked_fill(~seen, torch.nan).nanmean(1)
 
 
 def average_accuracy(R: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Replay(LooksBack, CrossEntropy):
             )
         self.memory = memory
         self.replay_batch_size = replay_batch_size
-        self.joint = forward == "joint"
+        self._forward = forward
         self.replay_in_first_task = replay_in_first_task
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
@@ -113,7 +113,7 @@ class Replay(LooksBack, CrossEntropy):
 
     def _logits(self, model: Learner, batches: list[Nest]) -> list[Tensor]:
         """Logits of the current batch, and of each draw."""
-        if self.joint:
+        if self._forward == "joint":
             return list(model(joined(batches)).split([count(batch) for batch in batches]))
         found = []
         for i, batch in enumerate(batches):

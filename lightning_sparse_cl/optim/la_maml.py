@@ -55,11 +55,11 @@ class LaMAML(nn.Module, UpdateRule):
             raise ValueError(f"LaMAML(parts={parts}): a whole number of inner steps, at least 1")
         if not clip > 0:
             raise ValueError(f"LaMAML(clip={clip}): clip is > 0")
-        self.initial, self.lr, self.parts, self.clip, self.second_order = alpha, lr, parts, clip, second_order
+        self._alpha, self.lr, self.parts, self.clip, self.second_order = alpha, lr, parts, clip, second_order
 
     def build(self, module: nn.Module) -> None:
         sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
-        self.register_buffer("alpha", torch.full((sum(sizes.values()),), self.initial))
+        self.register_buffer("alpha", torch.full((sum(sizes.values()),), self._alpha))
         self.weight_names = list(sizes)
 
     @torch.compiler.set_stance("force_eager")  # compiled networks have no second derivatives

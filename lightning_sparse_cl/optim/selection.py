@@ -42,8 +42,7 @@ class LossSelection:
                 raise ValueError(f"LossSelection({name}={value!r}): {name} is the fraction kept, in (0, 1]")
         if warmup < 0:
             raise ValueError(f"LossSelection(warmup={warmup}): warmup is a number of epochs, >= 0")
-        self.kept = {"ascent": sse, "descent": ere, "replay": replay}
-        self.warmup = warmup
+        self.sse, self.ere, self.warmup, self.replay = sse, ere, warmup, replay
 
     def size(self, of: Stage | Literal["replay"], whole: int, epoch: int) -> int:
         """J: how many of ``whole`` samples are kept in the given epoch of the task; at least one.
@@ -53,12 +52,13 @@ class LossSelection:
             whole: how many there are.
             epoch: the epoch of the task, counted from 0.
         """
-        fraction = 1.0 if epoch < self.warmup else self.kept[of]
+        kept = {"ascent": self.sse, "descent": self.ere, "replay": self.replay}
+        fraction = 1.0 if epoch < self.warmup else kept[of]
         return max(1, round(fraction * whole))
 
     def thins_replay(self, epoch: int) -> bool:
         """Whether exemplars are selected in the given epoch of the task."""
-        return self.kept["replay"] < 1 and epoch >= self.warmup
+        return self.replay < 1 and epoch >= self.warmup
 
     @staticmethod
     def top(losses: Tensor, size: int) -> Tensor:

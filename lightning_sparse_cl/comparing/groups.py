@@ -1,0 +1,109 @@
+"""Runs that differ in their seeds alone are a group, and a group is named by what sets it apart."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_sparse_cl.comparing.runs import Run
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration.
+
+    Args:
+        name: unique among the groups that are compared.
+        data: what they were trained on.
+        runs: by seed.
+        settings: the settings that set this group apart from others of the same name, by short name.
+    """
+
+    name: str
+    data: str
+    runs: dict[int, Run] = field(repr=False)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs by configuration, in the order in which these come first.
+
+    A group is called by the ``name`` of its runs or, without one, by their method. Where several groups would have one
+    name, the settings in which they differ are added, as few as tell them apart; where data differ, they are, too.
+    """
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(run.what, []).append(run)
+    first = [members[0] for members in alike.values()]
+    bases = [str(run.metrics.get("name") or run.method) for run in first]
+    several = len({run.data for run in first}) > 1
+    apart: list[dict[str, Any]] = [{} for _ in first]
+    for key in dict.fromkeys(zip(bases, (run.data for run in first))):
+        at = [i for i, pair in enumerate(zip(bases, (run.data for run in first))) if pair == key]
+        for i, differing in zip(at, differences([first[i] for i in at])):
+            apart[i] = differing
+    names = [
+        base + "".join(f", {told(k, v)}" for k, v in settings.items()) + (f" on {run.data}" if several else "")
+        for base, settings, run in zip(bases, apart, first)
+    ]
+    return [
+        Group(name, members[0].data, {run.seed: run for run in members}, settings)
+        for name, members, settings in zip(names, alike.values(), apart)
+    ]
+
+
+def told(name: str, value: Any) -> str:
+    """A setting in words: ``lr=0.1``."""
+    return f"{name}={value}"
+
+
+def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """For each run the settings in which it differs from the others, by short name.
+
+    Of settings that always change together one is told; a part's own settings are not where its class tells enough.
+    """
+    if len(runs) < 2:
+        return [{} for _ in runs]
+    known = [_whole(run) for run in runs]
+    keys = list(dict.fromkeys(key for settings in known for key in settings))
+    columns = {key: tuple(_fixed(settings.get(key, MISSING)) for settings in known) for key in keys}
+    varied = {key: column for key, column in columns.items() if len(set(column)) > 1}
+    chosen: dict[tuple[Hashable, ...], str] = {}
+    for key in sorted(varied, key=lambda key: (key.count("."), not key.islower(), len(key))):  # short names first
+        if not any(_follows(varied[key], column) for column in chosen):
+            chosen[varied[key]] = key
+    short = _shortened(list(chosen.values()))
+    return [{short[key]: _shown(settings.get(key, MISSING)) for key in chosen.values()} for settings in known]
+
+
+def _whole(run: Run) -> dict[str, Any]:
+    return {**run.settings, "processes": run.metrics["processes"]}
+
+
+def _fixed(value: Any) -> Hashable:
+    return tuple(map(_fixed, value)) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> Any:
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _follows(column: tuple[Hashable, ...], other: tuple[Hashable, ...]) -> bool:
+    """Whether one setting is known from the other in all runs."""
+    return len(set(zip(other, column))) == len(set(other))
+
+
+def _shortened(keys: list[str]) -> dict[str, str]:
+    """Each key's last parts, as many as tell it from the others."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        clashes = [other for other in keys if other != key]
+        found[key] = next(
+            (t for t in tails if not t.isdigit() and not any(o == t or o.endswith(f".{t}") for o in clashes)), key
+        )
+    return found
