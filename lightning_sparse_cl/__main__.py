@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.launchers import is_requeued, join_after_restart, launched, requeue_before_training
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
-from lightning_sparse_cl.cli import compare, export, predict, profile, shipped
+from lightning_sparse_cl.cli import compare, export, predict, profile, shipped, sweep
 from lightning_sparse_cl.cli.config import RunConfig, refuse_repeated_keys
 from lightning_sparse_cl.cli.errors import one_line, too_large
 from lightning_sparse_cl.cli.last import newest_run, plain
@@ -40,7 +41,11 @@ NOBODY_CAN_ACT_ON = (
 )
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"configs": shipped.command, "compare": compare.command}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "configs": shipped.command,
+    "compare": compare.command,
+    "sweep": sweep.command,
+}
 """Without a Trainer, a model and data."""
 MOST_THREADS = 1024
 """Above it, a number is taken for a mistake."""
@@ -194,8 +199,18 @@ def _with_files(args: ArgsType) -> ArgsType:
     return args
 
 
-def main(args: ArgsType = None) -> SparseCLI:
-    """Parse, run, and return the finished CLI; ``args`` stands in for the command line."""
+def main(
+    args: ArgsType = None, folder: str | os.PathLike | None = None, callbacks: Sequence[pl.Callback] = ()
+) -> SparseCLI:
+    """Parse, run, and return the finished CLI.
+
+    Args:
+        args: stands in for the command line.
+        folder: where runs have their ``version_N``, unless a logger is configured. If None, in ``runs``, below the name
+            of the method and the data.
+        callbacks: further ones for the Trainer.
+    """
+    save_dir = {"save_dir": "runs"} if folder is None else {"save_dir": str(folder), "name": ""}
     for pattern in NOBODY_CAN_ACT_ON:
         warnings.filterwarnings("ignore", pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
@@ -217,7 +232,7 @@ def main(args: ArgsType = None) -> SparseCLI:
             "num_sanity_val_steps": 0,
             "enable_model_summary": False,
             "log_every_n_steps": 10,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": save_dir},
             "callbacks": [
                 scl.RandomState(),
                 scl.FlopsCounter(),
@@ -225,6 +240,7 @@ def main(args: ArgsType = None) -> SparseCLI:
                 scl.FiniteLoss(),
                 scl.ModelCapacity(),
                 scl.RunReport(name=shipped.run_name(given)),
+                *callbacks,
             ],
         },
     )

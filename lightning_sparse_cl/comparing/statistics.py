@@ -96,7 +96,7 @@ def verdict(difference: Interval, pairs: int) -> str:
 
 def _scipy() -> Any:
     try:
-        from scipy import stats  # type: ignore[import-untyped]  # it ships no types
+        from scipy import stats
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "tests and intervals need SciPy: pip install 'lightning_sparse_cl[compare]'", name="scipy"
