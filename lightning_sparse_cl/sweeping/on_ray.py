@@ -49,7 +49,7 @@ def run_on_ray(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepP
             param_space=search.param_space(),
             tune_config=tune.TuneConfig(
                 metric=space.metric, mode="max", num_samples=search.samples, search_alg=search.algorithm(),
-                scheduler=_scheduler(space), trial_dirname_creator=lambda trial: trial.trial_id,
+                scheduler=_scheduler(space), reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="ray", storage_path=str(root), verbose=0, callbacks=[told],
@@ -133,13 +133,13 @@ class _OptunaSweep:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space = {name: _distribution(way) for name, way in self._space.search.items()}
-        points = [values for values, _ in self._done]
-        options: dict[str, Any] = {"sampler": optuna.samplers.TPESampler(seed=0)}
-        if self._done:
-            options |= {"points_to_evaluate": points, "evaluated_rewards": [reward for _, reward in self._done]}
-        elif self._begun:
-            options |= {"points_to_evaluate": self._begun}
-        return OptunaSearch(space, metric=self._space.metric, mode="max", **options)
+        found = OptunaSearch(
+            space, metric=self._space.metric, mode="max", points_to_evaluate=self._begun or None,
+            sampler=optuna.samplers.TPESampler(seed=len(self._done)),  # not those again that were drawn before
+        )  # fmt: skip
+        for values, reward in self._done:
+            found.add_evaluated_point(values, reward)
+        return found
 
     def trial_of(self, config: Mapping[str, Any]) -> Trial:
         """What Ray's configuration of a trial stands for."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_sparse_cl.callbacks.evaluation import ContinualEvaluation
+from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
 from lightning_sparse_cl.metrics.accuracy_matrix import acc_seen
 from lightning_sparse_cl.sweeping.space import Trial
@@ -93,9 +93,11 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
         tell: see :class:`TellAfterTask`.
 
     Returns:
-        The last figures.
+        The last figures; of a trial that is over, those of its record.
     """
     folder = root / trial.name
+    if is_over(root, trial):
+        return record_of(folder)["figures"]
     write_record(folder, trial, "begun")
     telling = TellAfterTask(tell)
     args = ["fit", *trial.args, "--trainer.enable_progress_bar=false", "--ckpt_path=last"]
@@ -109,7 +111,7 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
     except Exception as error:
         write_record(folder, trial, "failed", error=f"{type(error).__name__}: {error}")
         raise
-    figures = telling.last or record_of(folder).get("figures", {})
+    figures = telling.last or _figures_in(folder)
     write_record(folder, trial, "finished", figures=figures)
     return figures
 
@@ -125,6 +127,19 @@ def _printing_to(log: Any) -> Iterator[None]:
         for handler, stream in zip(handlers, before):
             if stream is not None:
                 handler.setStream(stream)
+
+
+def _figures_in(folder: Path) -> dict[str, float]:
+    """Of the finished run in a trial's folder: one whose process died between its last task and its record."""
+    for path in sorted(folder.glob("*/metrics.json"), reverse=True):
+        metrics = json.loads(path.read_text())
+        if metrics["finished"]:
+            parts = {s: metrics[s] for s in SCENARIOS if s in metrics}
+            found = {f"{s}/{k}": v for s, part in parts.items() for k, v in part.items() if isinstance(v, float)}
+            found |= {f"{s}/acc_seen": part["acc_seen"][-1] for s, part in parts.items()}
+            tasks = float(max((len(part["matrix"]) for part in parts.values()), default=0))
+            return {"tasks": tasks, "of": tasks} | found
+    return {}
 
 
 def told(figures: Mapping[str, float]) -> str:
