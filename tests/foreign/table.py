@@ -1,4 +1,4 @@
-"""Writes docs/foreign_modules.md from what the tests saw: ``python tests/foreign/table.py seen.xml``.
+"""Writes docs/guide/foreign_modules.md from what the tests saw: ``python tests/foreign/table.py seen.xml``.
 
 ``seen.xml`` is made by ``pytest -m foreign --junitxml=seen.xml``.
 """
@@ -104,4 +104,4 @@ if __name__ == "__main__":
     seen, packages, failed = read(Path(sys.argv[1]))
     if failed:
         sys.exit(f"{len(failed)} tests failed, first {failed[0]}; the page is left as it was")
-    Path(__file__).parents[2].joinpath("docs", "foreign_modules.md").write_text(page(seen, packages))
+    Path(__file__).parents[2].joinpath("docs", "guide", "foreign_modules.md").write_text(page(seen, packages))
