@@ -21,6 +21,7 @@ COLUMNS = {
         "task_il": "Task-IL after",
     },
     "papers": {"method": "method", "paper": "paper", "file": "file"},
+    "methods": {"method": "method", "paper": "paper", "file": "file"},
     "objectives": {
         "method": "", "Class-IL": "Class-IL ACC", "forgetting": "forgetting", "Task-IL": "Task-IL ACC",
         "Task-IL forgetting": "forgetting", "TFLOPs": "TFLOPs", "ms a step": "ms a step",
@@ -219,12 +220,16 @@ SCENARIOS = {
 """The scenario that a configuration of configs/split_digits was made for; the order of the rows."""
 
 
-def papers() -> list[dict[str, Any]]:
-    """A row for each method; nothing in it is measured."""
+def papers(pages: str, package: str) -> list[dict[str, Any]]:
+    """A row for each method, with links to its page and its file; nothing in it is measured."""
     return [
-        {"method": f"[{name}](docs/methods/{page}.md)", "paper": paper, "file": f"[{file}](lightning_sparse_cl/{file})"}
+        {"method": f"[{name}]({pages}{page}.md)", "paper": paper, "file": f"[{file}]({package}/{file})"}
         for name, (paper, file, page) in PAPERS.items()
     ]
+
+
+LINKS = {"papers": ("docs/methods/", "lightning_sparse_cl"), "methods": ("", "../../lightning_sparse_cl")}
+"""Tables of the papers, in README.md and in docs/methods, and where their links lead."""
 
 
 def digits(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -347,8 +352,8 @@ def cell(column: str, value: Any) -> str:
 
 def table(name: str, only: str | None = None) -> str:
     """The markdown table of one result file; of all rows, or of those whose first cell is like ``only``."""
-    if name == "papers":
-        rows = papers()
+    if name in LINKS:
+        rows = papers(*LINKS[name])
     else:
         file, rows_of = DERIVED.get(name, (name, lambda result: result["rows"]))
         rows = rows_of(json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text()))
