@@ -17,8 +17,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 COLUMNS = {
     "split_digits_sparsity": {
-        "variant": "", "class_il_before": "Class-IL before", "class_il": "Class-IL after", "cost": "cost of pruning",
-        "task_il": "Task-IL after",
+        "variant": "", "class_il": "Class-IL", "cost": "cost of pruning", "task_il": "Task-IL",
     },
     "papers": {"method": "method", "paper": "paper", "file": "file"},
     "methods": {"method": "method", "paper": "paper", "file": "file"},
