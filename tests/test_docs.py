@@ -202,6 +202,13 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_tables_are_whole(name):
+    for block in re.findall(r"(?:^\|.*\n)+", re.sub(r"^```.*?^```", "", TEXTS[name], flags=re.M | re.S), re.MULTILINE):
+        cells = {re.sub(r"\\\|", "", line).count("|") for line in block.splitlines()}
+        assert len(cells) == 1, block.splitlines()[0]
+
+
 def test_every_public_name_is_in_the_reference_once():
     shown = [n for name in NAMES for n in re.findall(r"^::: lightning_sparse_cl\.(\w+)$", TEXTS[name], re.MULTILINE)]
     assert sorted(shown) == sorted(scl.__all__)
