@@ -48,6 +48,10 @@ COLUMNS = {
         "Task-IL": "Task-IL", "of DER++": "FLOPs, % of DER++", "of DER++ as in the tables": "as the papers count",
         "backward passes": "backward passes per sample", "used": "weights in use",
     },
+    "esacl_differences": {
+        "method": "", "other": "beside", "0.9": "Class-IL at 90 %", "0.8": "at 80 %", "0.6": "at 60 %",
+        "Task-IL": "Task-IL at 90 %",
+    },
     "esacl_tiny_imagenet": {
         "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
         "Class-IL to SparCL": "beside SparCL", "Task-IL": "Task-IL", "Task-IL to DER++": "beside DER++",
@@ -167,6 +171,39 @@ PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
 def findings(result: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each finding of the paper, with what bears on it."""
     return [{"finding": name} | found for name, found in result["findings"].items()]
+
+
+PAIRS = (
+    ("efficient", "EsaCL"), ("efficient", "all but replay selected"), ("efficient", "DER++"), ("efficient", "SparCL"),
+    ("efficient, small steps", "efficient"), ("efficient, small steps", "EsaCL"),
+    ("efficient, small steps", "SparCL"), ("efficient, small steps", "DER++"),
+    ("efficient without SP", "efficient"), ("efficient without SP", "SparCL"), ("efficient without SP", "RigL"),
+    ("efficient without SP", "DER++"), ("SFW, share", "EsaCL"), ("SFW, share", "DER++"), ("SFW, share", "SFW, none"),
+    ("SFW, free", "SFW, none"), ("SFW, free", "SparCL"), ("EsaCL, share", "EsaCL"),
+    ("efficient with SAM, rho 0.01", "efficient"), ("efficient with SAM", "efficient"),
+    ("efficient without SP, with SAM, rho 0.01", "efficient without SP"), ("all four parts", "all but replay selected"),
+    ("only replay selected", "EsaCL"), ("only pruning inside", "EsaCL"), ("only a part reopened", "EsaCL"),
+    ("only ascent without replay", "EsaCL"),
+)  # fmt: skip
+"""Rows of esacl_cifar10 that are compared with each other."""
+
+
+def differences(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each pair of methods, with the paired differences at each sparsity that both were run at."""
+    from harness import paired
+
+    runs = {(row["method"], row["sparsity"]): row["by seed"] for row in result["rows"]}
+    rows = []
+    for method, other in PAIRS:
+        row: dict[str, Any] = {"method": method, "other": other, "Task-IL": "-"}
+        for sparsity in (0.9, 0.8, 0.6):
+            own, its = runs.get((method, sparsity)), runs.get((other, 0.0 if other == "DER++" else sparsity))
+            both = own is not None and its is not None
+            row[str(sparsity)] = paired(own["Class-IL"], its["Class-IL"]) if both else "-"
+            if both and sparsity == 0.9:
+                row["Task-IL"] = paired(own["Task-IL"], its["Task-IL"])
+        rows.append(row)
+    return rows
 
 
 def by_task(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -332,6 +369,7 @@ DERIVED = {
     "split_digits_costs": ("split_digits_methods", digits),
     "sparcl_costs": ("sparcl", lambda result: result["rows"]),
     "isolation_digits_rules": ("isolation_digits", lambda result: result["rows"]),
+    "esacl_differences": ("esacl_cifar10", differences),
     "continual_dst_findings": ("continual_dst", findings),
     "cl_lsg_tasks": ("cl_lsg", by_task),
 }

@@ -177,7 +177,7 @@ def test_overlays_run(line):
 
 
 def test_configurations_that_are_named_exist():
-    named = re.compile(r"(?:-c |configs/)(?:configs/)?([a-z_]+[0-9]*(?:_[a-z]+)*/[a-z_0-9]+)(?:\.yaml)?[`\s)]")
+    named = re.compile(r"(?:-c |configs/)(?:configs/)?([a-z_]+[0-9]*(?:_[a-z]+)*/[a-z_0-9]+)(?:\.yaml)?[`\s)\"]")
     shown = {(config, name) for name, text in TEXTS.items() for config in named.findall(text)}
     assert len(shown) > 50
     assert not {(config, name) for config, name in shown if config not in shipped.configs()}
