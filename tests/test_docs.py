@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from toy_trainer import shortened, trainer
 
 import lightning_sparse_cl as scl
@@ -181,6 +182,26 @@ def test_configurations_that_are_named_exist():
     shown = {(config, name) for name, text in TEXTS.items() for config in named.findall(text)}
     assert len(shown) > 50
     assert not {(config, name) for config, name in shown if config not in shipped.configs()}
+
+
+def classes(node):
+    """Every ``class_path`` of a configuration."""
+    if isinstance(node, dict):
+        yield from [node["class_path"]] if "class_path" in node else []
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        yield from classes(child)
+
+
+def test_yaml_is_valid_and_names_classes_that_exist():
+    blocks = [
+        (name, block) for name, text in TEXTS.items() for _, block in fenced(text, "yaml") if "--8<--" not in block
+    ]
+    assert blocks
+    for name, block in blocks:
+        for path in classes(yaml.safe_load(block)):
+            assert hasattr(scl, path) or path.startswith(("torch.", "yourmodule.")), (name, path)
+    (overlay,) = (yaml.safe_load(block) for name, block in blocks if name == "README.md")
+    assert overlay == yaml.safe_load((ROOT / "configs" / "esacl" / "without_sa.yaml").read_text())
 
 
 def anchors(text):
