@@ -115,18 +115,26 @@ def test_snippets_run(name, tmp_path, monkeypatch):
             exec(compile(snippet, name, "exec"), namespace)
 
 
+RUN = re.search(r"run by a test -->\n```bash\n(.*?)```", TEXTS["docs/guide/command_line.md"], re.DOTALL)[1].splitlines()
+"""Commands that test_overlays_run runs."""
+
+
 def commands():
     """Each command line of this package that a page shows, without what stands around it.
 
-    Those that name a configuration, and nothing else, are left to the tests of the configurations.
+    Left out are those that other tests run: those of README and RUN, and those that only name a configuration.
     """
     found = {}
-    for name, text in TEXTS.items():
-        for _, block in fenced(text, "bash"):
+    for name in NAMES:
+        for _, block in fenced(TEXTS[name], "bash") if name != "README.md" else ():
             for line in block.replace("\\\n", " ").splitlines():
                 if (match := re.search(r"(?:^|&& |srun |-m )(?:sparsecl|lightning_sparse_cl) (.*)", line)) is not None:
                     found.setdefault(match[1], name)
-    found = {line: name for line, name in found.items() if not re.fullmatch(r"fit -c \S+", line)}
+    found = {
+        line: name
+        for line, name in found.items()
+        if not re.fullmatch(r"fit -c \S+", line) and f"sparsecl {line}" not in RUN
+    }
     return [pytest.param(line, id=f"{name}: {line}") for line, name in found.items()]
 
 
@@ -159,9 +167,6 @@ def test_commands_parse(line, tmp_path, monkeypatch):
         assert done.code in (0, None)
         parsed.append(args[0])
     assert parsed == [args[0]]
-
-
-RUN = re.search(r"run by a test -->\n```bash\n(.*?)```", TEXTS["docs/guide/command_line.md"], re.DOTALL)[1].splitlines()
 
 
 @pytest.mark.parametrize("line", RUN)
