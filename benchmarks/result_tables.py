@@ -1,34 +1,39 @@
-"""Writes the tables of README and docs from benchmarks/results/*.json: python benchmarks/result_tables.py"""
+"""Writes the tables of README and docs from benchmarks/results/*.json: python benchmarks/result_tables.py
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. ``<!-- table: NAME of A|B* -->`` has those rows
+only whose first cell is A or begins with B.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "deployment.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 
 COLUMNS = {
     "split_digits_sparsity": {
-        "variant": "", "class_il_before": "Class-IL before", "class_il": "Class-IL after", "cost": "cost of pruning",
-        "task_il": "Task-IL after",
+        "variant": "", "class_il": "Class-IL", "cost": "cost of pruning", "task_il": "Task-IL",
     },
-    "methods": {
-        "configuration": "", "method": "method", "paper": "paper", "file": "file", "scenario": "made for",
-        "kept": "kept, kB", "Class-IL": "Class-IL", "Task-IL": "Task-IL", "pruned": "under EsaCL",
-    },
+    "papers": {"method": "method", "paper": "paper", "file": "file"},
+    "methods": {"method": "method", "paper": "paper", "file": "file"},
     "objectives": {
         "method": "", "Class-IL": "Class-IL ACC", "forgetting": "forgetting", "Task-IL": "Task-IL ACC",
         "Task-IL forgetting": "forgetting", "TFLOPs": "TFLOPs", "ms a step": "ms a step",
         "of fine-tuning": "of fine-tuning's",
     },
     "split_digits_methods": {
-        "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
-        "sparsity": "sparsity", "backward passes": "backward passes a sample",
-        "FLOPs of plain": "training FLOPs, % of plain training", "of DER++": "% of DER++",
-        "of DER++ as in the tables": "% of DER++, as the tables count", "seconds": "seconds",
+        "configuration": "configuration", "scenario": "made for", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
+        "forgetting": "forgetting", "sparsity": "sparsity", "FLOPs of plain": "training FLOPs, % of plain training",
+    },
+    "split_digits_costs": {
+        "configuration": "configuration", "kept": "kept, kB", "backward passes": "backward passes per sample",
+        "of DER++": "FLOPs, % of DER++", "of DER++ as in the tables": "as the papers count", "seconds": "seconds",
+        "pruned": "Class-IL under EsaCL",
     },
     "split_japanese_vowels": {
         "configuration": "", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC", "forgetting": "forgetting",
@@ -40,9 +45,12 @@ COLUMNS = {
     },
     "esacl_cifar10": {
         "method": "", "sparsity": "sparsity", "Class-IL before": "Class-IL before pruning", "Class-IL": "Class-IL",
-        "Task-IL": "Task-IL", "of plain": "FLOPs, % of plain training", "of DER++": "% of DER++",
-        "of DER++ as in the tables": "% of DER++, as the tables count", "backward passes": "backward passes a sample",
-        "used": "weights in use",
+        "Task-IL": "Task-IL", "of DER++": "FLOPs, % of DER++", "of DER++ as in the tables": "as the papers count",
+        "backward passes": "backward passes per sample", "used": "weights in use",
+    },
+    "esacl_differences": {
+        "method": "", "other": "beside", "0.9": "Class-IL at 90 %", "0.8": "at 80 %", "0.6": "at 60 %",
+        "Task-IL": "Task-IL at 90 %",
     },
     "esacl_tiny_imagenet": {
         "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
@@ -50,7 +58,7 @@ COLUMNS = {
         "Task-IL to SparCL": "beside SparCL", "of DER++": "FLOPs, % of DER++", "used": "weights in use",
     },
     "esacl_steps": {
-        "method": "", "epochs": "epochs a task", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
+        "method": "", "epochs": "epochs per task", "Class-IL": "Class-IL", "Class-IL to DER++": "beside DER++",
         "Task-IL": "Task-IL", "Task-IL to DER++": "beside DER++", "of plain": "FLOPs, % of plain training",
     },
     "esacl_seconds": {
@@ -63,21 +71,26 @@ COLUMNS = {
     },
     "sparcl": {
         "method": "", "sparsity": "sparsity", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
-        "FLOPs": "TFLOPs", "of plain": "% of plain training", "to find masks": "to find masks, %",
-        "FLOPs as in the tables": "TFLOPs as in the tables", "closed formula": "closed formula",
-        "footprint, MB": "footprint, MB", "seconds": "seconds",
+        "of plain": "FLOPs, % of plain training", "seconds": "seconds",
+    },
+    "sparcl_costs": {
+        "method": "", "sparsity": "sparsity", "FLOPs": "TFLOPs", "to find masks": "to find masks, %",
+        "FLOPs as in the tables": "TFLOPs as the papers count", "closed formula": "closed formula",
+        "footprint, MB": "footprint, MB",
     },
     "replay_forward": {
         "objective": "", "forward": "forward", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
         "Class-IL, joint - separate": "joint - separate, Class-IL", "Task-IL, joint - separate": "and Task-IL",
     },
     "isolation_digits": {
-        "configuration": "", "Task-IL": "Task-IL ACC", "Class-IL, largest logit": "Class-IL by the largest logit",
-        "Class-IL, entropy": "by the lowest entropy", "Class-IL, calibrated": "calibrated",
-        "Class-IL, entropy gradient": "by the gradient of the entropy",
-        "Class-IL, its binary search": "its binary search", "used": "weights in use, %",
+        "configuration": "", "Task-IL": "Task-IL ACC", "used": "weights in use, %",
         "mask bits": "bits of a mask, % of a bit per weight", "of plain": "training FLOPs, % of plain training",
         "seconds": "seconds",
+    },
+    "isolation_digits_rules": {
+        "configuration": "", "Class-IL, largest logit": "largest logit", "Class-IL, entropy": "lowest entropy",
+        "Class-IL, calibrated": "calibrated", "Class-IL, entropy gradient": "gradient of the entropy",
+        "Class-IL, its binary search": "its binary search",
     },
     "isolation": {
         "method": "", "Task-IL": "Task-IL ACC", "Task-IL to Scratch": "beside Scratch", "Class-IL": "Class-IL ACC",
@@ -160,6 +173,39 @@ def findings(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"finding": name} | found for name, found in result["findings"].items()]
 
 
+PAIRS = (
+    ("efficient", "EsaCL"), ("efficient", "all but replay selected"), ("efficient", "DER++"), ("efficient", "SparCL"),
+    ("efficient, small steps", "efficient"), ("efficient, small steps", "EsaCL"),
+    ("efficient, small steps", "SparCL"), ("efficient, small steps", "DER++"),
+    ("efficient without SP", "efficient"), ("efficient without SP", "SparCL"), ("efficient without SP", "RigL"),
+    ("efficient without SP", "DER++"), ("SFW, share", "EsaCL"), ("SFW, share", "DER++"), ("SFW, share", "SFW, none"),
+    ("SFW, free", "SFW, none"), ("SFW, free", "SparCL"), ("EsaCL, share", "EsaCL"),
+    ("efficient with SAM, rho 0.01", "efficient"), ("efficient with SAM", "efficient"),
+    ("efficient without SP, with SAM, rho 0.01", "efficient without SP"), ("all four parts", "all but replay selected"),
+    ("only replay selected", "EsaCL"), ("only pruning inside", "EsaCL"), ("only a part reopened", "EsaCL"),
+    ("only ascent without replay", "EsaCL"),
+)  # fmt: skip
+"""Rows of esacl_cifar10 that are compared with each other."""
+
+
+def differences(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each pair of methods, with the paired differences at each sparsity that both were run at."""
+    from harness import paired
+
+    runs = {(row["method"], row["sparsity"]): row["by seed"] for row in result["rows"]}
+    rows = []
+    for method, other in PAIRS:
+        row: dict[str, Any] = {"method": method, "other": other, "Task-IL": "-"}
+        for sparsity in (0.9, 0.8, 0.6):
+            own, its = runs.get((method, sparsity)), runs.get((other, 0.0 if other == "DER++" else sparsity))
+            both = own is not None and its is not None
+            row[str(sparsity)] = paired(own["Class-IL"], its["Class-IL"]) if both else "-"
+            if both and sparsity == 0.9:
+                row["Task-IL"] = paired(own["Task-IL"], its["Task-IL"])
+        rows.append(row)
+    return rows
+
+
 def by_task(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Two rows a method: accuracy in percent on each task, and size after it in whole networks."""
     rows = []
@@ -170,52 +216,67 @@ def by_task(result: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-METHODS = {
-    "finetune": ("fine-tuning, the lower bound", "", "objectives/base.py", "both"),
-    "joint": ("all tasks at once, the upper bound", "", "data/datamodule.py", "both"),
-    "scratch": ("a network a task, from scratch", "", "callbacks/subnetworks.py", "Task-IL"),
-    "finetune_copies": ("a network a task, fine-tuned", "", "callbacks/subnetworks.py", "Task-IL"),
-    "esacl": ("EsaCL-DER++", "Ren & Honavar, 2024", "methods/esacl.py", "both"),
-    "esacl, efficient": ("efficient EsaCL-DER++, 90 %", "", "methods/esacl.py", "both"),
-    "sparcl": ("SparCL-DER++", "Wang et al., 2022", "methods/sparcl.py", "both"),
-    "continual_dst": ("Continual DST", "Yildirim et al., 2024", "methods/continual_dst.py", "Task-IL"),
-    "cl_lsg": ("CL-LSG", "Yang et al., 2022", "methods/cl_lsg.py", "Task-IL"),
-    "packnet": ("PackNet", "Mallya & Lazebnik, 2018", "methods/packnet.py", "Task-IL"),
-    "lps": ("LPS", "Wang et al., 2020", "methods/lps.py", "Task-IL"),
-    "wsn": ("WSN", "Kang et al., 2022", "methods/wsn.py", "Task-IL"),
-    "supsup": ("SupSup", "Wortsman et al., 2020", "methods/supsup.py", "Task-IL"),
-    "piggyback": ("Piggyback", "Mallya et al., 2018", "methods/piggyback.py", "Task-IL"),
-    "cpg": ("CPG", "Hung et al., 2019", "methods/cpg.py", "Task-IL"),
-    "nispa": ("NISPA", "Gurbuz & Dovrolis, 2022", "methods/nispa.py", "Task-IL"),
-    "snip_derpp": ("SNIP-DER++", "Lee et al., 2019", "callbacks/snip.py", "both"),
-    "rigl_derpp": ("RigL-DER++ (SET, SNFS: overlays)", "Evci et al., 2020", "callbacks/drop_grow.py", "both"),
-    "er": ("experience replay", "Chaudhry et al., 2019", "objectives/replay.py", "both"),
-    "der": ("DER", "Buzzega et al., 2020", "objectives/replay.py", "both"),
-    "derpp": ("DER++", "Buzzega et al., 2020", "objectives/replay.py", "both"),
-    "fdr": ("FDR", "Benjamin et al., 2019", "objectives/fdr.py", "both"),
-    "icarl": ("iCaRL", "Rebuffi et al., 2017", "objectives/icarl.py", "Class-IL"),
-    "co2l": ("Co2L", "Cha et al., 2021", "objectives/co2l.py", "both"),
-    "ewc": ("online EWC", "Kirkpatrick et al., 2017", "objectives/ewc.py", "Task-IL"),
-    "lwf": ("LwF", "Li & Hoiem, 2016", "objectives/lwf.py", "Task-IL"),
-    "agem": ("A-GEM", "Chaudhry et al., 2019", "callbacks/agem.py", "Task-IL"),
-    "gpm": ("GPM", "Saha et al., 2021", "callbacks/gpm.py", "Task-IL"),
-    "lamaml": ("La-MAML", "Gupta et al., 2020", "optim/la_maml.py", "both"),
+PAPERS = {
+    "EsaCL": ("Ren & Honavar, 2024", "methods/esacl.py", "esacl"),
+    "SparCL": ("Wang et al., 2022", "methods/sparcl.py", "sparcl"),
+    "Continual DST": ("Yildirim et al., 2024", "methods/continual_dst.py", "continual_dst"),
+    "CL-LSG": ("Yang et al., 2022", "methods/cl_lsg.py", "cl_lsg"),
+    "PackNet": ("Mallya & Lazebnik, 2018", "methods/packnet.py", "packnet"),
+    "LPS": ("Wang et al., 2020", "methods/lps.py", "lps"),
+    "CPG": ("Hung et al., 2019", "methods/cpg.py", "cpg"),
+    "NISPA": ("Gurbuz & Dovrolis, 2022", "methods/nispa.py", "nispa"),
+    "WSN": ("Kang et al., 2022", "methods/wsn.py", "wsn"),
+    "SupSup, ExSSNeT": ("Wortsman et al., 2020; Yadav & Bansal, 2023", "methods/supsup.py", "supsup"),
+    "Piggyback": ("Mallya et al., 2018", "methods/piggyback.py", "piggyback"),
+    "ER": ("Chaudhry et al., 2019", "objectives/replay.py", "replay"),
+    "DER, DER++": ("Buzzega et al., 2020", "objectives/replay.py", "replay"),
+    "FDR": ("Benjamin et al., 2019", "objectives/fdr.py", "fdr"),
+    "online EWC": ("Kirkpatrick et al., 2017; Schwarz et al., 2018", "objectives/ewc.py", "ewc"),
+    "LwF": ("Li & Hoiem, 2016", "objectives/lwf.py", "lwf"),
+    "iCaRL": ("Rebuffi et al., 2017", "objectives/icarl.py", "icarl"),
+    "Co2L": ("Cha et al., 2021", "objectives/co2l.py", "co2l"),
+    "A-GEM": ("Chaudhry et al., 2019", "callbacks/agem.py", "agem"),
+    "GPM": ("Saha et al., 2021", "callbacks/gpm.py", "gpm"),
+    "La-MAML": ("Gupta et al., 2020", "optim/la_maml.py", "lamaml"),
+    "SNIP": ("Lee et al., 2019", "callbacks/snip.py", "snip"),
+    "SET, RigL": ("Mocanu et al., 2018; Evci et al., 2020", "callbacks/drop_grow.py", "drop_grow"),
+    "SNFS": ("Dettmers & Zettlemoyer, 2019", "callbacks/growth_rules.py", "drop_grow"),
 }
-"""What a configuration of configs/split_digits is: its name, paper, file, and the scenario it was made for."""
+"""Each method with its paper, its file in the package and its page in docs/methods."""
+
+SCENARIOS = {
+    "finetune": "both", "joint": "both", "scratch": "Task-IL", "finetune_copies": "Task-IL", "esacl": "both",
+    "esacl, efficient": "both", "esacl, efficient, without_sp": "both", "esacl, efficient, joint_forward": "both",
+    "sparcl": "both", "continual_dst": "Task-IL", "cl_lsg": "Task-IL", "packnet": "Task-IL", "lps": "Task-IL",
+    "cpg": "Task-IL", "nispa": "Task-IL", "wsn": "Task-IL", "supsup": "Task-IL", "piggyback": "Task-IL",
+    "er": "both", "der": "both", "derpp": "both", "fdr": "both", "ewc": "Task-IL", "lwf": "Task-IL",
+    "icarl": "Class-IL", "co2l": "both", "agem": "Task-IL", "gpm": "Task-IL", "lamaml": "both",
+    "snip_derpp": "both", "rigl_derpp": "both",
+}  # fmt: skip
+"""The scenario that a configuration of configs/split_digits was made for; the order of the rows."""
 
 
-def methods(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each configuration that was run, in the order of METHODS."""
+def papers(pages: str, package: str) -> list[dict[str, Any]]:
+    """A row for each method, with links to its page and its file; nothing in it is measured."""
+    return [
+        {"method": f"[{name}]({pages}{page}.md)", "paper": paper, "file": f"[{file}]({package}/{file})"}
+        for name, (paper, file, page) in PAPERS.items()
+    ]
+
+
+LINKS = {"papers": ("docs/methods/", "lightning_sparse_cl"), "methods": ("", "../../lightning_sparse_cl")}
+"""Tables of the papers, in README.md and in docs/methods, and where their links lead."""
+
+
+def digits(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each configuration, in the order of SCENARIOS."""
     measured = {row["configuration"]: row for row in result["rows"]}
     rows = []
-    for configuration, (method, paper, file, scenario) in METHODS.items():
+    for configuration, scenario in SCENARIOS.items():
         row = measured[configuration]
-        figures = {k: f"{100 * row[k]['median']:.1f}" for k in ("Class-IL", "Task-IL")}
         kept, pruned = row["kept, kB"]["median"], row["under EsaCL"]
-        figures |= {"kept": f"{kept:.0f}", "pruned": f"{100 * pruned:.1f}" if isinstance(pruned, float) else pruned}
-        link = f"[{file}](lightning_sparse_cl/{file})"
-        name = {"configuration": f"`{configuration}`", "method": method, "paper": paper, "file": link}
-        rows.append(name | {"scenario": scenario} | figures)
+        pruned = f"{100 * pruned:.1f}" if isinstance(pruned, float) else pruned
+        rows.append(row | {"scenario": scenario, "kept": f"{kept:.0f}", "pruned": pruned})
     return rows
 
 
@@ -304,7 +365,11 @@ DERIVED = {
     "sparse_speed_layers": ("sparse_speed", layers),
     "sparse_training": ("sparse_training", sequences),
     "sparse_training_esacl": ("sparse_training", lambda result: result["esacl"]),
-    "methods": ("split_digits_methods", methods),
+    "split_digits_methods": ("split_digits_methods", digits),
+    "split_digits_costs": ("split_digits_methods", digits),
+    "sparcl_costs": ("sparcl", lambda result: result["rows"]),
+    "isolation_digits_rules": ("isolation_digits", lambda result: result["rows"]),
+    "esacl_differences": ("esacl_cifar10", differences),
     "continual_dst_findings": ("continual_dst", findings),
     "cl_lsg_tasks": ("cl_lsg", by_task),
 }
@@ -322,21 +387,28 @@ def cell(column: str, value: Any) -> str:
     return median if low == high else f"{median} ({low} to {high})"
 
 
-def table(name: str) -> str:
-    """The markdown table of one result file."""
-    file, rows_of = DERIVED.get(name, (name, lambda result: result["rows"]))
-    rows = rows_of(json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text()))
+def table(name: str, only: str | None = None) -> str:
+    """The markdown table of one result file; of all rows, or of those whose first cell is like ``only``."""
+    if name in LINKS:
+        rows = papers(*LINKS[name])
+    else:
+        file, rows_of = DERIVED.get(name, (name, lambda result: result["rows"]))
+        rows = rows_of(json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text()))
     columns = COLUMNS[name]
+    cells = [[cell(c, r[c]) for c in columns] for r in filter(ROWS.get(name), rows)]
+    if only is not None:
+        cells = [row for row in cells if any(fnmatchcase(row[0], pattern) for pattern in only.split("|"))]
+        if not cells:
+            raise ValueError(f"table {name}: no row is like {only}")
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(c, r[c]) for c in columns) + " |" for r in filter(ROWS.get(name), rows)]
-    return "\n".join(lines)
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in cells])
 
 
 def render(text: str) -> str:
     """A page with every table brought up to date."""
     return re.sub(
-        r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)",
-        lambda m: f"{m[1]}{table(m[2])}\n{m[3]}",
+        r"(<!-- table: (\w+)(?: of (.*?))? -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{table(m[2], m[3])}\n{m[4]}",
         text,
         flags=re.DOTALL,
     )

@@ -28,7 +28,7 @@ class EntropyGradient(TaskInference):
     The paper's networks have nothing but masks. Here what a task has for itself is superposed, too: biases and
     batch-norm are averaged with the same weights, statistics as they are; rows of the head belong to classes, and stay.
     **It is made for networks without batch-norm**: the average of several tasks' batch-norm is that of none, and tasks
-    are then hardly told apart (docs/subnetworks.md).
+    are then hardly told apart (docs/guide/subnetworks.md).
 
     One shot takes T forward passes with derivatives through the whole network, each costing about two plain passes.
 

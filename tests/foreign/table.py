@@ -1,4 +1,4 @@
-"""Writes docs/foreign_modules.md from what the tests saw: ``python tests/foreign/table.py seen.xml``.
+"""Writes docs/guide/foreign_modules.md from what the tests saw: ``python tests/foreign/table.py seen.xml``.
 
 ``seen.xml`` is made by ``pytest -m foreign --junitxml=seen.xml``.
 """
@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 HEAD = """# Modules of other packages
 
 What happens when each policy is used on modules of other packages, with random weights and data, tiny configurations
-and three epochs of four batches on the CPU. This page is generated from the tests:
+and three epochs of four batches on the CPU. The tests write this page:
 
 ```bash
 pip install -e ".[foreign]"
@@ -21,13 +21,17 @@ pytest -m foreign --junitxml=seen.xml
 python tests/foreign/table.py seen.xml
 ```
 
-"yes" means: the fit runs; at its end and in its checkpoint every masked weight has exactly the zeros asked for (80 %;
-SNFS divides them among layers); masks have moved where the policy moves them; what a gradient mask holds stayed bit for
-bit; what requires no gradient (the base under LoRA, BYOL's target) has no mask; `FlopsCounter` and `MemoryFootprint`
-left the training bit for bit as it was, and counted it. "refused" and "not counted" are with the words of the note, in
-which POLICY stands for the name of the policy.
-The last table tells which part of the trained parameters the default masks; the others are the first and the last
-layer, shortcuts, biases, norms and embeddings.
+**yes** means all of this:
+
+* The fit runs. At its end and in its checkpoint every masked weight has exactly the zeros asked for (80 %; SNFS divides
+  them among layers).
+* Masks have moved if the policy moves them. What a gradient mask holds stayed bit for bit.
+* What requires no gradient (the base under LoRA, BYOL's target) has no mask.
+* `FlopsCounter` and `MemoryFootprint` counted the training, and left it bit for bit as it was.
+
+**refused** and **not counted** come with a note, in which POLICY stands for the name of the policy. The last table says
+which part of the trained parameters the default masks. The others are the first and the last layer, shortcuts, biases,
+norms and embeddings.
 
 The last run was with
 
@@ -104,4 +108,4 @@ if __name__ == "__main__":
     seen, packages, failed = read(Path(sys.argv[1]))
     if failed:
         sys.exit(f"{len(failed)} tests failed, first {failed[0]}; the page is left as it was")
-    Path(__file__).parents[2].joinpath("docs", "foreign_modules.md").write_text(page(seen, packages))
+    Path(__file__).parents[2].joinpath("docs", "guide", "foreign_modules.md").write_text(page(seen, packages))
