@@ -139,7 +139,7 @@ def test_every_overlay_fits_over_its_base(overlay):
         "efficient": lambda m: (
             (m.policies[0].epoch, m.policies[1].part) == (2, 0.3)
             and type(m.update).__name__ == "SingleBackward"
-            and set(m.selection.kept.values()) == {1.0}
+            and {m.selection.sse, m.selection.ere, m.selection.replay} == {1.0}
             and m.trainer.optimizers[0].param_groups[0]["k"] == pytest.approx(0.1)
         ),
         "small_steps": lambda m: (

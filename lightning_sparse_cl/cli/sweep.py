@@ -11,6 +11,7 @@ import yaml
 
 from lightning_sparse_cl.cli import shipped
 from lightning_sparse_cl.cli.config import refuse_repeated_keys
+from lightning_sparse_cl.cli.lightning_cli import main
 from lightning_sparse_cl.sweeping import Space, run_sweep
 
 SECTION = "sweep"
@@ -45,8 +46,6 @@ def command(args: Sequence[str]) -> None:
 
 def fit(args: Sequence[str], folder: Path, callbacks: Sequence[pl.Callback]) -> None:
     """``sparsecl fit`` with its runs in a folder of its own."""
-    from lightning_sparse_cl.__main__ import main  # which knows this command
-
     main(list(args), folder, callbacks)
 
 

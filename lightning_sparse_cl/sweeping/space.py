@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -101,10 +102,10 @@ class Space:
                 f"engine={self.engine}: it needs settings to search, one seed and Ray; try other seeds on the best"
             )
         if self.stop_early is not None:
-            grace, factor = (self.stop_early | {"grace": 1, "factor": 3} | self.stop_early).values()
-            if self.stop_early.keys() - {"grace", "factor"} or grace < 1 or factor < 2:
+            told = {"grace": 1, "factor": 3} | self.stop_early
+            if told.keys() > {"grace", "factor"} or told["grace"] < 1 or told["factor"] < 2:
                 raise ValueError(f"sweep.stop_early={self.stop_early}: grace, at least 1, and factor, at least 2")
-            self.stop_early = {"grace": grace, "factor": factor}
+            self.stop_early = told
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Space:
@@ -171,8 +172,6 @@ def draw(way: Mapping[str, list[Any]], random_numbers: random.Random) -> Any:
 
 def argument(setting: str, value: Any) -> str:
     """``--setting=value``, as YAML."""
-    import json
-
     return f"--{setting}={value if isinstance(value, str) else json.dumps(value)}"
 
 

@@ -196,7 +196,8 @@ def test_a_stopped_run_leaves_what_it_had_and_a_resumed_one_the_whole(tmp_path, 
         run(tmp_path / "whole")
         whole, resumed = (json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "whole", folder))
         assert resumed["finished"] is True and "stopped_at" not in resumed
-        changing = {"seconds", "memory"}
+        changing = {"seconds", "task_seconds", "memory"}
+        assert len(resumed["task_seconds"]) == 3 and all(t > 0 for t in resumed["task_seconds"])
         assert {k: v for k, v in whole.items() if k not in changing}.items() <= resumed.items()
 
 
