@@ -98,7 +98,7 @@ class ClassSplit(SourceTasks):
             )
         self._in_natural_order = class_order is None
         self.class_order: list[int] = order
-        """The source's class behind each label, once the data are loaded."""
+        """The source's class for each label, once the data are loaded."""
         self.sizes = counts
         self.tasks = tasks
 

@@ -31,7 +31,7 @@ class ClassTasks:
 
     @property
     def order(self) -> list[int]:
-        """The source's class behind each label: labels count classes in the order in which the tasks meet them."""
+        """The source's class for each label: labels count classes in the order in which the tasks meet them."""
         return list(dict.fromkeys(chain(*self.classes)))
 
     def labels(self, of_source: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The passes of one training step: which samples each of them sees, and what they keep until after the step.
-"""
+"""The passes of one training step: which samples each of them sees, and what they keep until after the step."""
 
 from __future__ import annotations
 

@@ -38,8 +38,7 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "erk": erk}
 Distribution = str | Mapping[str, float]
-"""A name in ``DISTRIBUTIONS``, or sparsities by shell pattern of weight names; the first pattern that matches
-counts.
+"""A name in ``DISTRIBUTIONS``, or sparsities by shell pattern of weight names, of which the first match counts.
 """
 
 
