@@ -201,7 +201,7 @@ def test_with_a_path_settings_may_be_changed_on_purpose(tmp_path, said):
         ("finetune", ["--data=PermutedDigits"], r"data = 'PermutedDigits' \('SplitDigits' in the checkpoint\)"),
         ("finetune", ["--seed_everything=7"], r"seed = 7 \(0 in the checkpoint\)"),
         ("finetune", ["--trainer.limit_train_batches=3"], r"limit_train_batches = 3 \(4 in the checkpoint\)"),
-        ("finetune", ["--schedule.epochs=3"], "task 0 of the checkpoint is over, and was to have 2 epochs and not 3"),
+        ("finetune", ["--schedule.epochs=3"], "task 0 of the checkpoint is over, and was to have 2 epochs, not 3"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, config, more, message):
@@ -236,7 +236,7 @@ def test_checkpoints_that_are_none_are_refused_by_name(tmp_path, finished, monke
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     (tmp_path / "folder.ckpt").mkdir()
     for name, message in (
-        ("saved_again", "the seal that it was written with is gone"), ("old", "format = 0"), ("none", "is not there"),
+        ("saved_again", "it has lost the seal that it was written with"), ("old", "format = 0"), ("none", "is not there"),
         ("weights", "it has no callbacks and no loops and no optimizer_states"), ("foreign", "not of a task sequence"),
         ("edited", "does not fit what is run: KeyError"), ("other", "no checkpoint of Lightning"),
         ("list", "no checkpoint of Lightning"), ("text", "no checkpoint"), ("folder", "is a folder"),
