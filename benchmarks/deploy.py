@@ -37,9 +37,7 @@ FIGURES = ("flat_ms", "onnxruntime_ms", "kernels_ms", "dense_ms")
 
 
 def network(name: str, sparsity: float) -> tuple[nn.Module, int]:
-    """A pruned network with a head of ten classes and batch-norm statistics of some data; and the side of its
-    images.
-    """
+    """A pruned network with a head of ten classes and some batch-norm statistics; and the side of its images."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.LazyLinear(10)).train()

@@ -1,5 +1,4 @@
-"""EsaCL on Split CIFAR-10 at a size for CPUs: its readings, what makes it efficient, and other methods at the same
-sparsity.
+"""EsaCL on Split CIFAR-10 at a size for CPUs: its readings, what makes it efficient, and rivals at the same sparsity.
 
 The preset of sparcl.py: five tasks of two classes, 400 images per class, halved to 16x16 pixels, ResNet-18 of width 16,
 500 exemplars, batch 32, 10 epochs per task. Masked networks run by sparse kernels. All choices were made on seeds 100

@@ -1,4 +1,4 @@
-"""EsaCL on a stand-in for Split Tiny-ImageNet at a size for CPUs, beside other methods at the same sparsity.
+"""EsaCL on a stand-in for Split Tiny-ImageNet at a size for CPUs, beside rivals at the same sparsity.
 
 The first 50 classes of Tiny ImageNet in five tasks of ten, 100 training and 25 test images per class, resized to 16x16;
 ResNet-18 of width 16, 500 exemplars, batch 32, 10 epochs per task. Masked networks run by sparse kernels. Frank-Wolfe's

@@ -213,9 +213,7 @@ def compiled(method: str, backbone: nn.Module, steps: int) -> list[float]:
 
 
 def defaults(network: str, steps: int, rounds: int) -> dict[str, Any]:
-    """How much longer the package's DER++ step takes with one choice undone or added: the median of the rounds'
-    ratios.
-    """
+    """How much longer the package's DER++ step takes with one choice changed: the median of the rounds' ratios."""
     sides = (package, without_channels_last, compiled)
     times: dict[Callable, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):

@@ -113,9 +113,7 @@ class CompactWeights:
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """Take over what SAM, or other code that moves values between steps, has written to them since they were given
-        up.
-        """
+        """Take over what SAM, or other code that moves values between steps, has written to given-up values."""
         for i, (layer, pattern, values, version) in enumerate(self.given_up):
             if values._version != version:
                 self.given_up[i] = layer, pattern, values, values._version

@@ -85,9 +85,7 @@ class Layer:
         return x.grid[1:] == (1, 1) or (self.keeps_size and all(parts))
 
     def grid(self, x: Tensor) -> Grid:
-        """The grid in which to lay out images (B, C, H, W) for it, and for the layers that may follow until images are
-        4x4.
-        """
+        """The grid in which to lay out images (B, C, H, W), also for layers that may follow until images are 4x4."""
         h, w = x.shape[2:]
         stride = self.geometry.stride
         if not self.keeps_size or h % stride or w % stride:

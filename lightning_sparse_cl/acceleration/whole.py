@@ -24,8 +24,7 @@ NUMBERS = ("eps", "min_val", "max_val", "kernel_size", "stride", "padding", "cei
 
 
 class WholeNetwork:
-    """Takes over calls of a network, from the second on with the same weights and shape, if the runtime has all its
-    layers.
+    """Takes over the second and later calls with the same weights and shape, if the runtime has all the layers.
 
     Args:
         network: the network that is called.

@@ -16,8 +16,7 @@ from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
 
 class SparseAcceleration(pl.Callback):
-    """Runs the masked network by sparse kernels, on CPUs in 32-bit precision; it can be added to any run and removed
-    again.
+    """Runs the masked network by sparse kernels, on CPUs in 32-bit precision; it can be added to any run, or left out.
 
     Nothing else changes: masks are followed as they change, optimisers train the alive values only, other callbacks
     read up-to-date weights, and steps that need gradients of pruned weights (RigL's exchanges, ranking by SNIP) are

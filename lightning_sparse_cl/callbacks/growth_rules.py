@@ -156,9 +156,7 @@ class AdaptiveGrowth(RigL):
 
 
 def share_out(total: int, weight: dict[str, float], room: dict[str, int]) -> dict[str, int]:
-    """Split ``total`` into whole numbers in proportion to the weights, at most each one's room; the excess is split
-    again.
-    """
+    """Split ``total`` into whole numbers in proportion to the weights; what exceeds a room goes to the others."""
     given = dict.fromkeys(weight, 0)
     while (left := total - sum(given.values())) > 0:
         open_ = {n: max(w, 1e-30) for n, w in weight.items() if given[n] < room[n]}

@@ -116,7 +116,7 @@ def _of_step(quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[
         found = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not torch.is_tensor(found):
             raise ValueError(
-                f"{type(quiet).__name__}.training_step returned {type(outputs).__name__}, and no loss by which weights "
+                f"{type(quiet).__name__}.training_step returned {type(outputs).__name__} and no loss by which weights "
                 "could be ranked; give a function of (module, batch) as `loss`"
             )
         size = _size(batch)

@@ -44,8 +44,7 @@ def draw_matrices(
 def draw_subnetworks(
     shared: Mapping[str, Any], growth: Mapping[str, Any] | None, path: Path, classes: Sequence[Sequence[str]] = ()
 ) -> None:
-    """Draw what tasks share, by task from left to right; with more than 20 tasks or layers, a cell is the mean over a
-    block.
+    """Draw what tasks share, by task from left to right; above 20 tasks or layers, a cell is the mean over a block.
 
     Four panels: density per layer; overlap of masks, the part of the row's weights that the column's task uses too; use
     of the backbone; model size, allocated if it grows, and of each task's compact network.

@@ -20,8 +20,7 @@ from lightning_sparse_cl.sparsity.scores import check_number, check_sparsity, to
 
 
 class ScorePruning(Sparsifier):
-    """Keeps the weights of largest score. A policy defines the scores, and, if needed, when to prune and how many to
-    keep.
+    """Keeps the weights of largest score. A policy defines the scores, and may define when and how many to prune.
 
     A subclass overrides :meth:`scores`, and may override
 

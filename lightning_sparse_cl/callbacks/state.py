@@ -12,8 +12,7 @@ from torch import distributed
 
 
 class RandomState(pl.Callback):
-    """Saves the generators of every process and restores them, so that a resumed run draws the same numbers as one that
-    was not interrupted.
+    """Saves the generators of every process and restores them, so that a resumed run draws like an uninterrupted one.
 
     Each process of a new run gets a stream of its own. When a run goes on with another number of processes, those
     without a saved state start a new stream.

@@ -240,9 +240,7 @@ class TaskSubnetworks(Sparsifier):
         return all(bool(self.subnetworks.used(name, tasks).all()) for name in names)
 
     def _planes(self, names: list[str]) -> Iterator[Tensor]:
-        """For each task one row: which of all weights it uses; and one for those with their sign changed, if it has
-        any.
-        """
+        """For each task a row of the weights that it uses, and one of those with changed signs, if it has any."""
         for task, learnt in enumerate(self.subnetworks.tasks if names else ()):
             signs = torch.cat([self.subnetworks.signs(task, name).reshape(-1) for name in names])
             yield signs != 0

@@ -40,9 +40,7 @@ class ImageTransform(nn.Module):
         return {"mean": list(self.mean), "std": list(self.std)}
 
     def _augment(self, x: Tensor) -> Tensor:
-        """Turn each sample into a window of its padded image or of the mirror image: one copy, from a view of all
-        windows.
-        """
+        """Cut a window from each padded image or its mirror image: one copy, from a view of all windows."""
         b, c, h, w = x.shape
         x = nn.functional.pad(x, [self.crop] * 4)
         if self.flip:

@@ -140,8 +140,7 @@ class TaskDataModule(pl.LightningDataModule):
         """Number of tasks of an open sequence that have come, but are not in the checkpoint."""
         self._held_out: list[Tensor] = []
         self.order_seed = 0
-        """Seed of the order of samples in each epoch, and of what all processes draw alike: the run's seed, kept in the
-        checkpoint.
+        """Seed of the order of samples, and of what all processes draw alike: the run's seed, kept in the checkpoint.
         """
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
@@ -266,9 +265,7 @@ class TaskDataModule(pl.LightningDataModule):
         self.train_sets, self.test_sets = [], []
 
     def _is_for(self, learnt: LearntTasks | None) -> bool:
-        """Whether the data that were read before can serve a module that has learnt these tasks, without reading them
-        again.
-        """
+        """Whether the data that were read can serve a module that has learnt these tasks, as they are."""
         if learnt is None or self._asked_to_go_on or self.learnt is not None:
             return self.known == learnt
         same = self.class_names == learnt.class_names and set(self.fingerprints) <= set(learnt.fingerprints)
@@ -326,9 +323,7 @@ class TaskDataModule(pl.LightningDataModule):
             )
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
-        """The normalisation of the samples learnt before, or else by the mean and deviation of these; see
-        :func:`standardised`.
-        """
+        """The normalisation of samples learnt before, or else one from these samples; see :func:`standardised`."""
         before = None if self.known is None else self.known.normalisation
         if before is None:
             found = standardised(data, crop, flip)
@@ -399,9 +394,7 @@ class TaskDataModule(pl.LightningDataModule):
         return self.prepare(x, augment=training), self.target.for_loss(y)
 
     def prepare(self, x: Nest, augment: bool = True) -> Nest:
-        """Stored samples to network input, on their device; augmented if both the call and the data module ask for
-        it.
-        """
+        """Stored samples to network input, on their device; augmented if both call and data module ask for it."""
         if self.transform is None:
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
         if callable(self.augment) or not isinstance(self.transform, Normalisation):

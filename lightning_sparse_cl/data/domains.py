@@ -14,8 +14,7 @@ from lightning_sparse_cl.data.sources import DigitsSource, MNISTSource, Source
 
 
 class Permuted(SourceTasks):
-    """Every task is the whole source with its pixels in another fixed order (Goodfellow et al., 2014); task 0 is
-    unchanged.
+    """Every task is the whole source with pixels in another fixed order (Goodfellow et al., 2014); task 0 is unchanged.
 
     The tasks share their labels. Nothing is augmented: permuted pixels have no neighbours.
 

@@ -108,9 +108,7 @@ def _paths(listed: Any, count: int) -> list[str]:
 
 
 def _file(path: str) -> bytes:
-    """Folder, name, size and time of modification; without the path to the folder, which may differ on another
-    machine.
-    """
+    """Folder, name, size and time of modification; without the path to the folder, which may differ elsewhere."""
     name = "/".join(path.replace(os.sep, "/").rsplit("/", 2)[-2:])
     try:
         found = os.stat(path)

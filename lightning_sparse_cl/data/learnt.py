@@ -72,9 +72,7 @@ class LearntTasks:
 
     @classmethod
     def names_alone(cls, class_names: Sequence[str], layout: dict[str, str], target: str) -> LearntTasks:
-        """For a module whose sequence is not known, as after a fit that was stopped within a task: labels stay the
-        same.
-        """
+        """For a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
         return cls(list(class_names), [], [], [], [], None, 0, layout, None, target, is_sequence=False)
 
     @property
@@ -100,9 +98,7 @@ class LearntTasks:
         return every, [every.index(name) for name in names]
 
     def match(self, fingerprints: Sequence[str]) -> tuple[list[int | None], list[int]]:
-        """The place of each learnt task among the tasks given, or None, and which of the given are still to be
-        learnt.
-        """
+        """The place of each learnt task among those given, or None, and which of these are still to be learnt."""
         places: list[int | None] = []
         left = list(range(len(fingerprints)))
         for wanted in self.fingerprints:

@@ -46,15 +46,13 @@ def eight_bits(image: Any) -> Any:
 
 
 def _is_sixteen_bits(image: Any) -> bool:
-    """Whether mode I holds 16 bits, as older Pillow opens such PNGs; known by the format, or by values beyond 8
-    bits.
-    """
+    """Whether mode I holds 16 bits, as older Pillow opens such PNGs; judged by format, or values beyond 8 bits."""
     low, high = image.getextrema()
     return low >= 0 and high < 2**16 and (image.format in ("PNG", "PPM") or high == 0 or high > 255)
 
 
 def pixels(image: Any) -> Tensor:
-    """A PIL image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises the same errors as :func:`eight_bits`."""
+    """A PIL image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises as :func:`eight_bits` does."""
     array = np.array(eight_bits(image))
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
@@ -132,9 +130,7 @@ def resized(image: Any, size: tuple[int, int], fit: Fit = "squash") -> Any:
 
 
 def read(path: Path, name: str, size: tuple[int, int] | None = None, fit: Fit = "squash", channels: int = 3) -> Tensor:
-    """An image file (C, H, W), uint8, of 1 or 3 channels, resized if ``size`` is given. Raises the same errors as
-    :func:`open_picture`.
-    """
+    """An image file (C, H, W), uint8, of 1 or 3 channels, resized if asked. Raises as :func:`open_picture` does."""
     image = open_picture(path, name).convert("L" if channels == 1 else "RGB")
     image = image if size is None else resized(image, size, fit)
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1)
@@ -161,9 +157,7 @@ def decode(
 
 
 def read_of_size(path: Path, name: str, size: tuple[int, int], resize: bool, fit: Fit, channels: int) -> Tensor:
-    """:func:`read` of an image that must have this size, or is resized to it. Also raises ValueError if it has
-    another.
-    """
+    """:func:`read` of an image that is resized to this size, or must have it. Raises ValueError if it has not."""
     image = read(path, name, size if resize else None, fit, channels)
     if image.shape[1:] != size:
         raise ValueError(

@@ -39,8 +39,7 @@ class SourceTasks(TaskDataModule):
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
         self.source = source
         self.planned = num_tasks
-        """Number of tasks the source is divided into; with ``joint`` they are tested separately, but trained
-        together.
+        """Number of tasks in the source; with ``joint`` they are trained together, but tested separately.
         """
 
     def divide(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:

@@ -14,8 +14,7 @@ from lightning_sparse_cl.nests import Nest, is_image, is_padded, joined, rows, w
 
 
 class Standardisation(nn.Module):
-    """Subtracts from series (B, C, T) or tables (B, C) the mean of each channel or column, and divides by its
-    deviation.
+    """Standardises each channel of series (B, C, T), or column of tables (B, C), by a given mean and deviation.
 
     Series may be padded: ``{"series": (B, C, T), "length": (B,)}``; what follows their ends stays zero.
 

@@ -54,7 +54,8 @@ class TaskDatasets(TaskDataModule):
             raise ValueError(f"TaskDatasets: train and test are lists of data sets, one per task, got {kinds}")
         if len(train) != len(test) or not train:
             raise ValueError(
-                f"TaskDatasets: one training and one test set per task, got {len(train)} training, {len(test)} test"
+                f"TaskDatasets: one training and one test set per task, got {len(train)} training, "
+                f"{len(test)} test sets"
             )
         listed = class_names is None or (isinstance(class_names, Sequence) and not isinstance(class_names, str))
         if not listed or (class_names and (len(set(class_names)) < len(class_names) or not _are_texts(class_names))):

@@ -94,9 +94,7 @@ class TaskSets:
         return self._placed(places, learnt)
 
     def _placed(self, places: Sequence[int | None], learnt: LearntTasks) -> TaskSets:
-        """The data of each learnt task, taken from its place here; for missing tasks, only test sets without training
-        data.
-        """
+        """The data of each learnt task, from its place here; for missing tasks, test sets without training data."""
         nothing = _nothing((self.train or self.tested_only)[0])
         only = [(set(part.target.occurring(labels_of(part))), part) for part in self.tested_only]
         tested = [next((part for labels, part in only if labels <= set(task)), nothing) for task in learnt.classes]

@@ -148,9 +148,7 @@ def _folders() -> list[Path]:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a library is as it was compiled: its name ends with its checksum, since loading a damaged one would
-    crash.
-    """
+    """Whether a library is as it was compiled: its name ends with a checksum, as loading a damaged one would crash."""
     return path.stem.endswith(_digest(path))
 
 

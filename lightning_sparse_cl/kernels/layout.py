@@ -11,8 +11,7 @@ from lightning_sparse_cl.kernels.build import lanes
 
 
 class Grid(NamedTuple):
-    """How a batch is laid out in the lanes of vectors: ``images`` images, each cut into ``rows`` x ``columns`` equal
-    parts.
+    """How a batch is laid out in the lanes of vectors: images are cut into ``rows`` x ``columns`` equal parts.
 
     A blocked tensor is (groups, C, H / rows, W / columns, lanes): a group is ``lanes / (rows * columns)`` images.
     """

@@ -55,12 +55,10 @@ class Objective(TaskHooks, nn.Module):
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     reads_network = False
-    """Whether it computes with ``network`` itself, so that the module must compute with the network's parameters,
-    too.
+    """Whether it computes with ``network`` itself, so that the module must also use the network's parameters.
     """
     views = 1
-    """Augmented views of each sample of the current batch; if there are several, tensors of ``x`` are (B, views,
-    ...).
+    """Augmented views of each sample of the current batch; if several, the tensors of ``x`` are (B, views, ...).
     """
     takes: tuple[str, ...] = ("classes",)
     """The targets whose labels it can learn, see :mod:`lightning_sparse_cl.data.targets`."""

@@ -15,9 +15,7 @@ from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 
 ROUNDING = 1e-6
-"""Smaller distances are rounding errors of float32; their gradient, at a task's start and without augmentation, has no
-direction.
-"""
+"""Smaller distances are float32 rounding, as at a task's start without augmentation: their gradient is noise."""
 
 
 class FDR(Replay):

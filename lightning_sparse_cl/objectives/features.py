@@ -23,8 +23,7 @@ def features_of(backbone: nn.Module, stored: Nest, prepare: Callable[..., Nest])
 def fit_head(
     head: nn.Linear, features: Tensor, labels: Tensor, classes: Tensor, decay: float = 1e-3, steps: int = 100
 ) -> None:
-    """Multinomial logistic regression, by L-BFGS: fits the head's rows of ``classes``, which all weigh the same, in
-    place.
+    """Multinomial logistic regression, by L-BFGS: fits the head's rows of ``classes`` in place, all with equal weight.
 
     It is solved to the end, where the papers take many epochs of SGD with samples drawn evenly from the classes: there
     is no learning rate to choose, and nothing is drawn at random.

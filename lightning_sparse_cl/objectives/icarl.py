@@ -144,9 +144,7 @@ class NearestMean(nn.Module):
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of features (n, D), chosen one by one so that their mean stays nearest to the mean of all (Alg.
-    4).
-    """
+    """Indices (count,) of features (n, D), chosen one by one to keep their mean nearest to that of all (Alg 4)."""
     mean, total = features.mean(0), torch.zeros_like(features[0])
     taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)

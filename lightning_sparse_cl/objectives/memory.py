@@ -148,8 +148,7 @@ class ReservoirMemory(ExemplarMemory):
 
 
 class BalancedMemory(ExemplarMemory):
-    """Equal shares of all classes, or of all tasks, seen so far: M/G for each of G groups, and what is left over one by
-    one.
+    """Equal shares of all classes, or of all tasks, seen so far: M/G for each of G groups, and the rest one by one.
 
     A group's exemplars are kept in an order of preference, and as groups are added the last ones of each are dropped. A
     group with fewer samples than its share leaves places free. It is filled at task ends.

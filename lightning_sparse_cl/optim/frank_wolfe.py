@@ -86,9 +86,7 @@ class StochasticFrankWolfe(Optimizer):
             group["free"] = [p.numel() for p in group["params"]]  # coordinates that may move
 
     def set_free(self, param: Tensor, count: int) -> None:
-        """Declare that only ``count`` coordinates of ``param`` can move (the others are frozen): K is a fraction of
-        these.
-        """
+        """Declare that only ``count`` coordinates of ``param`` can move (others are frozen): K refers to these."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if p is param:

@@ -33,9 +33,7 @@ def weight_layers(module: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
 
 
 def network_of(module: nn.Module) -> nn.Module:
-    """The part of a module that maps images to logits: its property ``network``, which methods here have, or all of
-    it.
-    """
+    """The part of a module that maps images to logits: its property ``network``, as in methods here, or all of it."""
     if not isinstance(getattr(type(module), "network", None), property):
         return module
     network, own = module.network, dict(module.named_modules())

@@ -109,7 +109,7 @@ def test_tasks_of_different_numbers_of_classes(rule):
 
 
 def test_a_task_of_one_class_has_no_entropy():
-    with pytest.raises(ValueError, match=r"inference=LowestEntropy\(\)\): task 1 has 1 class, .* take LargestLogit"):
+    with pytest.raises(ValueError, match=r"inference=LowestEntropy\(\)\): task 1 has 1 class, .* use LargestLogit"):
         learnt(scl.LowestEntropy(), data=uneven(5, 1))
     learnt(scl.CalibratedLogit(), data=uneven(5, 1))
 

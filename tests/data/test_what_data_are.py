@@ -235,7 +235,7 @@ def test_items_that_are_no_pairs_of_sample_and_label(data: Any, message: str, in
 
 def test_task_datasets_are_lists() -> None:
     data = TensorDataset(IMAGES, LABELS)
-    refused(lambda: scl.TaskDatasets(data, data), "lists of data sets, one per task, got TensorDataset and TensorDataset")
+    refused(lambda: scl.TaskDatasets(data, data), "data sets, one per task, got TensorDataset and TensorDataset")
     tokens = [scl.SampleTensors(TOKENS.view(80, 1, 3, 4), LABELS)]
     refused(lambda: scl.TaskDatasets(tokens, tokens), "images are uint8 or float, got int64")
 

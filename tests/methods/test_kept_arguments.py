@@ -101,7 +101,7 @@ def test_what_cannot_be_pickled_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"'optimizer' could not be saved .*; give optimizer=\.\.\. again"):
         scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt")
     assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", optimizer=torch.optim.SGD)
-    with pytest.warns(UserWarning, match="'optimizer' could not be saved.* default now"):
+    with pytest.warns(UserWarning, match="'optimizer' could not be saved.* it has its default"):
         assert scl.ContinualModule.load_from_checkpoint(tmp_path / "x.ckpt", backbone=scl.SmallMLP([8]))
 
 
