@@ -193,7 +193,7 @@ def test_with_a_path_settings_may_be_changed_on_purpose(tmp_path, said):
 @pytest.mark.parametrize(
     ("config", "more", "message"),
     [
-        ("finetune", ["--model.init_args.backbone.width=5"], r"of another network: backbone\.0\.weight is"),
+        ("finetune", ["--model.init_args.backbone.width=5"], r"from another network: backbone\.0\.weight is"),
         ("er", [], r"another network: objective\.memory"),
         ("finetune", ["--data.init_args.class_order=3"], "another run: .*samples of each task"),
         ("finetune", ["--data.init_args.batch_size=32"], rf"batch_size over all processes = 32 \({BATCH_SIZE} in"),
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_optimiser_is_refused(tmp_path):
     sgd = ["--model.init_args.optimizer=SGD", "--model.init_args.optimizer.lr=0.1"]
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert "tau" in checkpoint["optimizer_states"][0]["param_groups"][0]
-    with pytest.raises(ValueError, match=r"of another optimiser: SGD has .*weight_decay"):
+    with pytest.raises(ValueError, match=r"another optimiser: SGD has .*weight_decay"):
         main(command(tmp_path, "esacl", short, f"--ckpt_path={tmp_path / 'last.ckpt'}", *sgd))
 
 

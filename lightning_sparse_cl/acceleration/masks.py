@@ -29,7 +29,7 @@ class FollowedMasks:
     def __init__(self, masks: Masks, model: nn.Module) -> None:
         inside = [name for name, module in masks.module.named_modules() if module is model]
         if not inside:
-            raise ValueError(f"accelerate({type(model).__name__}): the masks are of another module")
+            raise ValueError(f"accelerate({type(model).__name__}): the masks belong to another module")
         self._masks, self._enforcement = masks, Enforcement.of(masks.module)
         self._prefix = f"{inside[0]}." if inside[0] else ""
         self._version: int | None = None

@@ -62,7 +62,7 @@ class AGEM(TaskCallback):
         if self._loaded is not None:
             if (found := len(self._loaded["labels"])) != self.memory.size:
                 raise ValueError(
-                    f"AGEM(memory={self.memory.size}): the checkpoint has a memory of {found}; go on with that size"
+                    f"AGEM(memory={self.memory.size}): the checkpoint has a memory of {found}; use that size"
                 )
             self.memory.load_state_dict(self._loaded)
         self.memory.to(pl_module.device)

@@ -86,7 +86,7 @@ def refuse_another_run(found: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         ValueError: naming everything that differs.
     """
     if differing := differences(found["tested"], here["tested"]) | differences(found["must"], here["must"]):
-        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
+        raise ValueError(f"TaskSchedule: the checkpoint is from another run: {told(differing)}")
 
 
 def refuse_another_objective(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -134,7 +134,7 @@ def refuse_other_tasks(found: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         ValueError: naming everything that differs.
     """
     if differing := differences(found["tested"], here["tested"]):
-        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
+        raise ValueError(f"TaskSchedule: the checkpoint is from another run: {told(differing)}")
     there = [pair for pair in zip(found["must"][DATA], here["must"][DATA]) if pair[1]]  # others are not tested
     if any(before != now for before, now in there):
         rank_zero_warn("TaskSchedule: the data are not those of the checkpoint's training, or have changed since")
@@ -154,13 +154,13 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
         return
     if Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt"):
         raise ValueError(
-            f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is of another run: "
+            f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is from another run: "
             f"{told(differing)}; move it away"
         )
     offered = any(saving.was_offered(trainer.ckpt_path) for saving in callbacks_of(trainer, SequenceCheckpoint))
     if offered and differing.keys() != planned.keys():
         raise ValueError(
-            f"ckpt_path='last' has found {trainer.ckpt_path}, which is of another run: {told(differing)}; give its "
+            f"ckpt_path='last' has found {trainer.ckpt_path}, which is from another run: {told(differing)}; give its "
             "path to go on from it, or this run a folder of its own"
         )
     for i, optimizer in enumerate(trainer.optimizers):

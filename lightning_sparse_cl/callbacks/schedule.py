@@ -185,7 +185,7 @@ class TaskSchedule(pl.Callback):
             for group in optimizer.param_groups:
                 if missing := optimizer.defaults.keys() - group.keys() - {"differentiable"}:  # PyTorch adds it later
                     raise ValueError(
-                        f"TaskSchedule: the checkpoint is of another optimiser: {type(optimizer).__name__} has "
+                        f"TaskSchedule: the checkpoint is from another optimiser: {type(optimizer).__name__} has "
                         f"{', '.join(sorted(missing))}, which the checkpoint lacks"
                     )
         if self._found is not None:

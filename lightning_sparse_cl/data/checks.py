@@ -84,7 +84,7 @@ def refuse_channels_last(name: str, shape: Sequence[int], dtype: torch.dtype, ba
     Args:
         name: for the error.
         shape: three sizes, which should be (C, H, W).
-        dtype: of the images.
+        dtype: type of the images.
         batch: whether the remedy is for a batch (N, C, H, W), or else for an image.
     """
     height, width, last = shape

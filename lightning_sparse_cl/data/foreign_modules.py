@@ -56,7 +56,7 @@ class Tasks(TaskDatasets):
 
     Args:
         modules: the data modules, in the order of the tasks.
-        pair: from a batch to its samples and labels, if a batch is something else.
+        pair: function from a batch to its samples and labels, if a batch is something else.
         own_classes: each data module numbers its own classes from 0, which differ from those of the modules before. If
             False, a number is the same class everywhere.
         batch_size: if None, the batch size of the first module's loader.
@@ -211,8 +211,8 @@ class Collated(Dataset):
 
     Args:
         data: the data set.
-        collate: from a list of items to a batch.
-        pair: from a batch to samples and labels.
+        collate: function from a list of items to a batch.
+        pair: function from a batch to samples and labels.
         name: for errors.
     """
 

@@ -126,7 +126,7 @@ class ImageFiles(Dataset):
 
     Args:
         paths: paths of the files, which the fingerprint of a task covers.
-        read: from a path to an image (C, H, W).
+        read: function from a path to an image (C, H, W).
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], Tensor]) -> None:

@@ -334,12 +334,13 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """Restore the masks, after sizing the network if there is no trainer to ask (``load_from_checkpoint``).
 
         Raises:
-            ValueError: if the checkpoint is of another network or memory, or of a version before samples were nests.
+            ValueError: if the checkpoint is from another network or memory, or from a version before samples were
+                nests.
         """
         if "layout" not in checkpoint.get("built_for", {}):
             raise ValueError(
-                f"{type(self).__name__}: the checkpoint is of an older version, or no method of this package wrote it; "
-                "train anew, or read it with that version"
+                f"{type(self).__name__}: the checkpoint is from an older version, or not from a method of this "
+                "package; train anew, or read it with that version"
             )
         super().on_load_checkpoint(checkpoint)
         if self.head is None:
@@ -351,7 +352,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             known, classes = checkpoint["built_for"]["num_classes"], task_data(self.trainer, self).num_classes
             if self.trainer.ckpt_path and known != classes:
                 raise ValueError(
-                    f"{type(self).__name__}: the checkpoint is of another network: it knows {known} classes, and the "
+                    f"{type(self).__name__}: the checkpoint is from another network: it knows {known} classes, but the "
                     f"data have {classes}; to learn further ones from it, use --continue_from (go_on_from in Python)"
                 )
             self.grow(checkpoint, classes)
@@ -363,7 +364,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             if shapes[0] != shapes[1]:
                 there, here = (s if isinstance(s, tuple) else "present" if s else "missing" for s in shapes)
                 raise ValueError(
-                    f"{type(self).__name__}: the checkpoint is of another network: {name} is {there} in it and "
+                    f"{type(self).__name__}: the checkpoint is from another network: {name} is {there} in it and "
                     f"{here} in this one"
                 )
         if "masks" in checkpoint:  # gradient masks are those of a step that is over

@@ -75,7 +75,7 @@ def from_bytes(kept: bytes, weights_only: bool = True) -> Any:
 
 
 def class_named(name: str) -> Any:
-    """A class by its full name: of this package, of torch, or of a module that is imported. If there is none, None."""
+    """A class by its full name: of this package, of torch, or of a module that is imported. None if there is none."""
     module, _, last = name.rpartition(".")
     return getattr(_module(module) if f"{module}.".startswith(TRUSTED) else sys.modules.get(module), last, None)
 

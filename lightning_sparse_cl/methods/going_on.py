@@ -74,10 +74,10 @@ class GoesOn(pl.LightningModule):
             raise ValueError(f"{path}: {error}") from error
         trained, own = sequence["tested"]["method"], type(cast(Growing, self).objective).__name__
         if (objective := sequence["settings"].get("objective", own)) != own:
-            raise ValueError(f"{path}: this checkpoint is of {objective}, and its memory is not one of {own}")
+            raise ValueError(f"{path}: this checkpoint is from {objective}, and its memory does not fit {own}")
         if trained != type(self).__qualname__:
             raise ValueError(
-                f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}"
+                f"{path}: this checkpoint is from a {trained}, and cannot go on as a {type(self).__qualname__}"
             )
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])

@@ -108,7 +108,7 @@ def _full_name(cls: type) -> str:
 
 
 def _class_of(cls: type, name: str, needed: bool) -> type | None:
-    """The class that a checkpoint is of, if it is ``cls`` or derived from it; else None.
+    """The class of the module in a checkpoint, if it is ``cls`` or derived from it; else None.
 
     Raises:
         ValueError: if it is needed, but is in a module that is neither imported nor part of this package.
@@ -118,7 +118,7 @@ def _class_of(cls: type, name: str, needed: bool) -> type | None:
     found = class_named(name)
     if found is None and needed and cls.__module__.startswith(f"{__package__}."):
         raise ValueError(
-            f"{cls.__name__}.load_from_checkpoint: this checkpoint is of the class {name}; import it and call its "
+            f"{cls.__name__}.load_from_checkpoint: this checkpoint is from the class {name}; import it and call its "
             "load_from_checkpoint"
         )
     return found if inspect.isclass(found) and issubclass(found, cls) else None

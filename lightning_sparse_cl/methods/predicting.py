@@ -40,7 +40,7 @@ class Prediction(NamedTuple):
     probability: float
     """Probability of the class among all classes, in 0-1."""
     task: int | None
-    """The task that has the class, counted from 0. If several tasks have it, None."""
+    """The task that has the class, counted from 0. None if several tasks have it."""
 
 
 Answer = Prediction | list[Prediction] | dict[str, float] | Tensor
@@ -52,7 +52,7 @@ class PredictsImages(pl.LightningModule):
     """Base of modules that answer for raw images and other samples, after a fit or out of a checkpoint."""
 
     data_description: DataDescription | None = None
-    """What is known of the data of the latest fit. If there was none yet, None."""
+    """What is known of the data of the latest fit. None before the first."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -81,7 +81,7 @@ class PredictsImages(pl.LightningModule):
         Args:
             images: uint8 (N, C, H, W), or a list of images (C, H, W), PIL images or paths, of any sizes and modes; or
                 one PIL image or path.
-            transform: from stored images (N, C, H, W) to network input. If None, the training's normalisation.
+            transform: from stored images (N, C, H, W) to network input. If None, the normalisation of training.
 
         Raises:
             ValueError: if the module was never trained, an image cannot be read or converted, or training had a
@@ -99,7 +99,7 @@ class PredictsImages(pl.LightningModule):
     ) -> list[Answer]:
         """The class of each raw image, out of all classes; for other targets see :data:`Answer`.
 
-        Where each task has a subnetwork, all of them are asked, and the task is that of the winning class.
+        If each task has a subnetwork, all of them are asked, and the winning class decides the task.
 
         Args:
             images, transform: see :meth:`prepare_images`.
@@ -121,7 +121,7 @@ class PredictsImages(pl.LightningModule):
 
         Args:
             stored: N samples, stored as the training samples were: a tensor (N, ...), or a dict or tuple of tensors.
-            transform: from a stored batch to network input. If None, the training's normalisation.
+            transform: from a stored batch to network input. If None, the normalisation of training.
             batch_size: how many samples are sent through the network at a time.
 
         Raises:

@@ -62,7 +62,7 @@ def counts(owner: str, distribution: Distribution, shapes: Shapes, density: floa
     Args:
         owner: name of the class that asks, for the error.
         distribution: a name in ``DISTRIBUTIONS``, or sparsities by pattern.
-        shapes: of the weights, by name.
+        shapes: shapes of the weights, by name.
         density: fraction kept of all N weights; with patterns, of those that match none.
 
     Raises:

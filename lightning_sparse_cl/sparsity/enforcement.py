@@ -236,7 +236,7 @@ class Enforcement:
         """The sums of these gradients, as ``.grad`` sums them, averaged over processes; they are no longer kept.
 
         Args:
-            names: of the weights. If None, all.
+            names: names of the weights. If None, all.
         """
         asked = list(self._whole) if names is None else [name for name in names if name in self._whole]
         taken = {name: grad for name in asked if (grad := self._whole.pop(name)) is not None}

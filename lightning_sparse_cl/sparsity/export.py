@@ -105,7 +105,7 @@ def load_sparse(path: str | os.PathLike, module: nn.Module | None = None) -> dic
         own, needed = module.state_dict(), network_of(module).state_dict()
         if wrong := sorted((needed.keys() - state.keys()) | (state.keys() - own.keys())):
             raise ValueError(
-                f"load_sparse({str(path)!r}): the file is of another network than this {type(module).__name__}; "
+                f"load_sparse({str(path)!r}): the file is from another network than this {type(module).__name__}; "
                 f"{wrong[0]} is in one and not in the other"
             )
         for name, tensor in state.items():

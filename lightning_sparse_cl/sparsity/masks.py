@@ -87,7 +87,7 @@ class Masks:
         """Masks at the zeros of weights that are sparse already, because they were loaded or pruned elsewhere.
 
         Args:
-            module: with weights that have zeros.
+            module: a module whose weights have zeros.
             names: names of the weights. If None, all with two or more dimensions in which at least ``least`` of the
                 entries are zero, but not all.
             least: smallest fraction of zeros.

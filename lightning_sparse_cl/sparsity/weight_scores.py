@@ -39,7 +39,7 @@ class WeightScores(nn.Module):
 
     Each weight is multiplied with a mask of 0 and 1 that its scores decide: either the largest scores of a layer are
     on, or those above a threshold. The scores learn by the gradient of the mask, dL/dm = w dL/d(m w). Where negative
-    scores change a weight's sign, masks are of -1, 0 and 1.
+    scores change a weight's sign, masks have entries -1, 0 and 1.
 
     Args:
         keep: fraction of each layer's weights that is on, in (0, 1].

@@ -223,7 +223,7 @@ NO_PAIRS: list[tuple[Any, str]] = [
     (TensorDataset(IMAGES), "item 0 is a tuple of 1"),
     (IMAGES, r"item 0 is torch.uint8 \(3, 6, 6\)"),
     (Pairs(np.array([object()] * 40), LABELS), "item 0 is or has object"),
-    (Stream(), "a data set has a length, and items by index; Stream does not"),
+    (Stream(), "a data set has a length, and items by index; Stream has not"),
 ]
 
 
