@@ -67,7 +67,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         ({"threads": 0}, "both are greater than 0"),
         ({"seconds": float("nan")}, "both are greater than 0"),
         ({"ways": []}, "there are 2 samples and 0 ways"),
-        ({"labels": torch.zeros(3)}, "there are 2 samples and 3 labels"),
+        ({"labels": torch.zeros(3)}, "there are 2 samples, but 3 labels"),
     ):
         with pytest.raises(ValueError, match=message):
             scl.profile_model(net, x, folder=tmp_path / "p", **options)
