@@ -57,8 +57,8 @@ class ClassBalancedReservoir(ReservoirMemory):
         self.size, self.classes = min(size for size in sizes if size is not None), classes
         if self.size < classes:
             raise ValueError(
-                f"{type(owner).__name__}(memory={self.size}): at least one exemplar per class, and there are {classes} "
-                "classes; use a larger memory"
+                f"{type(owner).__name__}(memory={self.size}): at least one exemplar per class, and there are "
+                f"{classes}; use a larger memory"
             )
 
     def build(self, layout: Nest, num_classes: int | None, seed: int, labels: Tensor | None = None) -> None:

@@ -172,7 +172,7 @@ class BalancedMemory(ExemplarMemory):
         if self.size < groups:
             raise ValueError(
                 f"{type(owner).__name__}(memory={self.size}): at least one exemplar per {self.by}, and there are "
-                f"{groups} of these; use a larger memory"
+                f"{groups}; use a larger memory"
             )
 
     @torch.no_grad()
