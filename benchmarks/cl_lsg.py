@@ -1,7 +1,7 @@
 """CL-LSG, its ablation and the baselines of its tables on a stand-in for Split CIFAR-100: accuracy and size per task.
 
 The tasks of benchmarks/continual_dst.py (Tiny ImageNet, 10 tasks of 10 classes, 32x32), a fifth of the training images
-held out. ResNet-18 of width 16 with a 7x7 stem, SGD 0.02 with momentum 0.9, batch 32, at most 12 epochs a task, 4 of
+held out. ResNet-18 of width 16 with a 7x7 stem, SGD 0.02 with momentum 0.9, batch 32, at most 12 epochs per task, 4 of
 them before growth. Masks are thresholded without noise, by Adam 0.02, lambda 0.001, m^g from 0.5; the last row draws
 them, as the paper does in runs ten times as long. The target of the rows that grow is the better of Scratch and
 Fine-tune on held-out images, task by task, of the same seed. Sizes are in whole networks.
@@ -70,7 +70,7 @@ def run(
 
 
 def against_grow(row: str, found: dict[tuple, dict[str, Any]], seeds: list[int]) -> dict[str, Any]:
-    """Differences to Grow in accuracy and size, and whether the row is more accurate at equal size.
+    """Differences from Grow in accuracy and size, and whether the row is more accurate at equal size.
 
     Sizes count as equal where their interval holds zero; a row that is also smaller is better still.
     """

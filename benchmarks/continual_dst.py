@@ -1,9 +1,9 @@
 """Continual DST on a stand-in for Split CIFAR-100: initialisation, growth and sparsity; the paper's findings I to IV.
 
-The first 100 classes of Tiny ImageNet in 10 tasks of 10, 100 training and 25 test images a class, resized to 32x32.
+The first 100 classes of Tiny ImageNet in 10 tasks of 10, 100 training and 25 test images per class, resized to 32x32.
 ResNet-18 of width 8 with the paper's 7x7 stem, Adam 0.001 divided by ten at half and three quarters of a task, batch
-32, 12 epochs a task (375 steps), exchanges every 25 steps, the fraction from 0.5 to 0.005: the same for all rows. A
-verdict takes five seeds and a 95 % interval of paired differences on one side of zero.
+32, 12 epochs per task (375 steps), exchanges every 25 steps, the fraction from 0.5 to 0.005: the same for all rows. A
+verdict needs five seeds and a 95 % interval of paired differences on one side of zero.
 
 python benchmarks/continual_dst.py [--quick] [--root FOLDER] [--finished]
 
@@ -45,7 +45,7 @@ ROWS = [
 
 
 def images_of(root: str, train: int, size: int = 32) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The first 100 classes, to train and to test on, resized with antialiasing; and their labels."""
+    """Training and test images of the first 100 classes, resized with antialiasing, and their labels."""
     source, parts = scl.TinyImageNetSource(root), []
     for part in (True, False):
         images, labels = source.read(part)
@@ -88,7 +88,7 @@ def run(
 
 
 def findings(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each finding, the paired differences (runs of the same seed) that bear on it, and the verdict on it."""
+    """Each finding, the paired differences (runs of the same seed) that bear on it, and the verdict."""
 
     def of(key: str, init: str, growth: str, s: float) -> list[float]:
         row = next(r for r in rows if (r["init"], r["growth"], r["sparsity"]) == (init, growth, s))

@@ -1,4 +1,4 @@
-"""Three tasks and, later, two whose classes were unknown, beside five tasks known from the beginning: Split Digits.
+"""Three tasks and, later, two whose classes were unknown, against five tasks known from the beginning: Split Digits.
 
 Every configuration of configs/split_digits as shipped. python benchmarks/continuing.py [--quick]
 Finished runs are kept in benchmarks/results/continuing_runs.json; the same command goes on with what is missing.
@@ -42,7 +42,7 @@ def run(config: str, seed: int, epochs: int | None) -> dict[str, Any]:
 
         whole = fit("whole", ALL)
         first = fit("first", FIRST)
-        # With all data, so that all five tasks are tested; those that were learnt are not learnt again.
+        # With all data, so that all five tasks are tested; learnt tasks are not learnt again.
         later = fit("later", ALL, f"--continue_from={first / 'last.ckpt'}")
         found: dict[str, Any] = {}
         for name, folder in (("at once", whole), ("continued", later)):

@@ -37,7 +37,7 @@ FIGURES = ("flat_ms", "onnxruntime_ms", "kernels_ms", "dense_ms")
 
 
 def network(name: str, sparsity: float) -> tuple[nn.Module, int]:
-    """With a head of ten classes, batch-norm statistics of some data, and pruned; and the side of its images."""
+    """A pruned network with a head of ten classes and some batch-norm statistics; and the side of its images."""
     make, side = NETWORKS[name]
     torch.manual_seed(0)
     net = nn.Sequential(make(), nn.LazyLinear(10)).train()
@@ -70,7 +70,7 @@ def by_onnx_runtime(net: nn.Module, x: Tensor, threads: int) -> Callable[[], lis
 
 
 def candidates(name: str, batch: int, threads: int, sparsity: float, compiles: bool) -> dict[str, Callable[[], Any]]:
-    """What takes turns."""
+    """The ways to run that take turns."""
     net, side = network(name, sparsity)
     x = torch.randn(batch, 3, side, side)
     found: dict[str, Callable[[], Any]] = {"onnxruntime_ms": by_onnx_runtime(net, x, threads)}

@@ -16,7 +16,7 @@ import lightning_sparse_cl as scl
 
 
 class EveryMatrix(scl.StochasticFrankWolfe):
-    """The polytopes hold the layers that are never pruned, too."""
+    """Frank-Wolfe that also constrains the layers that are never pruned."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group | {"constrained": True})

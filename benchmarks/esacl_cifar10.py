@@ -1,8 +1,8 @@
-"""EsaCL on Split CIFAR-10 at a size for CPUs: its readings, what makes it efficient, and others at the same sparsity.
+"""EsaCL on Split CIFAR-10 at a size for CPUs: its readings, what makes it efficient, and rivals at the same sparsity.
 
-The preset of sparcl.py: five tasks of two classes, 400 images a class, halved to 16x16 pixels, ResNet-18 of width 16,
-500 exemplars, batch 32, 10 epochs a task. Masked networks run by sparse kernels. What is chosen here was chosen on
-seeds 100 to 102.
+The preset of sparcl.py: five tasks of two classes, 400 images per class, halved to 16x16 pixels, ResNet-18 of width 16,
+500 exemplars, batch 32, 10 epochs per task. Masked networks run by sparse kernels. All choices were made on seeds 100
+to 102.
 
 python benchmarks/esacl_cifar10.py [--quick] [--root FOLDER] [--finished]
 
@@ -44,7 +44,7 @@ HALF: dict[str, Any] = {"prune_epoch": 4, "reopen": scl.Reopen("zero")}
 
 
 def without(part: str) -> dict[str, Any]:
-    """The other parts."""
+    """All parts but one."""
     return {key: value for name, own in PARTS.items() if name != part for key, value in own.items()}
 
 
@@ -99,7 +99,7 @@ def module_of(row: str, sparsity: float, width: int = WIDTH) -> scl.ContinualMod
 
 
 def figures(metrics: dict[str, Any]) -> dict[str, float]:
-    """Of a run's report, what the tables show."""
+    """The figures of a run's report that the tables show."""
     flops = metrics["flops"]
     return {
         "Class-IL before": metrics["class_il_before"]["acc"],

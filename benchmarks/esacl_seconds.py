@@ -1,9 +1,9 @@
 """Seconds of efficient EsaCL with sparse kernels beside dense DER++, on a network large enough for kernels to matter.
 
-Split CIFAR-10, five tasks, ResNet-18 of width 64 on 32x32 images, 32 images a class, batch 32 and two replay draws of
+Split CIFAR-10, five tasks, ResNet-18 of width 64 on 32x32 images, 32 images per class, batch 32 and two replay draws of
 32, four epochs a task, pruned after the first; two CPU threads. The two runs of a seed are two new processes that take
-turns of a few steps, so that what disturbs the machine disturbs both; seconds are a process's own of the whole fit,
-with the evaluation after every task. Images and epochs are enough to compare times, not accuracies.
+turns of a few steps, so that disturbances of the machine affect both; seconds are a process's own, for the whole fit,
+including the evaluation after every task. Images and epochs are enough to compare times, not accuracies.
 
 python benchmarks/esacl_seconds.py --root FOLDER_WITH_CIFAR10 [--quick]
 """

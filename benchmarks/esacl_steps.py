@@ -1,8 +1,8 @@
 """When SAM and the selection of the largest losses pay: more steps per task, other radii, a longer warm-up.
 
-Five tasks of two classes of CIFAR-10, 400 images a class, halved to 16x16 pixels; SmallCNN(16) with DER++ and 500
-exemplars, batch 32, SGD 0.03, nothing pruned, 10 or 40 epochs a task (250 or 1,000 steps). A warm-up trains on
-all samples; it lasts two epochs of each task, or half of them.
+Five tasks of two classes of CIFAR-10, 400 images per class, halved to 16x16 pixels; SmallCNN(16) with DER++ and 500
+exemplars, batch 32, SGD 0.03, nothing pruned, 10 or 40 epochs per task (250 or 1,000 steps). A warm-up trains on all
+samples; it lasts two epochs of each task, or half of its epochs.
 
 python benchmarks/esacl_steps.py [--quick] [--root FOLDER] [--finished]
 

@@ -1,9 +1,9 @@
-"""EsaCL on a stand-in for Split Tiny-ImageNet at a size for CPUs, beside others at the same sparsity.
+"""EsaCL on a stand-in for Split Tiny-ImageNet at a size for CPUs, beside rivals at the same sparsity.
 
-The first 50 classes of Tiny ImageNet in five tasks of ten, 100 training and 25 test images a class, resized to 16x16;
-ResNet-18 of width 16, 500 exemplars, batch 32, 10 epochs a task. Masked networks run by sparse kernels. Frank-Wolfe's
-radius and step, the epoch of the pruning and the part reopened are searched on seeds 100 and 101 ("search" in the
-results); the rows are of seeds 0 to 4. Their names are those of esacl_cifar10.py.
+The first 50 classes of Tiny ImageNet in five tasks of ten, 100 training and 25 test images per class, resized to 16x16;
+ResNet-18 of width 16, 500 exemplars, batch 32, 10 epochs per task. Masked networks run by sparse kernels. Frank-Wolfe's
+radius and step, the epoch of the pruning and the part reopened were searched on seeds 100 and 101 ("search" in the
+results); the rows have seeds 0 to 4, and the names of esacl_cifar10.py.
 
 python benchmarks/esacl_tiny_imagenet.py [--quick] [--root FOLDER] [--finished]
 
@@ -35,7 +35,7 @@ ROWS = [
 
 
 def steps(lr: float, tau: float, momentum: float | None = 0.9) -> dict[str, Any]:
-    """Frank-Wolfe of a step and radius; along a running mean of the gradients, or their sum."""
+    """Frank-Wolfe with this step and radius, along a running mean of the gradients, or their sum."""
     return {"optimizer": partial(scl.StochasticFrankWolfe, lr=lr, tau=tau, k=None, momentum=momentum)}
 
 

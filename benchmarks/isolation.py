@@ -1,13 +1,13 @@
 """Methods that give tasks subnetworks on a stand-in for Split CIFAR-100: accuracy, size and bits of masks.
 
-The tasks of benchmarks/continual_dst.py (Tiny ImageNet, 10 tasks of 10 classes, 100 images a class, 32x32), ResNet-18
-of width 8 with a 7x7 stem, batch 32, 12 epochs a task, batch-norm of each task's own; five seeds. Optimisers are those
-of the methods' code: SGD with momentum for PackNet (0.01, a tenth of that while the last four epochs retrain), Adam
-0.001 for scores and weights of WSN, SupSup, Piggyback and Continual DST, divided by ten at half and three quarters of a
-task, 0.0005 for LPS, whose stages have two epochs each, and 0.002 for NISPA, whose phases have two. Class-IL infers the
-task by the lowest entropy. The target of CL-LSG and CPG is Scratch's accuracy on held-out images, which are a fifth of
-the training images, for all rows. CPG's stages need more epochs, 24 a task at most; it starts with two thirds of the
-weights.
+The tasks of benchmarks/continual_dst.py (Tiny ImageNet, 10 tasks of 10 classes, 100 images per class, 32x32), ResNet-18
+of width 8 with a 7x7 stem, batch 32, 12 epochs per task, separate batch-norm for each task; five seeds. Optimisers are
+those of the methods' code: SGD with momentum for PackNet (0.01, a tenth of that while the last four epochs retrain),
+Adam 0.001 for scores and weights of WSN, SupSup, Piggyback and Continual DST, divided by ten at half and three quarters
+of a task, 0.0005 for LPS, whose stages have two epochs each, and 0.002 for NISPA, whose phases have two. Class-IL
+infers the task by the lowest entropy. The target of CL-LSG and CPG is Scratch's accuracy on held-out images, which are
+a fifth of the training images, for all rows. CPG's stages need more epochs, at most 24 per task; it starts with two
+thirds of the weights.
 
 python benchmarks/isolation.py [--quick] [--root FOLDER] [--finished]
 
@@ -113,7 +113,7 @@ GROWN: dict[str, tuple[Callable[[Any, int, list[float]], scl.IsolatingModule], C
     "CL-LSG": (cl_lsg, lambda epochs: epochs),
     "CPG": (cpg, lambda epochs: 14 * max(1, epochs // 6)),
 }
-"""How each is made, of a target, and how many epochs its tasks take at most."""
+"""How each method is made, given a target, and the largest number of epochs of its tasks."""
 
 
 def run(

@@ -1,8 +1,8 @@
 """Every method that gives tasks subnetworks, on Split Digits: Task-IL, and Class-IL by five rules of inference.
 
 The configurations of configs/split_digits as shipped, three seeds. Each run is tested under each TaskInference: the
-task of a sample by the largest logit, by the lowest entropy, and by the largest logit beside those of the task's own
-training samples; and, as in SupSup, by the gradient of the entropy of all subnetworks in superposition.
+task of a sample is inferred by the largest logit, by the lowest entropy, and by the largest logit relative to those of
+the task's own training samples; and, as in SupSup, by the gradient of the entropy of all subnetworks in superposition.
 
 python benchmarks/isolation_digits.py [--quick]
 Finished runs are kept in benchmarks/results/isolation_digits_runs.json; the same command goes on with the rest.
@@ -61,7 +61,7 @@ def run(config: str, seed: int, batches: int | None) -> dict[str, Any]:
 
 def main() -> None:
     args = harness.arguments(__doc__)
-    seeds, batches = ([0], 3) if args.quick else ([0, 1, 2], None)  # of each epoch
+    seeds, batches = ([0], 3) if args.quick else ([0, 1, 2], None)  # batches per epoch
     jobs = [(config, seed, batches) for seed in seeds for config in METHODS]
     run_all = harness.run_all if args.quick else partial(harness.run_kept, "isolation_digits")
     results = dict(zip(jobs, run_all(run, jobs, args.processes), strict=True))

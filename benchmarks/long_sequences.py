@@ -1,14 +1,14 @@
-"""What a task costs when many have been learnt: Continual DST on a hundred tasks of permuted digits.
+"""What a task costs after many have been learnt: Continual DST on a hundred tasks of permuted digits.
 
 A perceptron with two hidden layers of 64; each task uses 10 % of it, two steps of 256 images per task; after every
-task all hundred test sets are measured in both scenarios and a checkpoint is written. Given are CPU seconds of one
-thread, which other processes on the machine hardly change: of a task's training, evaluation and checkpoint, and of the
-end of the fit, where the report counts what the subnetworks share. Waiting for the disk is not in them.
+task all hundred test sets are measured in both scenarios and a checkpoint is written. The figures are CPU seconds of
+one thread, which other processes on the machine hardly change: for a task's training, evaluation and checkpoint, and
+for the end of the fit, where the report counts what the subnetworks share. They do not include waiting for the disk.
 
 python benchmarks/long_sequences.py [--quick] [--code NAME]
 
-To measure other code, let PYTHONPATH be its folder and give it a name. What is measured is added to the result file;
-of one name the last counts.
+To measure other code, set PYTHONPATH to its folder and give it a name. Results are added to the result file; the last
+ones of a name replace earlier ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Clock(pl.Callback):
 
 
 class Evaluation(scl.ContinualEvaluation):
-    """Knows what it took after each task."""
+    """Records how long it took after each task."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -63,7 +63,7 @@ class Evaluation(scl.ContinualEvaluation):
 
 
 class Checkpoint(scl.SequenceCheckpoint):
-    """Knows what the file after each epoch took, and its size in MB."""
+    """Records how long the file after each epoch took, and its size in MB."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -88,7 +88,7 @@ class Report(scl.RunReport):
 
 
 def run(tasks: int, bar: Progress, bar_id: Any, folder: str) -> dict[str, list[float]]:
-    """One sequence: by part what each task took, in seconds."""
+    """One sequence: by part, the seconds that each task took."""
     pl.seed_everything(0, verbose=False)
     growth = scl.SET(0.9, interval=1, dense=["head.weight"])
     module = scl.ContinualDST(
@@ -114,7 +114,7 @@ def run(tasks: int, bar: Progress, bar_id: Any, folder: str) -> dict[str, list[f
 
 
 def blocks(runs: list[dict[str, list[float]]]) -> list[dict[str, Any]]:
-    """A row for each ten tasks: milliseconds per task over the tasks and runs, and the size of a checkpoint."""
+    """A row per ten tasks: milliseconds per task over the tasks and runs, and the size of a checkpoint."""
     rows = []
     for first in range(0, len(runs[0]["training"]), BLOCK):
         at = slice(first, first + BLOCK)

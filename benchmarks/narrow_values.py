@@ -1,8 +1,8 @@
 """What weights of fewer bits cost: accuracy and size of a trained network, by the type of the values in its file.
 
-EsaCL on Split Digits (SmallCNN(32), 80 % pruned, 20 epochs a task) and SparCL on five tasks of CIFAR-10 (400 images a
-class, halved to 16x16 pixels, ResNet-18 of width 16, 90 % pruned, 10 epochs a task). Class-IL accuracy on all test
-data; ONNX models of int8 are calibrated with 256 training samples.
+EsaCL on Split Digits (SmallCNN(32), 80 % pruned, 20 epochs per task) and SparCL on five tasks of CIFAR-10 (400 images
+per class, halved to 16x16 pixels, ResNet-18 of width 16, 90 % pruned, 10 epochs per task). Class-IL accuracy on all
+test data; ONNX models of int8 are calibrated with 256 training samples.
 
 python benchmarks/narrow_values.py [--quick] [--root FOLDER]
 
@@ -33,7 +33,7 @@ FILES = {
 
 
 def answered(path: Path, images: torch.Tensor) -> torch.Tensor:
-    """The class of each image (N, H, W, C), by the file alone."""
+    """The class of each image (N, H, W, C), as the file alone answers."""
     if path.suffix == ".spnet":
         return scl.FlatNetwork.load(path).of_bytes(images).argmax(1)
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])

@@ -1,7 +1,7 @@
 """Every objective, projection and update rule on Split CIFAR-10 at a size for CPUs: accuracy, forgetting and cost.
 
-Five tasks of two classes, 400 images a class, halved to 16x16 pixels, ResNet-18 of width 16, memories of 500, batch 32,
-10 epochs a task: the same for all rows. Learning rates and coefficients are the published ones for Split CIFAR-10
+Five tasks of two classes, 400 images per class, halved to 16x16 pixels, ResNet-18 of width 16, memories of 500, batch
+32, 10 epochs per task: the same for all rows. Learning rates and coefficients are the published ones for Split CIFAR-10
 (configs/split_cifar10), except where CHANGED says otherwise. Afterwards single steps are timed, all methods in turn.
 
 python benchmarks/objectives.py [--quick] [--root FOLDER] [--only NAME ...]
@@ -54,7 +54,7 @@ METHODS: dict[str, tuple[float, Make]] = {  # learning rate, and the parts
 }
 ORDER = [("fine-tuning", "EWC"), ("fine-tuning", "LwF"), ("EWC", "A-GEM"), ("LwF", "A-GEM"), ("A-GEM", "ER"),
          ("ER", "DER++"), ("DER++", "joint")]  # fmt: skip
-"""The literature's order in Class-IL, the lesser first."""
+"""The order in the literature by Class-IL, the lower one first."""
 
 
 def module_of(method: str, width: int) -> scl.ContinualModule:
@@ -118,7 +118,7 @@ def step_times(methods: list[str], images: str, width: int, rounds: int, batches
 
 
 def with_times(rows: list[dict[str, Any]], times: dict[str, float]) -> list[dict[str, Any]]:
-    """Each row with its step's milliseconds, and how many times fine-tuning's that is; joint training's is the same."""
+    """Each row with the milliseconds of a step, and its ratio to fine-tuning's; joint training has the same."""
     base = times.get("fine-tuning")
     costs = {
         m: {"ms a step": round(t, 2), "of fine-tuning": round(t / base, 2) if base else None} for m, t in times.items()

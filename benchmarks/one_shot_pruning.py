@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def two_classes(root: str, per_class: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Images and labels of airplane and automobile, to train and to test on."""
+    """Training and test images and labels of airplane and automobile."""
     source = scl.ImageFolderSource(root) if (Path(root) / "train").is_dir() else scl.CIFAR10Source(root)
     parts = []
     for train in (True, False):
@@ -67,7 +67,7 @@ def run(variant: str, seed: int, images: str, epochs: int) -> dict[str, float]:
 
 @torch.no_grad()
 def accuracy(module: pl.LightningModule, data: scl.TaskDataModule) -> float:
-    """On the test images, in eval mode."""
+    """Accuracy on the test images, in eval mode."""
     test = data.test_sets[0]
     logits = [module.eval()(data.prepare(x, augment=False)) for x in test.inputs.split(250)]
     return (torch.cat(logits).argmax(1) == test.labels).float().mean().item()

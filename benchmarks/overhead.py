@@ -1,8 +1,8 @@
-"""What a step costs here against a bare hand-written PyTorch loop that does identical work.
+"""What a step costs here compared with a bare hand-written PyTorch loop that does identical work.
 
 DER++ and EsaCL-DER++ (every sample kept), batch 32, two replay draws of 32, images 3x32x32, on a ResNet-18 of width 64
-and 20 and on a linear network, which shows the fixed cost. The package's fit and the loop alternate in one process;
-reported are the medians over rounds of the median step and of their ratio. The loop has what the package has:
+and 20 and on a linear network, which shows the fixed cost. The package's fit and the loop alternate in one process; the
+figures are medians over rounds of the median step, and of their ratio. The loop has what the package has:
 channels_last, index_select, one augmentation for both draws, an allocator that keeps freed memory.
 
 python benchmarks/overhead.py [--quick]
@@ -46,7 +46,7 @@ class Clock(pl.Callback):
 
 
 class Contiguous(pl.Callback):
-    """Takes channels_last back, to show what it gives."""
+    """Undoes channels_last, to show what it gains."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         nn.utils.convert_conv2d_weight_memory_format(pl_module, torch.contiguous_format)
@@ -196,7 +196,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def measure(network: str, method: str, steps: int, rounds: int) -> Iterator[tuple[float, float]]:
-    """Median step of the package and of the loop, round after round, turn about."""
+    """Median step of the package and of the loop, round after round, in turn."""
     for r in range(rounds):
         sides = {side: statistics.median(side(method, NETWORKS[network](), steps)[1:])
                  for side in ((package, loop) if r % 2 else (loop, package))}  # fmt: skip
@@ -213,7 +213,7 @@ def compiled(method: str, backbone: nn.Module, steps: int) -> list[float]:
 
 
 def defaults(network: str, steps: int, rounds: int) -> dict[str, Any]:
-    """How much longer the package's DER++ step takes with one choice undone or made, median of the rounds' ratios."""
+    """How much longer the package's DER++ step takes with one choice changed: the median of the rounds' ratios."""
     sides = (package, without_channels_last, compiled)
     times: dict[Callable, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):

@@ -1,8 +1,8 @@
-"""Replay through batch-norm: the current batch and each draw alone, as published, or all together.
+"""Replay through batch-norm: the current batch and each draw separately, as published, or all together.
 
-Five tasks of two classes of CIFAR-10, 192 images a class, halved to 16x16 pixels; SmallCNN(8), 500 exemplars, batches
-of 32, 10 epochs a task. ER, DER, DER++ and FDR with the coefficients of their configurations and SGD 0.03; five seeds,
-and the paired difference with its 95 % interval.
+Five tasks of two classes of CIFAR-10, 192 images per class, halved to 16x16 pixels; SmallCNN(8), 500 exemplars, batches
+of 32, 10 epochs per task. ER, DER, DER++ and FDR with the coefficients of their configurations and SGD 0.03; five
+seeds, and the paired difference with its 95 % interval.
 
 python benchmarks/replay_forward.py [--quick] [--root FOLDER]
 

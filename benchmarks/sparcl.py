@@ -1,7 +1,8 @@
 """SparCL, its parts and its competitors on Split CIFAR-10 at a size for CPUs: accuracy, FLOPs, footprint, seconds.
 
-Five tasks of two classes, 400 images a class, halved to 16x16 pixels, ResNet-18 of width 16, DER++ with 500 exemplars,
-batch 32, 10 epochs a task, SGD with learning rate 0.03: the same for all rows. Stages of TDM and DDR are two epochs.
+Five tasks of two classes, 400 images per class, halved to 16x16 pixels, ResNet-18 of width 16, DER++ with 500
+exemplars, batch 32, 10 epochs per task, SGD with learning rate 0.03: the same for all rows. Stages of TDM and DDR are
+two epochs.
 
 python benchmarks/sparcl.py [--quick] [--root FOLDER]
 
@@ -56,7 +57,7 @@ ROWS = [
 
 
 def run(row: str, sparsity: float, seed: int, images: str, epochs: int, width: int) -> dict[str, Any]:
-    """One sequence, and what the closed formulas say of its plan."""
+    """One sequence, and what the closed formulas give for its plan."""
     pl.seed_everything(seed, verbose=False)
     optimizer = partial(torch.optim.SGD, lr=0.03)
     objective, policies = scl.DERpp(500, BATCH, forward="joint"), POLICIES[row](sparsity)

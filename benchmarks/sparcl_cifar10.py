@@ -1,10 +1,10 @@
 """SparCL's claim on the whole of CIFAR-10: 50,000 images of 32x32 pixels in five tasks of two classes.
 
-ResNet-18 of width 8, DER++ with 500 exemplars (each draw passes through the network alone, as in the code that SparCL
-builds on), batch 32, SGD 0.03, 10 epochs a task: 15,600 steps, where the paper has 78,000 of width 64. Masks change
-every 5 epochs, as in the paper, and 30 % of a task's samples leave after the first 5, all at once (the paper: in four
-parts, after 5, 10, 15 and 20 of 50 epochs). Masked networks run by sparse kernels. A verdict takes five seeds; three
-run first.
+ResNet-18 of width 8, DER++ with 500 exemplars (each draw passes through the network separately, as in the code that
+SparCL builds on), batch 32, SGD 0.03, 10 epochs per task: 15,600 steps, where the paper has 78,000 at width 64. Masks
+change every 5 epochs, as in the paper, and 30 % of a task's samples leave after the first 5, all at once (the paper: in
+four parts, after 5, 10, 15 and 20 of 50 epochs). Masked networks run by sparse kernels. A verdict needs five seeds;
+three run first.
 
 python benchmarks/sparcl_cifar10.py [--quick] [--root FOLDER] [--seeds N] [--finished]
 

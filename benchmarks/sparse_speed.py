@@ -1,10 +1,11 @@
-"""How much faster masked networks are by the sparse kernels, against the fastest dense PyTorch, on this CPU.
+"""How much faster masked networks are with the sparse kernels than with the fastest dense PyTorch, on this CPU.
 
 ResNet-18 of width 64 for 32x32 images, uniform random masks on all convolutions but the stem. A training step is
 forward, loss, backward and SGD with momentum and weight decay. The dense network is the fastest of eager and compiled,
-NCHW and channels_last, in float32; in bfloat16 it is shown beside. Dense and sparse take turns; reported are medians of
-times and of their ratios. Rows at sparsity 0 are the same kernels with nothing pruned: what layout and fusion do alone.
-Below stands, for each kind of layer, which part of the multiply-adds that the CPU can do in registers is reached.
+NCHW and channels_last, in float32; bfloat16 is shown as well. Dense and sparse take turns; the figures are medians of
+times and of their ratios. Rows at sparsity 0 have the same kernels with nothing pruned, which shows the effect of
+layout and fusion alone. A second table shows, for each kind of layer, which part of the CPU's peak of multiply-adds in
+registers is reached.
 
 python benchmarks/sparse_speed.py [--quick]
 """
@@ -32,7 +33,7 @@ from lightning_sparse_cl.kernels.build import lanes, library
 from lightning_sparse_cl.kernels.layout import Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
-KINDS = {  # inputs, outputs, side, kernel, stride: of ResNet-18
+KINDS = {  # inputs, outputs, side, kernel, stride of ResNet-18's layers
     "stem": (3, 64, 32, 3, 1), "3x3, 64, 32x32": (64, 64, 32, 3, 1), "3x3/2, 64-128": (64, 128, 32, 3, 2),
     "3x3, 128, 16x16": (128, 128, 16, 3, 1), "1x1/2, 64-128": (64, 128, 32, 1, 2),
     "3x3, 256, 8x8": (256, 256, 8, 3, 1), "3x3, 512, 4x4": (512, 512, 4, 3, 1),
@@ -51,7 +52,7 @@ def network() -> nn.Module:
 
 
 def masks(net: nn.Module, sparsity: float) -> dict[str, Tensor]:
-    """Exactly so many weights of each convolution but the first, at random."""
+    """Random masks of exactly this sparsity on each convolution but the first."""
     generator, found = torch.Generator().manual_seed(1), {}
     for name, p in net.named_parameters():
         if p.ndim == 4 and "stem" not in name:
@@ -121,10 +122,10 @@ def sparse(mode: str, batch: int, sparsity: float) -> Callable:
 def in_turn(
     runs: dict[str, Callable], rounds: int, tick: Callable[[], None], pause: float = 0
 ) -> dict[str, list[float]]:
-    """Milliseconds of each, round after round; several calls a turn where they are short.
+    """Milliseconds of each, round after round, with several calls per turn if they are short.
 
     The first call of a turn is not counted: it finds the caches full of another network. ``pause`` seconds before each
-    turn let threads of the one before go to sleep.
+    turn let the threads of the previous one go to sleep.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -165,7 +166,7 @@ def speeds(
 
 
 def peak() -> float:
-    """Multiply-adds a second of one thread, in registers."""
+    """Multiply-adds per second of one thread, in registers."""
     n, best = 2_000_000, float("inf")
     for _ in range(7):
         start = time.perf_counter()
@@ -175,7 +176,7 @@ def peak() -> float:
 
 
 def fractions(sparsities: list[float], batch: int = 32) -> list[dict[str, Any]]:
-    """Of the peak, by kind of layer and pass, on one thread."""
+    """Fractions of the peak, by kind of layer and pass, on one thread."""
     torch.set_num_threads(1)
     rows = []
     for kind, (inputs, outputs, side, k, stride) in KINDS.items():
@@ -199,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args = harness.arguments(parser)
     keep_freed_memory()
-    torch._inductor.config.freezing = True  # constants are folded, of networks that are not trained
+    torch._inductor.config.freezing = True  # folds constants of networks that are not trained
     sparsities = [0.9] if args.quick else [0.0, 0.75, 0.9, 0.95]
     threads = [2] if args.quick else [1, 2]
     rounds = 3 if args.quick else 7

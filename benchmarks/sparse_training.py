@@ -1,10 +1,10 @@
 """What sparse kernels save in whole runs: SparCL with DER++ at sparsity 0.90, and inference after EsaCL's pruning.
 
 SparCL: Split CIFAR-10, five tasks, ResNet-18 of width 64 on 32x32 images, batch 32 and two replay draws of 32; masks,
-gradient masks and data removal move; two CPU threads. Each seed is trained with and without SparseAcceleration, in two
-new processes that take turns of a few steps, so that what disturbs the machine disturbs both; seconds are a process's
-own of the whole fit, with the evaluation after every task. Images and epochs are enough to compare times, and
-accuracies with each other, not with the paper's.
+gradient masks and data removal are on; two CPU threads. Each seed is trained with and without SparseAcceleration, in
+two new processes that take turns of a few steps, so that disturbances of the machine affect both; seconds are a
+process's own, for the whole fit, including the evaluation after every task. Images and epochs suffice to compare times,
+and accuracies with each other, but not with the paper's.
 
 EsaCL: one task and its pruning; then inference with and without kernels, in turn, the dense network in channels_last.
 
@@ -40,7 +40,7 @@ Images = list[tuple[Tensor, Tensor]]
 
 
 def begin() -> None:
-    """The same in every process."""
+    """Set up every process in the same way."""
     harness.quiet()
     torch.set_num_threads(2)
     keep_freed_memory()
@@ -57,15 +57,15 @@ class Turns(pl.Callback):
 
     Args:
         other: an end of a pipe between them.
-        first: whether this one begins.
-        steps: of a turn.
+        first: whether this run begins.
+        steps: steps per turn.
     """
 
     def __init__(self, other: Connection, first: bool, steps: int = 4) -> None:
         self.other, self.first, self.steps = other, first, steps
         self.alone = False
         self.waited = 0.0
-        """Seconds in training that were not its own."""
+        """Seconds of training spent waiting for the other."""
 
     def wait(self) -> None:
         try:

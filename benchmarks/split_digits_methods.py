@@ -1,4 +1,4 @@
-"""Every configuration of configs/split_digits as shipped: accuracy, forgetting and cost; objectives under EsaCL too.
+"""Every configuration of configs/split_digits as shipped: accuracy, forgetting and cost; and objectives under EsaCL.
 
 python benchmarks/split_digits_methods.py [--quick]
 Finished runs are kept in benchmarks/results/split_digits_methods_runs.json; the same command goes on with the rest.
@@ -30,11 +30,11 @@ EFFICIENT = {
 }
 """Rows of overlays on ``esacl``."""
 COMPARED = {"derpp", "sparcl", "esacl", *EFFICIENT}
-"""Rows of five seeds, which are compared with each other; the others have three."""
+"""Rows with five seeds, which are compared with each other; the others have three."""
 
 
 def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
-    """kB of what a method keeps beside its network: buffers of objective and update rule, and states of projections."""
+    """kB that a method keeps beside its network: buffers of objective and update rule, and states of projections."""
     tensors = list(module.objective.buffers())
     tensors += list(module.update.buffers()) if isinstance(module.update, torch.nn.Module) else []
     for callback in trainer.callbacks:
@@ -46,7 +46,7 @@ def kept(trainer: pl.Trainer, module: scl.ContinualModule) -> float:
 
 
 def run(config: str, seed: int, batches: int | None, overlays: list[str]) -> dict[str, Any]:
-    """One run of the command line, in process; ``config`` is the name of one, such as ``split_digits/esacl``."""
+    """One run of the command line, in process; ``config`` is a configuration's name, such as ``split_digits/esacl``."""
     from lightning_sparse_cl.__main__ import main
 
     laid = [part for overlay in overlays for part in ("-c", str(CONFIGS / f"{overlay}.yaml"))]
@@ -75,7 +75,7 @@ def run(config: str, seed: int, batches: int | None, overlays: list[str]) -> dic
 def main() -> None:
     args = harness.arguments(__doc__)
     configs = sorted(p.stem for p in (CONFIGS / "split_digits").glob("*.yaml"))
-    batches = 1 if args.quick else None  # of each epoch
+    batches = 1 if args.quick else None  # batches per epoch
     based = [c for c in configs if (OVERLAYS / f"{c}.yaml").exists()]
     of = {config: (config, []) for config in configs} | {row: ("esacl", laid) for row, laid in EFFICIENT.items()}
     seeds = {row: list(range(1 if args.quick else 5 if row in COMPARED else 3)) for row in of}

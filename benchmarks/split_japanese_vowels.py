@@ -2,8 +2,8 @@
 
 python benchmarks/split_japanese_vowels.py [--quick] [--only CONFIGURATION]
 
-With ``--only`` one configuration is run, and its row takes its place among those that were measured before; seconds are
-then of the machine of that day.
+With ``--only`` one configuration is run, and its row is put among those measured before; its seconds then belong to the
+machine of that day.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sparse kernels for linear layers of tokens: the layers of ViT-tiny on a batch of 32 images of 65 tokens.
 
-Milliseconds on one thread, kernels and torch's dense product in turn in one run: a forward pass for inference, and a
-training step's forward and backward pass. Medians and ranges over rounds.
+Milliseconds on one thread, with kernels and torch's dense product taking turns in one run: a forward pass for
+inference, and a training step's forward and backward pass. Medians and ranges over rounds.
 
 python benchmarks/tokens.py [--quick]
 """

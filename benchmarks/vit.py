@@ -1,7 +1,7 @@
 """ViT-tiny of timm, with random weights, beside a small CNN: DER++ and SparCL at 90 %, with and without kernels.
 
-CIFAR-10 in five tasks of two classes, 32 images a class, one epoch: what is pruned, what it costs and how long a step
-takes; too few images to learn from. Steps are timed one by one on one thread; the runs follow each other.
+CIFAR-10 in five tasks of two classes, 32 images per class, one epoch: what is pruned, what it costs and how long a step
+takes; there are too few images to learn from. Steps are timed one by one on one thread, in one run after the other.
 
 python benchmarks/vit.py [--quick] [--root FOLDER]
 

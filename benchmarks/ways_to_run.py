@@ -1,7 +1,7 @@
-"""What a trained network costs by each way to run it, and how large the runtime is.
+"""What a trained network costs with each way to run it, and how large the runtime is.
 
-EsaCL on Split Digits (SmallCNN(32), 80 % pruned, 20 epochs a task), profiled on one CPU thread; the bytes of code and
-data of spnet.cpp, compiled by the C++ compilers that are there, with several options.
+EsaCL on Split Digits (SmallCNN(32), 80 % pruned, 20 epochs per task), profiled on one CPU thread; the bytes of code and
+data of spnet.cpp, compiled by the C++ compilers found, with several options.
 
 python benchmarks/ways_to_run.py [--quick]
 
@@ -33,7 +33,7 @@ COMPILED = {
 
 
 def code_size(compiler: str, size: str, options: list[str], folder: Path) -> int | None:
-    """Bytes of code and data of the runtime. If there is no such compiler, None."""
+    """Bytes of code and data of the runtime. None if there is no such compiler."""
     if shutil.which(compiler) is None:
         return None
     order = [compiler, "-std=c++17", *options, "-c", "spnet.cpp", "-o", "spnet.o"]

@@ -17,18 +17,18 @@ from lightning_sparse_cl.whole_file import whole_file
 SEAL = b"lightning_sparse_cl sha256 "
 """What the comment at the end of a sealed archive begins with; the digest of all bytes before the comment follows."""
 SEALED = "sealed"
-"""Entry of a checkpoint that is written with a seal, so that one whose seal is gone is not taken for another's."""
+"""Entry of every checkpoint that is written with a seal, so that a lost seal is noticed."""
 _LENGTH = len(SEAL) + hashlib.sha256().digest_size * 2
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """A checkpoint is there whole or not at all, and what is read is what was written.
+    """Writes a checkpoint whole or not at all, and reads only what was written.
 
-    Lightning's own goes through the folder for temporary files; where that is on another disk, the last step is a copy
-    that can be cut off. It reads altered bytes without a word.
+    Lightning's own class writes to the folder for temporary files first; if that is on another disk, the last step is a
+    copy that can be cut off. It also reads altered bytes without complaint.
 
     Args:
-        resuming: whether what is read shall be trained on, and not only tested.
+        resuming: whether checkpoints are read to train on, and not only to test.
     """
 
     def __init__(self, resuming: bool = False) -> None:
@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write beside ``path``, then rename.
 
         Raises:
-            OSError: if the file cannot be written, a full disk for example; ``path`` is as it was.
+            OSError: if the file cannot be written, for example to a full disk; ``path`` is left as it was.
         """
         if "://" in str(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
@@ -80,7 +80,7 @@ def read_checkpoint(
         path: the file.
         map_location: as for ``torch.load``.
         weights_only: as for ``torch.load``.
-        mmap: leave the tensors on disk, where only the rest is looked at.
+        mmap: leave the tensors on disk, for callers that need only the rest.
 
     Raises:
         ValueError: if the file is missing, truncated, altered or no checkpoint of Lightning.
@@ -93,12 +93,12 @@ def read_checkpoint(
     if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path}: this file is no checkpoint of Lightning")
     if found.get(SEALED) and not sealed:
-        raise ValueError(f"checkpoint {path}: this file is altered: the seal that it was written with is gone")
+        raise ValueError(f"checkpoint {path}: this file is altered: it has lost the seal that it was written with")
     return found
 
 
 def _write_sealed(buffer: io.BytesIO, file: BinaryIO) -> None:
-    """A zip archive without a comment, as ``torch.save`` makes it, with the seal as its comment."""
+    """Write a zip archive, which ``torch.save`` makes without a comment, with the seal as its comment."""
     archive = buffer.getbuffer()
     archive[-2:] = _LENGTH.to_bytes(2, "little")  # an archive ends with the length of its comment
     file.write(archive)
@@ -106,7 +106,7 @@ def _write_sealed(buffer: io.BytesIO, file: BinaryIO) -> None:
 
 
 def _check_sums(path: Path) -> bool:
-    """Whether the file has a seal, which has then been compared; else the archive's own sums have.
+    """Compare the seal, or without one the archive's own checksums; returns whether the file has a seal.
 
     Raises:
         ValueError: if the file is missing or does not match.

@@ -17,9 +17,9 @@ def toy_tasks(num_tasks: int = 3, per_class: int = 40, size: int = 8, **kwargs: 
 
     Args:
         num_tasks: number of tasks.
-        per_class: training samples of a class; half as many to test on.
+        per_class: training samples per class; there are half as many test samples.
         size: side of an image.
-        **kwargs: of :class:`~lightning_sparse_cl.TaskDataModule`.
+        **kwargs: those of :class:`~lightning_sparse_cl.TaskDataModule`.
     """
     generator = torch.Generator().manual_seed(0)
     classes = 2 * num_tasks

@@ -18,8 +18,8 @@ Nest = Any
 
 
 def each(function: Callable[..., Any], nest: Nest, *others: Nest) -> Nest:
-    """The nest of what ``function`` returns for each tensor, with those of ``others`` at the same place."""
-    if isinstance(nest, Tensor):  # most often: ten times as fast
+    """Apply ``function`` to each tensor, together with the tensors of ``others`` at the same place; returns a nest."""
+    if isinstance(nest, Tensor):  # the usual case: ten times as fast
         return function(nest, *others)
     return pytree.tree_map(function, nest, *others)
 
@@ -30,7 +30,7 @@ def tensors(nest: Nest) -> list[Tensor]:
 
 
 def named(nest: Nest) -> dict[str, Tensor]:
-    """The tensors of a nest by their keys, joined by dots; that of a nest which is a tensor goes by ``""``."""
+    """The tensors of a nest by their keys, joined by dots; a nest that is itself a tensor has the key ``""``."""
     return {".".join(keys): tensor for keys, tensor in _paths(nest)}
 
 
@@ -62,7 +62,7 @@ def joined(batches: Sequence[Nest]) -> Nest:
 
 
 def split(batch: Nest, size: int) -> Iterator[Nest]:
-    """The batch in parts of so many samples, the last one smaller."""
+    """The batch in parts of ``size`` samples; the last one may be smaller."""
     return (rows(batch, slice(i, i + size)) for i in range(0, count(batch), size))
 
 
@@ -109,10 +109,10 @@ def layout_of_one(sample: Nest) -> Nest:
 
 
 def as_nest(value: Any, name: str) -> Nest:
-    """A nest of tensors made of one of tensors, numpy arrays and numbers; mappings become dicts, in the keys' order.
+    """Turn a nest of tensors, numpy arrays and numbers into one of tensors; mappings become dicts with sorted keys.
 
     Raises:
-        ValueError: in the name of ``name``, if there is something else inside, or nothing.
+        ValueError: which names ``name``, if the nest contains anything else, or nothing.
     """
     if isinstance(value, Mapping):
         made: Any = {key: as_nest(value[key], f"{name}[{key!r}]") for key in ordered(value, name)}
@@ -123,7 +123,7 @@ def as_nest(value: Any, name: str) -> Nest:
             if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
                 return torch.from_numpy(np.ascontiguousarray(value, value.dtype.newbyteorder("=")))
             return torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError, KeyError):  # a KeyError of a table's
+        except (TypeError, ValueError, RuntimeError, KeyError):  # a table raises KeyError
             kind = f"array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
             raise ValueError(f"{name}: a tensor, an array of numbers or a number is expected, got a {kind}") from None
     if not made:
@@ -135,7 +135,7 @@ def ordered(value: Mapping[Any, Any], name: str) -> list[str]:
     """The keys of a dict in alphabetical order, so that its order never matters.
 
     Raises:
-        ValueError: in the name of ``name``, if one is no text, or has a dot, which joins the keys of nests.
+        ValueError: which names ``name``, if a key is not a text, or contains a dot, which joins the keys of nests.
     """
     for key in value:
         if not isinstance(key, str) or "." in key:
@@ -144,9 +144,9 @@ def ordered(value: Mapping[Any, Any], name: str) -> list[str]:
 
 
 def refuse_other_kind(one: str, sample: Nest, other: str, first: Nest) -> None:
-    """Raises ValueError, which calls the samples ``one`` and ``other``, unless their keys, shapes and types agree."""
+    """Raise ValueError unless keys, shapes and types agree; it calls the samples ``one`` and ``other``."""
     both = isinstance(sample, Tensor) and isinstance(first, Tensor)
-    if both and sample.shape == first.shape and sample.dtype == first.dtype:  # most often
+    if both and sample.shape == first.shape and sample.dtype == first.dtype:  # the usual case
         return
     kinds, known = described(layout_of_one(sample)), described(layout_of_one(first))
     if kinds == known and type(sample) is type(first):

@@ -13,8 +13,8 @@ HOOKS = ("on_task_start", "on_before_task_end", "on_task_end", "on_after_task_en
 class TaskHooks:
     """Base of everything that acts when tasks begin and end: callbacks, the module, and its objective.
 
-    :class:`~lightning_sparse_cl.TaskSchedule` calls each hook of all callbacks, in their order, and then that of the
-    module, which passes it on to its objective. Between start and end lie exactly the task's batches.
+    :class:`~lightning_sparse_cl.TaskSchedule` calls each hook of all callbacks, in their order, and then the module's,
+    which passes it on to its objective. Between start and end lie exactly the task's batches.
 
     Arguments are the same for all of them:
 

@@ -10,11 +10,11 @@ import torch
 def thread_pool(threads: int | None = None) -> ThreadPoolExecutor:
     """A pool whose threads may use torch, also in a process that was forked.
 
-    After a fork torch makes its own threads anew when a thread first needs them, and two that need them at once fail
-    ("Invalid thread pool!"). So it is made to do so before there are several.
+    After a fork torch makes its own threads anew when a thread first needs them, and fails if two need them at once
+    ("Invalid thread pool!"). So torch has to make them before there are several threads.
 
     Args:
-        threads: how many. If None, some more than there are cores.
+        threads: number of threads. If None, a few more than there are cores.
     """
     torch.set_num_threads(torch.get_num_threads())
     return ThreadPoolExecutor(threads)

@@ -11,14 +11,14 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | os.PathLike, ending: str = ".part") -> Iterator[Path]:
-    """Inside, write to the file that it gives; afterwards that takes the place of ``path`` at once.
+    """Inside the block, write to the file that it yields; afterwards that file replaces ``path`` at once.
 
-    An exception leaves ``path`` as it was, and nothing beside it. The name is this call's own, so that two processes
+    An exception leaves ``path`` as it was, and no other file. Each call yields a name of its own, so that two processes
     may write the same file at once: the last one stays.
 
     Args:
         path: the file.
-        ending: of the half-written file's name, for those that look at it.
+        ending: how the half-written file's name ends, for code that looks at it.
     """
     target = Path(path)
     part = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{ending}")
@@ -27,7 +27,7 @@ def whole_file(path: str | os.PathLike, ending: str = ".part") -> Iterator[Path]
         os.replace(part, target)
     except OSError as error:
         if str(error.filename) == str(part):
-            error.filename = str(target)  # which the user knows
+            error.filename = str(target)  # the path that the user knows
         raise
     finally:
         part.unlink(missing_ok=True)

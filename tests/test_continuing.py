@@ -127,11 +127,11 @@ def test_a_sequence_stopped_inside_a_task_goes_on_with_it_and_then_further(tmp_p
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--model.init_args.backbone.width=5"], "the checkpoint is of another network: backbone.0.weight"),
-        (["--model=SparCL", "--model.backbone=SmallCNN"], "this checkpoint is of a ContinualModule"),
+        (["--model.init_args.backbone.width=5"], "the checkpoint is from another network: backbone.0.weight"),
+        (["--model=SparCL", "--model.backbone=SmallCNN"], "this checkpoint is from a ContinualModule"),
         (["--data=test_continuing.Larger"], "samples are uint8 (1, 16, 16), those learnt before uint8 (1, 8, 8)"),
         (["--data.init_args.joint=true"], "joint training learns all tasks at once"),
-        (["--schedule.epochs=[1,2,3]"], "3 entries for 5 tasks, 2 of them further ones"),
+        (["--schedule.epochs=[1,2,3]"], "3 entries for 5 tasks, 2 of them new"),
         (
             ["--model.init_args.objective.init_args.memory=40"],
             "memory.samples is (200, 1, 8, 8) in it and (40, 1, 8, 8)",

@@ -152,7 +152,7 @@ def test_a_folder_without_a_marker_is_complete_when_nothing_changes_any_more(tmp
     [
         (lambda root: scl.GrowingImageFolder(root, wait=-1), "GrowingImageFolder(wait=-1): seconds, at least 0"),
         (lambda root: scl.GrowingImageFolder(f"{root}/nowhere"), "there is no such folder"),
-        (lambda root: scl.GrowingImageFolder(root), "no complete folder task_... is there"),
+        (lambda root: scl.GrowingImageFolder(root), "there is no complete folder task_..."),
         (lambda root: scl.TaskStream(iter([])), "the iterator gives no task"),
         (lambda root: scl.TaskStream(iter([7])), "a task is a pair of a training and a test set, got a int"),
     ],

@@ -237,7 +237,7 @@ def test_an_hpc_checkpoint_of_another_run_is_not_taken(tmp_path, monkeypatch, ot
     os.replace(tmp_path / "last.ckpt", tmp_path / "hpc_ckpt_1.ckpt")
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="is of another run"):
+    with pytest.raises(ValueError, match="is from another run"):
         main([*args, other])
 
 

@@ -139,7 +139,7 @@ def test_two_processes_share_the_stream() -> None:
 
 def test_another_order_is_another_run_and_both_at_once_are_refused(tmp_path: Path) -> None:
     killed(tmp_path)
-    with pytest.raises(ValueError, match="the checkpoint is of another run"):
+    with pytest.raises(ValueError, match="the checkpoint is from another run"):
         learner, data = module("DER++"), toy_tasks(joint=True, batch_size=8)
         trainer(epochs=1).fit(learner, data, ckpt_path=str(tmp_path / "last.ckpt"))
     with pytest.raises(ValueError, match=r"joint=True, stream=True\): all tasks mixed, or one after the other"):

@@ -15,20 +15,20 @@ from lightning_sparse_cl.acceleration.rows import images_as_rows, rows_as_images
 from lightning_sparse_cl.kernels.functions import Convolution
 from lightning_sparse_cl.kernels.layout import Blocked
 
-MOST = 32  # images that are measured with: with more, both take longer in the same way
+MOST = 32  # images per measurement: with more, both take proportionally longer
 
 
 class Choices:
     """Measures, once for each layer and shape, whether the kernels are faster than torch, and remembers it.
 
     Args:
-        measure: whether to time the kernels; if False, they are taken as faster.
+        measure: whether to time the kernels; if False, they are assumed to be faster.
     """
 
     def __init__(self, measure: bool = True) -> None:
         self.measure = measure
         self.taken: dict[str, bool] = {}
-        """Whether the kernels are used, by what was measured."""
+        """For each layer and shape measured, whether the kernels are used."""
         self._dense: set[str] = set()  # layers and densities
 
     def sparse(self, layer: Layer, x: Tensor | Blocked) -> bool:
@@ -63,7 +63,7 @@ class Choices:
         self._dense |= set(state.get("dense", ()))
 
     def dense(self, layer: Layer) -> bool:
-        """Whether torch was the faster in training."""
+        """Whether torch was faster in training."""
         return f"{layer.name} {layer.density:.2f}" in self._dense
 
 
@@ -72,12 +72,12 @@ def _pixels(x: Blocked) -> tuple[int, int]:
 
 
 def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, float]:
-    """Seconds of a layer by the kernels and by torch, each with the changes of layout that it needs here.
+    """Seconds that a layer takes by the kernels and by torch, each with the changes of layout that it needs here.
 
     Args:
-        layer: which.
-        x: its input; of a linear layer, rows as images.
-        grads: whether to measure the way back, too.
+        layer: the layer.
+        x: its input; for a linear layer, rows as images.
+        grads: whether to measure the backward pass, too.
     """
     if isinstance(x, Blocked) and not layer.keeps(x):
         x = x.plain()

@@ -21,11 +21,11 @@ ELEMENTWISE = (
     torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax,
     torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Rprop,
 )  # fmt: skip
-"""Optimisers that treat every element alike, so that they may be given those that are alive and no others."""
+"""Optimisers that treat every element alike, so that they may be given the alive elements alone."""
 
 
 _Place = tuple[Optimizer, dict[str, Any], int]
-"""An optimiser, its group of parameters, and which of these."""
+"""An optimiser, one of its groups of parameters, and the index in that group."""
 
 
 class CompactWeights:
@@ -35,10 +35,10 @@ class CompactWeights:
     :class:`~lightning_sparse_cl.acceleration.watched.Watched`. Optimiser state of pruned weights is zero afterwards.
 
     Args:
-        layers: with masks; what their weights have outside of these is zeroed.
-        optimizers: those of :data:`ELEMENTWISE` are served, the others keep the whole weights.
-        movable: of a layer, where its weights may move, of the weight's shape, or None for everywhere; the others keep
-            their values bit for bit.
+        layers: layers with masks; weights outside the masks are zeroed.
+        optimizers: those in :data:`ELEMENTWISE` are given the values, others keep the whole weights.
+        movable: gives, for a layer, where its weight may move, of the weight's shape, or None for everywhere; other
+            entries keep their values bit for bit.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class CompactWeights:
         self._optimizers = [o for o in optimizers if type(o) in ELEMENTWISE]
         self.given = list(layers)
         self.given_up: list[tuple[Layer, Pattern, Tensor, int]] = []
-        """Values that may be written to after :meth:`stop`, and their versions when that was last seen: those that
-        have gradients, or have been moved since the last step."""
+        """Values that may be written to after :meth:`stop`, as they have gradients or have been moved since the last
+        step, with their versions when last checked."""
         self._held: dict[str, tuple[Tensor, Tensor]] = {}
         self._trained: list[_Trained] = []
         for layer in self.given:
@@ -62,9 +62,9 @@ class CompactWeights:
         self._stepped = self._versions()
 
     def _take(self, layer: Layer, place: _Place, movable: Tensor | None) -> _Trained:
-        """Put the values of a layer in the place of its weight."""
+        """Train the values of a layer in place of its weight."""
         weight, pattern = layer.weight, layer.pattern
-        if layer.mask is not None:  # others may have been loaded; passes on their way do not see it
+        if layer.mask is not None:  # other values may have been loaded; running passes do not notice
             weight.data.masked_fill_(~layer.mask, 0)
         values = nn.Parameter(pattern.gather(weight.detach()))
         if weight.grad is not None:
@@ -99,7 +99,7 @@ class CompactWeights:
                 _add(weight, pattern.whole(values.grad, weight))
                 values.grad = None
             place = self._place(values)
-            if place is not None:  # else they were taken out
+            if place is not None:  # otherwise they were taken out
                 _, group, i = place
                 group["params"][i] = weight
             for optimizer in self._optimizers:
@@ -113,13 +113,13 @@ class CompactWeights:
 
     @torch.no_grad()
     def take_over(self) -> None:
-        """What SAM, or other code that moves values between steps, has written to them since they were given up."""
+        """Take over what SAM, or other code that moves values between steps, has written to given-up values."""
         for i, (layer, pattern, values, version) in enumerate(self.given_up):
             if values._version != version:
                 self.given_up[i] = layer, pattern, values, values._version
                 weight = layer.weight.detach()
                 pattern.scatter(values.detach(), weight)
-                if layer.mask is not None:  # another one by now, perhaps
+                if layer.mask is not None:  # it may be another one by now
                     weight.mul_(layer.mask)
                 increment_version(layer.weight)
                 if layer.compact is not None:
@@ -138,7 +138,7 @@ class CompactWeights:
         return [trained.values._version for trained in self._trained]
 
     def _place(self, parameter: Tensor) -> _Place | None:
-        """Where a parameter is trained, if that is one place."""
+        """Where a parameter is trained, if that is exactly one place."""
         found = [
             (optimizer, group, i)
             for optimizer in self._optimizers
@@ -151,24 +151,24 @@ class CompactWeights:
 
 @dataclass
 class _Heir:
-    """Takes gradients of values that were given up between the passes to the weight.
+    """Passes gradients of values that were given up between the passes on to the weight.
 
-    It is a hook of the values and must not lead back to them: such a ring, through C++, would never be freed.
+    It is a hook of the values and must not refer back to them: such a cycle, through C++, would never be freed.
     """
 
     weight: Tensor
     pattern: Pattern
     hook: RemovableHandle
-    """The weight's, for gradients of passes that began before it had values."""
+    """The weight's hook, for gradients of passes that began before it had values."""
     given_up: bool = False
 
     @torch.no_grad()
     def __call__(self, values: Tensor) -> None:
         if self.given_up and values.grad is not None:
             grad, values.grad = self.pattern.whole(values.grad, self.weight), None
-            if not self.weight.requires_grad:  # frozen since
+            if not self.weight.requires_grad:  # frozen meanwhile
                 return
-            for hook in (self.weight._backward_hooks or {}).values():  # masks may have changed since
+            for hook in (self.weight._backward_hooks or {}).values():  # masks may have changed meanwhile
                 changed = hook(grad)
                 grad = grad if changed is None else changed
             _add(self.weight, grad)
@@ -188,7 +188,7 @@ class _Trained(NamedTuple):
 
 @torch.no_grad()
 def _pass_on(layer: weakref.ref[Layer], weight: Tensor) -> None:
-    """The gradient of a weight goes to its values, if these are what is trained now."""
+    """Pass the gradient of a weight on to its values, if these are trained now."""
     found = layer()
     if found is not None and found.compact is not None and weight.grad is not None:
         _add(found.compact, found.pattern.gather(weight.grad))

@@ -10,17 +10,17 @@ from torch import nn
 
 
 def find_compiled(model: nn.Module, parts: Sequence[str]) -> str | None:
-    """The first compiled module among the parts of a model, what they contain and what they are in.
+    """The first compiled module among the parts of a model, the modules in them, and the modules around them.
 
-    Compiled is what ``torch.compile`` has wrapped, also where Lightning has unwrapped it again, a module whose
-    ``compile()`` was called, one that has a compiled method, and one that is scripted, unless a part only contains it.
+    Compiled are modules that ``torch.compile`` has wrapped, even if Lightning has unwrapped them again, those whose
+    ``compile()`` was called, those with a compiled method, and scripted ones, unless a part only contains them.
 
     Args:
         model: any network.
         parts: names of submodules, ``""`` for the model itself.
 
     Returns:
-        Its name, ``""`` for the model itself, or None if there is none.
+        The module's name, ``""`` for the model itself, or None if there is none.
     """
     for name, module in model.named_modules():
         around = any(_inside(part, name) for part in parts)
@@ -45,5 +45,5 @@ def _made_by_dynamo(value: object) -> bool:
 
 
 def _inside(name: str, part: str) -> bool:
-    """Whether a module is another one or in it, by their names."""
+    """Whether a module is the module ``part`` or in it, by their names."""
     return name == part or name.startswith(f"{part}." if part else "")

@@ -17,9 +17,9 @@ class Layer:
     """A convolution or linear layer, its pattern, and where its values come from.
 
     Args:
-        name: of the layer in the network.
+        name: name of the layer in the network.
         module: the layer.
-        mask: of the weight's shape, True where alive. If it is not masked, None.
+        mask: a mask of the weight's shape, True where alive. None if the weight is not masked.
     """
 
     def __init__(self, name: str, module: nn.Conv2d | nn.Linear, mask: Tensor | None) -> None:
@@ -30,7 +30,7 @@ class Layer:
             self.geometry = Geometry(module.stride[0], module.padding[0])
         self._form = _form(module)
         self.compact: nn.Parameter | None = None
-        """The values that are trained in place of the weight, if they are."""
+        """The values that are trained in place of the weight, if there are any."""
         self.remask(mask)
 
     def remask(self, mask: Tensor | None) -> None:
@@ -41,20 +41,20 @@ class Layer:
         self._still: dict[Pattern, tuple[object, Tensor]] = {}
         self._folded: dict[Pattern, tuple[object, Tensor, Tensor]] = {}
         self.chosen: dict[tuple[object, ...], bool] = {}
-        """What :class:`Choices` has found for it."""
+        """What :class:`Choices` has found for the layer."""
 
     def forget(self) -> None:
-        """Somebody may have written to the weight."""
+        """Forget the values: other code may have written to the weight."""
         self._still.clear()
         self._folded.clear()
 
     @property
     def bias(self) -> Tensor | None:
-        return dict.get(self.module._parameters, "bias")  # to ask for it would end compact training
+        return dict.get(self.module._parameters, "bias")  # a plain look-up would end compact training
 
     @property
     def changed(self) -> bool:
-        """Whether the module has another weight for now, as in ``torch.func.functional_call``, type or form."""
+        """Whether the module now has another weight (as in ``torch.func.functional_call``), type or form."""
         weight, bias = dict.get(self.module._parameters, "weight"), self.bias
         whole = bias is None or (bias.dtype == torch.float32 and bias.device.type == "cpu")
         if weight is not self.weight or weight.dtype != torch.float32 or weight.device.type != "cpu" or not whole:
@@ -62,7 +62,7 @@ class Layer:
         return _form(self.module) != self._form
 
     def takes(self, x: Blocked | Tensor) -> bool:
-        """Whether this is an input that the kernels compute: others are left to torch, and to its errors."""
+        """Whether the kernels can take this input: others are left to torch, and its errors."""
         data = x.data if isinstance(x, Blocked) else x
         linear = isinstance(self.module, nn.Linear)
         if data.dtype != torch.float32 or data.numel() == 0:
@@ -76,16 +76,16 @@ class Layer:
 
     @property
     def keeps_size(self) -> bool:
-        """Whether it pads so that parts of an image stay parts of it."""
+        """Whether it pads so that parts of an image remain parts of an image."""
         return 2 * self.geometry.padding + 1 == (self.weight.shape[2] if self.weight.ndim == 4 else 1)
 
     def keeps(self, x: Blocked) -> bool:
-        """Whether parts of images in which an input lies stay whole."""
+        """Whether the parts of images in which an input is laid out stay whole."""
         parts = [n % self.geometry.stride == 0 for n in x.data.shape[2:4]]
         return x.grid[1:] == (1, 1) or (self.keeps_size and all(parts))
 
     def grid(self, x: Tensor) -> Grid:
-        """In which to lay images (B, C, H, W) for it, and for what may follow until images are 4x4."""
+        """The grid in which to lay out images (B, C, H, W), also for layers that may follow until images are 4x4."""
         h, w = x.shape[2:]
         stride = self.geometry.stride
         if not self.keeps_size or h % stride or w % stride:
@@ -98,7 +98,7 @@ class Layer:
         return self._pattern(3)
 
     def pattern_for(self, x: Blocked) -> Pattern:
-        """The lists for an input: with gradients those of training, else such as suit the size of its parts."""
+        """The lists for an input: with gradients those of training, otherwise lists that suit the size of its parts."""
         if torch.is_grad_enabled():
             return self.pattern
         stride, padding = self.geometry
@@ -123,12 +123,12 @@ class Layer:
             return Gather.apply(self.weight, pattern)
         kept = self._still.get(pattern)
         if kept is None or kept[0] != self._at:
-            with torch.inference_mode(False):  # they are kept, and a later call may take gradients
+            with torch.inference_mode(False):  # values are kept, and a later call may take gradients
                 kept = self._still[pattern] = self._at, pattern.gather(self.weight.detach())
         return kept[1]
 
     def dense(self, x: Tensor) -> Tensor:
-        """What torch makes of x and the values that are trained in place of the weight."""
+        """What torch computes from x and the values that are trained in place of the weight."""
         weight = Scatter.apply(self.compact, self.weight.detach(), self.pattern)
         if isinstance(self.module, nn.Linear):
             return F.linear(x, weight, self.bias)
@@ -136,12 +136,12 @@ class Layer:
 
     @property
     def _at(self) -> tuple[int, int]:
-        """Another one whenever the values are others."""
+        """Changes whenever the values change."""
         weight = self.weight if self.compact is None else self.compact
         return weight._version, weight.data_ptr()
 
     def folded(self, pattern: Pattern, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
-        """Values and bias with which the layer does its batch-norm, too, in eval mode."""
+        """Values and bias with which the layer also does its batch-norm, in eval mode."""
         if norm is None:
             return self.values(pattern).detach(), self.bias
         gamma, beta = norm._parameters["weight"], norm._parameters["bias"]
@@ -165,7 +165,7 @@ class Layer:
 
 
 def _form(module: nn.Module) -> tuple[Any, ...]:
-    """What of a convolution, besides its weight and bias, decides what it computes."""
+    """The attributes of a convolution, besides weight and bias, that decide what it computes."""
     if not isinstance(module, nn.Conv2d):
         return ()
     return module.stride, module.padding, module.dilation, module.groups, module.padding_mode

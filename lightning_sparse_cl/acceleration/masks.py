@@ -1,4 +1,4 @@
-"""The masks of an accelerated network: those of a :class:`Masks`, which may change, or given ones, which do not."""
+"""The masks of an accelerated network: those of a :class:`Masks`, which may change, or given ones, which may not."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_sparse_cl.sparsity.masks import Masks
 class FollowedMasks:
     """The masks of a :class:`Masks`, whose owner enforces them.
 
-    All that acceleration asks of :class:`Masks` and their :class:`Enforcement` is asked here. Weights go by their names
-    in the accelerated model, which may be a part of the module that the masks belong to.
+    Everything that acceleration needs of :class:`Masks` and their :class:`Enforcement` goes through this class. Weights
+    go by their names in the accelerated model, which may be a part of the module that the masks belong to.
 
     Args:
-        masks: to follow.
+        masks: the masks to follow.
         model: the accelerated network.
 
     Raises:
@@ -29,7 +29,7 @@ class FollowedMasks:
     def __init__(self, masks: Masks, model: nn.Module) -> None:
         inside = [name for name, module in masks.module.named_modules() if module is model]
         if not inside:
-            raise ValueError(f"accelerate({type(model).__name__}): the masks are of another module")
+            raise ValueError(f"accelerate({type(model).__name__}): the masks belong to another module")
         self._masks, self._enforcement = masks, Enforcement.of(masks.module)
         self._prefix = f"{inside[0]}." if inside[0] else ""
         self._version: int | None = None
@@ -48,7 +48,7 @@ class FollowedMasks:
         return self._masks.record(self._prefix + weight).alive
 
     def movable(self, weight: str) -> Tensor | None:
-        """Where the next step may move a weight, of its shape. If wherever it is alive, None."""
+        """Where the next step may move a weight, of its shape. None if wherever it is alive."""
         name = self._prefix + weight
         return None if self._masks.record(name).values is None else self._masks.movable(name)
 
@@ -121,14 +121,14 @@ class FixedMasks:
 
     @torch.no_grad()
     def enforce(self) -> list[RemovableHandle]:
-        """Zero the pruned weights, and their gradients from now on, also where there are no kernels."""
+        """Zero the pruned weights, and their gradients from now on, even without kernels."""
         self.apply_(lambda weight: False)
         masked = ((weight, self._alive[name]) for name, weight in self._weights.items() if weight.requires_grad)
         return [weight.register_hook(lambda grad, mask=mask: grad * mask) for weight, mask in masked]
 
     @torch.no_grad()
     def apply_(self, skip: Callable[[Tensor], bool]) -> None:
-        """Zero the pruned weights again, but for those that are skipped."""
+        """Zero the pruned weights again, except those that are skipped."""
         for name, weight in self._weights.items():
             if not skip(weight):
                 weight.mul_(self._alive[name])

@@ -31,36 +31,36 @@ def accelerate(
 ) -> Acceleration:
     """Run a masked network by sparse kernels from now on, in training and evaluation, on CPUs in float32.
 
-    The module, its parameters and its ``state_dict`` stay what they are: only calls of it are computed in another way.
+    The module, its parameters and its ``state_dict`` stay the same: only its calls are computed differently.
     Convolutions (1x1 and 3x3, stride 1 and 2, one group) and linear layers whose weights are masked use the kernels
-    where these were measured to be faster for the shapes that come; batch-norm, ReLU, sums and pooling between them
-    stay in the kernels' layout; everything else is called as it is. Gradients are those of the alive weights, and zero
+    where these prove to be faster for the shapes that occur; batch-norm, ReLU, sums and pooling between them stay in
+    the kernels' layout; everything else is called as it is. Gradients are those of the alive weights, and zero
     elsewhere.
 
     With ``optimizers`` the masked weights are trained as vectors of their alive values: the parameters of the modules
-    are brought up to date when they are read *from the modules*. So read ``model.parameters()`` anew wherever
-    weights or gradients are wanted between the steps (to clip, to average), or take the optimiser's groups: a list from
-    before is out of date, and hooks on the weights' gradients are not called. Optimisers that do not treat every
-    element alone, such as Frank-Wolfe, and multi-process training keep the whole weights; so does, in effect, a
-    network that is compiled afterwards, or called from compiled code, which reads them.
+    are brought up to date when they are read *from the modules*. So read ``model.parameters()`` anew whenever weights
+    or gradients are needed between the steps (to clip, to average), or use the optimiser's groups: an older list is out
+    of date, and hooks on the weights' gradients are not called. Optimisers that do not treat every element alone, such
+    as Frank-Wolfe, and multi-process training keep the whole weights; so does, in effect, a network that is compiled
+    afterwards, or called from compiled code, which reads them.
 
     Args:
         model: any network, or one whose parts can be traced by ``torch.fx``: the largest such parts are run as a whole.
-            Where layers outside of a part share its weights, give the whole network and the part's name in ``parts``.
-        masks: of its weights by name, True where alive. :class:`Masks` are followed: their changes, gradients asked for
-            whole, held weights. If None, a weight with at least 10 % zeros is masked at its zeros.
-        optimizers: of the weights, for training; in Lightning, ``trainer.optimizers``. One that is made later, from the
-            same weights, must be given, too: accelerate the network anew.
+            If layers outside a part share its weights, give the whole network and the part's name in ``parts``.
+        masks: masks of its weights by name, True where alive. Of :class:`Masks`, changes, requests for whole gradients
+            and held weights are followed. If None, a weight with at least 10 % zeros is masked at its zeros.
+        optimizers: the optimisers of the weights, for training; in Lightning, ``trainer.optimizers``. If another one is
+            made later from the same weights, accelerate the network anew with it.
         parts: names of the submodules that are called as a whole; the model itself is ``""``.
         measure: if False, the kernels are used wherever there are any, and nothing is measured.
         in_one_call: run a network whose weights stay the same, in eval mode and without gradients, as a
-            :class:`~lightning_sparse_cl.FlatNetwork` from the second call on, where that has all its layers. Without
-            ``optimizers`` alone: what is evaluated inside training is computed in the same way as in training. Writing
-            to ``weight.data``, or by NumPy, leaves no trace, and is seen only after a call with gradients.
+            :class:`~lightning_sparse_cl.FlatNetwork` from the second call on, if that has all its layers. Only without
+            ``optimizers``: evaluation inside training computes in the same way as training. Writing to ``weight.data``,
+            or by NumPy, leaves no trace, and is seen only after a call with gradients.
 
     Returns:
-        What :func:`densify` takes, if not the model; it tells what is run how. Masked layers without kernels are named
-        in a warning, too.
+        An object that :func:`densify` takes, like the model, and that says how each layer is run. A warning also names
+        the masked layers without kernels.
 
     Raises:
         KernelsUnavailable: if the kernels cannot be compiled here.
@@ -138,7 +138,7 @@ class Acceleration:
         """Give the optimisers the alive values, until a weight is read or :meth:`train_whole` is called.
 
         Raises:
-            ValueError: if the model is not accelerated any more.
+            ValueError: if the model is no longer accelerated.
         """
         if self.removed:
             raise ValueError(f"train_compact: {type(self.model).__name__} is not accelerated any more")
@@ -157,7 +157,7 @@ class Acceleration:
         return self._sparse.masked and not self._sparse.masks.need_whole_gradients
 
     def _is_replaced(self) -> bool:
-        """Whether a part was compiled since, so that calls of it go past the kernels; says so once."""
+        """Whether a part was compiled since, so that its calls bypass the kernels; warns once."""
         part = next((r.part for r in self._runners if r.part._compiled_call_impl is not r), None)
         if part is not None and not self._told:
             self._told = True
@@ -178,7 +178,7 @@ class Acceleration:
 
 
 def _checked(model: nn.Module, optimizers: Iterable[Optimizer], parts: Sequence[str]) -> list[Optimizer]:
-    """The optimisers, if what was given makes sense."""
+    """The optimisers, if the arguments are valid."""
     kind = type(model).__name__
     if any(isinstance(m._compiled_call_impl, Runner) or isinstance(m._parameters, Watched) for m in model.modules()):
         raise ValueError(f"accelerate({kind}): it is already accelerated")

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 
 def is_mean(node: fx.Node, module: nn.Module | None) -> bool:
-    """A mean over all pixels."""
+    """Whether a node is a mean over all pixels."""
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))
     if node.target is F.adaptive_avg_pool2d:

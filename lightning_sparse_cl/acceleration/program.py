@@ -19,11 +19,11 @@ from lightning_sparse_cl.kernels.layout import Blocked, Grid
 
 
 class Program:
-    """Runs a traced network with sparse layers; everything it has no kernel for is called as it is, on plain tensors.
+    """Runs a traced network with sparse layers; everything without a kernel is called as it is, on plain tensors.
 
     Args:
         module: the network.
-        graph: of it, see :func:`~lightning_sparse_cl.acceleration.tracing.trace`.
+        graph: its graph, see :func:`~lightning_sparse_cl.acceleration.tracing.trace`.
         layers: those with kernels, by name.
         choices: which of them use the kernels. If None, all do.
     """
@@ -56,12 +56,12 @@ class Program:
         raise AssertionError("a graph has an output")
 
     def _layer(self, step: Step, given: Blocked | Tensor, values: dict[fx.Node, Any]) -> Any:
-        """A layer or batch-norm and what follows it, by kernels if there are any for what has come."""
+        """A layer or batch-norm and what follows it, by kernels if they can take the input."""
         layer, norm = step.layer, step.norm
         x = self._taken(step, given)
         if x is None or (layer and norm and norm.num_features != layer.weight.shape[0]):
             return self._as_it_is(step, values)
-        if norm is not None and not moves(norm):  # any more: an average of weights is about to count batches
+        if norm is not None and not moves(norm):  # no longer: an average of weights is about to count batches
             return self._as_it_is(step, values)
         data, grid, add = x.data, x.grid, None
         rows = plain(given).shape if layer is not None and isinstance(layer.module, nn.Linear) else None
@@ -69,7 +69,7 @@ class Program:
         shape = data.shape if pattern is None else pattern.out_shape(data, grid)
         if step.add is not None:
             add = _like(values[step.add] if rows is None else _as_images(values[step.add], rows), shape, grid)
-            if add is None:  # something that is broadcast
+            if add is None:  # it needs broadcasting
                 return self._as_it_is(step, values)
         batch = norm is not None and norm.training
         if batch and grid.images * grid.rows * grid.columns * shape[2] * shape[3] == 1:
@@ -95,9 +95,9 @@ class Program:
         return _shaped(F.relu(data) if step.relu else data, grid, rows)
 
     def _taken(self, step: Step, given: Blocked | Tensor) -> Blocked | None:
-        """The input of a step in blocks, or None if torch computes the step."""
+        """The input of a step as blocks, or None if torch computes the step."""
         layer, norm = step.layer, step.norm
-        if layer is None:  # a batch-norm alone is not worth a conversion
+        if layer is None:  # converting for a batch-norm alone does not pay
             if not isinstance(given, Blocked) or norm is None or given.data.shape[1] != norm.num_features:
                 return None
             return given
@@ -108,7 +108,7 @@ class Program:
         return self._blocked(given, layer)
 
     def _blocked(self, x: Blocked | Tensor, layer: Layer) -> Blocked:
-        """In a grid whose parts the layer keeps whole."""
+        """The input in a grid whose parts the layer keeps whole."""
         if isinstance(x, Blocked) and layer.keeps(x):
             return x
         images: Tensor = rows_as_images(plain(x)) if isinstance(layer.module, nn.Linear) else plain(x)
@@ -149,7 +149,7 @@ class Program:
         return self._run(node, values)
 
     def _run(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """As torch does it."""
+        """The value of a node, computed by torch."""
         args: Any = fx.node.map_arg(node.args, lambda n: plain(values[n]))
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: plain(values[n]))
         target: Any = node.target
@@ -157,7 +157,7 @@ class Program:
             module, layer = self.modules[target], self.layers.get(target)
             if layer is not None and layer.compact is not None and not kwargs:
                 return layer.dense(*args)
-            return type(module).forward(module, *args, **kwargs)  # it has no hooks, and this may stand in for its call
+            return type(module).forward(module, *args, **kwargs)  # it has no hooks, and its call may lead here
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         if node.op == "call_function":
@@ -169,22 +169,22 @@ class Program:
 
 
 def plain(value: Any) -> Any:
-    """A tensor as torch has it."""
+    """A value as torch has it, no longer blocked."""
     return value.plain() if isinstance(value, Blocked) else value
 
 
 def _shaped(data: Tensor, grid: Grid, rows: Sequence[int] | None) -> Blocked | Tensor:
-    """What a layer gives: of a linear one, whose input has the shape ``rows``, rows."""
+    """The output of a layer: rows again for a linear layer, whose input had the shape ``rows``."""
     return Blocked(data, grid) if rows is None else images_as_rows(grid.unblock(data), rows)
 
 
 def _as_images(value: Blocked | Tensor, rows: Sequence[int]) -> Blocked | Tensor:
-    """What is added to the rows of a linear layer, laid as they are, if there are as many."""
+    """A value to add to the rows of a linear layer, laid out as they are, if it has as many."""
     return rows_as_images(value) if isinstance(value, Tensor) and value.shape[:-1] == rows[:-1] else value
 
 
 def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor | None:
-    """Blocked in the same way, if it has the shape."""
+    """The value blocked in this grid, if it has this shape."""
     if not isinstance(value, Blocked) or value.grid != grid:
         value = plain(value)
         if not isinstance(value, Tensor) or value.ndim != 4 or len(value) != grid.images:

@@ -1,4 +1,4 @@
-"""Rows of a linear layer as images: it is a convolution of 1x1 pixels, and so its kernels run it."""
+"""Rows of a linear layer as images: the layer is a convolution of 1x1 pixels, and those kernels run it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_sparse_cl.kernels.build import lanes
 
 SIDE = 4
-"""Pixels beside and below each other for which the kernels read a weight once."""
+"""Side of the square of pixels for which the kernels read a weight once."""
 
 
 def rows_as_images(x: Tensor) -> Tensor:
@@ -28,6 +28,6 @@ def rows_as_images(x: Tensor) -> Tensor:
 
 
 def images_as_rows(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """The other way round: images (N, D', h, w) to rows (..., D'), as many as ``shape`` (..., D) has."""
+    """The inverse: images (N, D', h, w) to rows (..., D'), as many as ``shape`` (..., D) has."""
     rows = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
     return rows[: math.prod(shape[:-1])].view(*shape[:-1], images.shape[1])

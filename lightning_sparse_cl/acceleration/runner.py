@@ -22,7 +22,7 @@ class Owner(Protocol):
 
     choices: Choices
     in_one_call: bool
-    """Whether inference of a whole network is one call."""
+    """Whether inference of a whole network is to be one call."""
 
     @property
     def layers(self) -> Mapping[str, Layer]:
@@ -33,12 +33,12 @@ class Owner(Protocol):
 
 
 class Runner:
-    """Stands in for the call of a part of the model: by kernels where these compute the same, else as it is.
+    """Stands in for the call of a part of the model: runs it by kernels where these compute the same, else as it is.
 
     Args:
         owner: the model, whose layers and choices it uses.
-        part: what is called.
-        name: of the part in the model.
+        part: the part that is called.
+        name: name of the part in the model.
     """
 
     def __init__(self, owner: Owner, part: nn.Module, name: str) -> None:
@@ -56,7 +56,7 @@ class Runner:
         self._whole = WholeNetwork(self._network, self._layers.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the code around: the kernels are no part of its graph
+        if torch.compiler.is_compiling():  # the surrounding code: its graph cannot contain the kernels
             return self._uncompiled(args, kwargs)
         return self._call(args, kwargs)
 
@@ -70,7 +70,7 @@ class Runner:
         reason = self._unfit(args, kwargs)
         if reason is not None:
             self._said[reason] += 1
-            if self._said[reason] == 10:  # a measurement hooks into a module for a call or two
+            if self._said[reason] == 10:  # not at once: a measurement may hook in for a call or two
                 warnings.warn(f"accelerate: {type(self.part).__name__} is run as it is, {reason}", stacklevel=3)
             return self.part._call_impl(*args, **kwargs)
         changed = any(layer.changed for layer in self._layers.values()) or "forward" in self.part.__dict__
@@ -100,9 +100,9 @@ class Runner:
         return lambda x: self._whole(x, program)
 
     def _unfit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why this call cannot be taken, or None."""
+        """Why the kernels cannot take this call, or None."""
         if kwargs or not args or any(type(a) not in (Tensor, nn.Parameter) for a in args):
-            return "called with other things than tensors"
+            return "called with arguments that are not tensors"
         if any(a.device.type != "cpu" or a.dtype != torch.float32 for a in args):
             return f"given {', '.join(f'{a.dtype} on {a.device}' for a in args)} and not torch.float32 on cpu"
         if torch.is_autocast_enabled("cpu"):
@@ -114,10 +114,10 @@ class Runner:
         return None
 
     def _program(self) -> Program | None:
-        """For the network as it is now. If it cannot be traced so, None."""
+        """The program for the network as it is now. None if it cannot be traced."""
         state = tuple(plain_state(m) for m in self._traced)
         if state not in self._programs:
-            if len(self._programs) == 16:  # something that changes all the time
+            if len(self._programs) == 16:  # something changes all the time
                 return None
             graph = trace(self._network)
             made = None if graph is None else Program(self._network, graph, self._layers, self.owner.choices)
@@ -138,6 +138,6 @@ def traceable(model: nn.Module, layers: Mapping[str, Layer], name: str) -> list[
 
 
 def _has_any_global_hook() -> bool:
-    """Whether hooks of all modules are registered."""
+    """Whether any hook for all modules is registered."""
     kinds = ("backward_pre_hooks", "backward_hooks", "forward_hooks", "forward_pre_hooks")
     return any(getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)

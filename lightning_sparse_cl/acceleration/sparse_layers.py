@@ -65,7 +65,7 @@ class SparseLayers:
             self._tell()
 
     def _tell(self) -> None:
-        """Name the layers without kernels among those whose weights are masked, once."""
+        """Warn once of each masked layer that has no kernel."""
         masked = self.masks.names()
         new = [n for n in self.left if weight_name(n) in masked and n not in self._told]
         self._told.update(new)

@@ -20,7 +20,7 @@ class Step:
     """One operation: a node of the graph, or several that are done together and end at ``node``."""
 
     node: fx.Node
-    """Whose value this is."""
+    """The node whose value the step computes."""
     source: fx.Node | None = None
     """The input of a layer or batch-norm."""
     layer: Layer | None = None
@@ -29,15 +29,15 @@ class Step:
     """What is added after the batch-norm."""
     relu: bool = False
     whole: list[fx.Node] = field(default_factory=list)
-    """The nodes that it is made of, in order."""
+    """The nodes of the step, in order."""
 
 
 def fuse(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str, Layer]) -> list[Step]:
-    """The steps of a graph: layer, batch-norm, sum and ReLU that follow each other are one.
+    """The steps of a graph: a layer, batch-norm, sum and ReLU in a row are one step.
 
     Args:
-        graph: of a network.
-        modules: of the network, by name.
+        graph: the graph of a network.
+        modules: modules of the network, by name.
         layers: those with kernels, by name.
     """
     steps: list[Step] = []
@@ -55,11 +55,11 @@ def fuse(graph: fx.Graph, modules: Mapping[str, nn.Module], layers: Mapping[str,
                 _extend(step, modules, done)
         done |= set(step.whole)
         steps.append(step)
-    return sorted(steps, key=lambda s: at[s.node])  # what is added is there by then
+    return sorted(steps, key=lambda s: at[s.node])  # by then, what is added has been computed
 
 
 def _extend(step: Step, modules: Mapping[str, nn.Module], done: set[fx.Node]) -> None:
-    """Take into a step what follows it, as long as nothing else reads what is between."""
+    """Extend a step by the nodes that follow it, as long as nothing else reads the values between."""
     while (following := _only_user(step.node)) is not None and following not in done:
         norm = norm_of(following, modules)
         if norm is not None and step.norm is None and not step.relu and step.add is None:
@@ -85,7 +85,7 @@ def norm_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> nn.BatchNorm2d |
 
 
 def moves(module: nn.BatchNorm2d) -> bool:
-    """Whether it is plain and its statistics, if they move, move by its momentum."""
+    """Whether it is a plain batch-norm, whose statistics, if they move, move by its momentum."""
     return type(module) is nn.BatchNorm2d and module.momentum is not None and module.running_mean is not None
 
 
@@ -96,7 +96,7 @@ def is_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def is_sum(node: fx.Node) -> bool:
-    """Whether two values are added, and nothing else."""
+    """Whether a node adds two values, and nothing else."""
     return node.op == "call_function" and node.target in ADDS and len(node.all_input_nodes) == 2 and not node.kwargs
 
 

@@ -1,4 +1,4 @@
-"""Which networks may be traced and run from their graph, and would compute the same."""
+"""Which networks can be traced and run from their graph, and then compute the same."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 def trace(network: nn.Module) -> fx.Graph | None:
     """The graph of a network, or None if running it would not be the same as calling the network.
 
-    Control flow, arguments with defaults, random draws, other modes of autograd inside, values that are written over,
-    and modules that count or keep something as they are called do not survive tracing.
+    Control flow, arguments with defaults, random draws, switches of autograd inside, values that are overwritten, and
+    modules that count or keep something when called do not survive tracing.
     """
     signature = inspect.signature(type(network).forward).parameters.values()
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
@@ -51,7 +51,7 @@ def trace(network: nn.Module) -> fx.Graph | None:
 
 @contextmanager
 def switched() -> Iterator[list[bool]]:
-    """Notes whether anybody switches gradients on or off inside."""
+    """Notes whether any code inside switches gradients on or off."""
     seen: list[bool] = []
     real = torch._C._set_grad_enabled
 
@@ -71,21 +71,21 @@ def _is_node(value: Any) -> bool:
 
 
 def plain_state(module: nn.Module) -> tuple[Any, ...]:
-    """What a forward method may ask: flags, numbers and which modules there are."""
+    """What a forward method may depend on: flags, numbers, and which modules there are."""
     own = module.__dict__
     flags = tuple(v for v in own.values() if type(v) in (bool, int, float, str))
     return flags, tuple(map(id, own["_modules"].values()))
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether torch.func, a tracer or a dispatch mode looks at what is computed."""
+    """Whether torch.func, a tracer or a dispatch mode observes the computation."""
     if torch._C._get_tracing_state() is not None:
         return True
     return torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
-    """Whether an operation in place changes a value that is used again, as if it had not been computed anew."""
+    """Whether an operation in place changes a value that is used again."""
     modules = dict(module.named_modules())
     for node in graph.nodes:
         if node.op == "call_module":
@@ -104,6 +104,6 @@ def rewrites(graph: fx.Graph, module: nn.Module) -> bool:
 
 
 def _is_fresh(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a value is a tensor of its own, and not another one under a new name."""
+    """Whether a value is a tensor of its own, and not another tensor under a new name."""
     made = (nn.Conv2d, nn.Linear, nn.modules.batchnorm._BatchNorm)
     return node.target in ADDS or (node.op == "call_module" and isinstance(modules[str(node.target)], made))

@@ -19,20 +19,20 @@ class CompactTraining:
     """Gives optimisers the alive values of masked weights, until a weight or an optimiser's state is read.
 
     Args:
-        layers: whose weights are trained.
-        choices: layers for which torch was the faster keep their whole weights.
-        optimizers: of the weights.
+        layers: the layers whose weights are trained.
+        choices: layers for which torch was faster keep their whole weights.
+        optimizers: the optimisers of the weights.
     """
 
     def __init__(self, layers: SparseLayers, choices: Choices, optimizers: Iterable[Optimizer]) -> None:
         self._layers, self._choices, self._optimizers = layers, choices, list(optimizers)
         self.compact: CompactWeights | None = None
         """The weights that are compact now, if any are."""
-        self._given_up: list[CompactWeights] = []  # since the last step: SAM may still write to their values
+        self._given_up: list[CompactWeights] = []  # since the last step, as SAM may still write to their values
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """Follow the steps of the optimisers, and every look at their state."""
+        """Follow the steps of the optimisers, and every read of their state."""
         for optimizer in self._optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -54,7 +54,7 @@ class CompactTraining:
             if layer.mask is not None and layer.weight.requires_grad and not layer.changed
         )
         masked = [layer for layer in layers if not self._choices.dense(layer)]
-        if self.compact is not None and self.compact.given != masked:  # others have been masked since
+        if self.compact is not None and self.compact.given != masked:  # other weights have been masked since
             self.end()
         if self.compact is None and masked:
             self.compact = CompactWeights(masked, self._optimizers, self._movable)
@@ -70,7 +70,7 @@ class CompactTraining:
             self._layers.masks.end_compact(weight_name(layer.name) for layer in compact.layers)
 
     def wake(self, layer: Layer) -> None:
-        """Somebody reads a parameter of ``layer``, perhaps to write to it."""
+        """Code reads a parameter of ``layer``, perhaps to write to it."""
         if self._given_up:
             self.follow()
         layer.forget()
@@ -89,7 +89,7 @@ class CompactTraining:
 
     def _before_step(self, *_: Any) -> None:
         self.follow()
-        self._given_up.clear()  # these values are not written to any more
+        self._given_up.clear()  # these values are no longer written to
 
     def _after_step(self, *_: Any) -> None:
         if self.compact is not None:

@@ -1,4 +1,4 @@
-"""Parameters that tell when they are read."""
+"""Parameters that report when they are read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Watched(dict[str, Any]):
         self._wake()
         super().__delitem__(name)
 
-    def __iter__(self) -> Any:  # without it, {**parameters} would go past __getitem__
+    def __iter__(self) -> Any:  # without it, {**parameters} would bypass __getitem__
         return super().__iter__()
 
     def get(self, *args: Any) -> Any:

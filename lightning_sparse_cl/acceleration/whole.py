@@ -16,7 +16,7 @@ from lightning_sparse_cl.runtime.file import spnet_bytes
 from lightning_sparse_cl.runtime.flat import FlatNetwork
 
 MOST = 4
-"""Shapes of inputs that are planned for."""
+"""For how many input shapes plans are kept."""
 
 
 NUMBERS = ("eps", "min_val", "max_val", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
@@ -24,11 +24,11 @@ NUMBERS = ("eps", "min_val", "max_val", "kernel_size", "stride", "padding", "cei
 
 
 class WholeNetwork:
-    """Takes calls of a network from the second on with the same weights and shape, if the runtime has all its layers.
+    """Takes over the second and later calls with the same weights and shape, if the runtime has all the layers.
 
     Args:
-        network: what is called.
-        layers: those with kernels.
+        network: the network that is called.
+        layers: its layers with kernels.
     """
 
     def __init__(self, network: nn.Module, layers: Iterable[Layer]) -> None:
@@ -37,7 +37,7 @@ class WholeNetwork:
         self.forget()
 
     def forget(self) -> None:
-        """The weights may be others now, without a trace."""
+        """The weights may have changed without a trace."""
         self._at: Any = None
         self._seen: list[torch.Size] = []
         self._flat: dict[torch.Size, FlatNetwork | None] = {}
@@ -47,11 +47,11 @@ class WholeNetwork:
 
         Args:
             x: the batch.
-            program: of the network as it is now; it computes what is not known here.
+            program: the program of the network as it is now, for calls that are not planned here.
         """
         if program is not self._program:
             self._follow(program)
-        values: Callable[[Any], Iterable[Tensor | None]] = dict.values  # past what watches the reading of weights
+        values: Callable[[Any], Iterable[Tensor | None]] = dict.values  # bypasses :class:`Watched`
         tensors = chain.from_iterable(map(values, self._tensors))
         at = [(t._version, t.data_ptr()) for t in tensors if t is not None]
         numbers = [own[name] for own, name in self._numbers]
@@ -70,7 +70,7 @@ class WholeNetwork:
         return found
 
     def _follow(self, program: Program) -> None:
-        """Other modules, or flags of them, have come with a new program."""
+        """Follow a new program, with other modules or flags."""
         self.forget()
         modules = list(self._network.modules())
         self._program = program
@@ -80,9 +80,9 @@ class WholeNetwork:
     def _made(self, shape: torch.Size) -> FlatNetwork | None:
         for layer in self._layers:
             if layer.mask is not None and layer.weight.detach()[~layer.mask].count_nonzero():
-                return None  # values that the mask leaves out
+                return None  # values outside the mask
         try:
             with torch.inference_mode(False):
-                return FlatNetwork(spnet_bytes(layers_of(self._network, shape), shape))  # between hooks of its own
-        except Exception:  # it has something that the runtime cannot; called layer by layer it works
+                return FlatNetwork(spnet_bytes(layers_of(self._network, shape), shape))  # its own hooks run around it
+        except Exception:  # something the runtime cannot do; layer by layer it works
             return None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def in_eval(module: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards each part is in the mode in which it was."""
+    """Inside, the module is in eval mode; afterwards each part is in its former mode."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -22,7 +22,7 @@ def in_eval(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def batch_norm_still(module: nn.Module, still: bool = True) -> Iterator[None]:
-    """Batch-norm normalises by the batch as in training, but its running statistics stay as they are."""
+    """Inside, batch-norm normalises by the batch as in training, but its running statistics stay as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if still else []
     norms = [m for m in norms if m.track_running_stats]
     for norm in norms:

@@ -20,14 +20,14 @@ class PixelHead(nn.Linear):
 def draw_head(head: nn.Linear, seed: int, classes: Iterable[int] | None = None) -> None:
     """Draw a layer that maps features (B, D) to logits (B, num_classes), class by class.
 
-    Weights and bias of a class are uniform in ``[-D**-0.5, D**-0.5]``, as ``nn.Linear`` draws them. They depend on
-    the seed and on the number of the class alone: a class begins with the same weights whether the classes after it
-    are known from the beginning or come later.
+    Weights and bias of a class are uniform in ``[-D**-0.5, D**-0.5]``, as ``nn.Linear`` draws them. They depend only on
+    the seed and the number of the class: a class begins with the same weights whether the classes after it are known
+    from the beginning or come later.
 
     Args:
         head: the layer.
-        seed: of the random numbers.
-        classes: which to draw. If None, all.
+        seed: seed of the random numbers.
+        classes: the classes to draw. If None, all.
     """
     bound = head.in_features**-0.5
     for c in range(head.out_features) if classes is None else classes:
@@ -42,8 +42,8 @@ def logits_among(classes: Tensor, features: Tensor, weight: Tensor, bias: Tensor
     Args:
         classes: their labels (n,).
         features: (B, D).
-        weight: of the head, (num_classes, D).
-        bias: of the head, (num_classes,).
+        weight: weight of the head, (num_classes, D).
+        bias: bias of the head, (num_classes,).
     """
     rows = F.linear(features, weight[classes], bias[classes])
     return rows.new_full((len(rows), len(weight)), -torch.inf).index_copy(1, classes, rows)

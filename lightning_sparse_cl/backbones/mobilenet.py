@@ -15,7 +15,7 @@ class SmallImageMobileNetV2(nn.Sequential):
     them, 1280 wide.
 
     Args:
-        width: factor on the channels of every layer (those of the features only above 1).
+        width: factor on the channels of every layer (on those of the features only if above 1).
     """
 
     def __init__(self, width: float = 1.0) -> None:

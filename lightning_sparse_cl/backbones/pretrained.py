@@ -21,12 +21,12 @@ class Pretrained(nn.Module):
     Args:
         trained: patterns of parameters' names, such as ``blocks.11.*``, ``*`` for any characters: others are frozen,
             and a batch-norm without a trained parameter keeps its statistics. If None, all are trained, or, if there
-            are ``adapters``, only those; with both, the adapters and what fits a pattern.
+            are ``adapters``, only those; with both, the adapters and the matching parameters.
         adapters: the configuration of an adapter of peft (``pip install lightning_sparse_cl[peft]``), such as
-            ``{"peft_type": "LORA", "r": 8, "target_modules": ["qkv"]}``: it is trained, and masks are on its weights.
+            ``{"peft_type": "LORA", "r": 8, "target_modules": ["qkv"]}``: it is trained, and masks apply to its weights.
 
     Raises:
-        ValueError: at the first batch, if a pattern fits no parameter, or the model cannot be made or does not take
+        ValueError: at the first batch, if a pattern matches no parameter, or the model cannot be made or does not take
             such samples.
     """
 
@@ -40,14 +40,14 @@ class Pretrained(nn.Module):
             raise ValueError(f"{type(self).__name__}(adapters={adapters!r}): a dict with a peft_type, such as 'LORA'")
         self.trained, self.adapters = trained, adapters
         self.weights_follow = False
-        """Whether all weights come from a checkpoint, so that none are fetched."""
+        """Whether all weights come from a checkpoint, so that none need to be fetched."""
 
     def make(self, x: Nest) -> nn.Module:
-        """The model for such a batch, with its weights unless they follow."""
+        """The model for such a batch, with its weights unless a checkpoint will bring them."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its model is: override make()")
 
     def features(self, x: Nest) -> Tensor:
-        """What the model gives for a batch: (B, D)."""
+        """The model's features (B, D) for a batch."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its features are: override features()")
 
     def forward(self, x: Nest) -> Tensor:
@@ -58,10 +58,10 @@ class Pretrained(nn.Module):
                 self._freeze()
                 self.train(self.training)
                 return self.features(x)
-            except Exception as error:  # the other package raises whatever its arguments lead to
+            except Exception as error:  # the other package may raise anything
                 self._modules.pop("model", None)
                 line = next(iter(str(error).strip().splitlines()), "")
-                if not isinstance(error, ValueError | RuntimeError | OSError):  # a KeyError is a key alone
+                if not isinstance(error, ValueError | RuntimeError | OSError):  # the text of a KeyError is only the key
                     line = f"{type(error).__name__}: {line}"
                 raise ValueError(f"{self}: {line if len(line) <= 200 else f'{line[:196]} ...'}") from error
         return self.features(x)
@@ -72,7 +72,7 @@ class Pretrained(nn.Module):
             peft = imported("peft", type(self).__name__)
             kind = self.adapters.get("peft_type")
             if kind not in (known := [str(k.value) for k in peft.PeftType]):
-                raise ValueError(f"adapters: got the peft_type {kind!r}, and it is one of {', '.join(sorted(known))}")
+                raise ValueError(f"adapters: got the peft_type {kind!r}; it is one of {', '.join(sorted(known))}")
             peft.inject_adapter_in_model(peft.get_peft_config(dict(self.adapters)), model)
             wanted = [*(name for name, p in model.named_parameters() if p.requires_grad), *(wanted or ())]
         if wanted is None:
@@ -84,7 +84,7 @@ class Pretrained(nn.Module):
             parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in wanted))
 
     def train(self, mode: bool = True) -> Pretrained:
-        """As ``nn.Module.train``; a batch-norm that is not trained stays in eval mode."""
+        """Like ``nn.Module.train``, but a batch-norm that is not trained stays in eval mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -103,9 +103,9 @@ class Timm(Pretrained):
     ``std``.
 
     Args:
-        name: of the model, as in ``timm.list_models()``.
+        name: name of the model, as in ``timm.list_models()``.
         pretrained: fetch its weights from the hub.
-        checkpoint_path: a local file of weights, loaded after that.
+        checkpoint_path: a local file of weights, loaded afterwards.
         options: further arguments of ``timm.create_model``, such as ``{"patch_size": 4}``.
         trained, adapters: see :class:`Pretrained`.
 
@@ -174,9 +174,10 @@ class Transformers(Pretrained):
 
     Args:
         path: a model of the hub, or a local folder that ``save_pretrained`` wrote. If None, weights are random.
-        config: the configuration, such as ``{"model_type": "bert", "hidden_size": 128, ...}``. If ``path`` is given,
-            only what shall be other than in its own.
-        pool: features are the mean of the last hidden states over the tokens (``"mean"``), or that of the first.
+        config: the configuration, such as ``{"model_type": "bert", "hidden_size": 128, ...}``. With ``path``, only the
+            entries that differ from the model's own.
+        pool: features are the mean of the last hidden states over the tokens (``"mean"``), or the first token's
+            (``"first"``).
         trained, adapters: see :class:`Pretrained`.
 
     Raises:
@@ -231,7 +232,7 @@ class Transformers(Pretrained):
             raise ValueError(f"texts have {ids.shape[1]} tokens; max_position_embeddings of its config is {most}")
         try:
             found = self.model(**given).last_hidden_state
-        except (IndexError, RuntimeError) as error:  # on the CPU; a GPU tells by itself
+        except (IndexError, RuntimeError) as error:  # on the CPU; a GPU raises an error of its own
             if "out of" not in str(error):  # bounds, or range
                 raise
             known = getattr(config, "vocab_size", None)
@@ -251,12 +252,12 @@ class Transformers(Pretrained):
 
 
 def imported(package: str, owner: str, extra: str | None = None) -> Any:
-    """A package of an extra. Raises ValueError, in the name of ``owner``, if it is not installed.
+    """Import a package of an extra. Raises ValueError, naming ``owner``, if it is not installed.
 
     Args:
         package: its name.
         owner: what needs it.
-        extra: that brings it. If None, it is called as the package.
+        extra: the extra that installs it. If None, it has the package's name.
     """
     try:
         return __import__(package)

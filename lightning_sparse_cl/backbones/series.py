@@ -10,7 +10,7 @@ from lightning_sparse_cl.nests import Nest, within
 class SeriesCNN(nn.Module):
     """Three convolutions over time with batch-norm, averaged over the steps of each series.
 
-    What is behind a series' end does not matter, but that batch-norm's statistics include it in training.
+    What follows a series' end has no effect, except that batch-norm's statistics include it in training.
 
     Args:
         width: channels of the first convolution; the others have twice as many.
@@ -46,16 +46,16 @@ class SeriesCNN(nn.Module):
         steps = within(length, found)
         found = found * steps
         for block in self.blocks:
-            found = block(found) * steps  # behind its end a series is as if padded anew in every layer
+            found = block(found) * steps  # padded with zeros anew after every layer
         return found.sum(2) / length.view(-1, 1).clamp_min(1)
 
 
 class SeriesGRU(nn.Module):
-    """A linear map of each step, and gated recurrent units; the features are the state at each series' last step.
+    """A linear map of each step, then gated recurrent units; the features are the state at each series' last step.
 
     Args:
         width: size of the state.
-        layers: recurrent layers, one on top of the other.
+        layers: number of recurrent layers, one on top of the other.
 
     Raises:
         ValueError: if a number is not positive.

@@ -14,9 +14,9 @@ class TextTransformer(nn.Module):
     Args:
         vocabulary: number of token ids.
         width: size of the embeddings.
-        layers: encoder layers, normalised before attention and MLP.
-        heads: of attention; they divide ``width``.
-        length: tokens of a text, at most.
+        layers: number of encoder layers, which normalise before attention and MLP.
+        heads: number of attention heads; it divides ``width``.
+        length: largest number of tokens in a text.
 
     Raises:
         ValueError: if a number is not positive, or ``heads`` do not divide ``width``.
@@ -42,7 +42,7 @@ class TextTransformer(nn.Module):
 
         Raises:
             ValueError: if there are more tokens than positions, or, on the CPU, an id is not in the vocabulary. (A GPU
-                tells by itself, with an error of its own.)
+                raises an error of its own.)
         """
         ids, mask = (x["ids"], x["mask"].bool()) if isinstance(x, dict) else (x, torch.ones_like(x, dtype=torch.bool))
         length, vocabulary = self.positions.num_embeddings, self.tokens.num_embeddings
@@ -62,6 +62,6 @@ class TextTransformer(nn.Module):
 
 
 def mean_of_tokens(states: Tensor, mask: Tensor) -> Tensor:
-    """The mean (B, D) of the states (B, T, D) of those tokens that the mask (B, T) has; of none, zero."""
+    """The mean (B, D) of the states (B, T, D) of the tokens in the mask (B, T); zero if there are none."""
     weights = mask.unsqueeze(2).to(states.dtype)
     return (states * weights).sum(1) / weights.sum(1).clamp_min(1)

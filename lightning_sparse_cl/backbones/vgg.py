@@ -17,7 +17,8 @@ class VGG16(nn.Sequential):
 
     Args:
         width: channels of the first two convolutions; later ones have 2, 4 and 8 times as many.
-        hidden: widths of the fully connected layers. If None, two of 64 times ``width``, 4096 at full size.
+        hidden: widths of the fully connected layers. If None, two layers of 64 times ``width``, which is 4096 at full
+            size.
 
     Raises:
         ValueError: if ``width`` or a hidden layer is empty.

@@ -1,4 +1,4 @@
-"""Lightning callbacks around the gradient. Each works on its own, also on modules that know nothing of this package."""
+"""Lightning callbacks around the gradient. Each works on its own, even on modules that know nothing of this package."""
 
 from lightning_sparse_cl.callbacks.acceleration import SparseAcceleration
 from lightning_sparse_cl.callbacks.agem import AGEM

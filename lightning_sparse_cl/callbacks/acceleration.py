@@ -16,22 +16,22 @@ from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
 
 class SparseAcceleration(pl.Callback):
-    """Runs the masked network by sparse kernels, on CPUs in 32-bit precision; add it to any run and take it away again.
+    """Runs the masked network by sparse kernels, on CPUs in 32-bit precision; it can be added to any run, or left out.
 
-    Nothing else changes: masks are followed as they move, optimisers train the alive values only, other callbacks find
-    the weights as they are when they read them, and steps that need gradients of pruned weights (RigL's exchanges,
-    ranking by SNIP) are computed dense. Checkpoints are those of a run without it, plus which layers were measured to
-    be faster in which way, so that a resumed run computes the same.
+    Nothing else changes: masks are followed as they change, optimisers train the alive values only, other callbacks
+    read up-to-date weights, and steps that need gradients of pruned weights (RigL's exchanges, ranking by SNIP) are
+    computed dense. Checkpoints are those of a run without it, plus which way was measured to be faster for each layer,
+    so that a resumed run computes the same.
 
-    In ``test``, ``validate`` and ``predict``, which know no masks, weights that are zero are left out. Where there are
-    no kernels (another device or precision, no C++ compiler, a network under ``torch.compile``) the run goes on dense,
-    and says so. With several processes, and optimisers that look at more than one element at a time, weights stay
-    whole: slower, and the same otherwise. Layers are computed one by one in every stage, so that a test gives the
-    figures of the evaluation inside ``fit``; :class:`~lightning_sparse_cl.FlatNetwork` is faster for a trained network.
+    In ``test``, ``validate`` and ``predict``, which know no masks, zero weights are skipped. Without kernels (another
+    device or precision, no C++ compiler, a network under ``torch.compile``) the run goes on dense, and says so. With
+    several processes, or optimisers that look at more than one element at a time, weights stay whole: slower, but
+    otherwise the same. Layers are computed one by one in every stage, so that a test gives the figures of the
+    evaluation inside ``fit``; :class:`~lightning_sparse_cl.FlatNetwork` is faster for a trained network.
 
     Args:
-        measure: for each layer and shape, take the kernels only where they are measured to be faster. False takes them
-            wherever there are any, so that what is computed does not depend on the clock, nor on the number of threads.
+        measure: for each layer and shape, use the kernels only where they are measured to be faster. If False, they are
+            used wherever there are any, so that results depend neither on the clock nor on the number of threads.
     """
 
     def __init__(self, measure: bool = True) -> None:
@@ -43,8 +43,8 @@ class SparseAcceleration(pl.Callback):
         self._begin(trainer, pl_module, Masks.of(pl_module))  # a measurement may come before training
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.acceleration is not None:  # anew: with what other callbacks have made of the network, and to train it
-            alone = isinstance(trainer.strategy, SingleDeviceStrategy)  # others watch the parameters themselves
+        if self.acceleration is not None:  # anew: other callbacks may have changed the network, and now it is trained
+            alone = isinstance(trainer.strategy, SingleDeviceStrategy)  # others watch the parameters
             self._begin(trainer, pl_module, Masks.of(pl_module), trainer.optimizers if alone else [])
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -79,7 +79,7 @@ class SparseAcceleration(pl.Callback):
         try:
             parts = _parts(pl_module)
             self.acceleration = accelerate(pl_module, masks, optimizers, parts, self.measure, in_one_call=False)
-        except (KernelsUnavailable, ValueError) as error:  # a compiled backbone, for one
+        except (KernelsUnavailable, ValueError) as error:  # for example a compiled backbone
             rank_zero_warn(f"SparseAcceleration: {error}; the run goes on dense")
             return
         keep_freed_memory()
@@ -99,7 +99,7 @@ class SparseAcceleration(pl.Callback):
 
 
 def _parts(pl_module: pl.LightningModule) -> list[str]:
-    """What is called as a whole: the children of the network, unless it has layers of its own beside them."""
+    """The parts that are called as a whole: the network's children, unless it also has layers of its own."""
     layers = weight_layers(network_of(pl_module))
     names = dict.fromkeys(name.removesuffix(".weight").split(".")[0] for name in layers)
     own = [name for name in layers if name.count(".") == 1]

@@ -23,10 +23,10 @@ class AGEM(TaskCallback):
 
         g <- g - (g . g_ref / g_ref . g_ref) g_ref   where g . g_ref < 0                                     (eq 11)
 
-    g is the gradient that is about to be stepped, of whatever objective and update rule; g_ref that of the
-    cross-entropy on exemplars drawn for the step, in a pass of its own. The memory is shared equally among the tasks
-    that are over, each part drawn at random at the task's end, and all of it is used. (The released mammoth code keeps
-    one batch a task whatever its buffer size.) Masks of pruned and frozen weights act on both gradients.
+    g is the gradient of the coming step, from any objective and update rule; g_ref is the gradient of the cross-entropy
+    on exemplars drawn for the step, in a pass of its own. The memory is shared equally among the tasks that are over,
+    each part drawn at random at the task's end, and all of it is used. (The released mammoth code keeps one batch per
+    task, whatever its buffer size.) Masks of pruned and frozen weights act on both gradients.
 
     Works with any LightningModule whose ``forward`` maps images to logits, on a :class:`TaskDataModule`.
 
@@ -37,13 +37,13 @@ class AGEM(TaskCallback):
     Raises:
         ValueError: if an argument is not positive, there are more tasks than exemplars, or a checkpoint has a memory of
             another size.
-        TypeError: if the data are no :class:`TaskDataModule`.
+        TypeError: if the data are not a :class:`TaskDataModule`.
     """
 
     def __init__(self, memory: int = 500, replay_batch_size: int = 32) -> None:
         if replay_batch_size < 1:
             raise ValueError(
-                f"AGEM(replay_batch_size={replay_batch_size}): a reference gradient is of one exemplar at least"
+                f"AGEM(replay_batch_size={replay_batch_size}): a reference gradient needs at least one exemplar"
             )
         self.memory = BalancedMemory(memory, by="task")
         self.replay_batch_size = replay_batch_size
@@ -62,7 +62,7 @@ class AGEM(TaskCallback):
         if self._loaded is not None:
             if (found := len(self._loaded["labels"])) != self.memory.size:
                 raise ValueError(
-                    f"AGEM(memory={self.memory.size}): the checkpoint is of a memory of {found}; go on with it"
+                    f"AGEM(memory={self.memory.size}): the checkpoint has a memory of {found}; use that size"
                 )
             self.memory.load_state_dict(self._loaded)
         self.memory.to(pl_module.device)
@@ -75,7 +75,7 @@ class AGEM(TaskCallback):
             agem_([p.grad for p in params], self.reference(trainer, pl_module, params))
 
     def reference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, params: list[Tensor]) -> list[Tensor]:
-        """g_ref: mean over exemplars and processes, of each of ``params``."""
+        """g_ref for each of ``params``: mean over exemplars and processes."""
         drawn = self.memory.draw(self.replay_batch_size)
         with batch_norm_still(pl_module), trainer.precision_plugin.forward_context(), torch.enable_grad():
             data = task_data(trainer)

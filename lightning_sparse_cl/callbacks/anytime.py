@@ -1,4 +1,4 @@
-"""Anytime accuracy: what a learner knows at any moment of a stream, not at its end alone."""
+"""Anytime accuracy: what a learner knows at any moment of a stream, not only at its end."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ class AnytimeAccuracy(TaskCallback):
     """Class-IL accuracy every n steps on the tasks that have begun, and its mean over the run.
 
     The mean is the area under the curve of accuracy over samples, A_AUC of Koh et al. (2022), for a stream
-    (``stream=True`` of the data); where tasks are announced it is measured in the same way. Each measurement is a pass
-    over the test sets of these tasks.
+    (``stream=True`` of the data); with announced tasks it is measured in the same way. Each measurement is a pass over
+    the test sets of these tasks.
 
     Args:
-        every_n_steps: steps from one measurement to the next.
+        every_n_steps: steps between measurements.
 
     Raises:
         ValueError: if ``every_n_steps`` is not positive.
-        TypeError: if the data are no :class:`TaskDataModule`.
+        TypeError: if the data are not a :class:`TaskDataModule`.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
@@ -39,7 +39,7 @@ class AnytimeAccuracy(TaskCallback):
         self.steps: list[int] = []
         """Steps that had been taken at each measurement."""
         self.accuracies: list[float] = []
-        """At each measurement, the mean over the tasks that had begun; of the target's metric, mostly accuracy."""
+        """At each measurement, the mean of the target's metric, mostly accuracy, over the tasks that had begun."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -68,7 +68,7 @@ class AnytimeAccuracy(TaskCallback):
         pl_module.log("anytime/class_il", self.accuracies[-1], rank_zero_only=True)
 
     def summary(self) -> dict[str, Any]:
-        """``steps``, ``class_il`` at each, and ``mean``. If nothing was measured, the mean is None."""
+        """``steps``, ``class_il`` at each of them, and ``mean``, which is None if nothing was measured."""
         mean = sum(self.accuracies) / len(self.accuracies) if self.accuracies else None
         return {"steps": self.steps, "class_il": self.accuracies, "mean": mean}
 

@@ -1,4 +1,4 @@
-"""Blocks of neighbouring tasks, for tables and pictures that have no room for each of them."""
+"""Blocks of neighbouring tasks, for tables and pictures that have no room for every task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def labels(count: int, most: int) -> list[str]:
 
 
 def mean(values: Iterable[Value]) -> Value:
-    """Mean of the values that are defined. If there are none, None."""
+    """Mean of the values that are defined, or None if there are none."""
     defined = [v for v in values if v is not None and v == v]
     return fmean(defined) if defined else None
 

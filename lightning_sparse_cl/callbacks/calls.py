@@ -1,4 +1,4 @@
-"""What the forward passes of a training cost, whichever modules they go through."""
+"""What the forward passes of training cost, whichever modules they go through."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_sparse_cl.sparsity.layers import network_of
 
 
 class Call(NamedTuple):
-    """An outermost call of a module: one that is not inside of a call of another module."""
+    """An outermost call of a module: one that is not inside a call of another module."""
 
     name: str
-    """Of the module in the LightningModule; ``""`` is the LightningModule itself."""
+    """Name of the module in the LightningModule; ``""`` is the LightningModule itself."""
     module: nn.Module
     samples: int
     cost: DenseCost
-    """Of all samples together."""
+    """Cost of all samples together."""
     backward: bool
     """Whether a gradient is taken through it."""
 
 
 class OutermostCalls:
-    """Tells what every outermost call in a LightningModule costs, while that is in training mode.
+    """Reports what every outermost call in a LightningModule costs while it is in training mode.
 
     A call with inputs of new shapes is counted while it happens, by
-    :class:`~lightning_sparse_cl.metrics.products.ProductCounter`, which only looks; one with known shapes costs what it
-    did before. A module with compiled or accelerated parts would compute something else while it is looked at: it is
-    called once more for the count, without a trace. Recomputation in backward passes is not told.
+    :class:`~lightning_sparse_cl.metrics.products.ProductCounter`, which only observes; a call with known shapes costs
+    what it did before. A module with compiled or accelerated parts would compute differently while observed: it is
+    called once more for the count, without a trace. Recomputation in backward passes is not reported.
 
     Args:
         pl_module: the module.
@@ -48,9 +48,9 @@ class OutermostCalls:
     def __init__(self, pl_module: pl.LightningModule, told: Callable[[Call], None]) -> None:
         self.pl_module, self.told = pl_module, told
         self.failed: dict[str, str] = {}
-        """Modules whose calls could not be counted, and why."""
+        """Modules whose calls could not be counted, each with the reason."""
         self.heard = 0
-        """How many calls have been told."""
+        """How many calls have been reported."""
         self._hooks: list[RemovableHandle] = []
         # by identity: a metric's hash changes with its state
         self._names: dict[int, str] = {}
@@ -71,7 +71,7 @@ class OutermostCalls:
         Call it again whenever modules may have been added, exchanged or compiled.
 
         Args:
-            all_modules: if False, leave out what is inside of modules that have been called since all were watched.
+            all_modules: if False, leave out what is inside modules that have been called since all were watched.
         """
         self.remove()
         if all_modules:
@@ -88,7 +88,7 @@ class OutermostCalls:
             ]
 
     def _outer(self, module: nn.Module) -> Iterator[nn.Module]:
-        closed = steps_aside(module)  # hooks in it would be compiled, or keep the kernels away
+        closed = steps_aside(module)  # hooks inside would be compiled, or keep the kernels from running
         own = module is self.pl_module
         if not closed or own:
             yield module
@@ -110,7 +110,7 @@ class OutermostCalls:
             self._counter.__exit__(None, None, None)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or any(isinstance(a, fx.Proxy) for a in args):  # looked at, not run
+        if torch.compiler.is_compiling() or any(isinstance(a, fx.Proxy) for a in args):  # traced, not run
             return
         if self._inside is not None:
             self._met.add(id(module))
@@ -126,12 +126,12 @@ class OutermostCalls:
         self._samples = len(args[0]) if _is_batch(args) else batch_size((args, kwargs))
         self._key = (name, *map(_signature, args), *((k, _signature(v)) for k, v in kwargs.items()))
         if self._key not in self._costs:
-            if len(self._costs) > 1000:  # shapes, or numbers, that are always new
+            if len(self._costs) > 1000:  # shapes or numbers keep changing
                 self._costs.clear()
             if any(map(steps_aside, module.modules())):
                 self._count_apart(module, args, kwargs)
             else:
-                # Made anew: a functional call, La-MAML's for example, has other tensors in the place of weights.
+                # Made anew: a functional call, such as La-MAML's, puts other tensors in place of weights.
                 self._counter = ProductCounter(self._weights(), self.pl_module.buffers())
                 self._counter.begin((args, kwargs))
                 self._counter.__enter__()
@@ -157,7 +157,7 @@ class OutermostCalls:
             self.told(Call(self._key[0], module, self._samples, self._costs[self._key], backward))
 
     def _count_apart(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Of a module that would not be itself while it is looked at, by a copy; per sample of any batch."""
+        """Count by a copy for a module that would compute differently while observed; per sample of any batch."""
         name, n = self._names[id(module)], self._samples
         each = (name, *(_signature(t, batch=False) for t in (*args, *kwargs.values())), *kwargs)
         if each not in self._apart:
@@ -166,7 +166,7 @@ class OutermostCalls:
                 args, kwargs = args[:1], {}
             try:
                 self._apart[each] = n, DenseCost.of_call(plain_copy(network), *args, **kwargs)
-            except Exception as error:  # any module may be trained; one that cannot be counted is not to be stopped
+            except Exception as error:  # a module that cannot be counted must still be trained
                 self.failed[name or type(module).__name__] = f"compiled, and a copy fails ({type(error).__name__})"
                 return
         counted, cost = self._apart[each]
@@ -179,7 +179,7 @@ class OutermostCalls:
         )
 
     def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights by name, those of a teacher, which are copies, under the names of the originals."""
+        """The weights by name; a teacher's weights, which are copies, have the names of the originals."""
         own = weights_of(self.pl_module)
         yield from own.items()
         for teacher in (m for m in self.pl_module.modules() if isinstance(m, Teacher)):
@@ -214,7 +214,7 @@ def batch_size(values: Any) -> int:
 
 
 def _is_batch(values: Any) -> bool:
-    """Whether the usual case is at hand, which need not be searched: a tensor comes first."""
+    """Whether this is the usual case, which needs no search: a tensor comes first."""
     return bool(values) and isinstance(values[0], Tensor) and values[0].ndim > 0
 
 
@@ -223,7 +223,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _signature(value: Any, batch: bool = True) -> Any:
-    """What of an argument decides about the cost: shapes, and plain values such as flags."""
+    """The part of an argument that decides the cost: shapes, and plain values such as flags."""
     if isinstance(value, Tensor):
         return value.shape if batch else value.shape[1:]
     leaves = tree_leaves(value)
@@ -234,5 +234,5 @@ def _signature(value: Any, batch: bool = True) -> Any:
 
 
 def _redirected(module: nn.Module) -> bool:
-    """Whether this call is really one of ``training_step``: strategies that wrap the module send it through there."""
+    """Whether this call is really one of ``training_step``: strategies that wrap the module redirect it."""
     return getattr(module.__dict__.get("forward"), "__qualname__", "").startswith("_ForwardRedirection")

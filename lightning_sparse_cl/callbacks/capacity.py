@@ -1,4 +1,4 @@
-"""How much of the network is left in the end, counted and on disk."""
+"""How much of the network is left at the end, counted and on disk."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ModelCapacity(TaskCallback):
     (:func:`~lightning_sparse_cl.callbacks.run_folder.run_folder`), is read by
     :func:`~lightning_sparse_cl.sparsity.load_sparse`, and loaded into a module that has a memory with
     ``module.load_state_dict(state, strict=False)``. Where each task has a subnetwork, the file holds them all, see
-    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them load the checkpoint. iCaRL's means of
-    exemplars, by which it classifies, are in the checkpoint alone. If the run has no folder, no file is left.
+    :meth:`~lightning_sparse_cl.Subnetworks.stored`; to go on computing with them, load the checkpoint. iCaRL's means of
+    exemplars, by which it classifies, are only in the checkpoint. If the run has no folder, no file is kept.
 
     Args:
         folder: where to write instead of the folder of the run.
@@ -66,7 +66,7 @@ class ModelCapacity(TaskCallback):
         }
 
     def _save(self, network: dict[str, Any]) -> int:
-        """Write the file, only to see its size if the run has no folder; the number of bytes."""
+        """Write the file (temporarily if the run has no folder) and return its size in bytes."""
         if self._folder is None:
             with tempfile.TemporaryDirectory() as folder:
                 return save_sparse(network, Path(folder, "model.safetensors"))
@@ -74,7 +74,7 @@ class ModelCapacity(TaskCallback):
         return save_sparse(network, self._folder / "model.safetensors")
 
     def summary(self) -> dict[str, Any]:
-        """``capacity``: EsaCL's eq 6.24, the fraction of the masked weights that is kept; ``parameters`` and how many
-        are ``nonzero``; ``bytes`` of the file and ``dense_bytes`` of the tensors in it.
+        """``capacity``: EsaCL's eq 6.24, the fraction of the masked weights that is kept; ``parameters``, and how many
+        of them are ``nonzero``; ``bytes`` of the file and ``dense_bytes`` of the tensors in it.
         """
         return dict(self._found)

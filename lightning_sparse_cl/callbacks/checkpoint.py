@@ -1,4 +1,4 @@
-"""Checkpoints of a task sequence: the finished run included, and one last before leaving on a signal."""
+"""Checkpoints of a task sequence: including the finished run, and a last one before leaving on a signal."""
 
 from __future__ import annotations
 
@@ -27,19 +27,20 @@ from lightning_sparse_cl.checkpoint_file import AtomicCheckpointIO, read_checkpo
 class SequenceCheckpoint(ModelCheckpoint):
     """Lightning's ``ModelCheckpoint``, with the same arguments, made safe for a sequence of tasks.
 
-    * The finished run, consolidated, is in ``last.ckpt``. Lightning saves every n steps *or* at epoch ends, so that
-      with ``every_n_train_steps`` the last task's pruning would be missing from every file.
+    * The finished run, consolidated, is in ``last.ckpt``. Lightning saves every n steps *or* at epoch ends, so with
+      ``every_n_train_steps`` every file would lack the last task's pruning.
     * Files are written and checked by :class:`AtomicCheckpointIO`, unless the Trainer has a plugin of its own for it.
     * SIGTERM and Ctrl-C (SIGINT) finish the running step, write ``last.ckpt`` and leave with status 128 + signal; a
       second one leaves at once. Several processes leave at the same step.
     * In a SLURM job the signal that announces the time limit (SIGUSR1, or the ``requeue_signal`` of the Trainer's
       ``SLURMEnvironment``) does the same and then queues the job again. Lightning's own handler for it, which saves in
       the middle of a step, is off. ``SLURMEnvironment(auto_requeue=False)`` turns both off.
-    * ``every_n_train_steps`` and ``train_time_interval`` hold under manual optimisation too, where Lightning heeds only
-      the first.
+    * ``every_n_train_steps`` and ``train_time_interval`` also work under manual optimisation, where Lightning heeds
+      only the first.
     * Nothing is written between an epoch's last batch and its end: Lightning, resuming there, would skip validation and
-      the epoch-end hooks, and :class:`TaskSchedule` refuses to. What is due then is written at the epoch's end.
-    * Several runs may share a ``dirpath``: the second writes ``last-v1.ckpt``, and so on, also while the first is
+      the epoch-end hooks, and :class:`TaskSchedule` refuses to do that. A checkpoint due then is written at the epoch's
+      end.
+    * Several runs may share a ``dirpath``: the second writes ``last-v1.ckpt``, and so on, even while the first is
       running. Only a run that is resumed replaces its own ``last.ckpt``; a second fit with the same Trainer is a run of
       its own, and removes no file of the first.
     """
@@ -49,10 +50,10 @@ class SequenceCheckpoint(ModelCheckpoint):
     _requeue_signal: int | None = None
     _handlers: dict[int, Any] | None = None
     _run = ""
-    """Tells this run from others that write to the same folder; a resumed run keeps it."""
+    """Distinguishes this run from others that write to the same folder; a resumed run keeps it."""
     _claim: Claim | None = None
     _version = 0
-    """Of the files' names; 0 is none."""
+    """Version in the files' names; 0 means none."""
     _offered: frozenset[str] = frozenset()
     """What Lightning has found for ``ckpt_path="last"``."""
 
@@ -78,14 +79,14 @@ class SequenceCheckpoint(ModelCheckpoint):
         self._version = trainer.strategy.broadcast(self._version)
         super().on_train_start(trainer, pl_module)
         self._signal, self._due = 0, False
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+        if threading.current_thread() is threading.main_thread():  # handlers can only be set there
             numbers = (signal.SIGTERM, signal.SIGINT, self._requeue_signal)
             self._handlers = {number: signal.signal(number, self._heard) for number in numbers if number is not None}
 
     # -- names ---------------------------------------------------------------------------------------------------
 
     def _claim_names(self) -> None:
-        """Take the first version of the names that no running process has and whose ``last.ckpt`` is not another's."""
+        """Claim the first version that no running process has claimed and whose ``last.ckpt`` is not another run's."""
         self._release_names()
         folder, self._version = Path(str(self.dirpath)), 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ class SequenceCheckpoint(ModelCheckpoint):
             claim.release()
             self._version += 1
         self._claim = claim
-        for part in folder.glob(f"*{self.FILE_EXTENSION}.*.part"):  # of a process that was killed while it wrote
+        for part in folder.glob(f"*{self.FILE_EXTENSION}.*.part"):  # left by a process that was killed while writing
             version = re.search(rf"{self.CHECKPOINT_JOIN_CHAR}v(\d+){re.escape(self.FILE_EXTENSION)}\.", part.name)
             if int(version[1] if version else 0) == self._version:
                 part.unlink(missing_ok=True)
@@ -108,7 +109,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         try:
             return read_checkpoint(path, mmap=True).get("run") == self._run
         except ValueError:
-            return False  # whose it was is not known
+            return False  # it is not known whose it was
 
     def _release_names(self) -> None:
         if self._claim is not None:
@@ -123,7 +124,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         self, metrics: dict[str, Tensor], filename: str | None = None, ver: int | None = None,
         prefix: str | None = None,
     ) -> str:  # fmt: skip
-        """Lightning's, with the version that this run has claimed."""
+        """Lightning's name, with the version that this run has claimed."""
         return super().format_checkpoint_name(metrics, filename, self._version or None if ver is None else ver, prefix)
 
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
@@ -132,7 +133,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         return found
 
     def was_offered(self, path: Any) -> bool:
-        """Whether the user has not chosen this checkpoint: it was found for ``ckpt_path="last"``."""
+        """Whether this checkpoint was found for ``ckpt_path="last"``, and not chosen by the user."""
         return str(path) in self._offered
 
     # -- when ----------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class SequenceCheckpoint(ModelCheckpoint):
         self._leave_if_told(trainer)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
-        """By steps, or by time as the first process's clock has it."""
+        """Whether a checkpoint is due, by steps, or by time on the first process's clock."""
         if self._train_time_interval is not None:
             now, last = time.monotonic(), self._last_time_checked or 0.0
             if trainer.strategy.broadcast(now - last >= self._train_time_interval.total_seconds()):
@@ -173,7 +174,7 @@ class SequenceCheckpoint(ModelCheckpoint):
             return
         candidates = self._monitor_candidates(trainer)
         if self.monitor is not None and self.monitor not in candidates:
-            return  # not measured yet: still due
+            return  # no metric measured yet: still due
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)

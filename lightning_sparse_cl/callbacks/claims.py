@@ -9,13 +9,13 @@ from filelock import FileLock, Timeout
 
 
 class Claim:
-    """A file's name is this process's own for as long as it lives or until it is released.
+    """Reserves a file's name for this process for as long as it lives, or until it is released.
 
-    A lock beside the file says so; the system lifts it when the process dies, however it dies. Copies of the object
-    have claimed nothing.
+    A lock beside the file marks the claim; the system lifts it when the process dies, for any reason. Copies of the
+    object have claimed nothing.
 
     Args:
-        path: the file, which need not exist. Its folder does.
+        path: the file, which need not exist, in a folder that does.
     """
 
     def __init__(self, path: Path) -> None:
@@ -23,7 +23,7 @@ class Claim:
         self._lock: FileLock | None = None
 
     def take(self) -> bool:
-        """Whether it is this process's now; False if another one has it."""
+        """Claim the file; returns False if another process has it."""
         lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
         try:
             lock.acquire(timeout=0)
@@ -33,9 +33,9 @@ class Claim:
         return True
 
     def release(self) -> None:
-        """Let others have it. Releasing twice does nothing more."""
+        """Give up the claim. Releasing twice does nothing more."""
         if self._lock is not None:
-            Path(self._lock.lock_file).unlink(missing_ok=True)  # while held, so that no other process's is removed
+            Path(self._lock.lock_file).unlink(missing_ok=True)  # while held, so as not to remove another process's lock
             self._lock.release()
         self._lock = None
 

@@ -1,4 +1,4 @@
-"""Which classes each task has, in few lines of a given width."""
+"""Which classes each task has, in a few lines of a given width."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from lightning_sparse_cl.callbacks.blocks import blocks, labels
 
 MOST_LINES, MOST_ENTRIES, FEW = 10, 100, 2
-"""Tasks with a line of their own each, entries where there are more tasks, and names in such an entry."""
+"""The most tasks that get a line each; for more tasks, the most entries, and names per entry."""
 
 
 def class_lists(classes: Sequence[Sequence[str]], tasks: Iterable[int] | None = None) -> dict[str, list[str]]:
-    """The names of each task's classes by the task's number in tables, counted from 1.
+    """The names of each task's classes, by the task's number in tables, counted from 1.
 
-    Above 100 tasks neighbouring ones are one entry, "1-2".
+    With more than 100 tasks, neighbouring ones share an entry, "1-2".
 
     Args:
         classes: names of each task's classes.
-        tasks: those to list, counted from 0. If None, all.
+        tasks: the tasks to list, counted from 0. If None, all.
     """
     listed = list(range(len(classes)) if tasks is None else tasks)
     if len(listed) < len(classes):
@@ -27,14 +27,14 @@ def class_lists(classes: Sequence[Sequence[str]], tasks: Iterable[int] | None = 
 
 
 def class_lines(lists: Mapping[str, Sequence[str]], width: float, measure: Callable[[str], float]) -> list[str]:
-    """Lines "1: cat, dog" of at most ``width``; names that have no room are "...".
+    """Lines "1: cat, dog" of at most ``width``; names without room become "...".
 
-    Tasks that all have the same classes are one line; more than ten tasks share lines, with two names each.
+    If all tasks have the same classes, they get one line; more than ten tasks share lines, with two names each.
 
     Args:
-        lists: of :func:`class_lists`.
-        width: room for a line.
-        measure: width of a text.
+        lists: what :func:`class_lists` has returned.
+        width: largest width of a line.
+        measure: function that gives the width of a text.
     """
     named = {label: [" ".join(name.split()) for name in names] for label, names in lists.items()}
     first, *others = named.values()

@@ -44,27 +44,27 @@ class CompactPickGrow(Sparsifier):
     """The stages of a task of CPG, on a module that has scores of old weights as ``picks``.
 
     * *learn*: the free weights, and which of the old ones are used, for ``learn`` epochs. If the held-out accuracy is
-      below the target, or that on the training samples not above ``fits``, the network grows to the next of ``sizes``,
-      and the task starts over. In the largest network it goes on with what it has.
+      below the target, or the accuracy on the training samples not above ``fits``, the network grows to the next of
+      ``sizes``, and the task starts over. In the largest network it goes on with what it has.
     * *compact*: prune the task's weights to each of the sparsities ``steps`` in turn, in ``compact`` epochs each, while
       the training samples are fitted. In the first ``ramp`` epochs of each the sparsity rises along a cubic. The
       largest sparsity that reaches the target is kept. A task that has missed either in the largest network is pruned
-      anyway, until each remaining task is left an equal share.
+      anyway, until every remaining task has an equal share.
     * *retrain*: what is left, and which old weights are used, all of them at first, for ``retrain`` epochs, or until
       ``patience`` epochs pass without improvement; the best network is kept. The first task has no old weights to pick,
       and skips this stage.
 
-    A sparsity is the fraction of the weights that no earlier task has. The learning rates fall as in the code: that of
-    the weights to a tenth at half, and again at four fifths, of learning, and a tenth in the other stages; that of the
-    picks to a fifth at half, to nothing at seven tenths of learning if there are free weights, and a fifth while
-    retraining. Passes that measure accuracy are not in the FLOPs.
+    A sparsity is the fraction of the weights that no earlier task has. The learning rates fall as in the code: for the
+    weights to a tenth at half of learning, again at four fifths, and to a tenth in the other stages; for the picks to a
+    fifth at half of learning, to zero at seven tenths if there are free weights, and to a fifth while retraining.
+    Passes that measure accuracy do not count in the FLOPs.
 
     Args:
         target: accuracy that a task is to reach, see :class:`~lightning_sparse_cl.SparseGrowth`.
         learn: epochs of learning.
-        compact: epochs for each sparsity.
-        ramp: how many of them raise the sparsity.
-        retrain: epochs of retraining, at most; 0 for none.
+        compact: epochs per sparsity.
+        ramp: how many of these raise the sparsity.
+        retrain: largest number of epochs of retraining; 0 for none.
         patience: epochs of retraining without improvement after which it ends.
         steps: the sparsities, rising, in (0, 1).
         interval: steps between two prunings of a ramp.
@@ -124,16 +124,16 @@ class CompactPickGrow(Sparsifier):
         self._restart()
 
     def _restart(self) -> None:
-        """Nothing has been learnt."""
+        """Set the state in which nothing has been learnt."""
         self.grown = 0
         """How often the network has grown."""
         self.size_of: list[float] = []
         """The size in which each task was learnt."""
         self.sparsities: list[float] = []
-        """To which each task was pruned; 0 if not at all."""
-        self._at: dict[str, Any] = {}  # the running task's stage, and what it has found
+        """The sparsity to which each task was pruned; 0 if not at all."""
+        self._at: dict[str, Any] = {}  # the running task's stage, and its findings
         self._start: dict[str, Any] = {}  # the network at the task's start
-        self._best: dict[str, Any] = {}  # that to be kept, if nothing better comes
+        self._best: dict[str, Any] = {}  # the best network so far
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -142,7 +142,7 @@ class CompactPickGrow(Sparsifier):
 
     @property
     def longest(self) -> int:
-        """Epochs of a task at most."""
+        """Largest number of epochs of a task."""
         return self.learn * len(self.sizes) + self.compact * len(self.steps) + self.retrain
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,9 +158,9 @@ class CompactPickGrow(Sparsifier):
                     f"{type(other).__name__} out"
                 )
             if isinstance(other, Reopen) and other.part < 1:
-                raise ValueError(f"CompactPickGrow: a task has all free weights; leave Reopen(part={other.part}) out")
+                raise ValueError(f"CompactPickGrow: a task gets all free weights; leave Reopen(part={other.part}) out")
         if not data.val_fraction:
-            raise ValueError("CompactPickGrow: it is decided on held-out samples; set the data module's val_fraction")
+            raise ValueError("CompactPickGrow: it decides on held-out samples; set the data module's val_fraction")
         learnt = len(data.learnt.classes) if data.learnt else 0
         for task in range(learnt, data.num_tasks) if not parts_of(trainer).fast_dev_run else ():
             if schedule is not None and (epochs := schedule.epochs_of(task)) < self.longest:
@@ -184,7 +184,7 @@ class CompactPickGrow(Sparsifier):
         self._enter(trainer, "learn")
 
     def _enter(self, trainer: pl.Trainer, stage: str) -> None:
-        """A stage begins, with optimisers that start afresh."""
+        """Begin a stage, with fresh optimisers."""
         self._at |= {"stage": stage, "epoch": 0}
         for optimizer in trainer.optimizers:
             optimizer.state.clear()
@@ -202,7 +202,7 @@ class CompactPickGrow(Sparsifier):
             self._set_rates(trainer, pl_module)
 
     def _set_rates(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The learning rates of the epoch that begins."""
+        """Set the learning rates of the epoch that begins."""
         free = any(bool(self.masks.movable(name).any()) for name in self._layers)
         done = self._at["epoch"] / self.learn
         of_weights, of_picks = {
@@ -246,7 +246,7 @@ class CompactPickGrow(Sparsifier):
         if missed and self.grown + 1 < len(self.sizes):
             self._grow(trainer, pl_module)
             return
-        must = 1 - round(1 / (tasks - task), 1) if missed else None  # it leaves as much to each task that comes
+        must = 1 - round(1 / (tasks - task), 1) if missed else None  # leaves an equal share to each coming task
         self._keep(pl_module, reached)
         self._at |= {"must": must, "step": 0}
         if not any(bool(self.masks.movable(name).any()) for name in self._layers):
@@ -289,7 +289,7 @@ class CompactPickGrow(Sparsifier):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if self._at["stage"] in ("compact", "retrain"):  # its epochs are over
             self._end_epoch(trainer, pl_module)
-        if self._best:  # otherwise it was ended before it had learnt
+        if self._best:  # otherwise it was ended before it had learnt anything
             self._take_best(pl_module)
             self.sparsities[-1] = self._best["sparsity"]
         self.size_of.append(self.sizes[self.grown])
@@ -318,12 +318,12 @@ class CompactPickGrow(Sparsifier):
         return accuracy_on(trainer, pl_module, _picking(pl_module).running, samples) > self.fits
 
     def _sparsity(self, further: int = 0) -> float:
-        """That of the running step of compacting, or of the one before it."""
+        """The sparsity of the running step of compacting, or of the step before."""
         step = self._at["step"] + further
         return self.steps[step] if step >= 0 else 0.0
 
     def _open(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """Have the network the size that it has grown to; returns what of each weight is there."""
+        """Open the network to its present size; returns which entries of each weight exist."""
         part, device = math.sqrt(self.sizes[self.grown]), pl_module.device
         fixed = (self.channels.input, self.channels.output)
         units = [
@@ -337,7 +337,7 @@ class CompactPickGrow(Sparsifier):
         return there
 
     def _grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The task starts over in a larger network."""
+        """Start the task over in a larger network."""
         put_back(self._parts(pl_module), self.masks, self._start)
         before = dict(self.masks.alive)
         self.grown += 1
@@ -348,7 +348,7 @@ class CompactPickGrow(Sparsifier):
         self._enter(trainer, "learn")
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> None:
-        """Keep the largest of the task's own weights; ``sparsity`` is of those that no earlier task has."""
+        """Keep the largest of the task's own weights; ``sparsity`` counts the weights that no earlier task has."""
         dead = {}
         for name in self._layers:
             frozen, alive = self.masks.frozen_part(name), self.masks.alive[name]
@@ -359,11 +359,11 @@ class CompactPickGrow(Sparsifier):
             dead[name] = alive & ~own & ~frozen
         reset_state(trainer, pl_module, dead)
 
-    # -- what it tells, and its state --------------------------------------------------------------------------------
+    # -- summary and state -------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
-        """By task: the ``size`` of the network as a fraction of the whole one's weights, the ``sparsity`` of what the
-        task had, and the ``target``.
+        """By task: the ``size`` of the network as a fraction of the whole one's weights, the ``sparsity`` of the
+        weights that the task could have, and the ``target``.
         """
         return {
             "size": self.size_of, "sparsity": self.sparsities[: len(self.size_of)],
@@ -383,4 +383,4 @@ class CompactPickGrow(Sparsifier):
 
 
 def _picking(pl_module: pl.LightningModule) -> Picking:
-    return cast(Picking, pl_module)  # on_fit_start has looked
+    return cast(Picking, pl_module)  # on_fit_start has checked

@@ -1,4 +1,4 @@
-"""Dynamic data removal: stop training on what is learnt already (SparCL, 4.2)."""
+"""Dynamic data removal: stop training on samples that are already learnt (SparCL, 4.2)."""
 
 from __future__ import annotations
 
@@ -40,36 +40,36 @@ class DynamicDataRemoval(TaskCallback):
     """DDR (SparCL, section 4.2): remove the easiest samples of the task, a part after each of its first stages.
 
     After stage i = 1 ... cutoff, each of ``interval`` epochs, fraction * i / cutoff of the task's samples are gone:
-    those that were easiest during the stage, ties broken at random, the same on every process and on a resumed run.
-    Removed samples can no longer enter a memory; those in it are still replayed. Statistics start anew with
-    every stage.
+    those that were easiest during the stage, with ties broken at random, identically on every process and in a resumed
+    run. Removed samples can no longer enter a memory; those in it are still replayed. Statistics start anew with every
+    stage.
 
-    How hard a sample is (means over its presentations in the stage, for it may miss one in an incomplete last batch;
-    the logits are those of the training step, of the augmented image, and all classes compete):
+    How hard a sample is (means over its presentations in the stage, as it may miss one in an incomplete last batch; the
+    logits are the training step's, for the augmented image, and all classes compete):
 
     * ``"misclassification"``: how often it was misclassified (the paper);
-    * ``"forgetting"``: how often it was unlearnt, right once and wrong the next time; one never right counts as hardest
-      (the released code);
+    * ``"forgetting"``: how often it was unlearnt, i.e. right once and wrong the next time; a sample that was never
+      right counts as hardest (the released code);
     * ``"gradient"``: norm of the loss's gradient with respect to the logits (DDR-GSS in Table A4, which does not say
       how; GSS itself compares the directions of gradients, which the paper's remark on redundancy does not need);
-    * ``"loss"``: its loss (DDR-LARS in Table A4): what ``training_step`` returns under ``per_sample``, (B,), if it
-      does; otherwise that of its target, for classes cross-entropy;
-    * ``"random"``: all the same, so that samples are removed at random: what the other ways are to be compared with.
+    * ``"loss"``: its loss (DDR-LARS in Table A4): what ``training_step`` returns as ``per_sample``, (B,), if it does;
+      otherwise the target's loss, for classes cross-entropy;
+    * ``"random"``: the same for all, so that samples are removed at random: the baseline for the other ways.
 
     Works with any LightningModule on a :class:`TaskDataModule`. If ``training_step`` returns ``logits`` (B, C) of the
-    batch they are used, else the batch goes forward once more, without gradient. Where labels are no classes, only
-    ``by="loss"`` can tell.
+    batch they are used, otherwise the batch is passed forward once more, without gradient. If labels are not classes,
+    only ``by="loss"`` works.
 
     Args:
-        fraction: rho, the fraction of each task's samples that is removed in all, in [0, 1).
-        cutoff: the last stage that removes some.
-        interval: delta k, epochs of a stage; the same as that of :class:`TaskAwareDynamicMasking`.
-        by: what tells hard from easy samples.
-        one_shot: remove all at once after stage ``cutoff``, as the comparison in Fig 3.
+        fraction: rho, the total fraction of each task's samples that is removed, in [0, 1).
+        cutoff: the last stage that removes samples.
+        interval: delta k, epochs per stage; the same as in :class:`TaskAwareDynamicMasking`.
+        by: how hard and easy samples are told apart.
+        one_shot: remove all at once after stage ``cutoff``, as in the comparison of Fig 3.
 
     Raises:
-        ValueError: if an argument is out of range, or labels are no classes and it is not by their loss.
-        TypeError: if the data are no :class:`TaskDataModule`.
+        ValueError: if an argument is out of range, or labels are not classes and ``by`` is not ``"loss"``.
+        TypeError: if the data are not a :class:`TaskDataModule`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DynamicDataRemoval(TaskCallback):
         if cutoff < 1:
             raise ValueError(f"{name}(cutoff={cutoff}): the last stage that removes samples, at least 1")
         if interval < 1:
-            raise ValueError(f"{name}(interval={interval}): epochs of a stage, at least 1")
+            raise ValueError(f"{name}(interval={interval}): epochs per stage, at least 1")
         if by not in (ways := [*DIFFICULTY, *WITHOUT_CLASSES]):
             raise ValueError(f"{name}(by={by!r}): by is one of {', '.join(ways)}")
         self.fraction, self.cutoff, self.interval, self.by, self.one_shot = fraction, cutoff, interval, by, one_shot
@@ -101,7 +101,7 @@ class DynamicDataRemoval(TaskCallback):
         data, name = task_data(trainer, self), type(self).__name__
         if self.by not in WITHOUT_CLASSES and data.target is not KINDS["classes"]:
             raise ValueError(
-                f"{name}(by={self.by!r}): labels of the kind {data.target.kind!r} are no classes; take by='loss'"
+                f"{name}(by={self.by!r}): labels of the kind {data.target.kind!r} are not classes; use by='loss'"
             )
         schedule = first_callback(trainer, TaskSchedule)
         further = range(0 if data.learnt is None else len(data.learnt.classes), data.num_tasks)
@@ -116,7 +116,7 @@ class DynamicDataRemoval(TaskCallback):
             if left < data.batch_size * trainer.world_size:
                 raise ValueError(
                     f"{name}(fraction={self.fraction}): {left} of the {data.whole(task)} samples of task {task} would "
-                    f"be left, less than a batch of {data.batch_size} for each of {trainer.world_size} process(es)"
+                    f"be left, fewer than a batch of {data.batch_size} for each of {trainer.world_size} process(es)"
                 )
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class DynamicDataRemoval(TaskCallback):
         y = batch[1]
         hard = self._hard(trainer, pl_module, outputs if isinstance(outputs, Mapping) else {}, batch)
         index = data.indices(batch_idx).to(y.device, non_blocking=True)
-        if trainer.world_size > 1:  # the same statistics on every process
+        if trainer.world_size > 1:  # so that every process has the same statistics
             hard, index = (torch.as_tensor(pl_module.all_gather(part)).flatten() for part in (hard, index))
         if not self._stage:
             self._stage = self._empty(length(data.train_sets[at.task]), y.device)
@@ -155,9 +155,9 @@ class DynamicDataRemoval(TaskCallback):
         data = task_data(trainer)
         if y.ndim != data.labels.ndim or y.is_floating_point() != data.labels.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__}(by={self.by!r}): labels of shape {tuple(y.shape)} and {y.dtype} are no "
-                f"{data.target.kind}, as those of the data; return each sample's loss (B,) from training_step under "
-                "'per_sample', and take by='loss'"
+                f"{type(self).__name__}(by={self.by!r}): labels of shape {tuple(y.shape)} and {y.dtype} are not "
+                f"{data.target.kind} like those of the data; return each sample's loss (B,) from training_step as "
+                "'per_sample', and use by='loss'"
             )
         difficulty = DIFFICULTY.get(self.by, data.target.loss)
         if "logits" in outputs:
@@ -185,7 +185,7 @@ class DynamicDataRemoval(TaskCallback):
     def difficulty(self) -> Tensor:
         """How hard each sample (n,) of the task's training set was in the running stage."""
         stage = self._stage
-        keep = stage["seen"] == 0  # nothing is known of them
+        keep = stage["seen"] == 0  # nothing is known about them
         if self.by == "forgetting":
             keep = keep | (stage["ever"] == 0)
         return (stage["sum"] / stage["seen"]).masked_fill(keep, torch.inf)
@@ -201,7 +201,7 @@ class DynamicDataRemoval(TaskCallback):
         super().setup(trainer, pl_module, stage)
         self._stage = {}
         if stage == "fit":
-            parts_of(trainer).reload_dataloaders_every_n_epochs = 1  # a shrunken task is a new loader
+            parts_of(trainer).reload_dataloaders_every_n_epochs = 1  # a shrunken task needs a new loader
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stage = {kind: value.to(pl_module.device) for kind, value in self._stage.items()}

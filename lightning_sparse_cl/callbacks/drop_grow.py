@@ -29,23 +29,24 @@ class DropAndGrow(ScorePruning):
     """Base: each layer starts with random weights, exactly as many as ``distribution`` gives it, and keeps that number.
 
     Every ``interval`` optimiser steps each layer drops the fraction f of its weights whose score, the magnitude, is
-    smallest, and as many grow where :meth:`grow_scores` is largest among the others, those just dropped too, which then
-    keep their value. The other grown weights start from zero (frozen ones have their frozen value), and so does their
-    optimiser state. f is ``fraction`` at a task's start and follows a cosine to ``final`` at the part ``until`` of it,
-    after which the mask rests; every task starts anew, for in continual learning the end of training is not known (the
-    papers have one task). A task that finds no masks, because :class:`Reopen` took them away, draws new ones.
+    smallest, and as many grow where :meth:`grow_scores` is largest among the others, including those just dropped,
+    which then keep their value. The other grown weights start from zero (frozen ones have their frozen value), and so
+    does their optimiser state. f is ``fraction`` at a task's start and follows a cosine to ``final`` at the part
+    ``until`` of the task, after which the mask stays; every task starts anew, as in continual learning the end of
+    training is not known (the papers have one task). A task that finds no masks, because :class:`Reopen` took them
+    away, draws new ones.
 
     Frozen weights are never dropped, except next to :class:`TaskSubnetworks`, which remembers them: there they compete
     with the others, and may be grown again, as in the code of "Continual Dynamic Sparse Training".
 
-    A subclass says where to grow, and may say :meth:`grow_counts` of each layer.
+    A subclass says where to grow by :meth:`grow_scores`, and may say how many by :meth:`grow_counts`.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
-        fraction: of the alive weights exchanged at first, in [0, 1].
+        fraction: fraction of the alive weights exchanged at first, in [0, 1].
         interval: optimiser steps between exchanges.
         until: part of the task after which nothing is exchanged, in (0, 1].
-        final: the fraction exchanged at last, in [0, fraction].
+        final: fraction exchanged at last, in [0, fraction].
         distribution: how weights are divided among layers, see :class:`ScorePruning`.
         dense: weights that stay dense; see :class:`Sparsifier`.
         sparse: weights that are pruned; see :class:`Sparsifier`.
@@ -82,7 +83,7 @@ class DropAndGrow(ScorePruning):
             raise ValueError(f"{name}(final={final}): the fraction exchanged at last, in [0, fraction={fraction}]")
         self.fraction, self.interval, self.until, self.final = fraction, interval, until, final
         self._steps = StepCounter()
-        self._exchanged: dict[Optimizer, int] = {}  # at which step of each optimiser, which may ask for it repeatedly
+        self._exchanged: dict[Optimizer, int] = {}  # the step of each optimiser, which may ask repeatedly
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -90,14 +91,14 @@ class DropAndGrow(ScorePruning):
 
     @abstractmethod
     def grow_scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """What the growth ranks: a score for each masked weight."""
+        """The scores by which weights grow, for each masked weight."""
 
     def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
-        """How many weights each layer grows, by default as many as it dropped; ``free`` is how many it could."""
+        """How many weights each layer grows, by default as many as it dropped; ``free`` is how many it could grow."""
         return dropped
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
-        """At random: a task's first masks."""
+        """Random scores, for a task's first masks."""
         return self.random(pl_module, self.names(pl_module), 0, position(trainer).task)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,7 +127,7 @@ class DropAndGrow(ScorePruning):
         self._steps.load_state_dict(state["steps"])
 
     def draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A task's first masks, where there are none."""
+        """Draw a task's first masks, where there are none."""
         if self.due(trainer, pl_module):
             self.prune(trainer, pl_module)
 
@@ -147,17 +148,17 @@ class DropAndGrow(ScorePruning):
 
         Args:
             trainer: the trainer.
-            optimizer: of the weights.
-            ahead: how many steps after the coming one.
+            optimizer: the optimiser of the weights.
+            ahead: how many steps after the coming one to ask for.
         """
-        if trainer.fit_loop._skip_backward:  # an epoch of Lightning's SWA that measures batch-norm alone
+        if trainer.fit_loop._skip_backward:  # an epoch in which Lightning's SWA only measures batch-norm
             return False
         step = self._steps.taken(optimizer) + ahead
         due = step > 0 and step % self.interval == 0 and self._exchanged.get(optimizer) != step
         return due and self.exchanged(trainer) > 0
 
     def exchanged(self, trainer: pl.Trainer) -> float:
-        """f, the fraction of alive weights that is exchanged now; 0 once the mask rests."""
+        """f, the fraction of alive weights that is exchanged now; 0 once the mask stays."""
         t = position(trainer).progress or 0.0
         return 0.0 if t >= self.until else cosine(t / self.until, self.fraction, self.final)
 
@@ -165,7 +166,7 @@ class DropAndGrow(ScorePruning):
     def exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str]) -> None:
         """Drop and grow. Weights that are dropped and grown again keep their value; protected ones are not dropped."""
         if self.unmasked(pl_module):
-            raise ValueError(f"{type(self).__name__}: its masks were taken away inside of a task, not between two")
+            raise ValueError(f"{type(self).__name__}: its masks were taken away inside a task, not between two")
         found, part = self.grow_scores(trainer, pl_module), self.exchanged(trainer)
         scores = {name: found[name] for name in names if name in found}
         before, kept, dropped, free = self.masks.alive, {}, {}, {}
@@ -195,10 +196,10 @@ class SET(DropAndGrow):
 
 
 class RigL(DropAndGrow):
-    """RigL (Evci et al., 2020): grows where the gradient, also that of pruned weights, is largest.
+    """RigL (Evci et al., 2020): grows where the gradient, including that of pruned weights, is largest.
 
-    An exchange takes the place of the optimiser's step, as in Algorithm 1 of the paper: nothing else moves. Gradients
-    of several backward passes are summed as ``.grad`` sums them. A gradient that is not finite exchanges nothing.
+    An exchange replaces the optimiser's step, as in Algorithm 1 of the paper: nothing else moves. Gradients of several
+    backward passes are summed as ``.grad`` sums them. With a gradient that is not finite, nothing is exchanged.
     """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -211,7 +212,7 @@ class RigL(DropAndGrow):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         enforcement = Enforcement.of(pl_module)
         moving = [optimizer for optimizer in trainer.optimizers if self.moves(trainer, optimizer)]
-        if enforcement.whole and not moving:  # asked for a step that has not come, for the task is over
+        if enforcement.whole and not moving:  # asked for a step that did not come, as the task is over
             enforcement.forget_whole(self.names(pl_module))
         for optimizer in moving:
             enforcement.ask_whole(self.stepped_by(pl_module, optimizer))

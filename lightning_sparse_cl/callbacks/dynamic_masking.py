@@ -30,21 +30,21 @@ class TaskAwareDynamicMasking(ScorePruning):
 
         CWI(w) = |w| + alpha |dL~(D_t)/dw| + beta |dL(M)/dw|                     (eq 1)
 
-    with L~ the cross-entropy among the current task's classes over its samples D_t, and L that among all classes over
-    the memory M. Each of n weights (of a layer, or of all), k = round((1 - s) n) are alive, but
+    with L~ the cross-entropy among the current task's classes over its samples D_t, and L the one among all classes
+    over the memory M. Of n weights (of a layer, or of all layers) k = round((1 - s) n) are alive, but
 
     * a later task starts with int(p_inter n) more, chosen at random, for its first ``interval`` epochs;
     * after every ``interval`` epochs the mask shrinks to k - int(p_intra n) by CWI and grows back to k at random, among
-      all unused weights, those just dropped too. Grown weights start from zero, and so does their momentum.
+      all unused weights, including those just dropped. Grown weights start from zero, and so does their momentum.
 
     Frozen weights are kept, and count as part of k. At a task's end the mask has k weights, whenever it ends; the last
     epoch's adjustment is left out, as nothing would be learnt with it. Algorithm 1 as printed grows at every epoch;
-    meant, and done here and in the released code, is at the task's first. That code also grows before the first task,
-    which the paper does not, and starts from the largest of the initial weights (``init="magnitude"``) where the paper
-    starts at random.
+    what is meant, and done here and in the released code, is growth at the task's first epoch. That code also grows
+    before the first task, which the paper does not, and starts from the largest of the initial weights
+    (``init="magnitude"``) where the paper starts at random.
 
-    Works without a memory (the last term is then left out), and with any LightningModule: one that knows no loss among
-    the current task's classes is ranked by its own.
+    Works without a memory (the last term is then left out), and with any LightningModule: if it has no loss among the
+    current task's classes, its own loss is used.
 
     Args:
         sparsity: s, zero fraction of the masked weights, in [0, 1); 0 switches the masks off.
@@ -53,15 +53,15 @@ class TaskAwareDynamicMasking(ScorePruning):
         p_inter: fraction of the weights that a new task has in addition, in [0, s].
         alpha: weight of the current task's gradient.
         beta: weight of the memory's gradient.
-        gradients: ``"measured"`` accumulates both terms over one epoch of D_t and over M, at the weights that are
-            ranked: one more epoch of plain passes in ``interval``. ``"training"`` is free: the gradient that the
-            epoch's last step left behind, of the whole training loss and gradient-masked, takes the place of both,
-            weighted with alpha, as in the released code.
+        gradients: ``"measured"`` accumulates both terms over one epoch of D_t and over M, for the weights that are
+            ranked: one more epoch of plain passes per ``interval``. ``"training"`` is free: it replaces both by the
+            gradient that the epoch's last step left behind, of the whole training loss and gradient-masked, weighted
+            with alpha, as in the released code.
         ranking: ``"layer"``, the same sparsity in every layer; ``"global"``, all layers ranked together (Appendix E).
         init: the first mask, ``"random"`` or by ``"magnitude"``.
         dense: weights that stay dense, see :class:`Sparsifier`; if None, the released profile.
         sparse: weights that are pruned; see :class:`Sparsifier`.
-        loss: what takes the place of L~ and L, a function of (module, batch) that returns a scalar.
+        loss: replaces L~ and L: a function of (module, batch) that returns a scalar.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -122,7 +122,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         return self.sparsity > 0 and super().due(trainer, pl_module)
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
-        """By which the first mask is chosen."""
+        """The scores by which the first mask is chosen."""
         names = self.names(pl_module)
         if self.init == "magnitude":
             return {name: pl_module.get_parameter(name).detach().abs() for name in names}
@@ -143,7 +143,7 @@ class TaskAwareDynamicMasking(ScorePruning):
             self._expand(trainer, pl_module, 0.0)
 
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        self._shrink(trainer, pl_module, 0.0)  # it may end while it is still expanded
+        self._shrink(trainer, pl_module, 0.0)  # the task may end while it is still expanded
 
     def importance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         """CWI (eq 1) of every masked weight."""
@@ -164,7 +164,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         return cwi
 
     def _shrink(self, trainer: pl.Trainer, pl_module: pl.LightningModule, less: float) -> None:
-        """Drop the weights of least CWI, if there are more than (1 - s) n - int(less n)."""
+        """Drop the weights of smallest CWI until there are (1 - s) n - int(less n)."""
         left = {
             tuple(g): self._target(pl_module, g) - whole_part(less, _size(pl_module, g)) for g in self.groups(pl_module)
         }
@@ -174,7 +174,7 @@ class TaskAwareDynamicMasking(ScorePruning):
                 self.keep(pl_module, {name: cwi[name] for name in group}, count, alive)
 
     def _expand(self, trainer: pl.Trainer, pl_module: pl.LightningModule, more: float) -> None:
-        """Grow at random, from zero, up to (1 - s) n weights and int(more n) more."""
+        """Grow at random, from zero, up to (1 - s) n + int(more n) weights."""
         alive = self.masks.alive
         for i, group in enumerate(self.groups(pl_module)):
             count = self._target(pl_module, group) + whole_part(more, _size(pl_module, group)) - self._alive(group)

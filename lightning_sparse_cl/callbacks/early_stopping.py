@@ -1,4 +1,4 @@
-"""Early stopping that ends the task and not the sequence."""
+"""Early stopping that ends the task, not the sequence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sparse_cl.callbacks.trainer_parts import parts_of, task_data
 class TaskEarlyStopping(pl.Callback):
     """End the running task when a metric has not improved for ``patience`` epochs; each task starts afresh.
 
-    The metric is looked up when an epoch and its validation are over; the task is consolidated right then.
+    The metric is read when an epoch and its validation are over; the task is then consolidated at once.
 
     Args:
         monitor: name of a logged metric, ``"val/acc"`` or ``"val/loss"`` for the methods of this package.
@@ -57,7 +57,7 @@ class TaskEarlyStopping(pl.Callback):
             raise ValueError(
                 f"TaskEarlyStopping(monitor={self.monitor!r}): not logged; there is {', '.join(metrics) or 'nothing'}"
             )
-        value = trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean")  # the same on every process
+        value = trainer.strategy.reduce(metrics[self.monitor], reduce_op="mean")  # so that every process decides alike
         value = float(value) * (1 if self.mode == "min" else -1)
         if value < self._best - self.min_delta:
             self._best, self._waited = value, 0

@@ -1,4 +1,4 @@
-"""A loss that is not a number is an error that names its place."""
+"""Turns a loss that is not finite into an error that says where it occurred."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
 
 EVERY = 1000
-"""Steps between two looks, if neither a checkpoint nor an epoch's end comes before."""
+"""Steps between checks, unless a checkpoint or an epoch's end comes first."""
 
 
 class FiniteLoss(pl.Callback):
     """Stop at a loss that is infinite or not a number; no checkpoint is written with such a loss or such weights.
 
-    Nothing is read back from the device within a step: losses are collected there and looked at, with the weights,
-    before checkpoints, when an epoch's batches are over, and every 1,000 steps.
+    Nothing is read back from the device within a step: losses are collected there and checked, with the weights, before
+    checkpoints, when an epoch's batches are over, and every 1,000 steps.
 
     Raises:
-        ValueError: with task, epoch and step.
+        ValueError: naming task, epoch and step.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class FiniteLoss(pl.Callback):
             wrong = [step for step, fine in zip(steps, finite, strict=True) if not fine]
         weights = [p.detach() for p in pl_module.parameters()]
         if not torch.stack([n.isfinite() for n in torch._foreach_norm(weights)]).all():
-            wrong.append(trainer.global_step)  # the update itself went wrong; the loss would show it next
+            wrong.append(trainer.global_step)  # the update itself went wrong, as the next loss would show
         if trainer.strategy.reduce_boolean_decision(bool(wrong), all=False):
             task = getattr(parts_of(trainer).datamodule, "task", 0)
             raise ValueError(
-                "FiniteLoss: loss or weights are not finite any more: "
+                "FiniteLoss: loss or weights are no longer finite: "
                 f"task {task}, epoch {trainer.current_epoch}, step {min(wrong, default=trainer.global_step)}; "
                 "checkpoints are from before that. A smaller learning rate may help"
             )

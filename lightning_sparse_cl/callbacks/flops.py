@@ -22,12 +22,12 @@ from lightning_sparse_cl.objectives.teacher import Teacher
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.masks import Masks
 
-UNIT = 64  # uses of a weight are counted in this part of one, for a call may use a part of the weight only
+UNIT = 64  # uses of a weight are counted in units of 1/64, as a call may use only a part of it
 
 
 @dataclass
 class _Plain:
-    """A pass of one sample through a network, as in the running step."""
+    """One sample's pass through a network, as in the running step."""
 
     macs: int = 0
     backward: bool = False
@@ -35,17 +35,17 @@ class _Plain:
 
 @dataclass
 class _Passes:
-    """Calls of one cost since the masks last changed."""
+    """Calls with the same cost since the masks last changed."""
 
     cost: DenseCost
     samples: int
-    """Of each call."""
+    """Per call."""
     macs: int
-    """Of each call."""
+    """Per call."""
     forward: int = 0
     backward: int = 0
     thirds: int = 0
-    """Samples times three, replayed ones and those without a gradient times one."""
+    """Three per sample, but one per replayed sample and per sample without a gradient."""
 
 
 class FlopsCounter(pl.Callback):
@@ -53,32 +53,32 @@ class FlopsCounter(pl.Callback):
 
     A product of activations with a weight, of m multiply-accumulates (see
     :class:`~lightning_sparse_cl.metrics.DenseCost`), costs 2ma FLOPs forward and, if a gradient is taken, 2ma for the
-    error and 2mg for the weight. a and g are the fractions of the weight alive and updated; g is 0 for a weight that is
-    not trained, and 1 where its whole gradient is needed: on steps such as RigL's exchanges, and where scores learn by
-    it. A product of two activations, as attention has them, costs 2m forward and 4m backward. Everything is counted at
-    the masks of its moment: removed data, replay, SAM's second pass, ranking passes. Evaluation is not training and
-    does not count. Counts are of all processes together, each taken to do what this one does.
+    error and 2mg for the weight. a and g are the fractions of the weight that are alive and updated; g is 0 for a
+    weight that is not trained, and 1 where its whole gradient is needed: in steps such as RigL's exchanges, and where
+    scores learn by it. A product of two activations, as attention has them, costs 2m forward and 4m backward.
+    Everything is counted with the masks of the moment: removed data, replay, SAM's second pass, ranking passes.
+    Evaluation does not count. Counts are for all processes together, each assumed to do what this one does.
 
-    :meth:`summary` tells, in FLOPs:
+    :meth:`summary` gives, in FLOPs:
 
-    * ``training``: of the training steps, physically: a replayed sample costs its forward and its backward pass;
-    * ``scoring``: of passes that measure which weights or samples matter;
-    * ``papers``: of the training steps as SparCL's tables count (see
+    * ``training``: the training steps, physically: a replayed sample costs its forward and its backward pass;
+    * ``scoring``: passes that measure which weights or samples matter;
+    * ``papers``: the training steps as SparCL's tables count them (see
       :func:`~lightning_sparse_cl.metrics.sparcl_flops`): a replayed sample is charged a third of a trained one, a
-      gradient mask saves its part in all layers alike, and RigL's whole gradients are not charged;
-    * ``dense``: of plain training, the yardstick: one dense forward and backward pass, through each network that a step
-      calls, of every sample served, of every one that was removed, and of every exemplar that an :class:`Objective`
-      draws. What SAM, selection, masks and data removal cost or save shows in ``training / dense``; so do a teacher's
-      passes and further views;
-    * ``per_layer``: ``training`` of each weight, by its name;
-    * ``weightless``: ``training`` of products of activations, which no mask reduces;
-    * ``not_counted``: what is missing in all of these, and why; empty if nothing is known to be.
+      gradient mask saves the same part in all layers, and RigL's whole gradients are not charged;
+    * ``dense``: plain training, the yardstick: one dense forward and backward pass, through each network that a step
+      calls, for every sample served, every sample removed, and every exemplar that an :class:`Objective` draws.
+      ``training / dense`` shows what SAM, selection, masks and data removal cost or save, and what a teacher's passes
+      and further views cost;
+    * ``per_layer``: ``training`` for each weight, by its name;
+    * ``weightless``: ``training`` for products of activations, which no mask reduces;
+    * ``not_counted``: what is missing in all of these, and why; empty if nothing is known to be missing.
 
-    Every module counts that is called from outside of others, so that ``training_step`` need not go through the
-    module's own ``forward``. Work in eval mode, as objectives do it at task ends (features for herding and linear
-    heads), is not counted, nor are products outside of modules, such as a loss's or Fisher information's. Which samples
-    of a pass are replayed is known where the module has an ``objective`` (:class:`Objective`). A :class:`Teacher`'s
-    passes count as forward passes at the masks of the moment.
+    Every outermost call of a module counts, so that ``training_step`` need not use the module's own ``forward``. Work
+    in eval mode, as objectives do at task ends (features for herding and linear heads), is not counted, nor are
+    products outside modules, such as those of a loss or Fisher information. Which samples of a pass are replayed is
+    known only if the module has an ``objective`` (:class:`Objective`). A :class:`Teacher`'s passes count as forward
+    passes with the masks of the moment.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class FlopsCounter(pl.Callback):
         self._weightless = {"training": 0, "scoring": 0}
         self._done: dict[str, Tensor] = {}
         """Uses of the alive and of the updated weights, (weights,), in ``UNIT``; FLOPs of ``papers``."""
-        self._layers: dict[str, None] = {}  # in the order of their first use
+        self._layers: dict[str, None] = {}  # the layers in the order of their first use
         self._missing: dict[str, str] = {}
         self._passed: dict[tuple[int, bool], _Passes] = {}
         self._version: tuple[int, int] | None = None
@@ -101,10 +101,10 @@ class FlopsCounter(pl.Callback):
 
     @property
     def counts(self) -> dict[str, int]:
-        """``samples`` that the loader served; those sent ``forward`` through the module and its teachers, replayed and
-        repeated ones included; those of them through which a gradient is taken (``backward``).
+        """``samples`` that the loader served; samples sent ``forward`` through the module and its teachers, including
+        replayed and repeated ones; and how many of these have a gradient taken (``backward``).
 
-        Where ``training_step`` does not call its own module, those sent through the most costly module that it calls.
+        If ``training_step`` does not call its own module, the most costly module that it calls counts instead.
         """
         most = max(self._sent, key=lambda name: self._sent[name][2], default="")
         forward, backward, _ = self._sent.get("", self._sent.get(most, [0, 0, 0]))
@@ -123,7 +123,7 @@ class FlopsCounter(pl.Callback):
 
     @contextmanager
     def counting(self, copy: pl.LightningModule) -> Iterator[None]:
-        """Inside, passes through a copy of the module count, too."""
+        """Inside, passes through a copy of the module also count."""
         calls = OutermostCalls(copy, self._count)
         calls.watch()
         try:
@@ -132,13 +132,13 @@ class FlopsCounter(pl.Callback):
             calls.remove()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._whole = self._without_removal(trainer)  # of an epoch that is resumed in its middle
+        self._whole = self._without_removal(trainer)  # for an epoch that is resumed in its middle
         self._new_epoch = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._whole = self._without_removal(trainer)
         self._settle()
-        self._version = None  # weights may be trained from now on, or no more
+        self._version = None  # weights may now be trained, or no longer be trained
         self._new_epoch = True
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -168,7 +168,7 @@ class FlopsCounter(pl.Callback):
             rank_zero_warn(f"FlopsCounter: {name} is not counted: {why}")
 
     def _without_removal(self, trainer: pl.Trainer) -> float:
-        """How many batches the epoch would have for each that it has, had no data been removed."""
+        """How many batches the epoch would have per batch that it has, if no data had been removed."""
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, TaskDataModule):
             return 1.0
@@ -205,14 +205,14 @@ class FlopsCounter(pl.Callback):
                 plain.macs = max(plain.macs, passes.macs // max(n, 1))
 
     def _add_plain(self, served: int, objective: Any) -> None:
-        """What plain training would have taken for the step that is over."""
+        """Add what plain training would have cost for the step that is over."""
         samples = served + (objective.drawn if isinstance(objective, Objective) else 0)
         for plain in self._plain.values():
             self._dense += 2 * plain.macs * samples * self._processes * (1 + 2 * plain.backward) * self._whole
         self._plain = {}
 
     def _look(self) -> None:
-        """The masks of what follows: how many weights of each layer are alive, and how many updated."""
+        """Note the masks from here on: how many weights of each layer are alive, and how many are updated."""
         masks, device = self._masks, self._device
         self._version = self._now()
         sizes, held = self._sizes, {*masks.frozen, *masks.updated}
@@ -233,11 +233,11 @@ class FlopsCounter(pl.Callback):
         self._updated = torch.where(whole, every, updated)
 
     def _now(self) -> tuple[int, int]:
-        """Another one whenever masks are others, or other gradients are wanted."""
+        """Changes whenever masks, or the gradients that are needed, change."""
         return self._masks.version, self._enforcement.version
 
     def _settle(self) -> None:
-        """Add up what passed under the masks until now."""
+        """Add up the passes under the masks until now."""
         if self._version is None or not self._passed:
             return
         done = self._done or {

@@ -1,4 +1,4 @@
-"""Memory that training takes: by SparCL's formula, and as really allocated."""
+"""Memory that training takes: by SparCL's formula, and as actually allocated."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ class MemoryFootprint(pl.Callback):
 
     def summary(self) -> dict[str, Any]:
         """``formula``: bytes by :func:`~lightning_sparse_cl.metrics.sparcl_memory` (SparCL, Appendix B.2) with the
-        densest masks that were trained with (two activations of the batch, weights and gradients; a replayed batch,
-        optimiser state, memory and the whole gradients of RigL's and SNFS's steps are not in it; of each module that
-        ``training_step`` calls the activations are taken once a sample); ``dense``: the same
-        without masks; ``peak``: bytes really allocated at most, on a GPU by the allocator, else of the process,
-        everything included (``source``). Masks save none of the latter: tensors stay dense while training.
+        densest masks used in training (two activations of the batch, weights and gradients; it leaves out a replayed
+        batch, optimiser state, memory and the whole gradients of RigL's and SNFS's steps; the activations of each
+        module that ``training_step`` calls count once per sample); ``dense``: the same without masks; ``peak``: the
+        most bytes actually allocated, by a GPU's allocator or else by the whole process (``source``). Masks save none
+        of the latter: tensors stay dense while training.
         """
         found: dict[str, Any] = {}
         if self.cost is not None and self._densest is not None:

@@ -13,7 +13,7 @@ from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 class FreezeMasks(Sparsifier):
     """At a task's end, freeze the weights that are alive, after they were pruned. Needs a :class:`TaskSchedule`.
 
-    Freezing acts on the update: frozen weights are bit-identical for the rest of the run, whatever the optimiser.
+    Freezing acts on the update: frozen weights stay bit-identical for the rest of the run, with any optimiser.
 
     Raises:
         ValueError: if the module has no masks and no callback prunes.
@@ -24,7 +24,7 @@ class FreezeMasks(Sparsifier):
     needs_tasks = True
 
     def __init__(self) -> None:
-        super().__init__()  # which weights is the pruning callback's choice
+        super().__init__()  # the pruning callback chooses the weights
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -21,44 +21,44 @@ from lightning_sparse_cl.sparsity.layers import network_of, weight_layers
 
 
 class GPM(pl.Callback):
-    """Steps keep to directions that inputs of earlier tasks do not have, so that their outputs stay::
+    """Steps keep to directions that inputs of earlier tasks do not have, so that the outputs for these stay::
 
         at a task's end, of every layer:  R = its inputs (patches of a convolution) for ``samples`` images
                                           M <- as many singular vectors more as hold epsilon of ||R||^2    (eqs 8, 9)
         in later tasks:                   g <- g - g M M^T                                                 (eqs 6, 7)
 
-    The rank is the smallest that reaches epsilon in every task (the released code stops one short in the first).
-    Biases and batch-norm, statistics included, stay as the first task leaves them. The last layer is free: where the
-    current task's classes alone compete (``CrossEntropy(single_head=True)``), each task trains rows of its own, which
-    is the paper's head a task.
+    The rank is the smallest that reaches epsilon in every task (the released code stops one short in the first). Biases
+    and batch-norm, including statistics, stay as the first task leaves them. The last layer is free: if only the
+    current task's classes compete (``CrossEntropy(single_head=True)``), each task trains rows of its own, which
+    corresponds to the paper's head per task.
 
-    Works with any LightningModule on a :class:`TaskDataModule`. It is refused together with what would leave the null
-    space again: callbacks that mask weights or gradients while a task trains (the masked part of an orthogonal matrix
-    is not orthogonal), :class:`AGEM`, which adds a direction of its own, and optimisers other than SGD without weight
-    decay. :class:`OneShotPruning` at a task's end with ``Reopen("zero")`` is fine: masks hold between a task's end and
-    the next one's start, and only pruning itself changes what earlier tasks have learnt.
+    Works with any LightningModule on a :class:`TaskDataModule`. It is refused together with anything that would leave
+    the null space again: callbacks that mask weights or gradients while a task trains (the masked part of an orthogonal
+    matrix is not orthogonal), :class:`AGEM`, which adds a direction of its own, and optimisers other than SGD without
+    weight decay. :class:`OneShotPruning` at a task's end with ``Reopen("zero")`` is fine: masks hold between a task's
+    end and the next one's start, and only pruning itself changes what earlier tasks have learnt.
 
     Args:
         threshold: epsilon, part of the inputs' energy that is protected, in (0, 1].
-        increment: how much epsilon grows with every task, up to 1; >= 0.
-        samples: images of a task whose representations are taken.
+        increment: how much epsilon grows per task, >= 0; epsilon stays at most 1.
+        samples: number of images per task whose representations are taken.
 
     Raises:
         ValueError: if an argument is out of range, a layer has groups, or another callback or the optimiser would
             leave the null space.
-        TypeError: if the data are no :class:`TaskDataModule`.
+        TypeError: if the data are not a :class:`TaskDataModule`.
     """
 
     def __init__(self, threshold: float = 0.97, increment: float = 0.003, samples: int = 125) -> None:
         if not 0 < threshold <= 1:
             raise ValueError(f"GPM(threshold={threshold}): the part of the inputs' energy protected, in (0, 1]")
         if not increment >= 0:
-            raise ValueError(f"GPM(increment={increment}): how much the threshold grows with a task, >= 0")
+            raise ValueError(f"GPM(increment={increment}): how much the threshold grows per task, >= 0")
         if samples < 1:
-            raise ValueError(f"GPM(samples={samples}): at least one image a task")
+            raise ValueError(f"GPM(samples={samples}): at least one image per task")
         self.threshold, self.increment, self.samples = threshold, increment, samples
         self.bases: dict[str, Tensor] = {}
-        """M of each projected weight, (C_in k k, r); empty before the first task's end."""
+        """M for each projected weight, (C_in k k, r); empty before the first task's end."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -72,7 +72,7 @@ class GPM(pl.Callback):
         for name, layer in layers:
             if not projectable(layer):
                 raise ValueError(
-                    f"GPM: {name} of {type(pl_module).__name__} is of {layer}; it projects linear layers and 2-D "
+                    f"GPM: {name} of {type(pl_module).__name__} belongs to {layer}; GPM projects linear layers and 2-D "
                     "convolutions without groups, padded by numbers of zeros"
                 )
         self.layers = dict(layers)
@@ -135,7 +135,7 @@ class GPM(pl.Callback):
         hooks = [m.register_forward_pre_hook(partial(look, name=n)) for n, m in self.layers.items()]
         with in_eval(pl_module):
             for x, _ in task_data(trainer).samples(self.samples, share=False):
-                for part in split(x, 25):  # patches take memory
+                for part in split(x, 25):  # in parts, as patches take memory
                     pl_module(part)
         for hook in hooks:
             hook.remove()

@@ -19,32 +19,32 @@ from lightning_sparse_cl.sparsity.scores import check_number, whole_part
 
 
 class DynamicGradientMasking(ScorePruning):
-    """DGM (SparCL, section 4.3): of every layer's n weights, int(q n) of the unpruned ones are not updated.
+    """DGM (SparCL, section 4.3): in every layer of n weights, int(q n) of the unpruned ones are not updated.
 
-    Kept are those of largest continual gradient importance::
+    Those with the largest continual gradient importance are updated::
 
         CGI(w) = alpha |dL~(B)/dw| + beta |dL(M)/dw|                             (eq 3)
 
-    with L~ the cross-entropy among the current task's classes over the batch B, and L that among all classes over as
-    many exemplars drawn from the memory M, if there is one. (Of a module that knows no such loss, L~ and L are its
-    own.) The mask is chosen anew at every ``interval``-th step of the optimiser that steps most often, the first of
-    each epoch included (after weights may have been exchanged), and holds in between: weights outside it stay
-    bit-identical, whatever the optimiser's momentum or weight decay.
+    with L~ the cross-entropy among the current task's classes over the batch B, and L the one among all classes over as
+    many exemplars drawn from the memory M, if there is one. (If a module has no such losses, its own loss is used for
+    L~ and L.) The mask is chosen anew at every ``interval``-th step of the optimiser that steps most often, the first
+    of each epoch included (after weights may have been exchanged), and holds in between: weights outside it stay
+    bit-identical, even with momentum or weight decay.
 
     Works with any LightningModule, with or without pruned weights.
 
     Args:
-        q: fraction of all weights of a layer whose gradient is dropped, on top of the sparsity s: the gradient's
-            sparsity is s + q. In [0, 1).
+        q: fraction of each layer's weights whose gradient is dropped, in [0, 1), on top of the sparsity s: the
+            gradient's sparsity is s + q.
         interval: optimiser steps between refreshes.
         alpha: weight of the current batch's gradient.
         beta: weight of the memory's gradient.
-        gradients: ``"measured"`` takes both terms at a refresh, in two passes more. ``"training"`` takes the gradient
-            of the refreshing step itself, of the whole training loss, as in the released code; that one step needs it
-            for all unpruned weights.
+        gradients: ``"measured"`` takes both terms at a refresh, in two additional passes. ``"training"`` takes the
+            gradient of the refreshing step itself, of the whole training loss, as in the released code; this step needs
+            gradients for all unpruned weights.
         dense: weights that are always updated; see :class:`Sparsifier`.
         sparse: weights whose gradient is masked; see :class:`Sparsifier`.
-        loss: what takes the place of L~ and L, a function of (module, batch) that returns a scalar.
+        loss: replaces L~ and L: a function of (module, batch) that returns a scalar.
 
     Raises:
         ValueError: if an argument is out of range, or q leaves nothing to update.
@@ -79,7 +79,7 @@ class DynamicGradientMasking(ScorePruning):
             raise ValueError(f"{name}(gradients={gradients!r}): gradients is 'measured' or 'training'")
         self.q, self.interval = q, interval
         self.alpha, self.beta, self.gradients, self.loss = alpha, beta, gradients, loss
-        self._due: set[str] = set()  # weights whose gradient in the coming step decides
+        self._due: set[str] = set()  # weights for which the coming step's gradient decides
         self._steps, self._chosen = StepCounter(), -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -156,7 +156,7 @@ class DynamicGradientMasking(ScorePruning):
                 f"{type(self).__name__}(q={self.q}): only {sum(unpruned.values())} of the "
                 f"{sum(score.numel() for score in scores.values())} weights are unpruned; q must leave some of them"
             )
-        for name, score in scores.items():  # a layer that is sparser than the others keeps one at least
+        for name, score in scores.items():  # a layer that is sparser than the others keeps at least one
             kept = max(1, unpruned[name] - dropped[name])
             self.masks.set_updated(name, self.rank({name: score}, kept, {name: pools[name]})[name])
 

@@ -22,15 +22,15 @@ class GradualPruning(OneShotPruning):
     """Raise the sparsity along a cubic while a task trains ("To prune, or not to prune", Zhu & Gupta, 2017).
 
     From the part ``start`` of a task to the part ``until`` the smallest weights of every layer are pruned, ``times``
-    times in equal distances; the sparsity is s (1 - (1 - u)^3) at the part u of the way. The rest of the task trains
-    the sparse network. Pruned weights stay zero, for they are the smallest the next time. What a task that ends early
-    still lacks is pruned at its end. Otherwise it behaves like :class:`OneShotPruning`.
+    times at equal intervals; the sparsity is s (1 - (1 - u)^3) at the part u of the way. The rest of the task trains
+    the sparse network. Pruned weights stay zero, as they are the smallest the next time. If a task ends early, the
+    missing pruning is done at its end. Otherwise it behaves like :class:`OneShotPruning`.
 
     Args:
-        sparsity: zero fraction in the end, in [0, 1).
+        sparsity: zero fraction at the end, in [0, 1).
         start: part of the task before which nothing is pruned, in [0, ``until``).
         until: part of the task after which nothing is pruned, in (``start``, 1].
-        times: how often.
+        times: how often weights are pruned.
         of: see :class:`OneShotPruning`.
         dense: weights that stay dense; see :class:`Sparsifier`.
         sparse: weights that are pruned; see :class:`Sparsifier`.

@@ -1,4 +1,4 @@
-"""Growth rules of "Continual Dynamic Sparse Training" beside random (SET) and gradient (RigL), and SNFS."""
+"""Growth rules of "Continual Dynamic Sparse Training" other than random (SET) and gradient (RigL), and SNFS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_sparse_cl.sparsity.layers import Chosen
 
 
 class _Remembering(DropAndGrow):
-    """Base of the rules that keep a tensor for each weight; it starts anew with every mask that is drawn."""
+    """Base of the rules that keep a tensor for each weight; it is reset with every mask that is drawn."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +46,7 @@ class _Remembering(DropAndGrow):
 
 
 class UnfiredGrowth(_Remembering):
-    """Grows at random among the weights that were never alive in this task; at random when there are none left.
+    """Grows at random among the weights that were never alive in this task, or among all when none are left.
 
     Unfired growth of "Continual Dynamic Sparse Training" (section 3); what has fired is forgotten with the task.
     """
@@ -64,7 +64,7 @@ class UnfiredGrowth(_Remembering):
 class MomentumGrowth(_Remembering):
     """Grows where the momentum m <- 0.9 m + 0.1 g is largest; every layer keeps its number.
 
-    The momentum is that of all weights, pruned ones too, so that every step needs whole gradients; it is kept here, and
+    All weights, including pruned ones, have a momentum, so that every step needs whole gradients; it is kept here, and
     the optimiser need not have any. The code of "Continual Dynamic Sparse Training" ranks Adam's |m / (sqrt(v) + eps)|
     instead, which ties the rule to that optimiser; its text says momentum.
     """
@@ -81,7 +81,7 @@ class MomentumGrowth(_Remembering):
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         scale = 1.0 if scaler is None else scaler.get_scale()
         for name, grad in Enforcement.of(pl_module).take_whole(self.stepped_by(pl_module, optimizer)).items():
-            grad = grad.nan_to_num(0, 0, 0) / scale  # what has overflowed under a gradient scaler counts as zero
+            grad = grad.nan_to_num(0, 0, 0) / scale  # values that overflowed under a gradient scaler count as zero
             self._kept[name] = 0.1 * grad if name not in self._kept else self._kept[name].lerp(grad, 0.1)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
@@ -92,8 +92,8 @@ class MomentumGrowth(_Remembering):
 class SNFS(MomentumGrowth):
     """Sparse networks from scratch (Dettmers & Zettlemoyer, 2019): momentum growth across layers.
 
-    What all layers dropped is shared out among them by the mean |m| of their alive weights, as far as there is room:
-    the number of weights is constant in all, not in each layer.
+    The number of weights dropped in all layers is divided among them by the mean |m| of their alive weights, as far as
+    there is room: the total number of weights is constant, not that of each layer.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class AdaptiveGrowth(RigL):
     """Grows at random in the first half of the tasks, by the gradient in the second.
 
     Fig 6 of "Continual Dynamic Sparse Training". A rule that switches once earlier tasks have frozen more than half of
-    the masked weights was tried beside it: at sparsity 0.9 tasks share so much that it never switched in ten tasks, and
-    it was 0.8 and 1.1 points behind (the preset of ``benchmarks/continual_dst.py``, ERK, two seeds).
+    the masked weights was also tried: at sparsity 0.9 tasks share so much that it never switched in ten tasks, and it
+    was 0.8 and 1.1 points worse (the preset of ``benchmarks/continual_dst.py``, ERK, two seeds).
     """
 
     def late(self, trainer: pl.Trainer) -> bool:
@@ -156,7 +156,7 @@ class AdaptiveGrowth(RigL):
 
 
 def share_out(total: int, weight: dict[str, float], room: dict[str, int]) -> dict[str, int]:
-    """Split ``total`` in proportion to the weights, whole numbers up to each one's room; what is over goes on."""
+    """Split ``total`` into whole numbers in proportion to the weights; what exceeds a room goes to the others."""
     given = dict.fromkeys(weight, 0)
     while (left := total - sum(given.values())) > 0:
         open_ = {n: max(w, 1e-30) for n, w in weight.items() if given[n] < room[n]}
@@ -164,7 +164,7 @@ def share_out(total: int, weight: dict[str, float], room: dict[str, int]) -> dic
             break
         scale = left / sum(open_.values())
         parts = {n: min(int(w * scale), room[n] - given[n]) for n, w in open_.items()}
-        if not any(parts.values()):  # less than one each: to the largest
+        if not any(parts.values()):  # less than one each: it goes to the largest
             parts = {max(open_, key=lambda n: open_[n]): 1}
         for name, part in parts.items():
             given[name] += part

@@ -1,4 +1,4 @@
-"""What makes two runs the same: what must agree where one goes on, and what may be changed on purpose."""
+"""What makes two runs the same: what must agree when a run goes on, and what may be changed on purpose."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, 
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 
 FORMAT = 4
-"""Of the state in checkpoints; grows when its layout changes."""
+"""Version of the state in checkpoints; grows when its layout changes."""
 DATA = "fingerprint of each task's data"
 MAY_CHANGE = ("val_fraction", "batch_size over all processes", "seed", "limit_train_batches", "overfit_batches")
-"""What must agree in a resumed run, and may be another where a sequence goes on with further tasks."""
+"""What must agree in a resumed run, but may change when a sequence goes on with further tasks."""
 Differences = dict[str, tuple[Any, Any]]
-"""By name: the checkpoint's value and this run's."""
+"""The checkpoint's value and this run's, by name."""
 
 
 def identity(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: Sequence[int]) -> dict[str, Any]:
-    """What a run is, in primitives. ``must`` agree in a run that goes on, ``tested`` in one that is only tested.
+    """What defines a run, in primitives: ``must`` has to agree if it goes on, ``tested`` if it is only tested.
 
-    Of the ``settings``, any may be another on purpose. ``epochs`` are those planned for each task.
+    Any of the ``settings`` may be changed on purpose. ``epochs`` are the epochs planned for each task.
     """
     data = task_data(trainer)
     tested = {
@@ -59,7 +59,7 @@ def identity(trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: Sequenc
 
 
 def epochs_complete(checkpoint: Mapping[str, Any]) -> int:
-    """Epochs that a checkpoint has behind it, over all tasks."""
+    """Number of epochs complete in a checkpoint, over all tasks."""
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
 
 
@@ -67,34 +67,34 @@ def sequence_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The :func:`identity` in a checkpoint.
 
     Raises:
-        ValueError: if it is not of a task sequence, or of another version.
+        ValueError: if it is not from a task sequence, or from another version.
     """
     found = checkpoint.get("task_sequence")
     if found is None:
         raise ValueError("TaskSchedule: this checkpoint is not of a task sequence; start anew without ckpt_path")
     if (form := found.get("format")) != FORMAT:
         raise ValueError(
-            f"TaskSchedule: another version wrote this checkpoint (format = {form} and not {FORMAT}); go on with that "
+            f"TaskSchedule: another version wrote this checkpoint (format = {form}, not {FORMAT}); go on with that "
             "version, or take its weights by load_from_checkpoint"
         )
     return found
 
 
 def refuse_another_run(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """A run goes on with what it was begun with.
+    """Refuse to go on with anything else than the run was begun with.
 
     Raises:
-        ValueError: with all that differs.
+        ValueError: naming everything that differs.
     """
     if differing := differences(found["tested"], here["tested"]) | differences(found["must"], here["must"]):
-        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
+        raise ValueError(f"TaskSchedule: the checkpoint is from another run: {told(differing)}")
 
 
 def refuse_another_objective(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """A sequence goes on with the objective that it was begun with: its memory is made for that.
+    """Refuse to go on with another objective than the sequence was begun with: its memory is made for that one.
 
     Raises:
-        ValueError: with both.
+        ValueError: naming both.
     """
     before, now = (which["settings"].get("objective") for which in (found, here))
     if before != now:
@@ -102,51 +102,51 @@ def refuse_another_objective(found: Mapping[str, Any], here: Mapping[str, Any]) 
 
 
 def refuse_epochs(planned: Sequence[int], now: Sequence[int], starts: Sequence[int], complete: int) -> None:
-    """Other numbers of epochs have a meaning for what is still to be trained.
+    """Refuse other numbers of epochs, except for what is still to be trained.
 
     Args:
-        planned: for each task, when the checkpoint was written.
-        now: for each task, in this run.
+        planned: epochs of each task when the checkpoint was written.
+        now: epochs of each task in this run.
         starts: the checkpoint's first epochs of the tasks begun, and of the next if one has just ended.
-        complete: epochs that the checkpoint has behind it, over all tasks.
+        complete: number of epochs complete in the checkpoint, over all tasks.
 
     Raises:
-        ValueError: if a task that is over would have had another number, or the running one has had as many already.
+        ValueError: if a task that is over would have had another number, or the running one has already had as many.
     """
     for task, (before, wanted, start) in enumerate(zip(planned, now, starts)):
         if before == wanted:
             continue
         if task + 1 < len(starts):
             raise ValueError(
-                f"TaskSchedule: task {task} of the checkpoint is over, and was to have {before} epochs and not "
+                f"TaskSchedule: task {task} of the checkpoint is over, and was to have {before} epochs, not "
                 f"{wanted}; start anew, or give a list of epochs that has {before} for it"
             )
         if wanted <= complete - start:
             raise ValueError(
-                f"TaskSchedule: task {task} of the checkpoint has had {complete - start} epochs, and {wanted} are "
+                f"TaskSchedule: task {task} of the checkpoint has had {complete - start} epochs, but {wanted} are "
                 "planned"
             )
 
 
 def refuse_other_tasks(found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """What is tested was trained on the classes that it is tested on; other images of them are said.
+    """Refuse to test on other classes than were trained; warn of other images of the same classes.
 
     Raises:
-        ValueError: with all that differs.
+        ValueError: naming everything that differs.
     """
     if differing := differences(found["tested"], here["tested"]):
-        raise ValueError(f"TaskSchedule: the checkpoint is of another run: {told(differing)}")
-    there = [pair for pair in zip(found["must"][DATA], here["must"][DATA]) if pair[1]]  # the others are not tested
+        raise ValueError(f"TaskSchedule: the checkpoint is from another run: {told(differing)}")
+    there = [pair for pair in zip(found["must"][DATA], here["must"][DATA]) if pair[1]]  # others are not tested
     if any(before != now for before, now in there):
         rank_zero_warn("TaskSchedule: the data are not those of the checkpoint's training, or have changed since")
 
 
 def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """What was changed on purpose is said, and holds from now on, also where the checkpoint has restored its own.
+    """Report settings changed on purpose, which hold from now on, even where the checkpoint has restored its own.
 
     Raises:
-        ValueError: if the user has not chosen it: Lightning takes an ``hpc_ckpt`` by itself, and the newest file
-            in the folder for ``ckpt_path="last"``.
+        ValueError: if the user has not chosen the checkpoint: Lightning takes an ``hpc_ckpt`` by itself, and the newest
+            file in the folder for ``ckpt_path="last"``.
     """
     planned = differences({"epochs": found["epochs"]}, {"epochs": here["epochs"]})
     changed = differences(found["must"], here["must"])
@@ -155,27 +155,27 @@ def note_other_settings(trainer: pl.Trainer, found: Mapping[str, Any], here: Map
         return
     if Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt"):
         raise ValueError(
-            f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is of another run: "
+            f"{trainer.ckpt_path}, which Lightning takes by itself in a SLURM job, is from another run: "
             f"{told(differing)}; move it away"
         )
     offered = any(saving.was_offered(trainer.ckpt_path) for saving in callbacks_of(trainer, SequenceCheckpoint))
     if offered and differing.keys() != planned.keys():
         raise ValueError(
-            f"ckpt_path='last' has found {trainer.ckpt_path}, which is of another run: {told(differing)}; give its "
+            f"ckpt_path='last' has found {trainer.ckpt_path}, which is from another run: {told(differing)}; give its "
             "path to go on from it, or this run a folder of its own"
         )
     for i, optimizer in enumerate(trainer.optimizers):
         for key, value in optimizer.defaults.items():
             before, now = differing.get(f"{optimizer_name(i)}.{key}", (None, None))
             for group in optimizer.param_groups if now is not None else ():
-                place = f"initial_{key}" if f"initial_{key}" in group else key  # under a schedule: of the next task
+                place = f"initial_{key}" if f"initial_{key}" in group else key  # under a schedule: for the next task
                 if group[place] == before:
                     group[place] = value
     rank_zero_warn(f"TaskSchedule: this run goes on with other settings: {told(differing)}")
 
 
 def differences(found: Mapping[str, Any], here: Mapping[str, Any]) -> Differences:
-    """What differs between the same parts of two identities."""
+    """The entries that differ between the same parts of two identities."""
     return {k: (found.get(k), here.get(k)) for k in (*here, *found.keys() - here) if found.get(k) != here.get(k)}
 
 
@@ -188,7 +188,7 @@ def told(differing: Differences) -> str:
 
 def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
     """Hyper-parameters by dotted name: constructor arguments of the module, of its parts and of the callbacks that act
-    on tasks; what the optimisers begin with; what of the Trainer changes the training.
+    on tasks; what the optimisers begin with; and the Trainer's settings that affect training.
     """
     found = settings_of(pl_module)
     for callback in callbacks_of(trainer, TaskCallback):
@@ -196,7 +196,7 @@ def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
     for i, optimizer in enumerate(trainer.optimizers):
         found[optimizer_name(i)] = type(optimizer).__name__
         for key, value in optimizer.defaults.items():
-            if key != "differentiable":  # PyTorch adds it late
+            if key != "differentiable":  # PyTorch adds it later
                 _describe(value, f"{optimizer_name(i)}.{key}", found)
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
         _describe(getattr(trainer, key), f"trainer.{key}", found)
@@ -226,18 +226,18 @@ def settings_of_data(data: TaskDataModule) -> dict[str, Any]:
 
 
 def optimizer_name(i: int) -> str:
-    """What an optimiser's settings are called."""
+    """The name of an optimiser's settings."""
     return f"optimizer_{i}" if i else "optimizer"
 
 
 def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, ...] = ()) -> None:
-    """Add ``value`` and, of parts, their constructor's arguments as far as they are kept under their names.
+    """Add ``value``, and the constructor arguments of its parts as far as these keep them under their names.
 
     Args:
         value: what to describe.
         name: its dotted name.
-        found: gets the entries.
-        inside: identities of the objects that it was found in.
+        found: the entries are added to it.
+        inside: identities of the objects that contain it.
     """
     if id(value) in inside or len(inside) > 5:
         return
@@ -278,7 +278,7 @@ def _arguments(part: Any) -> dict[str, Any]:
 
 
 def without_parser(value: partial) -> partial:
-    """What jsonargparse gives for ``Callable[[...], Class]`` holds the parser: the class alone with its arguments."""
+    """The class with its arguments, without the parser that jsonargparse's ``Callable[[...], Class]`` holds."""
     if not str(getattr(value.func, "__module__", "")).startswith("jsonargparse"):
         return value
     place = next((i for i, part in enumerate(value.args) if inspect.isclass(part)), None)

@@ -1,4 +1,4 @@
-"""Gradients that tell which weights matter, taken in passes of their own (the terms of SparCL's eqs 1 and 3)."""
+"""Gradients that show which weights matter, taken in separate passes (the terms of SparCL's eqs 1 and 3)."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def mean_gradients(
     """Gradient of the mean loss over all ``batches`` and processes, by weight.
 
     The loss is the module's own, see :func:`~lightning_sparse_cl.callbacks.own_loss.own_loss`. Weights, ``.grad``,
-    batch-norm statistics and random numbers are left as they are. Gradients are whole: no mask acts on them.
+    batch-norm statistics and random numbers are left as they are. Gradients are whole: masks do not act on them.
 
     Args:
         trainer: the trainer.
-        pl_module: whose loss it is.
-        names: of the weights.
-        batches: what to take the mean over; each process may have other ones.
-        live: classes (C,) that compete in the loss, where the module tells its loss by ``scoring_loss``. If None, all.
-            The current task's make it *single-head*.
+        pl_module: the module whose loss it is.
+        names: names of the weights.
+        batches: the batches to average over; each process may have its own.
+        live: classes (C,) that compete in the loss, if the module gives its loss by ``scoring_loss``. If None, all.
+            With the current task's classes the loss is *single-head*.
         alive_only: gradients of pruned weights are not looked at, and may be anything.
         loss: a function of (module, batch) that is used instead.
 
     Raises:
-        ValueError: if the loss cannot be had.
+        ValueError: if the loss cannot be computed.
     """
     weights = {name: pl_module.get_parameter(name) for name in names}
     sums = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
@@ -61,7 +61,7 @@ def mean_gradients(
             count += samples
         if count and asked and not reached:
             raise ValueError(
-                f"{type(pl_module).__name__}: its loss has no gradient of {', '.join(asked[:3])}; a function that it "
+                f"{type(pl_module).__name__}: its loss has no gradient for {', '.join(asked[:3])}; a function that it "
                 "holds may compute with the weights of another module. Give a function of (module, batch) as `loss`"
             )
     if trainer.world_size > 1:
@@ -74,7 +74,7 @@ def mean_gradients(
 
 
 def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
-    """D_t: the samples of the current task that are trained on, once."""
+    """D_t: the samples that the current task trains on, once each."""
     if isinstance(data := parts_of(trainer).datamodule, TaskDataModule):
         yield from data.samples()
     else:
@@ -86,13 +86,13 @@ def task_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator
 
 
 def live_classes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-    """The current task's classes as a mask (C,). If tasks are not known, None."""
+    """The current task's classes as a mask (C,). None if there are no tasks."""
     data = parts_of(trainer).datamodule
     return data.live().to(pl_module.device) if isinstance(data, TaskDataModule) else None
 
 
 def memory_of(pl_module: pl.LightningModule) -> ExemplarMemory | None:
-    """The module's memory, if it has one and something is in it."""
+    """The module's memory, if it has one that is not empty."""
     memory = next((m for m in pl_module.modules() if isinstance(m, ExemplarMemory)), None)
     return memory if memory is not None and len(memory) else None
 

@@ -1,4 +1,4 @@
-"""What frozen subnetworks have answered to the test samples, kept so that none is asked twice."""
+"""The answers of frozen subnetworks to the test samples, kept so that none is asked twice."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from lightning_sparse_cl.sparsity.bits import digest
 from lightning_sparse_cl.sparsity.subnetworks import Subnetwork, Subnetworks, starts_with
 
 Largest = tuple[Tensor, Tensor]
-"""Of each sample (B,) the largest logit, and its class: of equal ones the lowest."""
+"""The largest logit of each sample (B,), and its class, the lowest among equals."""
 
 
 class KeptAnswers:
     """Measures a module of learnt subnetworks again and again, and asks each of them once.
 
-    The figures are those of :meth:`Subnetworks.combined` over the answers of all subnetworks, bit for bit. Kept are two
-    numbers per test sample, the largest logit of the networks asked until now and its class; and for each learnt task,
-    how many samples of its own test set its network gets right. They stay on the device and in the process where they
-    are made, and go into no checkpoint.
+    The figures are those of :meth:`Subnetworks.combined` over the answers of all subnetworks, bit for bit. Two numbers
+    are kept per test sample, the largest logit of the networks asked so far and its class; and for each learnt task,
+    how many samples of its own test set its network gets right. They stay on their device and in their process, and are
+    not part of checkpoints.
 
     Everything is forgotten, and all networks are asked again, if one of them is no longer the same: it was replaced,
-    the shared weights that it uses have changed, or batch-norm that all share has moved on
+    the shared weights that it uses have changed, or batch-norm that all share has changed
     (``TaskSubnetworks("shared")``, with which every evaluation asks all networks). Test samples that come in another
-    order each time are always sent through all networks, and so are all samples where tasks are told together.
+    order each time are always sent through all networks, as are all samples if tasks are inferred jointly.
     """
 
     def __init__(self) -> None:
         self._asked: list[Subnetwork] = []
         self._digests: dict[str, Tensor] = {}
-        """Of what the subnetworks that were asked take from the module."""
+        """Digests of what the subnetworks that were asked take from the module."""
         self._largest: dict[tuple[int, int], Largest] = {}
-        """By test set and batch."""
+        """The largest logits, by test set and batch."""
         self._own: dict[int, Tensor] = {}
-        """Of each learnt task the hits and samples of its own test set, in Task-IL."""
+        """Hits and samples of each learnt task on its own test set, in Task-IL."""
 
     def measure(
         self, learnt: Subnetworks, data: TaskDataModule, live: Tensor, matrices: Mapping[str, AccuracyMatrix]
@@ -54,7 +54,7 @@ class KeptAnswers:
             learnt: the subnetworks of a module in eval mode; at least one.
             data: gives the test sets.
             live: which classes (T, num_classes) each test set has.
-            matrices: where to count, by scenario: names that begin with ``class_il`` or ``task_il``.
+            matrices: where to count, by scenario; names begin with ``class_il`` or ``task_il``.
         """
         if not self._asked or not self._is_valid(learnt):
             learnt.drop_networks()
@@ -63,7 +63,7 @@ class KeptAnswers:
         known = torch.zeros(live.shape[1], dtype=torch.bool, device=device)
         known[learnt.known()] = True
         outputs = len(learnt.module.get_parameter(learnt.head[0]))
-        # As combined has it: a head may have more outputs than classes.
+        # As in combined(): a head may have more outputs than classes.
         some_unknown = len(learnt.known()) < outputs and learnt.asks_running(learnt.tasks)
         class_il, task_il = (
             [matrix.to(device) for name, matrix in matrices.items() if name.startswith(scenario)]
@@ -110,9 +110,9 @@ class _Batch:
     Args:
         learnt: the subnetworks.
         x: the samples.
-        task: of the test set.
-        known: which classes (num_classes,) some subnetwork has.
-        some_unknown: whether an output of the head is of no known class, so that the network being trained answers.
+        task: the task of the test set.
+        known: which classes (num_classes,) any subnetwork has.
+        some_unknown: whether some output of the head has no known class, so that the network being trained answers.
     """
 
     def __init__(self, learnt: Subnetworks, x: Nest, task: int, known: Tensor, some_unknown: bool) -> None:
@@ -125,7 +125,7 @@ class _Batch:
         return of_classes(self._learnt.running(self._x), len(self._known), self._learnt.module)
 
     def _answer(self, task: int) -> Tensor:
-        """Logits of a task's subnetwork; those of classes that it does not have are -inf."""
+        """Logits of a task's subnetwork; -inf for classes that it does not have."""
         answer = self._learnt.combined(self._x, self._learnt.answers(self._x, task), task)
         answer = of_classes(answer, len(self._known), self._learnt.module)
         if task == self._task:
@@ -139,8 +139,8 @@ class _Batch:
         return self._answer(self._task) if self._own is None else self._own
 
     def largest(self, kept: Largest | None, asked: int) -> Largest:
-        """Of all subnetworks; ``kept`` are the largest logits of the first ``asked`` of them."""
-        dtype = self._running.dtype if self._some_unknown else None  # if None, that of the answers
+        """The largest logits of all subnetworks; ``kept`` has those of the first ``asked``."""
+        dtype = self._running.dtype if self._some_unknown else None  # if None, the type of the answers
         if kept is None or len(kept[0]) != count(self._x) or dtype not in (None, kept[0].dtype):
             kept, asked = None, 0
         for task in range(asked, len(self._learnt)):
@@ -153,7 +153,7 @@ class _Batch:
         return kept
 
     def labels(self, largest: Largest) -> Tensor:
-        """Labels (B,) in Class-IL, by the largest logits of all subnetworks: those that argmax finds in
+        """Labels (B,) in Class-IL, by the largest logits of all subnetworks: the same that argmax finds in
         :meth:`Subnetworks.combined`.
         """
         if not self._some_unknown:
@@ -162,13 +162,13 @@ class _Batch:
 
 
 def _larger(kept: Largest | None, logits: Tensor) -> Largest:
-    """The largest of what is kept and of logits (B, C), as argmax would find it in both together."""
+    """The largest among the kept logits and logits (B, C), as argmax would find it in both together."""
     label = logits.argmax(1)
     value = logits.gather(1, label[:, None]).squeeze(1)
     if kept is None:
         return value, label
     old, was = kept
-    nan, was_nan = value.isnan(), old.isnan()  # the largest for argmax
+    nan, was_nan = value.isnan(), old.isnan()  # which argmax takes for the largest
     stays = (old > value) | (was_nan & ~nan) | (((old == value) | (was_nan & nan)) & (was < label))
     return torch.where(stays, old, value), torch.where(stays, was, label)
 

@@ -1,4 +1,4 @@
-"""A network as it was at some moment, kept to be put back."""
+"""A copy of a network at some moment, kept to be put back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_sparse_cl.sparsity.masks import Masks
 
 
 def kept_network(parts: Sequence[nn.Module], masks: Masks) -> dict[str, Any]:
-    """Copies of all tensors of ``parts``, and what is alive, in a form that checkpoints take.
+    """Copies of all tensors of ``parts``, and of the alive masks, in a form that checkpoints take.
 
     They are the same on all processes: call it on all of them.
     """
@@ -26,7 +26,7 @@ def kept_network(parts: Sequence[nn.Module], masks: Masks) -> dict[str, Any]:
 
 @torch.no_grad()
 def put_back(parts: Sequence[nn.Module], masks: Masks, kept: dict[str, Any]) -> None:
-    """Make the same ``parts`` what they were when they were kept. What is frozen stays so."""
+    """Restore the same ``parts`` as they were when they were kept. Frozen weights stay frozen."""
     for part, state in zip(parts, kept["states"], strict=True):
         for name, tensor in part.state_dict().items():
             tensor.copy_(state[name])

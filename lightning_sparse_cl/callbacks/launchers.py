@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 
 class Launched(NamedTuple):
-    """Processes that were started to be one run."""
+    """Processes that were started as one run."""
 
     by: str
     per_node: int
@@ -23,7 +23,7 @@ class Launched(NamedTuple):
 
 
 def launched() -> Launched | None:
-    """What started this process, and how many beside it. If it was neither SLURM nor torchrun, None."""
+    """What started this process, and how many in all. None if it was neither SLURM nor torchrun."""
     env = os.environ
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         per_node = int(env["LOCAL_WORLD_SIZE"])
@@ -39,11 +39,11 @@ def join_after_restart(device: torch.device) -> None:
 
     torchrun keeps one store for all its attempts, and PyTorch reads the addresses in it without asking which attempt
     they belong to: gloo then connects to a process that is dead ("connectFullMesh failed ... Connection refused"). Here
-    each attempt has names of its own. Does nothing in the first attempt, and where torchrun has no part. A script calls
-    it before ``trainer.fit``; the command line does.
+    each attempt has names of its own. This does nothing in the first attempt, and without torchrun. A script has to
+    call it before ``trainer.fit``; the command line does so itself.
 
     Args:
-        device: where this process trains.
+        device: the device on which this process trains.
     """
     env = os.environ
     attempt = int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)
@@ -60,7 +60,7 @@ def join_after_restart(device: torch.device) -> None:
 
 
 def slurm_job() -> str | None:
-    """The job's number, of an array's job with its index, as ``scontrol`` takes it. Outside of SLURM jobs, None."""
+    """The job's number, with the index in a job array, as ``scontrol`` takes it. None outside SLURM jobs."""
     if not SLURMEnvironment.detect():
         return None
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -86,7 +86,7 @@ def requeue() -> None:
 
 
 def requeue_before_training() -> None:
-    """While a command starts, SIGUSR1 in a SLURM job has nothing to save: requeue, and leave."""
+    """Until training begins, let SIGUSR1 in a SLURM job requeue it and leave: there is nothing to save yet."""
     if slurm_job() is not None:
         signal.signal(signal.SIGUSR1, _requeue_and_leave)
 

@@ -13,10 +13,10 @@ from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 
 
 class TaskLRSchedule(TaskCallback):
-    """One learning-rate scheduler a task, from the optimiser's initial learning rate on.
+    """One learning-rate scheduler per task, starting from the optimiser's initial learning rate.
 
-    Under manual optimisation Lightning steps no scheduler; under automatic optimisation its schedulers know no tasks.
-    :class:`~lightning_sparse_cl.StochasticFrankWolfe` scales ``sgd_lr`` as ``lr`` is scaled.
+    Under manual optimisation Lightning steps no scheduler; under automatic optimisation its schedulers do not know
+    about tasks. :class:`~lightning_sparse_cl.StochasticFrankWolfe` scales ``sgd_lr`` as ``lr`` is scaled.
 
     Args:
         scheduler: makes the scheduler from the optimiser, ``partial(CosineAnnealingLR, T_max=20)`` for example.
@@ -51,14 +51,14 @@ class TaskLRSchedule(TaskCallback):
             for scheduler, state, saved in zip(self._running, self._loaded, rates, strict=True):
                 scheduler.load_state_dict(state)
                 for group, rate in zip(scheduler.optimizer.param_groups, saved, strict=True):
-                    group["lr"] = rate  # making the scheduler has set it to the first one
+                    group["lr"] = rate  # making the scheduler has reset it to the first rate
             self._loaded = []
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._start(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.interval == "step" and trainer.global_step > self._steps:  # not while batches are accumulated
+        if self.interval == "step" and trainer.global_step > self._steps:  # a real step, not accumulation
             self._steps = trainer.global_step
             self._step()
 
@@ -81,7 +81,7 @@ class TaskLRSchedule(TaskCallback):
         except (ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"TaskLRSchedule(scheduler={_called(self.scheduler)}): {error}") from error
         if any(isinstance(s, ReduceLROnPlateau) for s in self._running):
-            raise ValueError("TaskLRSchedule(scheduler=ReduceLROnPlateau): take one that needs no metric to step")
+            raise ValueError("TaskLRSchedule(scheduler=ReduceLROnPlateau): use one that needs no metric to step")
 
     def _step(self) -> None:
         for scheduler in self._running:
@@ -92,6 +92,6 @@ class TaskLRSchedule(TaskCallback):
 
 
 def _called(scheduler: Any) -> str:
-    """The name of what makes a scheduler."""
+    """The name of a function or class that makes a scheduler."""
     made = getattr(scheduler, "func", scheduler)
     return getattr(made, "__name__", type(made).__name__)

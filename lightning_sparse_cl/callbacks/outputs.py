@@ -17,7 +17,7 @@ def logits_of(output: Any, module: nn.Module, maps: bool = False) -> Tensor:
     Args:
         output: what was returned.
         module: for errors.
-        maps: logits are (B, C, H, W).
+        maps: whether logits are (B, C, H, W).
 
     Raises:
         TypeError: if there are none, or they are not of that shape.
@@ -36,8 +36,8 @@ def logits_of(output: Any, module: nn.Module, maps: bool = False) -> Tensor:
     if isinstance(found, Tensor) and found.ndim == (4 if maps else 2):
         return found
     raise TypeError(
-        f"{type(module).__name__}: its forward must give logits {shape}, alone, as `logits` or first in a tuple; it "
-        f"returned {_described(output if found is None else found)}"
+        f"{type(module).__name__}: its forward must give logits {shape}, alone, as `logits` or first in a tuple, but "
+        f"it returned {_described(output if found is None else found)}"
     )
 
 
@@ -50,13 +50,13 @@ def _described(output: Any) -> str:
 
 
 def of_classes(logits: Tensor, classes: int, module: nn.Module) -> Tensor:
-    """The logits (B, classes, ...) of the data's classes, without what a larger head of ``module`` has beyond them.
+    """The logits (B, classes, ...) of the data's classes, without the further outputs of a larger head of ``module``.
 
     Raises:
         ValueError: if there are fewer logits than classes.
     """
     if logits.shape[1] < classes:
         raise ValueError(
-            f"{type(module).__name__}: its forward gives {logits.shape[1]} logits, and the data have {classes} classes"
+            f"{type(module).__name__}: its forward gives {logits.shape[1]} logits, but the data have {classes} classes"
         )
     return logits[:, :classes]

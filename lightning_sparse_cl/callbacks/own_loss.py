@@ -1,4 +1,4 @@
-"""The module's own loss, taken from its ``training_step`` without a trace of it in the run."""
+"""The module's own loss, taken from its ``training_step`` without leaving a trace in the run."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ LossOf = Callable[[pl.LightningModule, Any], Tensor]
 
 @runtime_checkable
 class ScoresItself(Protocol):
-    """A module that tells by which loss its weights are ranked, where that is not the loss it is trained with."""
+    """A module that says by which loss its weights are ranked, if that is not its training loss."""
 
     def scoring_loss(self, batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
-        """The sum of the loss over a batch, and of how many samples it is; ``live`` (C,) are the classes that compete
-        in it; if None, all do."""
+        """The sum of the loss over a batch, and the number of samples; ``live`` (C,) are the classes that compete in
+        it; if None, all do."""
 
 
 def check_loss(owner: object, pl_module: pl.LightningModule, loss: LossOf | None) -> None:
-    """Refuse, when a fit is set up, a module whose loss cannot be had.
+    """Refuse, when a fit is set up, a module whose loss cannot be computed separately.
 
     Raises:
-        ValueError: if ``loss`` is no function, or the module optimises by itself, so that its ``training_step`` cannot
-            be asked for a loss alone.
+        ValueError: if ``loss`` is not a function, or the module optimises by itself, so that its ``training_step``
+            cannot be asked for a loss alone.
     """
     if loss is not None and not callable(loss):
         raise ValueError(f"{type(owner).__name__}(loss={loss!r}): a function of (module, batch) that returns a scalar")
@@ -54,12 +54,12 @@ def check_loss(owner: object, pl_module: pl.LightningModule, loss: LossOf | None
 def own_loss(
     trainer: pl.Trainer, pl_module: pl.LightningModule, loss: LossOf | None = None
 ) -> Iterator[tuple[nn.Module, Callable[[Any, Tensor | None], tuple[Tensor, int]]]]:
-    """Gives a module and a function of (batch, live) that computes the sum of its loss, and the number of samples.
+    """Yields a module and a function of (batch, live) that returns the sum of its loss, and the number of samples.
 
-    The loss is ``loss`` if it is given, else the module's ``scoring_loss`` if it has one, else that of its
+    The loss is ``loss`` if it is given, else the module's ``scoring_loss`` if it has one, else the loss of its
     ``training_step``. The last runs on a copy of the module, whose logging goes nowhere: batch-norm, metrics, teachers
-    and whatever else of the module a step moves are the copy's. Random generators and learning-rate schedulers are put
-    back. Gradients are to be taken with respect to the parameters of the module that is given.
+    and anything else that a step changes belong to the copy. Random generators and learning-rate schedulers are put
+    back. Take gradients with respect to the parameters of the module that is yielded.
     """
     with isolate_rng(), _put_back(trainer), trainer.precision_plugin.train_step_context():
         if loss is not None or isinstance(pl_module, ScoresItself):
@@ -95,7 +95,7 @@ def _given(pl_module: pl.LightningModule, loss: LossOf | None) -> Callable[[Any,
 
 @contextmanager
 def _put_back(trainer: pl.Trainer) -> Iterator[None]:
-    """Afterwards schedulers and learning rates are as they were: a step may move them."""
+    """Put back schedulers and learning rates afterwards, as a step may change them."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     states = [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers]
     rates = [(group, group["lr"]) for o in trainer.optimizers for group in o.param_groups if "lr" in group]
@@ -109,14 +109,14 @@ def _put_back(trainer: pl.Trainer) -> Iterator[None]:
 
 
 def _of_step(quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[Tensor, int]]:
-    args = [0] if is_param_in_hook_signature(quiet.training_step, "batch_idx", min_args=2) else []  # as Lightning does
+    args = [0] if is_param_in_hook_signature(quiet.training_step, "batch_idx", min_args=2) else []  # like Lightning
 
     def compute(batch: Any, live: Tensor | None) -> tuple[Tensor, int]:
         outputs = quiet.training_step(batch, *args)
         found = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if not torch.is_tensor(found):
             raise ValueError(
-                f"{type(quiet).__name__}.training_step returned {type(outputs).__name__} and no loss, by which weights "
+                f"{type(quiet).__name__}.training_step returned {type(outputs).__name__} and no loss by which weights "
                 "could be ranked; give a function of (module, batch) as `loss`"
             )
         size = _size(batch)
@@ -126,18 +126,18 @@ def _of_step(quiet: pl.LightningModule) -> Callable[[Any, Tensor | None], tuple[
 
 
 def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
-    """A copy of the module that logs nothing; callbacks whose hooks are on it stay what they are."""
+    """A copy of the module that logs nothing; callbacks with hooks on it are not copied."""
     kept = {id(each): each for each in (trainer, *parts_of(trainer).callbacks)}
     try:
         with _Detached():
             quiet = copy.deepcopy(pl_module, kept)
-    except Exception as error:  # whatever the module holds
+    except Exception as error:  # the module may hold anything
         raise ValueError(
             f"{type(pl_module).__name__} cannot be copied ({type(error).__name__}: {error}), so its training_step "
             "cannot be run without a trace; give a function of (module, batch) as `loss`"
         ) from error
     quiet.trainer = trainer
-    if quiet._compiler_ctx is not None:  # what was compiled computes with the weights of the original
+    if quiet._compiler_ctx is not None:  # the compiled code uses the weights of the original
         for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
             quiet.__dict__.pop(name, None)
     for name in ("log", "log_dict"):
@@ -146,7 +146,7 @@ def _quiet_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.Lightn
 
 
 class _Detached(TorchFunctionMode):
-    """Inside, ``copy.deepcopy`` takes tensors that were computed, such as losses that a module collects, too."""
+    """Inside, ``copy.deepcopy`` also takes tensors that were computed, such as losses that a module collects."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -165,5 +165,5 @@ def _told(value: Any) -> str:
 def _size(batch: Any) -> int:
     try:
         return max(int(extract_batch_size(batch)), 1)
-    except Exception:  # Lightning's answer to a batch without a tensor
+    except Exception:  # Lightning raises it for a batch without a tensor
         return 1

@@ -13,7 +13,7 @@ from lightning_sparse_cl.callbacks.class_lists import class_lines, class_lists
 
 CELL, MARGIN, LINE = 44, 30, 16
 MOST = 20
-"""Cells beside and below each other; where there are more tasks or layers, a cell is the mean of a block of them."""
+"""The most cells per row and column; with more tasks or layers, a cell is the mean of a block."""
 LOW, HIGH = (247, 251, 255), (8, 69, 148)
 
 Panel = tuple[str, Sequence[str], Sequence[str], Sequence[Sequence[Value]]]
@@ -25,13 +25,13 @@ def draw_matrices(
 ) -> None:
     """Draw R (fractions) side by side as heat maps, percent in the cells: row = after task, column = on task.
 
-    Above 20 tasks a column is the mean over a block of tasks, and a row is that after the last task of a block. Below
-    that the classes of each task are written under the heat maps, as far as there is room.
+    With more than 20 tasks, a column is the mean over a block of tasks, and a row the state after a block's last task.
+    Otherwise the classes of each task are written under the heat maps, as far as there is room.
 
     Args:
         matrices: R by title.
         path: the file.
-        classes: names of each task's classes; nothing is said of them without.
+        classes: names of each task's classes. If empty, they are left out.
     """
     panels = []
     for title, R in matrices.items():
@@ -44,14 +44,14 @@ def draw_matrices(
 def draw_subnetworks(
     shared: Mapping[str, Any], growth: Mapping[str, Any] | None, path: Path, classes: Sequence[Sequence[str]] = ()
 ) -> None:
-    """Draw what tasks share, by task from left to right; above 20 tasks or layers a cell is the mean over a block.
+    """Draw what tasks share, by task from left to right; above 20 tasks or layers, a cell is the mean over a block.
 
     Four panels: density per layer; overlap of masks, the part of the row's weights that the column's task uses too; use
-    of the backbone; model size, allocated where it grows, and of each task's compact network alone.
+    of the backbone; model size, allocated if it grows, and of each task's compact network.
 
     Args:
         shared: the summary of :class:`TaskSubnetworks`.
-        growth: the summary of :class:`SparseGrowth`, where there is one.
+        growth: the summary of :class:`SparseGrowth`, if there is one.
         path: the file.
         classes: as for :func:`draw_matrices`.
     """
@@ -74,7 +74,7 @@ def draw_subnetworks(
 
 
 def _names(layers: Sequence[str]) -> list[str]:
-    """Of each block of layers the first's name."""
+    """The name of the first layer of each block."""
     return [layers[b[0]] + (f" and {len(b) - 1} more" if len(b) > 1 else "") for b in blocks(len(layers), MOST)]
 
 

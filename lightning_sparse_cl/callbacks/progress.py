@@ -1,4 +1,4 @@
-"""A progress bar that says where in the task sequence a run is, and when the sequence will end."""
+"""A progress bar that shows where in the task sequence a run is, and when the sequence will end."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_dat
 class TaskProgressBar(RichProgressBar):
     """Lightning's rich progress bar with "Task k/T, epoch e/E" in front; tasks and epochs counted from 1.
 
-    Its times are those of the whole sequence: since this process began to train, and until the last task ends. Without
-    a :class:`TaskSchedule` the bar is Lightning's own.
+    Its times refer to the whole sequence: since this process began to train, and until the last task ends. Without a
+    :class:`TaskSchedule` the bar is Lightning's own.
 
     Args:
         refresh_rate: updates per second; each reads the loss from the device. 0 shows no bar.
@@ -65,7 +65,7 @@ class TaskProgressBar(RichProgressBar):
 
 
 class SequenceTimeColumn(CustomTimeColumn):
-    """Time of the sequence on the bar of the training, and Lightning's own on the others. Drawn by another thread."""
+    """Shows the sequence's time on the training bar, and Lightning's own on the others. Another thread draws it."""
 
     def __init__(self, bar: TaskProgressBar) -> None:
         super().__init__(style=bar.theme.time)

@@ -24,10 +24,10 @@ from lightning_sparse_cl.sparsity.scores import check_number, top_k_mask, whole_
 class OneShotPruning(ScorePruning):
     """Keep the largest weights of every pruned layer: at a task's end, without retraining, or inside the task.
 
-    Per layer and not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between layers, so
-    that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept, ties broken
-    by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit, so that the
-    checkpoints of its end are pruned. Where the last checkpoint was written earlier, a warning says so.
+    It prunes per layer, not over the whole network: under Frank-Wolfe the polytopes' radii differ 13-fold between
+    layers, so that a global ranking would empty the deep ones. Exactly ``round((1 - sparsity) * n)`` weights are kept,
+    ties broken by position. Without a :class:`TaskSchedule` the network is pruned once, with the last batch of the fit,
+    so that the checkpoints of its end are pruned. If the last checkpoint was written earlier, a warning says so.
 
     With ``epoch`` or ``retrain`` the weights are pruned inside the task, and the mask then holds until the task ends:
     the rest of the task trains the sparse network. Momentum and other optimiser state of pruned weights is cleared, so
@@ -97,7 +97,7 @@ class OneShotPruning(ScorePruning):
         if learnt is not None and learnt.planned != (tasks := task_data(trainer).num_tasks):
             raise ValueError(
                 f"{name}(of='share'): each of {learnt.planned} tasks was to have an equal share of the "
-                f"weights, and now there are {tasks}; begin a sequence that is to go on with of='free' "
+                f"weights, but now there are {tasks}; begin a sequence that is to go on with of='free' "
                 "(EsaCL: freeze='none' or 'free'), which needs no number of tasks"
             )
         self._check_epoch(trainer)
@@ -105,7 +105,7 @@ class OneShotPruning(ScorePruning):
 
     @property
     def inside(self) -> str | None:
-        """The argument that has it prune inside tasks, as it was given. If None, it prunes at their ends."""
+        """The argument that makes it prune inside tasks, as it was given. None if it prunes at their ends."""
         given = {"epoch": self.epoch, "retrain": self.retrain}
         return next((f"{name}={value}" for name, value in given.items() if value is not None), None)
 
@@ -134,7 +134,7 @@ class OneShotPruning(ScorePruning):
                 )
 
     def _spares(self, trainer: pl.Trainer) -> bool:
-        """Whether the running task is not pruned at all."""
+        """Whether the running task is spared from pruning."""
         return not self.last and task_data(trainer).task == task_data(trainer).num_tasks - 1
 
     def scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> dict[str, Tensor]:
@@ -166,13 +166,13 @@ class OneShotPruning(ScorePruning):
 
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
         for name in self.names(pl_module):
-            self.masks.set_alive(name, None)  # all compete again
+            self.masks.set_alive(name, None)  # all weights compete again
         super().prune(trainer, pl_module, batch)
         reset_state(trainer, pl_module, {name: ~self.masks.alive[name] for name in self.names(pl_module)})
         self._pruned_at = trainer.global_step
 
     def is_pruned(self, pl_module: pl.LightningModule) -> bool:
-        """Whether all weights of the running task have been pruned, those that were unfrozen late included."""
+        """Whether all weights of the running task have been pruned, including those that were unfrozen late."""
         return self._pruned_at is not None and not self.unmasked(pl_module)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
@@ -214,7 +214,7 @@ class OneShotPruning(ScorePruning):
 
 
 def _averaging_ends(trainer: pl.Trainer) -> bool:
-    """Whether Lightning's SWA measures batch-norm in the next epoch, which is to see the pruned network."""
+    """Whether Lightning's SWA measures batch-norm in the next epoch, which must see the pruned network."""
     found = callbacks_of(trainer, StochasticWeightAveraging)
     return any(c._model_contains_batch_norm and trainer.current_epoch == c.swa_end for c in found)
 
@@ -224,11 +224,12 @@ class Reopen(Sparsifier):
 
     Args:
         init: ``"random"`` draws them anew from their layer's own initialisation, as the paper says; ``"zero"`` lets
-            them grow from zero, so that the function learnt so far is unchanged. With what was kept, a random draw may
-            start up to half outside the L1 budget of a K-sparse polytope (1.3 to 1.4 times on Split Digits); it is
-            not scaled, which would change what was learnt, and Frank-Wolfe steps contract it into the polytope.
-        part: fraction of each layer's pruned weights that is given back, at least one of them, drawn at random, in
-            (0, 1]. The others stay pruned for another task, which so trains a sparse network from its first step.
+            them grow from zero, so that the function learnt so far is unchanged. Together with the kept weights, a
+            random draw may exceed the L1 budget of a K-sparse polytope by up to half (1.3 to 1.4 times on Split
+            Digits); it is not scaled, as that would change what was learnt, and Frank-Wolfe steps contract it into the
+            polytope.
+        part: fraction of each layer's pruned weights that is given back, in (0, 1], drawn at random, at least one. The
+            others stay pruned for another task, which then trains a sparse network from its first step.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -258,7 +259,7 @@ class Reopen(Sparsifier):
 
 @torch.no_grad()
 def redraw(pl_module: pl.LightningModule, name: str, where: Tensor, seed: int) -> None:
-    """Give the entries of a weight that are ``where`` new values from its layer's own initialisation, by the seed."""
+    """Draw the entries ``where`` of a weight anew from its layer's own initialisation, by the seed."""
     path, _, own = name.rpartition(".")
     layer: Any = copy.deepcopy(pl_module.get_submodule(path)).cpu()
     reset = next((r for n in RESETS if callable(r := getattr(layer, n, None))), None)
@@ -275,7 +276,7 @@ def redraw(pl_module: pl.LightningModule, name: str, where: Tensor, seed: int) -
 
 
 RESETS = ("reset_parameters", "_reset_parameters")
-"""Methods by which layers draw their weights, torch's of attention being the second."""
+"""Methods by which layers draw their weights; the second is that of torch's attention."""
 
 
 def has_schedule(trainer: pl.Trainer) -> bool:

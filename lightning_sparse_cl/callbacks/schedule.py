@@ -33,23 +33,23 @@ from lightning_sparse_cl.sparsity.enforcement import Enforcement
 
 
 class Position(NamedTuple):
-    """Where a fit stands in its task; one without a task sequence is a single task."""
+    """Where a fit stands in its task; a fit without a task sequence is a single task."""
 
     task: int
     epoch: int
-    """Epochs of the task that are complete."""
+    """Number of complete epochs of the task."""
     epochs: float
-    """Epochs planned for the task; infinite if it was not said."""
+    """Number of epochs planned for the task; infinite if not given."""
     over: bool
-    """The running epoch is the task's last: as planned, or because something has ended it already."""
+    """Whether the running epoch is the task's last: as planned, or because something has already ended the task."""
     progress: float | None
-    """The part of the task that is trained, in [0, 1]. If its end is not known, None."""
+    """The part of the task that has been trained, in [0, 1]. None if its end is not known."""
 
 
 def position(trainer: pl.Trainer) -> Position:
-    """Asked anew by everything that depends on time, so that nothing has a counter of its own to forget.
+    """The position now. Everything that depends on time asks for it anew, so that no counter can get out of step.
 
-    ``progress`` is that before the running batch: ask before its step, not after.
+    ``progress`` is the part before the running batch: ask before its step, not after.
     """
     data, now, loop = parts_of(trainer).datamodule, trainer.current_epoch, trainer.fit_loop.epoch_loop
     schedule = first_callback(trainer, TaskSchedule)
@@ -60,8 +60,8 @@ def position(trainer: pl.Trainer) -> Position:
     else:
         task, epoch, epochs = data.task, data.epoch_in_task, schedule.epochs_of(data.task)
         over = epoch + 1 >= epochs or data.starts[-1] > now
-    batches = trainer.num_training_batches  # infinite for a stream of unknown length, which counts by whole epochs
-    running: Any = loop.batch_progress.current  # its annotation is that of a base class, which counts less
+    batches = trainer.num_training_batches  # infinite for a stream of unknown length, which only counts whole epochs
+    running: Any = loop.batch_progress.current  # its annotation is a base class without this count
     inside = running.processed / batches if 0 < batches < math.inf else 0.0
     progress = None if math.isinf(epochs) else (epoch + inside) / epochs
     if trainer.max_steps > 0 and schedule is None:
@@ -78,14 +78,14 @@ class TaskSchedule(pl.Callback):
     ``on_after_task_end``, with the arguments ``(trainer, pl_module, task)``.
 
     Between start and end lie exactly the task's batches for every callback, wherever it stands in the list: the
-    schedule moves itself behind the others (but before checkpoints, which see the consolidated weights), and puts
+    schedule moves itself after the others (but before checkpoints, which see the consolidated weights), and puts
     callbacks in the order that they declare (see :class:`~lightning_sparse_cl.TaskCallback`).
 
     A task also ends early, with the running epoch, when a callback calls ``trainer.datamodule.end_task()`` (before the
-    epoch's validation or, :class:`TaskEarlyStopping`, after it). The last task's end stops the fit.
+    epoch's validation, or after it, as :class:`TaskEarlyStopping` does). The last task's end stops the fit.
 
     Args:
-        epochs: epochs per task, one number for all or one per task.
+        epochs: epochs per task: one number for all tasks, or one per task.
         restart_schedulers: whether the module's own learning-rate schedulers, which Lightning steps under automatic
             optimisation, start again with every task. If None, they go on through all tasks, and a warning says so.
 
@@ -100,11 +100,11 @@ class TaskSchedule(pl.Callback):
         if restart_schedulers not in (None, True, False):
             raise ValueError(f"TaskSchedule(restart_schedulers={restart_schedulers!r}): True, False or None")
         self.epochs, self.restart_schedulers = epochs, restart_schedulers
-        self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # of each scheduler: its state, learning rates
+        self._at_start: list[tuple[dict[str, Any], list[Any]]] = []  # state and learning rates of each scheduler
         self._found: dict[str, Any] | None = None  # the identity in the checkpoint that the fit goes on from
-        self._learnt: list[int] = []  # epochs of the tasks that were learnt before this sequence goes on
+        self._learnt: list[int] = []  # epochs of the tasks learnt before this fit
         self.begun = self.ended = -1
-        """The last tasks that were started and consolidated."""
+        """The last task that was started, and the last that was consolidated."""
 
     announces_tasks = True
 
@@ -125,7 +125,7 @@ class TaskSchedule(pl.Callback):
         self._first_listed = 0
         if (started := launched()) and started.per_node * started.nodes != trainer.world_size:
             raise ValueError(
-                f"Trainer: {started.by} started {started.per_node * started.nodes} processes, and this Trainer is one "
+                f"Trainer: {started.by} started {started.per_node * started.nodes} processes, but this Trainer is one "
                 f"of {trainer.world_size}: each would train a run of its own. "
                 f"Use Trainer(devices={started.per_node}, num_nodes={started.nodes})"
             )
@@ -134,10 +134,10 @@ class TaskSchedule(pl.Callback):
         if isinstance(self.epochs, Sequence):
             further = data.num_tasks - len(self._learnt)
             if len(self.epochs) not in (data.num_tasks, further):
-                tasks = f"{data.num_tasks} tasks" + f", {further} of them further ones" * bool(self._learnt)
+                tasks = f"{data.num_tasks} tasks" + f", {further} of them new" * bool(self._learnt)
                 raise ValueError(
                     f"TaskSchedule(epochs={self.epochs}): {len(self.epochs)} entries for {tasks}; "
-                    "give one number for all or one a task"
+                    "give one number for all tasks, or one per task"
                 )
             self._first_listed = data.num_tasks - len(self.epochs)
         total = sum(self._planned(data.num_tasks))
@@ -167,26 +167,26 @@ class TaskSchedule(pl.Callback):
                 "EarlyStopping would end the whole sequence at the first task that no longer improves; "
                 "TaskEarlyStopping(monitor, patience) ends the task"
             )
-        parts.reload_dataloaders_every_n_epochs = 1  # a new task is a new loader; a shrunken one too
+        parts.reload_dataloaders_every_n_epochs = 1  # a new task needs a new loader, and so does a shrunken one
         self._limit_val_batches, nothing = trainer.limit_val_batches, not data.val_fraction
         trainer.limit_val_batches = 0 if nothing else self._limit_val_batches
         arrange(trainer, pl_module)
         if data.learnt is not None and not data.is_resumed:
             if parts.fast_dev_run:
                 raise ValueError(
-                    "Trainer(fast_dev_run=...): it tries a sequence from its beginning, and this one goes on; use "
+                    "Trainer(fast_dev_run=...): it tries a sequence from its beginning, but this one goes on; use "
                     "limit_train_batches and TaskSchedule(epochs=1)"
                 )
             go_on(trainer, pl_module, getattr(pl_module, RECORD))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for optimizer in trainer.optimizers:  # PyTorch restores the state of another one without a word
+        for optimizer in trainer.optimizers:  # PyTorch restores another optimiser's state without complaint
             enlarge_state(optimizer)
             for group in optimizer.param_groups:
-                if missing := optimizer.defaults.keys() - group.keys() - {"differentiable"}:  # PyTorch adds it late
+                if missing := optimizer.defaults.keys() - group.keys() - {"differentiable"}:  # PyTorch adds it later
                     raise ValueError(
-                        f"TaskSchedule: the checkpoint is of another optimiser: {type(optimizer).__name__} has "
-                        f"{', '.join(sorted(missing))}, which it lacks"
+                        f"TaskSchedule: the checkpoint is from another optimiser: {type(optimizer).__name__} has "
+                        f"{', '.join(sorted(missing))}, which the checkpoint lacks"
                     )
         if self._found is not None:
             note_other_settings(trainer, self._found, self._identity(trainer, pl_module))
@@ -195,7 +195,7 @@ class TaskSchedule(pl.Callback):
         if schedulers and pl_module.automatic_optimization and self.restart_schedulers is None:
             rank_zero_warn(
                 f"TaskSchedule: the learning-rate scheduler of {type(pl_module).__name__} goes on through all tasks; "
-                "TaskSchedule(restart_schedulers=True) starts it again with each, False keeps it and this quiet"
+                "TaskSchedule(restart_schedulers=True) restarts it with each task, False keeps it and silences this"
             )
         if not self._at_start:
             self._at_start = [(copy.deepcopy(s.state_dict()), _rates(s)) for s in schedulers]
@@ -223,25 +223,25 @@ class TaskSchedule(pl.Callback):
         self._consolidate(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._consolidate(trainer, pl_module)  # a callback may have ended the task after its last batch
+        self._consolidate(trainer, pl_module)  # a callback may have ended the task after the epoch's last batch
 
     def _consolidate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = task_data(trainer)
         if data.starts[-1] > trainer.current_epoch and self.ended < self.begun:
             self.ended = self.begun
-            if trainer.world_size > 1:  # DDP brings batch-norm statistics in step at the next forward, too late here
+            if trainer.world_size > 1:  # DDP synchronises batch-norm statistics at the next forward, which is too late
                 for buffer in pl_module.buffers():
                     torch.distributed.broadcast(buffer, 0)
             for hook in ("on_before_task_end", "on_task_end", "on_after_task_end"):
                 announce(hook, trainer, pl_module, self.begun)
-                Enforcement.of(pl_module).apply_to_averages()  # before anybody measures or saves them
+                Enforcement.of(pl_module).apply_to_averages()  # before they are measured or saved
             trainer.should_stop = trainer.should_stop or data.finished
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remember(trainer, pl_module, self.begun == self.ended and not parts_of(trainer).fast_dev_run)
 
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ended: bool) -> None:
-        """Tell the module what it needs to go on after this fit; nothing if it was stopped inside a task."""
+        """Let the module remember what it needs to go on after this fit; nothing if it was stopped inside a task."""
         if callable(remember := getattr(pl_module, "remember_sequence", None)):
             remember(remembered(trainer) if ended else None)
 

@@ -20,26 +20,26 @@ from lightning_sparse_cl.sparsity.scores import check_number, check_sparsity, to
 
 
 class ScorePruning(Sparsifier):
-    """Keeps the weights of largest score. A policy says what the scores are, and if it must when and how many.
+    """Keeps the weights of largest score. A policy defines the scores, and may define when and how many to prune.
 
     A subclass overrides :meth:`scores`, and may override
 
     * *when*: :meth:`due`, asked before every batch. By default weights are pruned once, before the first batch that
       finds them without a mask. A policy that prunes at other moments returns False and calls :meth:`prune`.
-    * *how many*: :meth:`density`, or :meth:`how_many` of the weights that are ranked together stay alive.
+    * *how many*: :meth:`density`, or :meth:`how_many`: how many of the weights that are ranked together stay alive.
 
-    The rest is the base's: which weights are ranked together, their division among layers, exact counts with ties
+    The base does the rest: which weights are ranked together, their division among layers, exact counts with ties
     broken by position, frozen weights (kept, and counted), the mean over processes, and several rounds.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
-        ranking: ``"layer"``, each weight is ranked by itself; ``"global"``, all together.
+        ranking: ``"layer"``, each weight tensor is ranked by itself; ``"global"``, all together.
         distribution: how the density is divided among layers that are ranked by themselves: ``"uniform"``, ``"erk"``
-            (see ``sparsity/distributions.py``), or the sparsity of some by pattern, ``{"*.fc1.weight": 0.95}``, where
-            the others have ``sparsity``.
+            (see ``sparsity/distributions.py``), or the sparsity of some by pattern, ``{"*.fc1.weight": 0.95}``; the
+            others have ``sparsity``.
         dense: weights that stay dense; see :class:`Sparsifier`.
         sparse: weights that are pruned; see :class:`Sparsifier`.
-        rounds: prune in so many rounds, each after scores of its own, so that the density falls geometrically.
+        rounds: number of rounds of pruning, each with new scores; the density falls geometrically.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -47,7 +47,7 @@ class ScorePruning(Sparsifier):
 
     makes_masks = True
     goes_on: ClassVar[bool] = True
-    """Whether it keeps masks that it finds."""
+    """Whether it keeps existing masks."""
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class ScorePruning(Sparsifier):
         Args:
             trainer: the trainer.
             pl_module: the module.
-            batch: the batch that comes next. If weights are pruned between batches, None.
+            batch: the batch that comes next. None if weights are pruned between batches.
         """
 
     def due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether to prune before the batch that comes."""
+        """Whether to prune before the coming batch."""
         return bool(self.unmasked(pl_module))
 
     def density(self, trainer: pl.Trainer) -> float:
@@ -103,7 +103,7 @@ class ScorePruning(Sparsifier):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        groups = self.groups(pl_module)  # what matches nothing, or leaves a layer without a weight, is an error now
+        groups = self.groups(pl_module)  # a pattern without a match, or a layer left without a weight, is an error now
         asked = sum(self.how_many(trainer, pl_module, group, 1 - self.sparsity) for group in groups)
         if self.makes_masks:
             self._say_how_much(pl_module)
@@ -123,9 +123,9 @@ class ScorePruning(Sparsifier):
         kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
         if names and len(masks) == len(names) and abs(kept - asked) > 0.02 * asked:
             rank_zero_warn(
-                f"{type(self).__name__}(sparsity={self.sparsity}): the weights have masks already, of sparsity "
-                f"{1 - kept / total:.3g}, with which it goes on; Masks.of(module).set_alive(name, None) removes "
-                "that of a weight"
+                f"{type(self).__name__}(sparsity={self.sparsity}): the weights already have masks, of sparsity "
+                f"{1 - kept / total:.3g}, and keep them; Masks.of(module).set_alive(name, None) removes "
+                "the mask of a weight"
             )
 
     def on_train_batch_start(
@@ -136,19 +136,19 @@ class ScorePruning(Sparsifier):
             self.prune(trainer, pl_module, batch)
 
     def prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
-        """Score and keep the best, in :attr:`rounds`."""
+        """Score and keep the best, in :attr:`rounds` rounds."""
         new, density = self.unmasked(pl_module), self.density(trainer)
         for i in range(self.rounds):
             scores = dict(self.scores(trainer, pl_module, batch))
             if missing := [name for name in self.names(pl_module) if name not in scores]:
-                raise ValueError(f"{type(self).__name__}.scores() has no score of {', '.join(missing)}")
+                raise ValueError(f"{type(self).__name__}.scores() has no score for {', '.join(missing)}")
             finite = torch.stack([score.isnan().logical_not().all() for score in scores.values()]).tolist()
             if not all(finite):
                 name = next(name for name, is_finite in zip(scores, finite) if not is_finite)
                 raise ValueError(
-                    f"{type(self).__name__}: scores of {name} are not numbers, as of a loss that is NaN; none is pruned"
+                    f"{type(self).__name__}: scores of {name} are not numbers, as with a NaN loss; none is pruned"
                 )
-            if trainer.world_size > 1:  # the same masks on every process
+            if trainer.world_size > 1:  # so that every process has the same masks
                 for name, score in scores.items():
                     scores[name] = score = score.clone()
                     torch.distributed.all_reduce(score)
@@ -164,11 +164,11 @@ class ScorePruning(Sparsifier):
     def keep(
         self, pl_module: pl.LightningModule, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]
     ) -> None:
-        """Of weights that are ranked together, keep ``count``: the protected ones, and of the others the best.
+        """Keep ``count`` of the weights that are ranked together: the protected ones, and the best of the others.
 
         Args:
             pl_module: the module.
-            scores: of the weights, by name.
+            scores: scores of the weights, by name.
             count: how many stay alive in all.
             among: where the others are chosen from, by name; everywhere for names that it lacks.
         """
@@ -180,7 +180,7 @@ class ScorePruning(Sparsifier):
         Enforcement.of(pl_module).apply_to_averages()
 
     def rank(self, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks of the ``count`` best in ``among``. What is ranked is decided here alone: single weights."""
+        """Masks of the ``count`` best in ``among``. Only this method decides what is ranked: single weights."""
         return top_k_masks(scores, count, among)
 
     def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:

@@ -19,8 +19,8 @@ from lightning_sparse_cl.sparsity.layers import Chosen
 class SNIP(ScorePruning):
     """Keep the weights of largest |w dL/dw| on the first batch, and never change the mask again.
 
-    Behind a layer that starts at zero (LoRA's B, the last batch-norm of residual blocks under ``zero_init_last``) there
-    is no gradient yet. Where each layer is ranked by itself, the largest weights are kept there, with a warning.
+    Before a layer that starts at zero (LoRA's B, the last batch-norm of residual blocks under ``zero_init_last``) there
+    is no gradient yet. If each layer is ranked by itself, the largest weights are kept there, with a warning.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
@@ -32,7 +32,7 @@ class SNIP(ScorePruning):
         loss: L, a function of (module, batch) that returns a scalar; if None, the loss of ``training_step``.
 
     Raises:
-        ValueError: if an argument is out of range, the loss cannot be had, or weights are ranked together and the
+        ValueError: if an argument is out of range, the loss cannot be computed, or weights are ranked together and the
             gradient of some is zero.
     """
 
@@ -63,11 +63,11 @@ class SNIP(ScorePruning):
             if self.ranking == "global":
                 raise ValueError(
                     f"SNIP(ranking='global'): |w dL/dw| is zero all over {told}, which would lose all weights; weights "
-                    "behind a layer that starts at zero have no gradient yet: initialise it otherwise, keep these "
+                    "before a layer that starts at zero have no gradient yet: initialise it otherwise, keep these "
                     "weights dense by `dense`, or take ranking='layer'"
                 )
             rank_zero_warn(
-                f"SNIP: |w dL/dw| is zero all over {told}, as behind a layer that starts at zero; there the largest "
+                f"SNIP: |w dL/dw| is zero all over {told}, as before a layer that starts at zero; there the largest "
                 "weights are kept"
             )
             scores |= {name: weights[name].abs() for name in flat}

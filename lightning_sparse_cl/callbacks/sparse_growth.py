@@ -34,27 +34,27 @@ class Growing(Protocol):
 
 
 class SparseGrowth(Sparsifier):
-    """Two stages a task (Algorithm 1 of CL-LSG), on a module that has :class:`GrowthGates` as ``gates``.
+    """Two stages per task (Algorithm 1 of CL-LSG), on a module that has :class:`GrowthGates` as ``gates``.
 
     Stage 1, pick and reuse: selective masks on the kernels that earlier tasks own, and training of the released ones,
     for at most ``reuse_epochs``. Stage 2, growth of new channels, for the rest of the task's epochs. After every epoch
     the Task-IL accuracy of the noiseless network on the held-out samples is compared with the target: as soon as it is
-    reached the task ends; a task that misses it to the end keeps what it has. The first task does the same from the
-    seed network (the paper grows it at once), so that a target that is always reached never grows. The seed's weights
-    but the head's are scaled to the variance that a network of its size would be given.
+    reached the task ends; a task that never reaches it keeps what it has. The first task does the same from the seed
+    network (the paper grows it at once), so that with a target that is always reached the network never grows. The
+    seed's weights, except the head's, are scaled to the variance of a freshly drawn network of its size.
 
-    Batch-norm statistics of training are those of drawn masks, and are measured anew for the network without noise,
-    before each comparison and when a task ends (``torch.optim.swa_utils.update_bn``).
+    Batch-norm statistics of training belong to drawn masks, and are measured anew for the network without noise, before
+    each comparison and when a task ends (``torch.optim.swa_utils.update_bn``).
 
     Args:
-        target: accuracy in [0, 1] that makes growth unnecessary; one for all tasks or one a task. Above 1 it is never
-            reached. Or the ``metrics.json`` of a run (or of several: the best is taken, task by task) whose
-            ``held_out`` accuracies are the target, the paper's best of "scratch" and "fine-tune". The paper compares on
-            test data, which decides the structure by what it is judged with.
-        reuse_epochs: of stage 1 at most; fewer than the epochs of a task.
+        target: accuracy in [0, 1] that makes growth unnecessary: one for all tasks, or one per task. Above 1 it is
+            never reached. Or the ``metrics.json`` of a run (or of several: the best is taken, task by task) whose
+            ``held_out`` accuracies are the target, such as the paper's best of "scratch" and "fine-tune". The paper
+            compares on test data, so that the structure is chosen on the data by which it is judged.
+        reuse_epochs: largest number of epochs in stage 1; fewer than the epochs of a task.
 
     Raises:
-        ValueError: if an argument is out of range or does not fit the run, or nothing is held out to decide by.
+        ValueError: if an argument is out of range or does not fit the run, or no samples are held out to decide by.
         TypeError: if the module has no gates.
     """
 
@@ -99,7 +99,7 @@ class SparseGrowth(Sparsifier):
         for name, allocated in gates.allocated_kernels().items():
             weight = pl_module.get_parameter(name)
             self.masks.set_alive(name, expanded(allocated, weight))
-            if task == 0 and name != gates.head:  # drawn for as many inputs as the whole network has
+            if task == 0 and name != gates.head:  # it was drawn for as many inputs as the whole network has
                 weight.data *= math.sqrt(allocated.shape[1] / int(allocated[0].sum()))
         self.grew.append(False)
 
@@ -116,7 +116,7 @@ class SparseGrowth(Sparsifier):
             self.grow(trainer, pl_module)
 
     def grow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stage 2 begins: weights of channels that can be grown are drawn, and all gates open."""
+        """Begin stage 2: draw the weights of channels that can be grown, and open all gates."""
         at, gates = position(trainer), _growing(pl_module).gates
         for i, (name, allocated) in enumerate(gates.allocated_kernels().items()):
             self.masks.set_alive(name, None)
@@ -136,7 +136,7 @@ class SparseGrowth(Sparsifier):
         self.allocated.append(self._allocated(pl_module))
 
     def _allocated(self, pl_module: pl.LightningModule) -> float:
-        """Weights between allocated channels, of all but the head's, as a fraction of the whole network's."""
+        """Weights between allocated channels, except the head's, as a fraction of the whole network's."""
         *kernels, _ = _growing(pl_module).gates.allocated_kernels().items()
         weights = {name: pl_module.get_parameter(name) for name, _ in kernels}
         there = sum(int(mask.sum()) * weights[name][0, 0].numel() for name, mask in kernels)
@@ -147,7 +147,7 @@ class SparseGrowth(Sparsifier):
         with gates.still(), Enforcement.of(pl_module).scoring(), trainer.precision_plugin.forward_context():
             update_bn(_equal_batches(task_data(trainer).samples()), pl_module)
         pl_module.train(training)
-        if trainer.world_size > 1:  # the mean of what each process has found in its share
+        if trainer.world_size > 1:  # the mean over the processes' shares
             for tensor in norm_tensors(pl_module).values():
                 if not tensor.requires_grad and tensor.is_floating_point():
                     torch.distributed.all_reduce(tensor)
@@ -171,11 +171,11 @@ class SparseGrowth(Sparsifier):
 
 
 def _growing(pl_module: pl.LightningModule) -> Growing:
-    return cast(Growing, pl_module)  # on_fit_start has looked
+    return cast(Growing, pl_module)  # on_fit_start has checked
 
 
 def _equal_batches(batches: Iterable[tuple[Nest, Tensor]]) -> Iterator[tuple[Nest]]:
-    """Samples, without a last batch that is smaller, for each counts as much as another; in tuples, as torch wants."""
+    """Batches of samples without a smaller last batch, as all count the same; in tuples, as torch expects."""
     size = 0
     for x, y in batches:
         if len(y) >= size:

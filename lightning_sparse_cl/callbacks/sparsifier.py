@@ -21,29 +21,29 @@ from lightning_sparse_cl.sparsity.layers import Chosen, NothingToPrune, prunable
 from lightning_sparse_cl.sparsity.masks import Masks
 
 SMALL_PART = 0.5
-"""A policy that prunes less of the parameters says so."""
+"""A policy that prunes a smaller part of the parameters warns."""
 
 
 class Sparsifier(TaskCallback):
     """Base of the sparsity callbacks. Works on any LightningModule, in manual and automatic optimisation.
 
-    All sparsity callbacks of a module share its :class:`~lightning_sparse_cl.sparsity.Masks`, which are part of it:
-    copies and later fits go on with what was pruned and frozen. The module's ``state_dict`` keeps its keys; the masks
-    are saved under ``"masks"`` in the checkpoint, once. Averages of the weights (Lightning's ``WeightAveraging``,
+    All sparsity callbacks of a module share its :class:`~lightning_sparse_cl.sparsity.Masks`, which belong to the
+    module: copies and later fits go on with what was pruned and frozen. The module's ``state_dict`` keeps its keys; the
+    masks are saved under ``"masks"`` in the checkpoint, once. Averages of the weights (Lightning's ``WeightAveraging``,
     ``EMAWeightAveraging``, ``StochasticWeightAveraging``) obey the masks, too.
 
     Args:
         dense: weights that stay dense, see :func:`~lightning_sparse_cl.sparsity.sparse_weights`. If None, the first
             layer, the last layer and 1x1 shortcut convolutions.
         sparse: weights that are pruned, by pattern or type of layer. If None, those that multiply their layer's input
-            and require a gradient; weights that require one later are taken in then.
+            and require a gradient; weights that require one later are added then.
     """
 
     after: ClassVar[tuple[type, ...]] = (FlopsCounter, *AVERAGING)
     makes_masks: ClassVar[bool] = False
-    """Whether it prunes: a callback that freezes needs one that does."""
+    """Whether it prunes: a callback that freezes needs one that prunes."""
     masks_gradients: ClassVar[bool] = False
-    """Whether it sets gradient masks, which hold until it sets others."""
+    """Whether it sets gradient masks, which hold until it changes them."""
     keeps_tasks: ClassVar[bool] = False
     """Whether it stores and freezes what each task uses."""
     masks: Masks
@@ -52,7 +52,7 @@ class Sparsifier(TaskCallback):
         self.dense, self.sparse = dense, sparse
         self._loaded: dict[str, Any] | None = None
         self._seed: int | None = None
-        self._names: list[str] | None = None  # looked up once, and again when other weights are trained
+        self._names: list[str] | None = None  # found once, and again when other weights are trained
         self._trained: tuple[bool, ...] = ()
 
     # -- which weights -----------------------------------------------------------------------------------------
@@ -85,19 +85,19 @@ class Sparsifier(TaskCallback):
         return frozen if alive is None else frozen & alive
 
     def stepped_by(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> list[str]:
-        """Which of the weights are those of ``optimizer``."""
+        """Which of the weights ``optimizer`` steps."""
         weights = {name: pl_module.get_parameter(name) for name in self.names(pl_module)}
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return [name for name, weight in weights.items() if id(weight) in own]
 
     def random(self, pl_module: pl.LightningModule, names: Sequence[str], *at: int) -> dict[str, Tensor]:
-        """Uniform scores of the weights, the same on every process and after a resume; ``at`` tells draws apart."""
+        """Uniform scores of the weights, the same on every process and after a resume; ``at`` distinguishes draws."""
         generator = torch.Generator().manual_seed(hash((self._seed, *at)) % 2**63)
         weights = {name: pl_module.get_parameter(name) for name in names}
         return {n: torch.rand(w.shape, generator=generator).to(w.device) for n, w in weights.items()}
 
     def _say_how_much(self, pl_module: pl.LightningModule) -> None:
-        """Once a fit: weights that are left alone, and a small part of the network."""
+        """Report, once per fit, weights that are left alone, and if only a small part of the network is pruned."""
         names, weights = self.names(pl_module), dict(pl_module.named_parameters())
         fixed = [n for n in prunable(pl_module) if n in weights and not weights[n].requires_grad and n not in names]
         if fixed and self._is_first(pl_module.trainer):
@@ -121,7 +121,7 @@ class Sparsifier(TaskCallback):
             )
 
     def _refuse_rivals(self, trainer: pl.Trainer) -> None:
-        """Of the callbacks that prune, this one takes no other beside it."""
+        """Refuse other callbacks that prune."""
         for other in callbacks_of(trainer, Sparsifier):
             if other.makes_masks and other is not self:
                 raise ValueError(
@@ -141,7 +141,7 @@ class Sparsifier(TaskCallback):
         self.masks = Masks.of(pl_module)
         if self._is_first(trainer):
             Enforcement.of(pl_module).begin()
-            for name in list(self.masks.updated):  # gradient masks are those of a fit that is over
+            for name in list(self.masks.updated):  # gradient masks belong to a fit that is over
                 self.masks.set_updated(name, None)
             if self._loaded is not None:
                 goes_on = any(c.masks_gradients for c in callbacks_of(trainer, Sparsifier))
@@ -180,7 +180,7 @@ class Sparsifier(TaskCallback):
 
     @property
     def state_key(self) -> str:
-        """Two of a kind may act on different weights."""
+        """Distinguishes callbacks of one kind, which may act on different weights."""
         return self._generate_state_key(dense=str(self.dense), sparse=str(self.sparse))
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Sparsifier(TaskCallback):
         self._loaded = checkpoint.get("masks")
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The masks are those of the checkpoint whose weights were loaded."""
+        """Take the masks of the checkpoint whose weights were loaded."""
         if not trainer.ckpt_path or not self._is_first(trainer):
             return
         saved = trainer.strategy.load_checkpoint(trainer.ckpt_path).get("masks")
@@ -209,7 +209,7 @@ class Sparsifier(TaskCallback):
             if not saved["alive"] and any(c.makes_masks for c in callbacks_of(trainer, Sparsifier)):
                 rank_zero_warn(
                     f"{type(self).__name__}: {trainer.ckpt_path} was written before the weights were pruned; it is "
-                    "dense, and so is what is measured now"
+                    "dense, and so is the network measured now"
                 )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,7 +224,7 @@ class Sparsifier(TaskCallback):
 
 
 def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, where: Mapping[str, Tensor]) -> None:
-    """Momentum and other optimiser state of the weights that ``where`` selects, by name, starts from zero."""
+    """Reset momentum and other optimiser state of the weights that ``where`` selects, by name, to zero."""
     for name, mask in where.items():
         weight = pl_module.get_parameter(name)
         for optimizer in trainer.optimizers:
@@ -234,12 +234,12 @@ def reset_state(trainer: pl.Trainer, pl_module: pl.LightningModule, where: Mappi
 
 
 def _trained(masks: Masks) -> tuple[bool, ...]:
-    """Which weights require a gradient, without a look at their values."""
+    """Which weights require a gradient, without reading their values."""
     return tuple(p is not None and p.requires_grad for _, x in masks.layers for p in dict.values(x._parameters))
 
 
 def _say_zeros(pl_module: pl.LightningModule) -> None:
-    """Weights that are mostly zero, and no mask says so, were pruned before they were loaded here."""
+    """Warn of weights that are mostly zero but have no mask: they were pruned before they were loaded."""
     zero = {}
     for name in prunable(pl_module):
         try:
@@ -252,6 +252,6 @@ def _say_zeros(pl_module: pl.LightningModule) -> None:
         name, part = max(zero.items(), key=lambda found: found[1])
         rank_zero_warn(
             f"{type(pl_module).__name__}: {len(zero)} of its weights are mostly zero ({name}: {part:.0%}) and have no "
-            "masks, so that zeros will be trained. Masks.from_zeros(module) before the fit takes them as they are; "
-            "Masks.of(module).load_state_dict(torch.load(path)['masks']) takes a checkpoint's"
+            "masks, so that zeros will be trained. Masks.from_zeros(module) before the fit masks these zeros; "
+            "Masks.of(module).load_state_dict(torch.load(path)['masks']) takes a checkpoint's masks"
         )

@@ -1,4 +1,4 @@
-"""Stable and plastic units: what NISPA does to connections in the phases of a task."""
+"""Stable and plastic units: how NISPA changes connections in the phases of a task."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_sparse_cl.sparsity.scores import check_number, check_sparsity, to
 from lightning_sparse_cl.sparsity.units import UnitActivity, connections, expanded, kernelwise, most_active
 
 FEWEST = 0.05
-"""A task ends when no more than this share of the activity is to be stable."""
+"""A task ends when the share of activity that is to be stable is no larger."""
 
 
 class StableUnits(Sparsifier):
-    """Choose a task's units by their activity, and lead no connection from other units into them (NISPA).
+    """Choose a task's units by their activity, and let no connection lead from other units into them (NISPA).
 
     The network starts with random connections, kernels of convolutions and weights of linear layers, exactly as many as
     the sparsity says, and keeps that number while there is room. A task is trained in phases. At the end of phase tau,
@@ -35,22 +35,22 @@ class StableUnits(Sparsifier):
 
     * the *stable* units are those of earlier tasks and the smallest set of units that has the share
       p = (1 + cos(pi tau / phases)) / 2 of the layer's activity on the training samples; the others are *plastic*;
-    * connections from plastic to stable units are dropped, those to the logits of the task's classes, too;
+    * connections from plastic to stable units are dropped, including those to the logits of the task's classes;
     * as many grow at random into plastic units, starting with one for each plastic unit that has no outgoing
-      connection. Their weights are drawn from a normal distribution with mean and deviation of the layer's weights.
+      connection. Their weights are drawn from a normal distribution with the mean and deviation of the layer's weights.
 
-    So a task is left with fewer units in each phase. From the third phase on, a task ends when the accuracy on held-out
-    samples is lower than the best by more than ``tolerance``, or p is 5 % at most, and goes back to the network of the
+    So a task keeps fewer units after each phase. From the third phase on, a task ends when the accuracy on held-out
+    samples is lower than the best by more than ``tolerance``, or p is at most 5 %, and goes back to the network of the
     phase before. Otherwise it ends with its epochs, and keeps its network. The connections among stable units are what
     :class:`TaskSubnetworks`, which is needed next to this callback, stores and freezes; all other weights are drawn
     anew for the next task. Inputs count as stable.
 
     Layers whose outputs are added share units. Layers that stay dense, and the head, lose connections like all others.
-    The optimiser starts afresh with each phase. Passes that measure activity and accuracy are not in the FLOPs.
+    The optimiser starts afresh with each phase. Passes that measure activity and accuracy do not count in the FLOPs.
 
     Args:
         sparsity: zero fraction of the masked weights, in [0, 1).
-        phase: epochs of a phase.
+        phase: epochs per phase.
         phases: after how many phases the share p would be zero.
         tolerance: how far the accuracy may fall, as a fraction.
         dense: weights that stay dense; see :class:`Sparsifier`. Depthwise convolutions always do.
@@ -86,7 +86,7 @@ class StableUnits(Sparsifier):
         self._begin()
 
     def _begin(self) -> None:
-        """Nothing has been learnt."""
+        """Set the state in which nothing has been learnt."""
         self.stable: list[Tensor] = []
         """The units that tasks use, one boolean (n,) for each set of :class:`Channels`."""
         self.connected: dict[str, Tensor] = {}
@@ -122,8 +122,8 @@ class StableUnits(Sparsifier):
             for task in range(learnt, data.num_tasks):
                 if (epochs := schedule.epochs_of(task)) < 2 * self.phase:
                     raise ValueError(
-                        f"StableUnits(phase={self.phase}): task {task} has {epochs} epochs, and two phases of "
-                        f"{self.phase} at least are needed; use a shorter phase or more epochs"
+                        f"StableUnits(phase={self.phase}): task {task} has {epochs} epochs, but at least two phases "
+                        f"of {self.phase} are needed; use a shorter phase or more epochs"
                     )
         self.channels = Channels.of(network_of(pl_module))
         *names, self._head = weight_layers(network_of(pl_module))
@@ -148,7 +148,7 @@ class StableUnits(Sparsifier):
         self.stable = [units.to(device) for units in self.stable]
         self.stable[self.channels.input].fill_(True)
         outputs = torch.zeros(self.channels.sizes[self.channels.output], dtype=torch.bool, device=device)
-        self.stable[self.channels.output] = outputs  # each task has its own, and there may be more than before
+        self.stable[self.channels.output] = outputs  # each task has its own outputs, and there may be more than before
         if task > 0:
             self._clear_biases(pl_module)
         self._chosen, self._kept, self._phase, self._best = [], {}, 0, 0.0
@@ -171,7 +171,7 @@ class StableUnits(Sparsifier):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         at = position(trainer)
-        if at.over or (at.epoch + 1) % self.phase:  # where it is over, the task has ended with its last batch
+        if at.over or (at.epoch + 1) % self.phase:  # if over, the task has ended with its last batch
             return
         if self._end_phase(trainer, pl_module) or self._share() <= FEWEST:
             self._take_back(pl_module)
@@ -182,11 +182,11 @@ class StableUnits(Sparsifier):
         self._choose(trainer, pl_module)
 
     def _share(self) -> float:
-        """p, the part of each layer's activity that the running phase leaves to stable units."""
+        """p, the share of each layer's activity that stable units have in the running phase."""
         return (1 + math.cos(math.pi * min(self._phase, self.phases) / self.phases)) / 2
 
     def _end_phase(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether the phase that ends has cost too much."""
+        """End a phase; returns whether it has cost too much accuracy."""
         accuracy = held_out_accuracy(trainer, pl_module, getattr(pl_module, "running", pl_module))
         pl_module.log("units/held_out", accuracy, rank_zero_only=True)
         self._phase += 1
@@ -206,7 +206,7 @@ class StableUnits(Sparsifier):
                 self._take_back(pl_module)
             else:
                 self.stopped_in[-1] = self._phase
-        if not self._chosen:  # it was ended within its first phase
+        if not self._chosen:  # the task was ended within its first phase
             self._choose(trainer, pl_module)
         self.stable = self._chosen
         alive = self.masks.alive
@@ -220,7 +220,7 @@ class StableUnits(Sparsifier):
 
     @torch.no_grad()
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The stable units of the next phase; connections into them are dropped, and others grow."""
+        """Choose the stable units of the next phase; drop connections into them, and grow others."""
         data, share = task_data(trainer), self._share()
         chosen = [most_active(activity, share) for activity in self._activity(trainer, pl_module)]
         self._chosen = [old | new for old, new in zip(self.stable, chosen, strict=True)]
@@ -278,7 +278,7 @@ class StableUnits(Sparsifier):
         scores = of_unit.view(len(units), len(scores), -1).transpose(0, 1).flatten(1)
         return expanded(top_k_mask(scores, count, pool), weight)
 
-    # -- what it tells, and its state --------------------------------------------------------------------------------
+    # -- summary and state -------------------------------------------------------------------------------------------
 
     def summary(self) -> dict[str, Any]:
         """``phases``: the phase whose network each task has kept; ``stable``: by layer, the part of its units that the

@@ -1,4 +1,4 @@
-"""Random number generators in the checkpoint; Lightning saves none."""
+"""Random number generators in the checkpoint, where Lightning saves none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import distributed
 
 
 class RandomState(pl.Callback):
-    """Saves the generators of every process and restores them, so that a resumed run draws what it would have drawn.
+    """Saves the generators of every process and restores them, so that a resumed run draws like an uninterrupted one.
 
     Each process of a new run gets a stream of its own. When a run goes on with another number of processes, those
     without a saved state start a new stream.
@@ -46,7 +46,7 @@ class RandomState(pl.Callback):
 
 
 def _collect() -> dict[str, Any]:
-    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # a dict if asked for one
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())  # a dict only on request
     return {  # tensors and primitives only: the checkpoint must load with weights_only=True
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],

@@ -13,9 +13,9 @@ from lightning_sparse_cl.sparsity.enforcement import Enforcement
 class StepCounter:
     """Counts the steps of each optimiser since :meth:`restart`; saved and restored by the callback that has it.
 
-    A step is a call of ``optimizer.step()``: accumulated batches make one, several passes inside of a step make one,
-    and optimisers that step in turn have counts of their own. (Lightning counts batches under manual optimisation, and
-    the steps of all optimisers together in ``global_step``.)
+    A step is a call of ``optimizer.step()``: accumulated batches make one, several passes inside a step make one, and
+    optimisers that step in turn have separate counts. (Lightning counts batches under manual optimisation, and the
+    steps of all optimisers together in ``global_step``.)
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class StepCounter:
         self._enforcement = Enforcement()
 
     def begin(self, trainer: pl.Trainer, enforcement: Enforcement) -> None:
-        """Training begins, or goes on from where the loaded counts were saved."""
+        """Begin training, or go on from where the loaded counts were saved."""
         self._optimizers, self._enforcement = list(trainer.optimizers), enforcement
         loaded = self._loaded if len(self._loaded) == len(self._optimizers) else [0] * len(self._optimizers)
         self._zero = [enforcement.steps(o) - count for o, count in zip(self._optimizers, loaded)]

@@ -1,4 +1,4 @@
-"""A subnetwork a task: what a task has used is frozen and remembered, so that nothing of it is ever forgotten."""
+"""A subnetwork per task: what a task has used is frozen and remembered, so that nothing of it is ever forgotten."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ from lightning_sparse_cl.sparsity.task_inference import LargestLogit, TaskInfere
 
 
 class TaskSubnetworks(Sparsifier):
-    """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy what is its own.
+    """At a task's end, store its mask as bits, freeze its weights for all later tasks, and copy its own tensors.
 
-    Which weights a task uses is the choice of other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
-    :class:`SparseGrowth`, :class:`StableUnits`, :class:`CompactPickGrow`), or of a module that learns masks and returns
+    Which weights a task uses is decided by other callbacks (:class:`DropAndGrow`, :class:`OneShotPruning`,
+    :class:`SparseGrowth`, :class:`StableUnits`, :class:`CompactPickGrow`), or by a module that learns masks and returns
     them from ``task_masks()``, and from ``task_negated()`` where it changes signs; list this one after those that prune
     at task ends and before those that draw masks at task starts. Layers without a mask are used, and so frozen, by the
-    first task. Of the head, the last linear layer, the rows of its classes are the task's own, and so are biases. Later
-    tasks may use frozen weights, and never change them.
+    first task. A task's own tensors are the rows of its classes in the head, the last linear layer, and biases. Later
+    tasks may use frozen weights, but never change them.
 
     Every task's logits are bit-identical ever after: those of ``Subnetworks.of(module).network(task)``. Works on any
     LightningModule whose ``forward`` maps images to logits and whose last layer is a linear head.
 
     Args:
-        batch_norm: what becomes of batch-norm, whose statistics and parameters are part of what a task has learnt:
+        batch_norm: what happens to batch-norm, whose statistics and parameters are part of what a task has learnt:
 
             * ``"per_task"``: each task has a copy; nothing is forgotten.
-            * ``"frozen"``: all tasks use that of the first, in eval mode (PackNet); nothing is forgotten.
-            * ``"shared"``: it goes on moving, as in "Continual Dynamic Sparse Training", section 4: earlier tasks
+            * ``"frozen"``: all tasks use the first task's, in eval mode (PackNet); nothing is forgotten.
+            * ``"shared"``: it keeps changing, as in "Continual Dynamic Sparse Training", section 4: earlier tasks
               change with it. (Its code has batch-norm without running statistics, so that logits depend on the other
               samples of the test batch; that is not offered.)
 
         full: what to do in a task that finds no free weight in its mask: ``"error"``, or ``"share"`` to go on with
             batch-norm, biases and head on top of frozen weights.
-        share: False keeps a whole copy of the network for every task, and freezes nothing: independent networks, each
+        share: if False, keep a whole copy of the network for every task, and freeze nothing: independent networks, each
             starting from the last one's weights (fine-tuning) or, with :class:`FromScratch`, anew.
-        inference: how the task of a sample is told where it is not given, in Class-IL and by ``predict``. If None,
-            :class:`~lightning_sparse_cl.LargestLogit`. A test may take another one than the training did.
+        inference: how the task of a sample is inferred where it is not given, in Class-IL and by ``predict``. If None,
+            :class:`~lightning_sparse_cl.LargestLogit`. A test may use another one than training did.
 
     Raises:
-        ValueError: if an argument is none of these, no weight is free, there is one task and so none to infer, the last
-            layer is no head of all classes, the objective does not train the head by its loss, or the module has
-            already learnt tasks.
-        TypeError: if the data are no :class:`TaskDataModule`.
+        ValueError: if an argument is none of these, no weight is free, there is only one task and so none to infer, the
+            last layer is not a head of all classes, the objective does not train the head by its loss, or the module
+            has already learnt tasks.
+        TypeError: if the data are not a :class:`TaskDataModule`.
     """
 
     after = (*Sparsifier.after, ScorePruning, SparseGrowth, StableUnits, CompactPickGrow)
@@ -74,7 +74,7 @@ class TaskSubnetworks(Sparsifier):
         share: bool = True,
         inference: TaskInference | None = None,
     ) -> None:
-        super().__init__()  # which weights is the choice of others
+        super().__init__()  # other callbacks choose the weights
         if batch_norm not in ("per_task", "frozen", "shared"):
             raise ValueError(
                 f"TaskSubnetworks(batch_norm={batch_norm!r}): batch_norm is 'per_task', 'frozen', 'shared'"
@@ -99,7 +99,7 @@ class TaskSubnetworks(Sparsifier):
         data = task_data(trainer, self)
         if data.target is not KINDS["classes"]:
             raise ValueError(
-                f"{type(self).__name__}: a class is told by the subnetwork of its task, and the data have labels of "
+                f"{type(self).__name__}: tasks and their subnetworks have classes, but the data have labels of "
                 f"the kind {data.target.kind!r}; it takes 'classes'"
             )
         objective = getattr(pl_module, "objective", None)
@@ -112,7 +112,7 @@ class TaskSubnetworks(Sparsifier):
         *_, (name, head) = weight_layers(network_of(pl_module)).items()
         if not isinstance(head, nn.Linear) or head.out_features < data.num_classes:
             raise ValueError(
-                f"TaskSubnetworks: {name} of {type(pl_module).__name__}, its last layer, is no linear head of "
+                f"TaskSubnetworks: {name} of {type(pl_module).__name__}, its last layer, is not a linear head of "
                 f"{data.num_classes} classes; define the layers in the order in which they are used"
             )
         if self._saved is not None:
@@ -128,26 +128,26 @@ class TaskSubnetworks(Sparsifier):
         rule = type(self.inference).__name__
         if num_tasks == 1 and type(self.inference) is not LargestLogit:
             raise ValueError(
-                f"TaskSubnetworks(inference={rule}()): the data have one task, and there is none to infer; leave it out"
+                f"TaskSubnetworks(inference={rule}()): the data have one task, so there is none to infer; leave it out"
             )
         self.subnetworks.inference = self.inference
         learnt = range(len(self.subnetworks))
         if self.inference.calibrated and any(self.subnetworks.calibration(task) is None for task in learnt):
             raise ValueError(
-                f"TaskSubnetworks(inference={rule}()): this module has learnt tasks without it, and their scores were "
+                f"TaskSubnetworks(inference={rule}()): this module has learnt tasks without it, so their scores were "
                 "not measured on their own samples; take LowestEntropy"
             )
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
-        """Classes that are met for the first time begin as they were drawn, whatever was done to their weights before.
+        """Let classes that are met for the first time begin as they were drawn, whatever has happened to their weights.
 
-        So a task learns the same, whether its classes were known from the beginning or not.
+        So a task learns the same whether or not its classes were known from the beginning.
         """
         live = int(task_data(trainer).live().sum())
         if live < self.inference.least_classes:
             raise ValueError(
-                f"TaskSubnetworks(inference={type(self.inference).__name__}()): task {task} has {live} class, and its "
-                f"answers are compared among {self.inference.least_classes} at least; take LargestLogit"
+                f"TaskSubnetworks(inference={type(self.inference).__name__}()): task {task} has {live} class, but its "
+                f"answers are compared among at least {self.inference.least_classes}; use LargestLogit"
             )
         met = set(self.subnetworks.known())
         new = [c for c in task_data(trainer).live().nonzero().squeeze(1).tolist() if c not in met]
@@ -177,7 +177,7 @@ class TaskSubnetworks(Sparsifier):
     def on_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if len(self.subnetworks) != task:
             raise ValueError(
-                f"TaskSubnetworks: task {task} ends, and {len(self.subnetworks)} are stored; the checkpoint was taken "
+                f"TaskSubnetworks: task {task} ends, but {len(self.subnetworks)} are stored; the checkpoint was taken "
                 "without TaskSubnetworks"
             )
         network, head, alive = network_of(pl_module), self.subnetworks.head, self.masks.alive
@@ -200,7 +200,7 @@ class TaskSubnetworks(Sparsifier):
             self.subnetworks.calibrate(task, (x for x, _ in task_data(trainer).samples(share=False)))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Subnetworks of a checkpoint, in a module that does not restore them itself."""
+        """Restore the checkpoint's subnetworks in a module that does not do so itself."""
         if trainer.ckpt_path and not len(Subnetworks.of(pl_module)):
             checkpoint = trainer.strategy.load_checkpoint(trainer.ckpt_path)
             if "subnetworks" in checkpoint:
@@ -240,7 +240,7 @@ class TaskSubnetworks(Sparsifier):
         return all(bool(self.subnetworks.used(name, tasks).all()) for name in names)
 
     def _planes(self, names: list[str]) -> Iterator[Tensor]:
-        """For each task which of all weights it uses, in one row; and which with their sign changed, if it has any."""
+        """For each task a row of the weights that it uses, and one of those with changed signs, if it has any."""
         for task, learnt in enumerate(self.subnetworks.tasks if names else ()):
             signs = torch.cat([self.subnetworks.signs(task, name).reshape(-1) for name in names])
             yield signs != 0
@@ -248,14 +248,14 @@ class TaskSubnetworks(Sparsifier):
                 yield signs < 0
 
     def summary(self) -> dict[str, Any]:
-        """What the subnetworks share, as fractions of the weights of convolutions and linear layers but the head.
+        """What the subnetworks share, as fractions of the weights of convolutions and linear layers except the head.
 
-        ``density`` by layer, one entry a task; ``overlap`` (T, T), the part of task i's weights that task j uses too;
-        ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each task's
-        weights that no earlier task had; ``compact``: parameters of each task's network without the channels that it
-        does not use; ``mask_bits``: what all masks together take, in bits per weight (see
-        :func:`~lightning_sparse_cl.metrics.mask_bits`; a mask that changes signs counts as two). Without sharing only
-        ``used``, in whole networks.
+        ``density`` by layer, one entry per task; ``overlap`` (T, T), the part of task i's weights that task j also
+        uses; ``used`` after each task: the part of the weights that any task uses; ``free_in_mask``: the part of each
+        task's weights that no earlier task had; ``compact``: parameters of each task's network without the channels
+        that it does not use; ``mask_bits``: the size of all masks together, in bits per weight (see
+        :func:`~lightning_sparse_cl.metrics.mask_bits`; a mask that changes signs counts as two). Without sharing there
+        is only ``used``, in whole networks.
         """
         tasks = self.subnetworks.tasks
         if not self.share:
@@ -279,13 +279,13 @@ class TaskSubnetworks(Sparsifier):
 
 
 class FromScratch(TaskCallback):
-    """Every task after the first starts from newly drawn parameters and batch-norm, also of the head."""
+    """Every task after the first starts from newly drawn parameters and batch-norm, including the head."""
 
     needs_tasks = True
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         if task > 0:
-            with torch.random.fork_rng():  # the same draw on every process
+            with torch.random.fork_rng():  # so that every process draws the same
                 seed = (task_data(trainer).order_seed + 1000 * task) % 2**62
                 torch.manual_seed(seed)
                 for layer in pl_module.modules():

@@ -1,4 +1,4 @@
-"""The accuracy that a task is to reach, given as a figure or by other runs."""
+"""The accuracy that a task should reach, given as a number or by other runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_target(owner: str, target: float | list[float] | str | list[str]) -> None:
-    """Raises ValueError unless these are accuracies that are not negative, or files; one or a list."""
+    """Raise ValueError unless ``target`` is an accuracy that is not negative, a file, or a list of either."""
     given = target if isinstance(target, list) else [target]
     numbers = [v for v in given if isinstance(v, int | float) and not isinstance(v, bool)]
     if not given or len(numbers) not in (0, len(given)) or not all(isinstance(v, str) or v in numbers for v in given):
@@ -22,7 +22,7 @@ def targets_of(owner: str, target: float | list[float] | str | list[str], num_ta
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if these are no targets, there are not as many as tasks, or a file has none.
+        ValueError: if these are not targets, their number is not that of the tasks, or a file has none.
     """
     check_target(owner, target)
     given: list[Any] = list(target) if isinstance(target, list) else [target]
@@ -43,6 +43,6 @@ def targets_of(owner: str, target: float | list[float] | str | list[str], num_ta
     if len(found) != num_tasks:
         raise ValueError(
             f"{owner}(target={target}): {len(found)} held-out accuracies for {num_tasks} tasks; give one for all "
-            "or one a task, or runs of all tasks with a val_fraction"
+            "tasks, or one per task, or runs of all tasks with a val_fraction"
         )
     return found

@@ -14,14 +14,14 @@ from lightning_sparse_cl.task_hooks import TaskHooks, check_task_hooks
 class TaskCallback(TaskHooks, pl.Callback):
     """A Lightning callback with the hooks of :class:`~lightning_sparse_cl.task_hooks.TaskHooks`.
 
-    What it needs it declares, and :func:`arrange` puts the Trainer's callbacks in order accordingly when a fit is set
-    up, whatever the order of the list; where that is impossible the fit is refused.
+    It declares what it needs, and :func:`arrange` orders the Trainer's callbacks accordingly when a fit is set up,
+    whatever the order of the list; if that is impossible, the fit is refused.
     """
 
     after: ClassVar[tuple[type, ...]] = ()
-    """Kinds of callbacks that act before this one, if there are any."""
+    """Kinds of callbacks that must act before this one, if there are any."""
     needs_tasks: ClassVar[bool] = False
-    """Whether it does nothing without a :class:`~lightning_sparse_cl.TaskSchedule`."""
+    """Whether it is useless without a :class:`~lightning_sparse_cl.TaskSchedule`."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -29,14 +29,14 @@ class TaskCallback(TaskHooks, pl.Callback):
 
 
 def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Sort the Trainer's callbacks by what they declare, and otherwise leave them in their order.
+    """Sort the Trainer's callbacks by what they declare, and otherwise keep their order.
 
     A callback that announces tasks comes after the others, so that it sees what they have done with a batch, and before
     the checkpoints, which then see consolidated weights.
 
     Raises:
-        TypeError: if a method looks like a hook of tasks and is none, or a callback needs tasks and there are none.
-        ValueError: if what callbacks declare is a circle.
+        TypeError: if a method looks like a hook of tasks but is none, or a callback needs tasks and there are none.
+        ValueError: if the callbacks' declarations are circular.
     """
     callbacks = parts_of(trainer).callbacks
     announces = [c for c in callbacks if getattr(c, "announces_tasks", False)]
@@ -62,7 +62,7 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def _is_after(callback: pl.Callback, other: pl.Callback) -> bool:
-    """Whether it declares to come after another one; among those of its own class the list decides."""
+    """Whether a callback declares that it comes after another one; within a class, the list decides."""
     if not isinstance(callback, TaskCallback) or type(other) is type(callback):
         return False
     return isinstance(other, callback.after)

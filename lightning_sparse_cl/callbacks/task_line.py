@@ -12,12 +12,12 @@ from lightning_sparse_cl.metrics.accuracy_matrix import acc_seen
 
 
 def learnt_line(trainer: pl.Trainer, task: int, time: SequenceTime) -> str:
-    """At most 80 characters: the task, mean accuracies on the tasks seen so far, time needed and time left.
+    """At most 80 characters: the task, mean accuracies on the tasks seen so far, time taken and time left.
 
     Args:
         trainer: the trainer, in ``on_after_task_end``.
         task: the task that has ended, from 0.
-        time: brought up to date.
+        time: the sequence's time, up to date.
     """
     data = task_data(trainer)
     line = f"task {task + 1}/{data.num_tasks} learnt"

@@ -14,7 +14,7 @@ from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_dat
 class SequenceTime:
     """The time that this process has trained a task sequence, and an estimate of the time left.
 
-    A batch still to come is taken to need as much time as those before it did on average, with the evaluation and the
+    A batch still to come is assumed to take as long as those before did on average, including the evaluation and
     pruning between them. Batches before a resume do not count.
     """
 
@@ -47,7 +47,7 @@ class SequenceTime:
 
 
 def batches_left(trainer: pl.Trainer) -> int:
-    """Batches of this process until the sequence ends: of all epochs planned, with the samples that are alive now.
+    """Batches of this process until the sequence ends: in all epochs planned, with the samples that are alive now.
 
     Raises:
         ValueError: if the trainer has no :class:`TaskSchedule`.
@@ -64,7 +64,7 @@ def batches_left(trainer: pl.Trainer) -> int:
 
 
 def _progress(trainer: pl.Trainer) -> Any:
-    return trainer.fit_loop.epoch_loop.batch_progress  # its annotation is that of a base class, which counts less
+    return trainer.fit_loop.epoch_loop.batch_progress  # its annotation is a base class without this count
 
 
 def _batches(trainer: pl.Trainer, task: int) -> int:
@@ -75,7 +75,7 @@ def _batches(trainer: pl.Trainer, task: int) -> int:
 
 
 def duration(seconds: float) -> str:
-    """In words: "12 s", "3 min 20 s", "2 h 5 min"."""
+    """A duration in words: "12 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

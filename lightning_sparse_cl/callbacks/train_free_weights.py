@@ -1,4 +1,4 @@
-"""Weights that only learn at the end of a task, where no earlier task has them (ExSSNeT)."""
+"""Weights that learn only at the end of a task, if no earlier task has them (ExSSNeT)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scored(Protocol):
 
     scores: WeightScores
     train_free: int
-    """How many of a task's last epochs it leaves its scores as they are."""
+    """For how many of a task's last epochs its scores stay as they are."""
 
     def task_masks(self) -> dict[str, Tensor]:
         """The masks that the running task has learnt."""
@@ -36,8 +36,8 @@ class TrainFreeWeights(Sparsifier):
         epochs: how many of a task's last epochs.
 
     Raises:
-        ValueError: if it is no whole number, at least 1, or a task has no more epochs than these.
-        TypeError: if the module does not stop its scores for so many epochs.
+        ValueError: if ``epochs`` is not a whole number of at least 1, or a task has no more epochs than these.
+        TypeError: if the module does not stop its scores for these epochs.
     """
 
     needs_tasks = True
@@ -51,7 +51,7 @@ class TrainFreeWeights(Sparsifier):
         self.epochs = epochs
 
     def trains(self, trainer: pl.Trainer) -> bool:
-        """Whether the running epoch is one of those."""
+        """Whether the running epoch is one of these."""
         at = position(trainer)
         return at.epoch >= at.epochs - self.epochs
 
@@ -67,7 +67,7 @@ class TrainFreeWeights(Sparsifier):
         for task in range(learnt, data.num_tasks) if not parts_of(trainer).fast_dev_run else ():
             if schedule is not None and (epochs := schedule.epochs_of(task)) <= self.epochs:
                 raise ValueError(
-                    f"TrainFreeWeights(epochs={self.epochs}): task {task} has {epochs} epochs, and none is left to "
+                    f"TrainFreeWeights(epochs={self.epochs}): task {task} has {epochs} epochs, so none is left to "
                     "learn its mask"
                 )
 

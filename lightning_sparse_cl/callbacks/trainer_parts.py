@@ -1,4 +1,4 @@
-"""What a Trainer holds that its class does not declare, and the callbacks and data among it that are of a kind."""
+"""What a Trainer holds that its class does not declare, and its callbacks and data of a given kind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class TrainerParts(Protocol):
     callbacks: list[pl.Callback]
     """In the order in which their hooks are called."""
     datamodule: pl.LightningDataModule | None
-    """If a fit was given loaders, None."""
+    """None if a fit was given loaders."""
     fast_dev_run: bool | int
-    """Whether, or for how many batches, the fit is only tried."""
+    """Whether the fit is only tried, or for how many batches."""
     log_every_n_steps: int
     """0 if nothing is logged."""
     overfit_batches: int | float
-    """So many batches, or this part of them, are trained on and tested; 0.0 if all are."""
+    """The number of batches, or the part of them, that is trained on and tested; 0.0 for all."""
     reload_dataloaders_every_n_epochs: int
     """0 if loaders are made once."""
 
@@ -41,7 +41,7 @@ def task_data(trainer: pl.Trainer, asker: object = None) -> TaskDataModule:
         asker: the callback that needs tasks; the error names its class.
 
     Raises:
-        TypeError: if it is no :class:`TaskDataModule`.
+        TypeError: if it is not a :class:`TaskDataModule`.
     """
     data = parts_of(trainer).datamodule
     if not isinstance(data, TaskDataModule):

@@ -1,4 +1,4 @@
-"""Image transforms for whole batches on the device: uint8 in, normalised float out, every sample its own draw."""
+"""Image transforms for whole batches on the device: uint8 in, normalised float out, with a random draw per sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ImageTransform(nn.Module):
         self.register_buffer("shift", (torch.tensor(mean) / torch.tensor(std)).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, augment: bool = False) -> Tensor:
-        """Images (B, C, H, W), uint8, to float of the same shape; augmented only if asked. Floats pass unchanged."""
+        """Images (B, C, H, W), uint8, to float of the same shape; augmented only on request. Floats pass unchanged."""
         if x.is_floating_point():
             return x
         if augment and (self.crop or self.flip):
@@ -40,7 +40,7 @@ class ImageTransform(nn.Module):
         return {"mean": list(self.mean), "std": list(self.std)}
 
     def _augment(self, x: Tensor) -> Tensor:
-        """Each sample a window of its padded image or of the mirror image: one copy, out of a view of all windows."""
+        """Cut a window from each padded image or its mirror image: one copy, from a view of all windows."""
         b, c, h, w = x.shape
         x = nn.functional.pad(x, [self.crop] * 4)
         if self.flip:

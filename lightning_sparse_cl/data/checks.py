@@ -1,4 +1,4 @@
-"""What is checked of all tasks before any is trained: one network is for all of them."""
+"""Checks of all tasks before any is trained, as one network serves them all."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lightning_sparse_cl.data.loader import SampleTensors, length
 from lightning_sparse_cl.nests import Nest, is_image, is_padded, layout_of_one, named, refuse_other_kind, rows
 
 Part = SampleTensors | Items
-"""The training or test set of a task, once it is known to be one."""
+"""The training or test set of a task, in one of the forms that tasks may have."""
 
 
 def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset], every: bool = True) -> None:
-    """Every task has training and test samples.
+    """Refuse tasks without training or test samples.
 
     Args:
         name: for the error.
@@ -33,9 +33,9 @@ def refuse_empty(name: str, train: Sequence[Dataset], test: Sequence[Dataset], e
 
 
 def check_samples(name: str, train: Sequence[Part], test: Sequence[Part]) -> None:
-    """Samples of all tasks have the same keys, shapes and types, and their values are finite; images have one range.
+    """Refuse samples unless keys, shapes and types agree in all tasks, values are finite, and images have one range.
 
-    Of items that are not in memory, eight of each set are read, evenly spaced.
+    Of items that are not in memory, eight per set are read, evenly spaced.
 
     Raises:
         ValueError: in one line, with the task.
@@ -69,7 +69,7 @@ def check_samples(name: str, train: Sequence[Part], test: Sequence[Part]) -> Non
 
 
 def refuse_odd_types(name: str, layout: Nest) -> None:
-    """Raises ValueError, in the name of ``name``, if samples are (C, H, W) and no images, or are complex."""
+    """Raise ValueError, naming ``name``, if samples are (C, H, W) but not images, or are complex."""
     for key, tensor in named(layout).items():
         kind = str(tensor.dtype).removeprefix("torch.")
         if not key and tensor.ndim == 4 and not is_image(tensor):
@@ -79,13 +79,13 @@ def refuse_odd_types(name: str, layout: Nest) -> None:
 
 
 def refuse_channels_last(name: str, shape: Sequence[int], dtype: torch.dtype, batch: bool) -> None:
-    """Images (H, W, C) look like images of H channels that are one, three or four pixels wide.
+    """Refuse images (H, W, C), which look like images of H channels, one, three or four pixels wide.
 
     Args:
         name: for the error.
         shape: three sizes, which should be (C, H, W).
-        dtype: of the images.
-        batch: whether the remedy is for a batch (N, C, H, W) or an image.
+        dtype: type of the images.
+        batch: whether the remedy is for a batch (N, C, H, W), or else for an image.
     """
     height, width, last = shape
     square, pixel = height == width, dtype == torch.uint8 or last == 3
@@ -97,15 +97,15 @@ def refuse_channels_last(name: str, shape: Sequence[int], dtype: torch.dtype, ba
 
 
 def refuse_other_range(name: str, one: tuple[str, Tensor], other: tuple[str, Tensor]) -> None:
-    """Two sets of images are on one scale.
+    """Refuse two sets of images unless they are on one scale.
 
-    They are not if the largest absolute values of typical images (the median of all) differ by more than a factor of
-    10, as those of images in 0-1 and in 0-255 do. Outliers, dark images and sparse pixels do not matter. Sets with
-    mostly zero images are on any scale.
+    They are not if the largest absolute values of a typical image (the median over images) differ by more than a factor
+    of 10, as those of images in 0-1 and in 0-255 do. Outliers, dark images and sparse pixels do not matter. Sets of
+    mostly zero images fit any scale.
 
     Args:
         name: for the error.
-        one, other: what the images are called, and the images, of which at most 200 are looked at.
+        one, other: what the images are called, and the images, of which at most 200 are examined.
     """
     (called, images), (named, others) = one, other
     peak, peak_of_others = (float(_spaced(x).float().abs().flatten(1).amax(1).median()) for x in (images, others))
@@ -118,7 +118,7 @@ def refuse_other_range(name: str, one: tuple[str, Tensor], other: tuple[str, Ten
 
 
 def check_labels(name: str, train: Sequence[Sequence[int]], test: Sequence[Sequence[int]]) -> None:
-    """Labels count from 0, since -1 and other negative ones mark samples without a label; what is tested was learnt.
+    """Refuse negative labels, which often mark samples without a label, and labels that are tested but not learnt.
 
     Args:
         name: for errors.
@@ -138,7 +138,7 @@ def check_labels(name: str, train: Sequence[Sequence[int]], test: Sequence[Seque
 def warn_of_untested(
     name: str, train: Sequence[Sequence[int]], test: Sequence[Sequence[int]], class_names: Sequence[str]
 ) -> None:
-    """Warn of classes that a task trains and does not test. Arguments as for :func:`check_labels`."""
+    """Warn of classes that a task trains but does not test. Arguments as for :func:`check_labels`."""
     for task, (learnt, tested) in enumerate(zip(train, test, strict=True)):
         if missing := sorted(set(learnt) - set(tested)):
             names = ", ".join(repr(class_names[c]) for c in missing[:5]) + ", ..." * (len(missing) > 5)

@@ -33,8 +33,8 @@ class ClassSplit(SourceTasks):
         sizes: [4, 2, 2, 2]                  tasks of these numbers of classes
         tasks: [[cat, dog], [truck, ship]]   these classes
 
-    They are arguments of their own, not one of many types, so that a line of a configuration says what it means and a
-    parser refuses a wrong type. From the command line, over a file that has ``num_tasks``:
+    These are separate arguments, not one argument of many types, so that a line of a configuration says what it means
+    and a parser refuses a wrong type. To override a file that has ``num_tasks`` from the command line:
     ``--data.init_args.num_tasks=null --data.init_args.sizes='[4,2,2,2]'``.
 
     Labels count the classes in the order in which the tasks meet them: with c classes in each task, task t has the
@@ -42,26 +42,26 @@ class ClassSplit(SourceTasks):
 
     Args:
         source: the samples.
-        num_tasks: a divisor of the number of classes. If None, and no other way is given, the usual number, if there is
-            one: 5, of Tiny ImageNet, Mini-ImageNet and CIFAR-100 10.
-        class_order: the source's classes in the order in which they are met. If None, the natural one, or, where a
-            sequence goes on, first those that it has learnt; an integer is the seed of a random one, a list the order
-            itself. Not with ``tasks``, which are in an order already.
+        num_tasks: a divisor of the number of classes. If None, and no other way is given, the data set's usual number,
+            if there is one: 5, or 10 for Tiny ImageNet, Mini-ImageNet and CIFAR-100.
+        class_order: the order in which the source's classes are met: a list, or an integer as the seed of a random
+            order. If None, the natural one, or, where a sequence goes on, first the classes that it has learnt. Not
+            with ``tasks``, which have an order already.
         base: number of classes in the first task.
-        increment: number of classes in each further task; the last has as many.
+        increment: number of classes in each further task, including the last.
         sizes: number of classes in each task.
-        tasks: classes of each task, by name or by the source's label. Where names are numbers, a number is a name.
-            Classes in no task are left out, with a warning. A class may be in several tasks: they share its training
-            samples, every k-th of k tasks, and each has all its test samples.
+        tasks: classes of each task, by name or by the source's label. If names are numbers, a number is taken as a
+            name. Classes in no task are left out, with a warning. A class may be in k tasks: each has every k-th of its
+            training samples, and all its test samples.
         kwargs: see :class:`TaskDataModule`.
 
     Raises:
-        ValueError: if the tasks are given in no or in several ways, the classes do not divide into them, a class is
-            unknown, twice in a task, or has fewer training samples than tasks, or the order is not one.
+        ValueError: if the tasks are given in none or several of the ways, the classes do not divide into them, a class
+            is unknown, is twice in a task, or has fewer training samples than tasks, or the order is not a valid one.
     """
 
     usual_tasks: int | None = 5
-    """Number of tasks if nothing is said about them."""
+    """Number of tasks by default."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class ClassSplit(SourceTasks):
             )
         self._in_natural_order = class_order is None
         self.class_order: list[int] = order
-        """The source's class behind each label, once the data are loaded."""
+        """The source's class for each label, once the data are loaded."""
         self.sizes = counts
         self.tasks = tasks
 
@@ -112,10 +112,10 @@ class ClassSplit(SourceTasks):
         return [names[c] for c in self.class_order]
 
     def _found(self) -> ClassTasks:
-        """The classes of each task; those that the user names are known when the source has been fetched."""
+        """The classes of each task; those that the user names are known only once the source has been fetched."""
         known = [] if self.known is None else self.known.class_names
         if self.sizes is not None:
-            if known and self._in_natural_order:  # classes learnt before come first, as they did
+            if known and self._in_natural_order:  # classes learnt before come first, as before
                 names = self.source.names()
                 self.class_order = sorted(
                     range(len(names)), key=lambda c: (known.index(names[c]) if names[c] in known else len(known), c)

@@ -22,7 +22,7 @@ class ClassTasks:
     """The classes of a source that make up each task.
 
     Args:
-        classes: of each task, as the source numbers them.
+        classes: the classes of each task, as the source numbers them.
         total: number of the source's classes.
     """
 
@@ -31,11 +31,11 @@ class ClassTasks:
 
     @property
     def order(self) -> list[int]:
-        """The source's class behind each label: labels count classes in the order in which the tasks meet them."""
+        """The source's class for each label: labels count classes in the order in which the tasks meet them."""
         return list(dict.fromkeys(chain(*self.classes)))
 
     def labels(self, of_source: Tensor) -> Tensor:
-        """Labels (N,) for those of the source (N,); classes in no task get the label after the last."""
+        """Labels (N,) for the source's labels (N,); classes in no task get the label after the last."""
         order = torch.tensor(self.order)
         label = torch.full((self.total,), len(order))
         label[order] = torch.arange(len(order))
@@ -55,22 +55,22 @@ class ClassTasks:
 
         Args:
             labels: as :meth:`labels` gives them.
-            share: the tasks of a class share its samples: of k tasks, the first has samples 0, k, 2k, ... of the class,
-                the second 1, k + 1, .... Otherwise each has them all.
+            share: whether the k tasks of a class share its samples: the first has samples 0, k, 2k, ... of the class,
+                the second 1, k + 1, .... Otherwise each has all of them.
         """
         turns = self.turns()
         here = [turn[labels] for turn in turns]
         if not share or turns.max() == 0:
             return [turn >= 0 for turn in here]
         counts, order = labels.bincount(minlength=turns.shape[1]), labels.argsort(stable=True)
-        place = torch.empty_like(labels)  # of a sample among those of its class
+        place = torch.empty_like(labels)  # of a sample within its class
         place[order] = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[order]]
         next_up = place % (turns.amax(0) + 1).clamp_min(1)[labels]
         return [turn == next_up for turn in here]
 
 
 def refuse_other_than_one(owner: str, given: dict[str, Any]) -> None:
-    """Raises ValueError, in the name of ``owner``, unless the arguments given are one of the :data:`WAYS`."""
+    """Raise ValueError, naming ``owner``, unless the arguments given are one of the :data:`WAYS`."""
     if set(given) in WAYS:
         return
     rule = "tasks are given by one of num_tasks, base with increment, sizes, and tasks; leave the others out, or null"
@@ -86,7 +86,7 @@ def task_sizes(
     """How many classes each task has.
 
     Raises:
-        ValueError: unless every class is in one task, and every task has one.
+        ValueError: unless every class is in one task, and every task has a class.
     """
     if num_tasks is not None:
         divisors = _divisors(classes)
@@ -119,13 +119,13 @@ def task_sizes(
 
 
 def in_order(sizes: Sequence[int], order: Sequence[int]) -> ClassTasks:
-    """The classes in their order, so many in each task."""
+    """Tasks of these sizes, with the classes in this order."""
     ends = np.cumsum([0, *sizes]).tolist()
     return ClassTasks([list(order[start:end]) for start, end in pairwise(ends)], len(order))
 
 
 def refuse_no_lists(owner: str, tasks: Sequence[Sequence[str | int]]) -> None:
-    """Raises ValueError unless ``tasks`` lists lists that have an entry each."""
+    """Raise ValueError unless ``tasks`` is a list of lists with at least one entry each."""
     if isinstance(tasks, str) or not isinstance(tasks, Sequence) or not len(tasks):
         raise ValueError(f"{owner}(tasks={_short(tasks)}): a list of tasks, each a list of classes")
     for t, task in enumerate(tasks):
@@ -138,12 +138,12 @@ def named(owner: str, tasks: Sequence[Sequence[str | int]], names: Sequence[str]
 
     Args:
         owner: for errors.
-        tasks: the classes of each task, checked by :func:`refuse_no_lists`. Where a class of the source is named by a
-            number, numbers are names; elsewhere they are the source's labels.
-        names: of the source's classes.
+        tasks: the classes of each task, checked by :func:`refuse_no_lists`. If a class of the source is named by a
+            number, numbers are names; otherwise they are the source's labels.
+        names: names of the source's classes.
 
     Raises:
-        ValueError: if a class is unknown, or twice in a task.
+        ValueError: if a class is unknown, or is twice in a task.
     """
     at = {name: c for c, name in enumerate(names)}
     by_number = at if any(is_number(name) for name in names) else {str(c): c for c in range(len(names))}
@@ -174,6 +174,6 @@ def _either(numbers: Sequence[int]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value for an error, which is one line."""
+    """A value, shortened for an error of one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:56]} ..."

@@ -17,26 +17,27 @@ from lightning_sparse_cl.data.text import HashTokenizer, Tokenizer, encoded, pos
 from lightning_sparse_cl.nests import Nest
 
 EVERY = 5
-"""Where there is no test file, every fifth row of each class is for testing."""
+"""Without a test file, every fifth row of each class is for testing."""
 
 
 @dataclass(frozen=True)
 class CSVSource(Source):
-    """Rows of a CSV file with a header: a column of texts, or columns of numbers; the classes are what the labels are.
+    """Rows of a CSV file with a header: a column of texts, or columns of numbers; each distinct label is a class.
 
     Args:
         path: the file, in UTF-8.
-        label: name of the column that has the class.
-        text: name of the column that has the text: samples are token ids and their mask, see
+        label: name of the column with the class.
+        text: name of the column with the text: samples are token ids and their mask, see
             :func:`~lightning_sparse_cl.data.text.encoded`. If None, samples are the numbers of ``columns``.
         columns: names of the columns of numbers. If None, all but ``label``.
         test: the file with the test part. If None, every fifth row of each class is for testing.
-        length: tokens that are kept of each text; shorter ones are padded.
+        length: how many tokens are kept of each text; shorter ones are padded.
         tokenizer: see :data:`~lightning_sparse_cl.data.text.Tokenizer`. If None, :class:`HashTokenizer`.
 
     Raises:
-        FileNotFoundError: when it is read, if there is no such file.
-        ValueError: likewise, if a column is missing, a number is none, a label is empty, or a text has no tokens.
+        FileNotFoundError: on reading, if there is no such file.
+        ValueError: likewise, if a column is missing, a value is not a number, a label is empty, or a text has no
+            tokens.
     """
 
     path: str
@@ -67,7 +68,7 @@ class CSVSource(Source):
         return sorted(names, key=float) if all(map(is_number, names)) else sorted(names)
 
     def encode(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Texts as the training's were stored."""
+        """Texts as the training texts were stored."""
         return encoded(texts, self.tokenizer or HashTokenizer(), self.length)
 
     def read(self, train: bool) -> tuple[Nest, Tensor]:
@@ -76,7 +77,7 @@ class CSVSource(Source):
         if not rows:
             raise ValueError(
                 f"CSVSource: {self.path!r} has no rows to test on: every {EVERY}th row of each class is for testing, "
-                "and no class has so many; give test, a file with the test part"
+                "and no class has that many; give test, a file with the test part"
             )
         numbers = {name: i for i, name in enumerate(self.names())}
         for _, row in rows:
@@ -96,7 +97,7 @@ class CSVSource(Source):
         return _narrow(torch.tensor(values, dtype=torch.float64)), labels
 
     def _rows(self, path: str) -> list[tuple[int, dict[str, str]]]:
-        """Number of the line, and the row by names of the columns."""
+        """For each row, the number of its line, and its values by column name."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"CSVSource: there is no file {path!r}")
         try:
@@ -149,7 +150,7 @@ class CSVSource(Source):
 
 
 def _narrow(values: Tensor) -> Tensor:
-    """Numbers (N, C) in float32, if that leaves of each column what it varies by; else in float64."""
+    """Numbers (N, C) in float32 if that keeps the variation of each column, otherwise in float64."""
     narrow = values.float()
     lost = (narrow.double() - values).abs().amax(0)
     return values if bool((lost > 1e-3 * values.std(0, correction=0)).any()) else narrow

@@ -34,7 +34,7 @@ from lightning_sparse_cl.nests import Nest, described, each, joined, layout_of_o
 
 
 class TaskDataModule(pl.LightningDataModule):
-    """One data set a task, served one after the other within a single ``trainer.fit``.
+    """Serves one data set per task, one after the other, within a single ``trainer.fit``.
 
     Batches are ``(x, y)``: x a tensor or nest of tensors (B, ...), images for example (B, C, H, W), normalised and, in
     training, augmented on the device; y (B,) in ``range(num_classes)``. Which task is served follows from the epoch
@@ -43,7 +43,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     * training: the current task's samples that are ``alive``;
     * validation during ``fit``: the current task's validation samples, if ``val_fraction`` > 0;
-    * ``validate`` and ``test``: one loader a task.
+    * ``validate`` and ``test``: one loader per task.
 
     A subclass overrides :meth:`load`, nothing else; for data of your own see ``SplitTensors``, ``SplitImageFolder`` and
     ``TaskDatasets``.
@@ -54,21 +54,21 @@ class TaskDataModule(pl.LightningDataModule):
         augment: random crop and flip, where the data set has them; or a callable that changes a stored batch in
             training, on the device and before ``transform``, such as one of ``torchvision.transforms.v2``.
         joint: train on the union of all tasks at once (the upper bound) and test on each.
-        stream: train on all tasks in one go, as with ``joint``, but an epoch brings them one after the other, and
-            nothing tells the method where one ends: the task-free setting. With one epoch every sample is seen once.
+        stream: train on all tasks in one go, as with ``joint``, but in each epoch one after the other, and without
+            telling the method where one ends: the task-free setting. With one epoch every sample is seen once.
         num_workers: loader processes for data that are not in memory.
         transform: from a stored batch to network input, on the device: any callable. If None, uint8 images, series and
             tables are normalised by the mean and deviation of the first task's training samples (of an evenly spaced
-            sample of 2,000 where there are more), and all else passes unchanged; see :func:`standardised`.
+            sample of 2,000 if there are more), and anything else passes unchanged; see :func:`standardised`.
 
     Raises:
-        ValueError: if an argument is out of range, or a task has no samples, or fewer for training than a batch.
+        ValueError: if an argument is out of range, or a task has no samples, or fewer training samples than a batch.
     """
 
     target: Target = KINDS["classes"]
-    """What labels are. A subclass may say another."""
+    """What labels are. A subclass may set another target."""
     is_open = False
-    """Whether it is not known how many tasks there will be; see :class:`OpenTasks`."""
+    """Whether the number of tasks is not known in advance; see :class:`OpenTasks`."""
 
     def __init__(
         self,
@@ -100,55 +100,56 @@ class TaskDataModule(pl.LightningDataModule):
             raise ValueError(f"{name}(joint=True, stream=True): all tasks mixed, or one after the other; not both")
         self.joint, self.stream = joint or stream, stream
         """Whether all tasks are trained on in one go; a stream brings them in their order."""
-        self._ends: list[int] = []  # of each task in the union of all
+        self._ends: list[int] = []  # where each task ends in the union of all
         self.num_workers = num_workers
         self.transform = self.given_transform = self.usual_transform = transform
-        self._computed_transform: Normalisation | None = None  # of the data, when they were read
+        self._computed_transform: Normalisation | None = None  # computed from the data when they were read
         self.starts = [0]
-        """First epoch of each task begun so far, and of the next once :meth:`end_task` was called."""
+        """First epoch of each task begun so far, and of the next one once :meth:`end_task` has been called."""
         self.alive: list[Tensor] = []
-        """Indices (n,) of the samples still trained on, by task."""
+        """For each task, the indices (n,) of the samples that are still trained on."""
         self.classes: list[list[int]] = []
         """Labels that occur in each task."""
         self.num_classes = 0
         self.class_names: list[str] = []
         """Name of each label (num_classes,): what the data call the class."""
         self.fingerprints: list[str] = []
-        """Of each task a digest of all its stored samples and labels, see :mod:`lightning_sparse_cl.data.fingerprint`.
-        With ``joint`` there is one of everything."""
+        """For each task a digest of all its stored samples and labels, see :mod:`lightning_sparse_cl.data.fingerprint`.
+        With ``joint`` there is one for everything."""
         self.layout: Nest = None
         """A batch of no samples, as they are stored: shapes and types."""
         self.labels: Tensor = torch.zeros(0, dtype=torch.long)
         """Labels of such a batch."""
         self.tested: list[int] | None = None
-        """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it for
-        their time. If None, all."""
+        """Tasks that ``validate`` and ``test`` serve; :class:`~lightning_sparse_cl.ContinualEvaluation` sets it while
+        they run. If None, all."""
         self.raw: Nest = None
-        """The last batch as stored: not augmented, not normalised. What a memory keeps."""
+        """The last batch as stored, neither augmented nor normalised, which a memory keeps."""
         self.samples_per_task: list[int] = []
-        """Training samples of each task, also of those whose data are not there any more."""
+        """Number of training samples of each task, even if its data are no longer there."""
         self.known: LearntTasks | None = None
-        """What a module had learnt when these data were read for it. If there was nothing, None."""
+        """What a module had learnt when these data were read for it. None if it had learnt nothing."""
         self.learnt: LearntTasks | None = None
-        """The same, if this sequence goes on from it: its tasks come first. If this is a new sequence, None."""
+        """The same if this sequence goes on from it: its tasks come first. None if this is a new sequence."""
         self._asked_to_go_on = False
         self.only: set[str] | None = None
-        """Fingerprints of the tasks of a checkpoint, to which an open sequence keeps. If None, there is none."""
+        """Fingerprints of the tasks of a checkpoint, to which an open sequence keeps. None without a checkpoint."""
         self.is_resumed = False
         """Whether the fit or test begins with a checkpoint."""
         self.left_for_later = 0
-        """Tasks of an open sequence that have come and that the checkpoint does not have."""
+        """Number of tasks of an open sequence that have come, but are not in the checkpoint."""
         self._held_out: list[Tensor] = []
         self.order_seed = 0
-        """Seed of the epochs' orders and of what all processes draw alike; the run's seed, kept in the checkpoint."""
+        """Seed of the order of samples, and of what all processes draw alike: the run's seed, kept in the checkpoint.
+        """
 
     def load(self) -> tuple[Sequence[Dataset], Sequence[Dataset]]:
-        """The training and test data sets, one a task. Called once, in :meth:`setup`, on every process.
+        """The training and test data sets, one per task. Called once, in :meth:`setup`, on every process.
 
         Items are pairs (sample, label): samples are tensors or nests of tensors, all alike, such as images (C, H, W),
         uint8 in 0-255 or float; labels are integers from 0 on. If this method sets :attr:`class_names`, labels are
-        positions in it. Else the classes of all tasks are counted: in ascending order their labels become 0, 1, ...,
-        and their names are the old labels as text.
+        positions in it. Otherwise the classes of all tasks are counted: their labels become 0, 1, ... in ascending
+        order, and their names are the old labels as text.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override load()")
 
@@ -156,12 +157,12 @@ class TaskDataModule(pl.LightningDataModule):
 
     @property
     def num_tasks(self) -> int:
-        """Tasks to train on one after the other."""
+        """Number of tasks to train on one after the other."""
         return len(self.train_sets)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of a stored sample that is one tensor, such as an image (C, H, W)."""
+        """Shape of a stored sample that is one tensor, such as an image (C, H, W)."""
         return tuple(self.layout.shape[1:])
 
     @property
@@ -171,7 +172,7 @@ class TaskDataModule(pl.LightningDataModule):
 
     @property
     def epoch_in_task(self) -> int:
-        """Epochs of the current task that are complete."""
+        """Number of complete epochs of the current task."""
         return self._attached.current_epoch - self.starts[self.task]
 
     @property
@@ -191,8 +192,8 @@ class TaskDataModule(pl.LightningDataModule):
         return loader.sampler.order()[batch_idx * self.batch_size : (batch_idx + 1) * self.batch_size]
 
     def begun(self, batch_idx: int) -> int:
-        """How many tasks of a stream have begun when the epoch's batch ``batch_idx`` is over."""
-        if self.epoch_in_task:  # it has come once
+        """How many tasks of a stream have begun after the epoch's batch ``batch_idx``."""
+        if self.epoch_in_task:  # all have come once
             return len(self._ends)
         return bisect_right(self._ends, int(self.indices(batch_idx).max())) + 1
 
@@ -204,15 +205,16 @@ class TaskDataModule(pl.LightningDataModule):
         return live
 
     def whole(self, task: int) -> int:
-        """Training samples of a task before any was removed: all that are not set aside for validation."""
+        """Number of training samples of a task before any was removed: all that are not set aside for validation."""
         return length(self.train_sets[task]) - len(self._held_out[task])
 
     def samples(self, count: int | None = None, share: bool = True) -> Iterator[tuple[Nest, Tensor]]:
         """The current task's samples that are alive, once, in batches, not augmented.
 
         Args:
-            count: so many of them at most, in random order: the same on every process and after a resume.
-            share: of each process its share; else every process has them all.
+            count: largest number of samples, in random order: the same on every process and after a resume. If None,
+                all.
+            share: whether each process gets its share; otherwise each gets them all.
         """
         for x, y in self._batches(count, share):
             yield self.prepare(x, augment=False), self.target.for_loss(y)
@@ -228,7 +230,7 @@ class TaskDataModule(pl.LightningDataModule):
         found = self.prepare(rows(data[0][0], None), augment=False)
         if not all(isinstance(part, Tensor) for part in tensors(found)):
             raise ValueError(
-                f"{type(self).__name__}(transform=...): it makes tensors of a stored batch, or nests of them, and gave "
+                f"{type(self).__name__}(transform=...): it makes tensors of a stored batch, or nests of them, but gave "
                 f"{type(found).__name__}"
             )
         return found
@@ -263,7 +265,7 @@ class TaskDataModule(pl.LightningDataModule):
         self.train_sets, self.test_sets = [], []
 
     def _is_for(self, learnt: LearntTasks | None) -> bool:
-        """Whether data that were read before need not be read again for a module that has learnt these tasks."""
+        """Whether the data that were read can serve a module that has learnt these tasks, as they are."""
         if learnt is None or self._asked_to_go_on or self.learnt is not None:
             return self.known == learnt
         same = self.class_names == learnt.class_names and set(self.fingerprints) <= set(learnt.fingerprints)
@@ -277,11 +279,12 @@ class TaskDataModule(pl.LightningDataModule):
         return [[self.class_names[c] for c in classes] for classes in self.classes]
 
     def _load(self, learnt: LearntTasks | None, by_classes: bool = False) -> None:
-        """Read the data, refuse what is not a task sequence, and take the sizes from the data.
+        """Read the data, refuse anything that is not a task sequence, and take the sizes from the data.
 
         Args:
             learnt: what was learnt before.
-            by_classes: it is only tested now, and tasks are known by their classes; else by all of their data.
+            by_classes: whether this is only a test, and tasks are recognised by their classes; otherwise by all their
+                data.
         """
         name = type(self).__name__
         self.class_names, self.known, self.learnt = [], learnt, None
@@ -308,19 +311,19 @@ class TaskDataModule(pl.LightningDataModule):
         self._refuse_moved_maps()
         self.train_sets, self.test_sets = list(joined), list(found.test)
         if learnt is not None and learnt.normalisation is not None and not self._is_normalised_as(learnt):
-            rank_zero_warn(f"{name}(transform=...): samples are not normalised as those that were learnt before")
+            rank_zero_warn(f"{name}(transform=...): samples are not normalised like those learnt before")
 
     def _refuse_moved_maps(self) -> None:
-        """What moves pixels moves them in images alone."""
+        """Refuse an ``augment`` that moves pixels, as it would move them in images alone."""
         moves = isinstance(self.transform, ImageTransform) and (self.transform.crop or self.transform.flip)
         if self.target is KINDS["class_maps"] and (callable(self.augment) or (self.augment and moves)):
             raise ValueError(
-                f"{type(self).__name__}(augment={self.augment!r}): maps of classes do not follow what it does to their "
-                "images; change both inside of the data set (in_memory=False), and give augment=False"
+                f"{type(self).__name__}(augment={self.augment!r}): it would change images, but not their maps of "
+                "classes; change both inside the data set (in_memory=False), and give augment=False"
             )
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
-        """As the samples learnt before were, or else by the mean and deviation of these; see :func:`standardised`."""
+        """The normalisation of samples learnt before, or else one from these samples; see :func:`standardised`."""
         before = None if self.known is None else self.known.normalisation
         if before is None:
             found = standardised(data, crop, flip)
@@ -330,17 +333,17 @@ class TaskDataModule(pl.LightningDataModule):
         return found
 
     def _begin(self) -> None:
-        """A new sequence, whatever an earlier fit left behind; a checkpoint is restored after it."""
+        """Begin a new sequence, whatever an earlier fit has left behind; a checkpoint is restored afterwards."""
         epoch = self.trainer.current_epoch if self.trainer is not None else 0
         self.starts, self.alive, self._held_out = [epoch], [], []
         for t, data in enumerate(self.train_sets):
-            order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same for every run
+            order = torch.randperm(length(data), generator=torch.Generator().manual_seed(t))  # the same in every run
             held_out = round(self.val_fraction * length(data))
             is_learnt = not length(data) or (self.learnt is not None and t < len(self.learnt.classes))
             if self.val_fraction and not held_out and not is_learnt:
                 raise ValueError(
-                    f"{type(self).__name__}(val_fraction={self.val_fraction}): of the {length(data)} training samples "
-                    f"of task {t} none is set aside; use a larger fraction, or 0"
+                    f"{type(self).__name__}(val_fraction={self.val_fraction}): none of the {length(data)} training "
+                    f"samples of task {t} is set aside; use a larger fraction, or 0"
                 )
             self._held_out.append(order[:held_out].sort().values)
             self.alive.append(order[held_out:].sort().values)
@@ -373,7 +376,7 @@ class TaskDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader a task; each process has its share, every sample in exactly one."""
+        """One loader per task; each process has its share, every sample in exactly one."""
         return [self._eval_loader(d, torch.arange(length(d))) for d in (self.test_sets[t] for t in self.tasks_tested)]
 
     @property
@@ -391,24 +394,24 @@ class TaskDataModule(pl.LightningDataModule):
         return self.prepare(x, augment=training), self.target.for_loss(y)
 
     def prepare(self, x: Nest, augment: bool = True) -> Nest:
-        """Stored samples to network input, on their device; augmented if asked and if the data module augments."""
+        """Stored samples to network input, on their device; augmented if both call and data module ask for it."""
         if self.transform is None:
             raise RuntimeError(f"{type(self).__name__}: call setup() first; it finds the mean and deviation")
         if callable(self.augment) or not isinstance(self.transform, Normalisation):
-            x = each(Tensor.clone, x)  # a callable of the user's may write into what it is given
+            x = each(Tensor.clone, x)  # a user's callable may change its input in place
         if augment and callable(self.augment):
             x = self.augment(x)
         if isinstance(self.transform, ImageTransform):
             x = self.transform(x, augment=augment and self.augment is True)
         else:
             x = self.transform(x)
-        if self.trainer is None or x is None:  # example() refuses a transform that gives nothing
+        if self.trainer is None or x is None:  # example() refuses a transform that returns nothing
             return x
-        dtype = self.trainer.lightning_module.dtype  # of bf16-true, 64-true
+        dtype = self.trainer.lightning_module.dtype  # bf16-true, 64-true
         return each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, x)
 
     def description(self) -> DataDescription:
-        """What a trained network has to know of these data. After :meth:`setup`."""
+        """What a trained network has to know of these data. Available after :meth:`setup`."""
         exactly = type(self.transform) in (ImageTransform, Standardisation)  # a subclass may do anything
         known = cast(Normalisation, self.transform) if exactly else None
         return DataDescription(
@@ -450,7 +453,7 @@ class TaskDataModule(pl.LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def _placed(self, data: Dataset) -> Dataset:
-        """Data in memory goes to the device once, so that batches are gathered there."""
+        """Data in memory are moved to the device once, so that batches are gathered there."""
         return data.to(self._attached.strategy.root_device) if isinstance(data, SampleTensors) else data
 
     def _workers(self, data: Dataset) -> int:
@@ -463,5 +466,5 @@ class TaskDataModule(pl.LightningDataModule):
         sampler = ShareSampler(indices, self._world_size, rank) if share else ShareSampler(indices, 1, 0)
         return DataLoader(
             data, batch_size=256, sampler=sampler, num_workers=self._workers(data), collate_fn=collate,
-            generator=torch.Generator(),  # of its own: measuring draws nothing from the training's random numbers
+            generator=torch.Generator(),  # its own: measuring must not change the random numbers of training
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a trained network has to know of its data: what images were made into, and what the classes are called."""
+"""What a trained network has to know of its data: how images were prepared, and what the classes are called."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_sparse_cl.nests import Nest
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What is known of the data that a module was trained on; in primitives, so that a checkpoint holds it.
+    """What is known of the data that a module was trained on; made of primitives, so that a checkpoint can hold it.
 
     Args:
         layout: a batch of no samples, as they were stored.
-        mean, std: the normalisation: of uint8 images per channel, on the scale 0-1; of series per channel, of tables
-            per column. If None, the data had a transform of their own, which is not known here.
-        size: side in pixels that image files were resized to. If None, images had their size before.
+        mean, std: the normalisation: per channel of images, on the scale 0-1 if uint8, and of series; per column of
+            tables. If None, the data had a transform of their own, which is not known here.
+        size: side in pixels that image files were resized to. If None, images were not resized.
         class_names: name of each label.
         classes: labels of each task.
-        fit: how image files got that size; see :class:`~lightning_sparse_cl.data.ImageFolderSource`.
-        target: the kind of label, by which :mod:`lightning_sparse_cl.data.targets` calls it.
+        fit: how image files were resized; see :class:`~lightning_sparse_cl.data.ImageFolderSource`.
+        target: the kind of label, a name in :mod:`lightning_sparse_cl.data.targets`.
     """
 
     layout: Nest = field(compare=False)
@@ -39,20 +39,20 @@ class DataDescription:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of a stored sample that is one tensor."""
+        """Shape of a stored sample that is one tensor."""
         return tuple(self.layout.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a stored sample that is one tensor."""
+        """Type of a stored sample that is one tensor."""
         return self.layout.dtype
 
     def transform(self) -> Normalisation | None:
-        """From stored samples to network input. If the data had one of their own, None."""
+        """From stored samples to network input. None if the data had a transform of their own."""
         return None if self.mean is None or self.std is None else normaliser(self.layout, self.mean, self.std)
 
     def task_of(self, label: int) -> int | None:
-        """The task that has a class, counted from 0. If several tasks have it, None."""
+        """The task that has a class, counted from 0. None if several tasks have it."""
         found = [task for task, labels in enumerate(self.classes) if label in labels]
         return found[0] if len(found) == 1 else None
 
@@ -61,10 +61,10 @@ class DataDescription:
         return [[self.class_names[label] for label in labels] for labels in self.classes]
 
     def to_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The description as a checkpoint holds it."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> DataDescription:
-        """What :meth:`to_dict` gave."""
+        """The description from what :meth:`to_dict` has returned."""
         return cls(**found)

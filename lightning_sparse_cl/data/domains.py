@@ -14,14 +14,14 @@ from lightning_sparse_cl.data.sources import DigitsSource, MNISTSource, Source
 
 
 class Permuted(SourceTasks):
-    """Every task the whole source with its pixels in another fixed order (Goodfellow et al., 2014); task 0 as it is.
+    """Every task is the whole source with pixels in another fixed order (Goodfellow et al., 2014); task 0 is unchanged.
 
     The tasks share their labels. Nothing is augmented: permuted pixels have no neighbours.
 
     Args:
         source: the images.
         num_tasks: length of the sequence.
-        seed: draws the permutations.
+        seed: seed of the permutations.
         kwargs: see :class:`TaskDataModule`.
     """
 
@@ -31,7 +31,7 @@ class Permuted(SourceTasks):
         self.seed = seed
 
     def permutation(self, task: int, pixels: int) -> Tensor:
-        """Which of the (H*W) pixels a task shows at each place; the same in all channels."""
+        """Which of the H*W pixels a task has at each place; the same in all channels."""
         order = np.random.RandomState([self.seed, task]).permutation(pixels) if task else np.arange(pixels)
         return torch.from_numpy(order)
 
@@ -42,14 +42,14 @@ class Permuted(SourceTasks):
 
 
 class Rotated(SourceTasks):
-    """Every task the whole source turned further, from 0 to ``max_angle`` (Lopez-Paz and Ranzato, 2017).
+    """Every task is the whole source, turned further each time, from 0 to ``max_angle`` (Lopez-Paz and Ranzato, 2017).
 
     The tasks share their labels.
 
     Args:
         source: the images.
         num_tasks: length of the sequence.
-        max_angle: of the last task, in degrees, counter-clockwise; the others are evenly spaced.
+        max_angle: angle of the last task, in degrees, counter-clockwise; the others are evenly spaced.
         kwargs: see :class:`TaskDataModule`.
     """
 
@@ -60,7 +60,7 @@ class Rotated(SourceTasks):
     def divide(self, images: Tensor, labels: Tensor) -> list[SampleTensors]:
         from torchvision.transforms.functional import InterpolationMode, rotate
 
-        def turn(angle: float) -> Tensor:  # in pieces, as it takes many times the memory of its input
+        def turn(angle: float) -> Tensor:  # in pieces, as it needs many times the memory of its input
             if angle == 0:
                 return images
             return torch.cat([rotate(part, angle, InterpolationMode.BILINEAR) for part in images.split(4096)])

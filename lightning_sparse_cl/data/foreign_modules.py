@@ -32,41 +32,41 @@ from lightning_sparse_cl.data.task_datasets import TaskDatasets
 from lightning_sparse_cl.nests import Nest, as_nest, count, each, is_image, joined, layout_of_one, rows, tensors
 
 LABELS = ("label", "labels", "target", "targets", "y")
-"""Keys by which labels are found in a batch that is a dict."""
+"""Keys under which a batch that is a dict may hold labels."""
 Pair = Callable[[Any], tuple[Nest, Any]]
-"""From a batch as the user's collate function makes it to samples and labels."""
+"""From a batch, as the user's collate function makes it, to samples and labels."""
 
 
 class Tasks(TaskDatasets):
-    """A sequence of LightningDataModules, one per task; or one, for a single task.
+    """A sequence of LightningDataModules, one per task, or a single one for one task.
 
-    Of each the data set, the collate function, the batch size and the number of workers of its training loader are
-    taken, and the data set of its test loader, or, without one, of its validation loader; several loaders of a module
-    are one task. The hooks ``on_before_batch_transfer`` and ``on_after_batch_transfer`` of the first module are called
-    for all tasks, before ``transform``, with a pair of samples and zeros in place of labels; by default ``transform``
+    From each, the data set, collate function, batch size and number of workers of its training loader are taken, and
+    the data set of its test loader, or, without one, of its validation loader; several loaders of a module make one
+    task. The hooks ``on_before_batch_transfer`` and ``on_after_batch_transfer`` of the first module are called for all
+    tasks, before ``transform``, with a pair of samples and zeros in place of labels; by default ``transform``
     normalises uint8 images alone. Batches are drawn by this package's sampler, so that resuming is exact, processes
-    share an epoch, and samples can be removed. (What is drawn at random, in a data set or a hook, needs
-    :class:`RandomState` for that, as ever.) A data set that can only be iterated is read once, into memory; a sampler
-    that chooses samples (``SubsetRandomSampler``) is followed, any other is not used. A message says so. To go on after
-    a sequence with ``own_classes``, give the modules that were learnt, too, in front of the new ones.
+    share an epoch, and samples can be removed. (As always, random draws in a data set or a hook need
+    :class:`RandomState` for that.) A data set that can only be iterated is read once, into memory; a sampler that
+    chooses samples (``SubsetRandomSampler``) is followed, any other is ignored, with a message. To go on after a
+    sequence with ``own_classes``, also give the modules that were learnt, before the new ones.
 
-    A batch is a pair (samples, labels), or a dict in which labels go by one of the names ``label``, ``labels``,
-    ``target``, ``targets`` and ``y``. A collate function is called with one item at a time: what it makes of several,
-    such as a mixture of them, or padding to the longest, is not seen.
+    A batch is a pair (samples, labels), or a dict with labels under one of the keys ``label``, ``labels``, ``target``,
+    ``targets`` and ``y``. A collate function is called with one item at a time: anything it does to several items, such
+    as mixing them or padding to the longest, has no effect.
 
     Args:
         modules: the data modules, in the order of the tasks.
-        pair: from a batch to its samples and labels, where a batch is something else.
-        own_classes: each data module numbers its classes from 0, and they are others than those of the modules before.
-            If False, a number is the same class everywhere.
-        batch_size: if None, that of the first module's loader.
-        num_workers: if None, that of the first module's loader.
-        in_memory: read everything once; transforms of a data set that draw at random then draw once.
+        pair: function from a batch to its samples and labels, if a batch is something else.
+        own_classes: each data module numbers its own classes from 0, which differ from those of the modules before. If
+            False, a number is the same class everywhere.
+        batch_size: if None, the batch size of the first module's loader.
+        num_workers: if None, the number of the first module's loader.
+        in_memory: read everything once; a data set's random transforms then draw only once.
         kwargs: see :class:`TaskDatasets`, ``target`` above all, and :class:`TaskDataModule`.
 
     Raises:
         ValueError: if there is no data module, or one has no loader to train or test on, or its batches are of another
-            kind; when a sequence goes on, if classes are numbered anew by data modules that do not begin with those
+            kind; when a sequence goes on, if ``own_classes`` is set and the data modules do not begin with those
             learnt.
     """
 
@@ -81,11 +81,11 @@ class Tasks(TaskDatasets):
         **kwargs: Any,
     ) -> None:
         if not isinstance(modules, pl.LightningDataModule | Sequence):
-            raise ValueError(f"Tasks: LightningDataModules are expected, one a task, got {type(modules).__name__}")
+            raise ValueError(f"Tasks: LightningDataModules are expected, one per task, got {type(modules).__name__}")
         self.modules = [modules] if isinstance(modules, pl.LightningDataModule) else list(modules)
         if not self.modules or not all(isinstance(module, pl.LightningDataModule) for module in self.modules):
             kinds = ", ".join(type(module).__name__ for module in self.modules) or "nothing"
-            raise ValueError(f"Tasks: LightningDataModules are expected, one a task, got {kinds}")
+            raise ValueError(f"Tasks: LightningDataModules are expected, one per task, got {kinds}")
         empty: list[Dataset] = [SampleTensors(torch.zeros(0, 1), torch.zeros(0))] * len(self.modules)
         kwargs |= {"batch_size": 1 if batch_size is None else batch_size, "num_workers": num_workers or 0}
         super().__init__(empty, empty, in_memory, **kwargs)
@@ -117,7 +117,7 @@ class Tasks(TaskDatasets):
             tested = _loaders(module, "test_dataloader", name, "val_dataloader")
             test.append(self._items(tested, f"{name}, test"))
             if _hooks_of(module) != _hooks_of(self.modules[0]):
-                rank_zero_warn(f"{name}: the hooks of the first data module are called for it, in the place of its own")
+                rank_zero_warn(f"{name}: the hooks of the first data module are called for it, in place of its own")
         if self.own_classes:
             train, test = _numbered_apart(train, test)
         self.given = {"train": train, "test": test}
@@ -134,7 +134,7 @@ class Tasks(TaskDatasets):
             )
 
     def prepare(self, x: Nest, augment: bool = True) -> Nest:
-        module = self.modules[0]  # one network is for all tasks, and so is what its input is made by
+        module = self.modules[0]  # one network serves all tasks, and so do the hooks that make its input
         if hooks := _hooks_of(module):
             batch: Any = (each(Tensor.clone, x), torch.zeros(count(x), dtype=torch.long, device=tensors(x)[0].device))
             module.trainer = cast(Any, _Told(self.trainer, augment))
@@ -142,7 +142,7 @@ class Tasks(TaskDatasets):
                 for hook in hooks:
                     batch = getattr(module, hook)(batch, 0)
                 x, _ = batch
-            except Exception as error:  # a hook of the user's
+            except Exception as error:  # a user's hook
                 raise ValueError(
                     f"Tasks: {type(module).__name__}.{hook} is given a pair (samples, zeros in place of labels) and "
                     f"returns one; it raised {type(error).__name__}: {error}"
@@ -152,7 +152,7 @@ class Tasks(TaskDatasets):
         return super().prepare(x, augment)
 
     def _normalised(self, data: Dataset, crop: int = 0, flip: bool = False) -> Normalisation:
-        """Of uint8 images as ever; all else is as the data modules' own transforms have made it."""
+        """Normalises uint8 images as usual; anything else stays as the data modules' own transforms have made it."""
         stored = layout_of_one(data[0][0])
         if is_image(stored) and stored.dtype == torch.uint8 and not _hooks_of(self.modules[0]):
             return super()._normalised(data, crop, flip)
@@ -160,7 +160,7 @@ class Tasks(TaskDatasets):
         return self._computed_transform
 
     def description(self) -> DataDescription:
-        """Without the normalisation, if hooks do more than is known here."""
+        """As usual, but without the normalisation if hooks may do more."""
         found = super().description()
         return replace(found, mean=None, std=None) if _hooks_of(self.modules[0]) else found
 
@@ -185,7 +185,7 @@ class Tasks(TaskDatasets):
             if not batches:
                 raise ValueError(f"{name}: its loader gives no batch")
             if any(isinstance(y, list) for _, y in batches):
-                raise ValueError(f"{name}: labels that are names need a data set with a length; number them")
+                raise ValueError(f"{name}: labels that are names need a data set with a length; use numbers")
             inputs, labels = joined([x for x, _ in batches]), torch.cat([y for _, y in batches])
             rank_zero_info(f"{name}: its data can only be iterated, and are read into memory: {len(labels)} samples")
             return SampleTensors(inputs, labels, self.target)
@@ -195,30 +195,30 @@ class Tasks(TaskDatasets):
             data = Subset(cast(Dataset, data), list(sampler.indices))
         for one in (sampler, own):
             if not _draws_all_once(one, data):
-                rank_zero_warn(f"{name}: its {type(one).__name__} is not used; every sample is drawn once an epoch")
+                rank_zero_warn(f"{name}: its {type(one).__name__} is not used; every sample is drawn once per epoch")
         return Collated(data, loader.collate_fn or default_collate, self.pair, name)
 
 
 def _draws_all_once(sampler: Any, data: Any) -> bool:
-    """Whether an epoch of a sampler is one of this package's."""
+    """Whether an epoch of a sampler has every sample once, as with this package's."""
     if isinstance(sampler, RandomSampler):
         return not sampler.replacement and sampler.num_samples == length(data)
     return sampler is None or type(sampler) in (BatchSampler, SequentialSampler, SubsetRandomSampler)
 
 
 class Collated(Dataset):
-    """Pairs (sample, label) of a data set, each item as a collate function makes a batch of it alone.
+    """Pairs (sample, label) of a data set: each item is collated as a batch of its own.
 
     Args:
         data: the data set.
-        collate: from a list of items to a batch.
-        pair: from a batch to samples and labels.
+        collate: function from a list of items to a batch.
+        pair: function from a batch to samples and labels.
         name: for errors.
     """
 
     def __init__(self, data: Any, collate: Callable[[list[Any]], Any], pair: Pair, name: str) -> None:
         self.data, self.collate, self.pair, self.name = data, collate, pair, name
-        usual = collate is default_collate and pair is _pair  # others may make other labels
+        usual = collate is default_collate and pair is _pair  # otherwise labels may be changed
         self.targets = listed_labels(data) if usual else None
 
     def __len__(self) -> int:
@@ -229,14 +229,14 @@ class Collated(Dataset):
             batch = self.collate([self.data[index]])
         except IndexError:  # ends an iteration
             raise
-        except Exception as error:  # a data set or function of the user's
+        except Exception as error:  # a user's data set or function
             raise ValueError(f"{self.name}: item {index} raised {type(error).__name__}: {error}") from error
         inputs, labels = _made(self.pair, batch, self.name)
         return rows(inputs, 0), labels[0]
 
 
 class _Shifted(Dataset):
-    """The same pairs with other labels: from ``first`` on."""
+    """The same pairs with labels that begin at ``first``."""
 
     def __init__(self, data: Any, first: int) -> None:
         self.data, self.first = data, first
@@ -252,7 +252,7 @@ class _Shifted(Dataset):
 
 
 class _Told:
-    """A trainer that says whether a batch is for training: a hook that augments asks it."""
+    """A trainer that says whether a batch is for training, for hooks that augment."""
 
     def __init__(self, trainer: pl.Trainer | None, training: bool) -> None:
         self._trainer, self.training = trainer, training
@@ -284,7 +284,7 @@ def _made(pair: Pair, batch: Any, name: str) -> tuple[Nest, Any]:
         given, labelled = pair(batch)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    except Exception as error:  # a function of the user's
+    except Exception as error:  # a user's function
         raise ValueError(f"{name}: pair raised {type(error).__name__}: {error}") from error
     inputs = as_nest(given, f"{name}: samples")
     if isinstance(labelled, tuple | list) and labelled and all(isinstance(label, str) for label in labelled):
@@ -296,7 +296,7 @@ def _made(pair: Pair, batch: Any, name: str) -> tuple[Nest, Any]:
 
 
 def _loaders(module: pl.LightningDataModule, hook: str, name: str, otherwise: str | None = None) -> list[Any]:
-    """What a hook of a data module gives, or another one, as a list of loaders."""
+    """What a hook of a data module returns, or else the hook ``otherwise``, as a list of loaders."""
     for called in filter(None, (hook, otherwise)):
         if getattr(type(module), called) is getattr(pl.LightningDataModule, called) and called not in vars(module):
             continue
@@ -316,7 +316,7 @@ def _hooks_of(module: pl.LightningDataModule) -> list[str]:
 
 
 def _numbered_apart(train: list[Dataset], test: list[Dataset]) -> tuple[list[Dataset], list[Dataset]]:
-    """The data sets with labels that follow those of the tasks before."""
+    """The data sets with labels that follow the labels of the tasks before."""
     first = 0
     moved: tuple[list[Dataset], list[Dataset]] = ([], [])
     for pair in zip(train, test, strict=True):
@@ -324,7 +324,7 @@ def _numbered_apart(train: list[Dataset], test: list[Dataset]) -> tuple[list[Dat
             sets.append(_Shifted(data, first))
         labels = [label for data in pair for label in _labels_in(data)]
         if any(isinstance(label, str) for label in labels):
-            raise ValueError("Tasks(own_classes=True): it is for numbers; names say by themselves what is the same")
+            raise ValueError("Tasks(own_classes=True): it is for numbers; names already say which classes are the same")
         first += 1 + max(int(label) for label in labels)
     return moved
 

@@ -17,7 +17,7 @@ from lightning_sparse_cl.data.open_tasks import OpenTasks
 MARKER = "complete"
 """A file of this name says that a task's folder is complete."""
 POLL = 0.5
-"""Seconds from one look at the folder to the next."""
+"""Seconds between two looks at the folder."""
 
 
 class GrowingImageFolder(OpenTasks):
@@ -32,7 +32,7 @@ class GrowingImageFolder(OpenTasks):
 
     Args:
         root: the folder.
-        size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
+        size: side in pixels that images are resized to. If None, they keep their sizes, which must all be equal.
         crop: zero padding in pixels before a random crop in training; 0 is none.
         flip: mirror half of the training images.
         settled: seconds without a change after which a folder is complete. If None, only the file ``complete`` counts.
@@ -90,8 +90,8 @@ class GrowingImageFolder(OpenTasks):
             time.sleep(POLL)
         if not folders:
             raise FileNotFoundError(
-                f"{type(self).__name__}(root={self.root!r}): no complete folder task_... is there; place a file named "
-                f"{MARKER!r} in one that is"
+                f"{type(self).__name__}(root={self.root!r}): there is no complete folder task_...; place a file named "
+                f"{MARKER!r} in one that is complete"
             )
         self._read = {folder: self._read.get(folder) or self._task(folder) for folder in folders}
         self.class_names = list(dict.fromkeys(name for names, _, _ in self._read.values() for name in names))
@@ -107,6 +107,6 @@ class GrowingImageFolder(OpenTasks):
     def _task(self, folder: Path) -> tuple[list[str], SampleTensors, SampleTensors]:
         source = ImageFolderSource(str(folder), self.size, self.crop, self.flip)
         if only := source.tested_only():
-            raise ValueError(f"{source}: there are test images of the class {only[0]!r}, and none for training")
+            raise ValueError(f"{source}: there are test images of the class {only[0]!r}, but none for training")
         train, test = (SampleTensors(*source.read(part)) for part in (True, False))
         return source.names(), train, test

@@ -25,7 +25,7 @@ class TinyImageNetSource(Source):
     A subset works: classes may lack images, and ``wnids.txt`` may list fewer classes.
 
     Args:
-        root: folder that has, or gets, the archive's folder ``tiny-imagenet-200``.
+        root: folder that holds, or will hold, the archive's folder ``tiny-imagenet-200``.
         download: fetch the archive if that folder is missing.
     """
 
@@ -122,11 +122,11 @@ class MiniImageNetSource(Source):
 
 
 class ImageFiles(Dataset):
-    """Image files that are read when they are asked for.
+    """Image files, each read when it is asked for.
 
     Args:
-        paths: of the files, which the fingerprint of a task covers.
-        read: from a path to an image (C, H, W).
+        paths: paths of the files, which the fingerprint of a task covers.
+        read: function from a path to an image (C, H, W).
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[Path], Tensor]) -> None:
@@ -149,15 +149,15 @@ class ImageFolderSource(Source):
 
     Args:
         root: the folder.
-        size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
+        size: side in pixels that images are resized to. If None, they keep their sizes, which must all be equal.
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`.
-        fit: how images that are not square become so: ``"squash"`` scales both sides to ``size``, ``"crop"`` the
-            shorter side, and cuts out the middle.
-        channels: 3 (RGB) or 1 (grey). If None, those of the first training image.
-        in_memory: read all images at once; else each when it is asked for, for which ``num_workers`` helps.
+        fit: how images are made square: ``"squash"`` scales both sides to ``size``, ``"crop"`` scales the shorter side,
+            and cuts out the middle.
+        channels: 3 (RGB) or 1 (grey). If None, as in the first training image.
+        in_memory: read all images at once; otherwise each when it is asked for, with ``num_workers`` to help.
 
     Raises:
-        ValueError: if ``fit`` or ``channels`` is another, or images are to be cut to no size.
+        ValueError: if ``fit`` or ``channels`` is another value, or ``fit`` is ``"crop"`` without a ``size``.
     """
 
     root: str
@@ -174,10 +174,10 @@ class ImageFolderSource(Source):
         if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1):
             raise ValueError(f"ImageFolderSource(size={self.size!r}): a number of pixels, at least 1")
         if self.fit == "crop" and self.size is None:
-            raise ValueError("ImageFolderSource(fit='crop'): images are cut to a size; give size")
+            raise ValueError("ImageFolderSource(fit='crop'): images are cut to a size: give size")
         if self.channels not in (1, 3, None):
             raise ValueError(
-                f"ImageFolderSource(channels={self.channels}): 3 (RGB), 1 (grey), or null: as the images have"
+                f"ImageFolderSource(channels={self.channels}): 3 (RGB), 1 (grey), or null: as in the images"
             )
 
     @property

@@ -1,4 +1,4 @@
-"""Data sets that are read item by item, with every item checked."""
+"""Data sets that are read item by item, each of which is checked."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Items(Dataset):
     are tensors, arrays, lists, or PIL images of classes. All labels are read when tasks are made, and held in memory.
 
     Args:
-        data: has a length, and items by index.
+        data: a data set with a length, and items by index.
         name: for errors.
-        transform: makes of each sample what is checked and given. If None, it stays as it is.
+        transform: applied to each sample before it is checked. If None, samples stay as they are.
         target: what labels are.
 
     Raises:
-        ValueError: at once if the data set is empty or has no length; with each item that is something else, not
+        ValueError: at once if the data set is empty or has no length; on reading an item that is something else, not
             finite, unlike item 0, or not what the data set lists in ``.targets``.
     """
 
@@ -47,13 +47,13 @@ class Items(Dataset):
     ) -> None:
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
-                f"{name}: a data set has a length, and items by index; {type(data).__name__} does not, read it into one"
+                f"{name}: a data set has a length, and items by index; {type(data).__name__} has not; read it into one"
             )
         if not length(data):
             raise ValueError(f"{name}: the data set is empty")
         self.data, self.name, self.transform, self.target = data, name, transform, target
         self.numbers: dict[int, int] | None = None
-        """The label inside of each label of the data set. If None, they are the same."""
+        """The label that stands for each label of the data set. If None, they are the same."""
 
     def renumbered(self, numbers: dict[int, int]) -> Items:
         """The same items with other labels."""
@@ -65,7 +65,7 @@ class Items(Dataset):
         return length(self.data)
 
     def __getitem__(self, index: int) -> tuple[Nest, int | Tensor]:
-        if index >= len(self):  # ends an iteration, which not every data set does by itself
+        if index >= len(self):  # ends an iteration, which some data sets do not do themselves
             raise IndexError(index)
         sample, label = self._read(index)
         if isinstance(label, Tensor):
@@ -84,7 +84,7 @@ class Items(Dataset):
 
     @property
     def targets(self) -> Tensor:
-        """Labels (N, ...), without reading the samples if the data set lists them."""
+        """Labels (N, ...); if the data set lists them, no samples are read."""
         if self.numbers is None:
             return self._found
         return torch.tensor([self.numbers[label] for label in self._found.tolist()])
@@ -103,7 +103,7 @@ class Items(Dataset):
         return self._stored([self._read(i)[1] for i in range(len(self))])
 
     def _stored(self, labels: list[int | Tensor]) -> Tensor:
-        """Labels (N, ...) as the target has them."""
+        """Labels (N, ...) in the target's form."""
         if self.target is KINDS["classes"]:
             return torch.tensor(labels)
         parts = [torch.as_tensor(label) for label in labels]
@@ -145,7 +145,7 @@ class Items(Dataset):
         if hasattr(value, "getbands"):  # a PIL image
             try:
                 return pixels(value)
-            except Exception as error:  # the file of an image may be read only now, and be broken in any way
+            except Exception as error:  # an image's file may be read only now, and broken in any way
                 raise ValueError(f"{self.name}: cannot take the image of item {index}: {error}") from error
         if isinstance(value, Mapping):
             return {key: self._sample(index, value[key]) for key in ordered(value, f"{self.name}: item {index}")}
@@ -184,7 +184,7 @@ class Items(Dataset):
         for i in range(0, len(self), -(-len(self) // 8)):  # eight, evenly spaced
             if not all(map(torch.equal, tensors(self._read(i)[0]), tensors(rows(inputs, i)))):
                 rank_zero_warn(
-                    f"{self.name}: item {i} is another each time it is read; in memory it stays what it was the first "
+                    f"{self.name}: item {i} differs each time it is read; in memory it stays as it was the first "
                     "time, in_memory=False draws anew"
                 )
                 break
@@ -192,7 +192,7 @@ class Items(Dataset):
 
 
 def _what(value: Any) -> str:
-    """A value that is refused, in few words."""
+    """A value that is refused, in a few words."""
     if isinstance(value, Tensor | np.ndarray) and value.ndim:
         return f"{value.dtype} {tuple(value.shape)}"
     if isinstance(value, dict):

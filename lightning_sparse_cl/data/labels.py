@@ -1,4 +1,4 @@
-"""Labels: which values are one, and where a data set lists them."""
+"""Labels: which values are labels, and where a data set lists them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset
 
 
 def whole(label: Any) -> int | None:
-    """The label as an integer: of any number or tensor of one element. If that is not a whole number, None."""
+    """A number, or tensor of one element, as an integer. None if it is not a whole number."""
     if isinstance(label, Tensor):
         label = label.item() if label.numel() == 1 else None
     elif isinstance(label, np.ndarray | np.generic):
@@ -22,7 +22,7 @@ def whole(label: Any) -> int | None:
 
 
 def is_number(name: str) -> bool:
-    """Whether a class goes by its number."""
+    """Whether the name of a class is a number."""
     return name.isascii() and name.isdigit()
 
 
@@ -30,7 +30,7 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
     """The labels (N,) as int64, on their device.
 
     Raises:
-        ValueError: with the name, if one is not a whole number.
+        ValueError: naming ``name``, if one is not a whole number.
     """
     if labels.is_complex():
         raise ValueError(f"{name}: labels are whole numbers, got {labels.dtype}")
@@ -43,9 +43,10 @@ def whole_labels(labels: Tensor, name: str) -> Tensor:
 
 
 def listed_labels(data: Any) -> Tensor | None:
-    """The labels (N,) that a torch data set lists in ``.targets``, without decoding an image. If it lists none, None.
+    """The labels (N,) that a torch data set lists in ``.targets``, without decoding an image. None if it lists none.
 
-    They are found through ``Subset`` and ``ConcatDataset``. Not listed are labels that a ``target_transform`` changes.
+    They are found through ``Subset`` and ``ConcatDataset``. Labels that a ``target_transform`` changes do not count as
+    listed.
     """
     if isinstance(data, Subset):
         inner = listed_labels(data.dataset)

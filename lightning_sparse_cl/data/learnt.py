@@ -1,4 +1,4 @@
-"""What a sequence has learnt before a fit, so that its data are told apart: learnt already, or still to be learnt."""
+"""What a sequence has learnt before a fit, so that data learnt already can be told from data still to be learnt."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_sparse_cl.data.labels import is_number
 from lightning_sparse_cl.nests import described as kinds
 
 RECORD = "sequence"
-"""Attribute of a module: what its sequence was when its last fit ended, as in a checkpoint, without the weights."""
+"""Attribute of a module: its sequence when its last fit ended, as a checkpoint holds it, without the weights."""
 ASKED = "asked_to_go_on"
-"""Entry of that record: the user has asked for it, so that a fit without further tasks has nothing to train."""
+"""Entry of that record: the user has asked to go on, so that a fit without further tasks has nothing to train."""
 
 
 @dataclass(frozen=True)
 class LearntTasks:
-    """The tasks that a sequence has learnt to their end, and what further ones have to agree with."""
+    """The tasks that a sequence has learnt to their end, and what further tasks have to agree with."""
 
     class_names: list[str]
     """By label."""
@@ -29,26 +29,26 @@ class LearntTasks:
     """Labels of each task."""
     fingerprints: list[str]
     samples: list[int]
-    """For training, of each task."""
+    """Number of training samples of each task."""
     epochs: list[int]
-    """Planned for each task."""
+    """Number of epochs planned for each task."""
     running: str | None
-    """Fingerprint of the task within which the sequence was stopped. If it stopped between tasks, None."""
+    """Fingerprint of the task within which the sequence was stopped. None if it stopped between tasks."""
     planned: int
-    """Tasks of the whole sequence, as it was planned when it began."""
+    """Number of tasks of the whole sequence, as it was planned when it began."""
     layout: dict[str, str]
-    """What a stored sample is; see :func:`~lightning_sparse_cl.nests.described`."""
+    """Types and shapes of a stored sample; see :func:`~lightning_sparse_cl.nests.described`."""
     normalisation: dict[str, list[float]] | None
-    """``mean`` and ``std`` of the transform. If the samples had a transform of another kind, None."""
+    """``mean`` and ``std`` of the transform. None if the samples had a transform of another kind."""
     target: str
     """What labels are."""
     joint: bool = False
     is_sequence: bool = True
-    """Whether there is a sequence to go on from. If a module knows classes alone, False."""
+    """Whether there is a sequence to go on from. False if a module only knows classes."""
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any], ended: int, begun: int) -> LearntTasks:
-        """Out of a checkpoint that has :func:`data_state`.
+        """From a checkpoint that has :func:`data_state`.
 
         Args:
             checkpoint: its contents.
@@ -72,7 +72,7 @@ class LearntTasks:
 
     @classmethod
     def names_alone(cls, class_names: Sequence[str], layout: dict[str, str], target: str) -> LearntTasks:
-        """Of a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
+        """For a module whose sequence is not known, as after a fit that was stopped in a task: labels stay the same."""
         return cls(list(class_names), [], [], [], [], None, 0, layout, None, target, is_sequence=False)
 
     @property
@@ -84,8 +84,8 @@ class LearntTasks:
         """Names of all classes, the known ones first, and among them the label of each of ``names``.
 
         Raises:
-            ValueError: in the name of ``owner``, if classes have numbers here and names there, or the reverse: then
-                it cannot be known which of them are the same.
+            ValueError: naming ``owner``, if classes have numbers here and names there, or the reverse: then nobody can
+                know which of them are the same.
         """
         numbered, here = (all(is_number(name) for name in part) for part in (self.class_names, names))
         if numbered != here:
@@ -98,7 +98,7 @@ class LearntTasks:
         return every, [every.index(name) for name in names]
 
     def match(self, fingerprints: Sequence[str]) -> tuple[list[int | None], list[int]]:
-        """Where each learnt task is among the tasks given, if it is, and which of those are still to be learnt."""
+        """The place of each learnt task among those given, or None, and which of these are still to be learnt."""
         places: list[int | None] = []
         left = list(range(len(fingerprints)))
         for wanted in self.fingerprints:
@@ -110,33 +110,33 @@ class LearntTasks:
 
 
 def data_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The state of the data module in a checkpoint. If it is not of a task sequence of this version, None."""
+    """The state of the data module in a checkpoint. None if it is not from a task sequence of this version."""
     sequence = checkpoint.get("task_sequence") or {}
     state = checkpoint.get(str((sequence.get("tested") or {}).get("data")))
     return state if state is not None and "ended" in sequence and "layout" in state else None
 
 
 class Before(NamedTuple):
-    """What there was before a fit or a test."""
+    """What preceded a fit or a test."""
 
     learnt: LearntTasks | None = None
-    """By the module. If it has learnt nothing, or nothing is known of it, None."""
+    """What the module has learnt. None if that is nothing, or not known."""
     goes_on: bool = False
-    """Whether the sequence goes on for certain, also if nothing of the data is new."""
+    """Whether the sequence goes on for certain, even if none of the data are new."""
     only: set[str] | None = None
-    """Fingerprints of the tasks to which an open sequence keeps. If it takes all that there are, None."""
+    """Fingerprints of the tasks to which an open sequence keeps. None if it takes all tasks."""
     is_resumed: bool = False
     """Whether there is a checkpoint that will be restored."""
 
 
 def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) -> Before:
-    """What the module to be fitted or tested has learnt, with this sequence or with one that this one goes on from.
+    """What the module to be fitted or tested has learnt, in this sequence or in one that this one continues.
 
-    In a fit from ``ckpt_path`` it is what that run had learnt before it began, for such a fit is the same run.
+    In a fit from ``ckpt_path`` it is what that run had learnt before it began, as such a fit is the same run.
 
     Args:
-        trainer: in ``setup``.
-        fitting: whether it fits; else it tests.
+        trainer: the trainer, in ``setup``.
+        fitting: whether the trainer fits; otherwise it tests.
         is_open: whether the data are :class:`OpenTasks`.
         joint: whether the data train all tasks at once.
     """
@@ -165,8 +165,8 @@ def before_this(trainer: pl.Trainer, fitting: bool, is_open: bool, joint: bool) 
 def _checkpoint_path(trainer: pl.Trainer) -> str | None:
     """The checkpoint that a fit or a test begins with.
 
-    Lightning does not tell before it restores it, when the data have been read and the network has been built: until
-    then it is an argument of a running call. (``trainer.ckpt_path`` is still that of the fit before.)
+    Lightning does not give it before restoring it, which is after the data are read and the network is built: until
+    then it is an argument of a running call. (``trainer.ckpt_path`` is still the previous fit's.)
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -182,7 +182,7 @@ def _checkpoint_path(trainer: pl.Trainer) -> str | None:
 
 
 def _peek(trainer: pl.Trainer, path: str) -> dict[str, Any]:
-    """Its contents. If it cannot be read, nothing: restoring it will tell why."""
+    """The contents of a checkpoint, or nothing if it cannot be read: restoring it will say why."""
     try:
         return trainer.strategy.load_checkpoint(path) if "://" in path else read_checkpoint(path, mmap=True)
     except ValueError:

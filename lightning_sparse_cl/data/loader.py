@@ -20,7 +20,7 @@ class SampleTensors(Dataset):
 
     Args:
         inputs: N samples: a tensor (N, ...), such as images (N, C, H, W), or a dict, tuple or list of tensors.
-        labels: (N, ...), as the target has them; of classes whole numbers (N,).
+        labels: (N, ...), in the target's form; for classes whole numbers (N,).
         target: what labels are.
 
     Raises:
@@ -61,12 +61,12 @@ class TaskSampler(DistributedSampler):
     A ``DistributedSampler`` in one process too, so that Lightning never replaces it.
 
     Args:
-        alive: indices into the data set, (n,).
+        alive: indices (n,) into the data set.
     """
 
     def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(
-            alive,  # type: ignore[arg-type]  # torch's types ask for a Dataset; only its length is read
+            alive,  # type: ignore[arg-type]  # torch's types require a Dataset; only its length is read
             num_replicas,
             rank,
             shuffle=True,
@@ -92,7 +92,7 @@ class StreamSampler(TaskSampler):
 
     Args:
         alive: indices into the data set, (n,), in ascending order.
-        ends: where each block ends, in ascending order: the first index that is in it no more.
+        ends: where each block ends, in ascending order: the first index after it.
     """
 
     def __init__(self, alive: Tensor, num_replicas: int, rank: int, seed: int, ends: Sequence[int]) -> None:
@@ -109,7 +109,7 @@ class StreamSampler(TaskSampler):
 
 
 class ShareSampler(DistributedSampler):
-    """Every index in exactly one process, in order, none repeated: what an exact evaluation needs."""
+    """Gives every index to exactly one process, in order and without repetition, as an exact evaluation needs."""
 
     def __init__(self, indices: Tensor, num_replicas: int, rank: int) -> None:
         super().__init__(
@@ -130,7 +130,7 @@ class ShareSampler(DistributedSampler):
 class DrawnByBatch(Dataset):
     """A data set whose random draws in a worker process follow from the epoch and the batch alone.
 
-    A worker that begins in the middle of an epoch, after a resume, then draws as one that has run through it.
+    After a resume in the middle of an epoch, a worker then draws as if it had run from the start of the epoch.
     """
 
     def __init__(self, data: Dataset) -> None:
@@ -145,7 +145,7 @@ class DrawnByBatch(Dataset):
     def __getitems__(self, indices: list[int]) -> Any:
         worker = get_worker_info()
         if worker is not None:
-            seed = worker.seed - worker.id + 1_000_003 * indices[0]  # the epoch's, and the first of the batch
+            seed = worker.seed - worker.id + 1_000_003 * indices[0]  # the epoch's, and the batch's first index
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed % 2**63)
@@ -162,7 +162,7 @@ class TaskLoader(DataLoader):
     _first = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator is no _BaseDataLoaderIter
-        # It is one because the order is drawn at the first batch, when Lightning has told the sampler the epoch.
+        # A generator because the order is drawn at the first batch, when Lightning has told the sampler the epoch.
         first, self._first = self._first, 0
         self.sampler.skip = first * self.batch_size
         for self._seen, batch in enumerate(super().__iter__(), first + 1):
@@ -191,7 +191,7 @@ def collate(batch: Any) -> Any:
 
 
 def union(sets: Sequence[Dataset]) -> Dataset:
-    """All samples of several data sets; in memory, if those are."""
+    """All samples of several data sets; in memory if those are."""
     held = [d for d in sets if isinstance(d, SampleTensors)]
     if len(held) == len(sets):
         labels = torch.cat([d.labels for d in held])

@@ -12,11 +12,11 @@ from lightning_sparse_cl.data.loader import length
 
 
 class Numbered(Dataset):
-    """A data set of pairs (image, name), with the number of the name for it.
+    """A data set of pairs (image, name), with numbers in place of the names.
 
     Args:
         data: the data set.
-        numbers: of each name.
+        numbers: the number of each name.
     """
 
     def __init__(self, data: Dataset, numbers: dict[str, int]) -> None:
@@ -31,15 +31,15 @@ class Numbered(Dataset):
 
 
 def numbered(sets: Sequence[Dataset], known: Sequence[str] = ()) -> tuple[list[Dataset], list[str]]:
-    """Data sets whose labels are names, with numbers for them; all must be of this kind, if the first one is.
+    """Replace labels that are names by numbers; if the first data set has names, all must.
 
     Args:
-        sets: the data sets; those with labels that are no names are given back as they are.
+        sets: the data sets; those whose labels are not names are returned as they are.
         known: names that have the first numbers already.
 
     Returns:
-        The data sets, and the names by number: the known ones, and then the others in alphabetical order. If labels
-        are no names, there are none.
+        The data sets, and the names by number: the known ones, and then the others in alphabetical order. Empty if
+        labels are not names.
     """
     if not sets or not all(map(_has_names, sets)):
         return list(sets), []
@@ -51,7 +51,7 @@ def numbered(sets: Sequence[Dataset], known: Sequence[str] = ()) -> tuple[list[D
 def _has_names(data: Any) -> bool:
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or not len(data):
         return False
-    if listed_labels(data) is not None:  # as numbers, so that no image need be decoded
+    if listed_labels(data) is not None:  # as numbers, so that no image has to be decoded
         return False
     item = data[0]
     return isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[1], str)

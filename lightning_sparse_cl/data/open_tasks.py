@@ -16,9 +16,9 @@ from lightning_sparse_cl.data.named_labels import numbered
 class OpenTasks(TaskDataModule):
     """Base of the data modules whose tasks come one after the other; see :func:`learn`.
 
-    Each fit learns the tasks that have come until then, and :meth:`more` tells whether there is a further one. A fit
-    from a checkpoint takes the tasks that the checkpoint has, whatever has come since; those are for the next fit. A
-    subclass overrides :meth:`load` and :meth:`more`.
+    Each fit learns the tasks that have come by then, and :meth:`more` says whether there is a further one. A fit from a
+    checkpoint takes the tasks that the checkpoint has, whatever has come since; those are for the next fit. A subclass
+    overrides :meth:`load` and :meth:`more`.
     """
 
     is_open = True
@@ -34,19 +34,19 @@ class TaskStream(OpenTasks):
     """Tasks handed over by an iterator, until it ends: pairs of a training and a test set, as for ``TaskDatasets``.
 
     Args:
-        tasks: gives one pair of data sets per task, when the task before it has been learnt. It is asked for as many at
-            once as a checkpoint has.
+        tasks: gives one pair of data sets per task, when the task before it has been learnt. When resuming, it is asked
+            at once for as many as the checkpoint has.
         kwargs: see :class:`TaskDataModule`.
 
     Raises:
-        ValueError: if there is no task at all, or one is no pair.
+        ValueError: if there is no task at all, or one is not a pair.
     """
 
     def __init__(self, tasks: Iterable[tuple[Dataset, Dataset]], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._left: Iterator[tuple[Dataset, Dataset]] = iter(tasks)
         self._come: list[tuple[Dataset, Dataset]] = []
-        self._names: list[str] = []  # of classes, where labels are names
+        self._names: list[str] = []  # names of classes, if labels are names
 
     def more(self) -> bool:
         before = len(self._come)
@@ -79,10 +79,10 @@ class TaskStream(OpenTasks):
 
 
 def learn(trainer: pl.Trainer, module: pl.LightningModule, data: OpenTasks, ckpt_path: str | None = None) -> None:
-    """Fit a module to all tasks of an open sequence, one fit for those that have come, until there is no further one.
+    """Fit a module to an open sequence: each fit learns the tasks that have come, until there are no further ones.
 
     Args:
-        trainer: with a :class:`TaskSchedule`.
+        trainer: a trainer with a :class:`TaskSchedule`.
         module: a :class:`ContinualModule`, whose network and memory grow with the classes.
         data: the tasks.
         ckpt_path: a checkpoint of this sequence, with which the first fit begins.

@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_sparse_cl.thread_pool import thread_pool
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp", ".tif", ".tiff"}
-"""Of the files that are read."""
+"""Endings of the files that are read."""
 NOTES = {".txt", ".md", ".json", ".csv", ".xml", ".yaml", ".yml", ".html", ".ini", ".db"}
-"""Endings of files that are not taken for images, ``Thumbs.db`` and ``desktop.ini`` among them."""
+"""Endings of files that are not taken for images, including ``Thumbs.db`` and ``desktop.ini``."""
 
 
 def eight_bits(image: Any) -> Any:
@@ -26,8 +26,8 @@ def eight_bits(image: Any) -> Any:
     other modes RGB; alpha is dropped.
 
     Raises:
-        ValueError: if the range of the pixels is not known (modes F and I, but for 16 bits that Pillow opens as I), or
-            Pillow cannot convert the mode.
+        ValueError: if the range of the pixels is not known (modes F and I, except for 16 bits that Pillow opens as I),
+            or Pillow cannot convert the mode.
     """
     mode = image.mode
     if mode in ("L", "RGB"):
@@ -38,7 +38,7 @@ def eight_bits(image: Any) -> Any:
         from PIL import Image
 
         return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
-    if mode in ("La", "RGBa"):  # Pillow converts alpha that is multiplied in only to these
+    if mode in ("La", "RGBa"):  # Pillow converts premultiplied alpha only to these
         image = image.convert(mode.upper())
     if mode == "PA" or (mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")
@@ -46,19 +46,19 @@ def eight_bits(image: Any) -> Any:
 
 
 def _is_sixteen_bits(image: Any) -> bool:
-    """Whether mode I holds 16 bits, as older Pillow opens such PNGs: by the format, or by values beyond 8 bits."""
+    """Whether mode I holds 16 bits, as older Pillow opens such PNGs; judged by format, or values beyond 8 bits."""
     low, high = image.getextrema()
     return low >= 0 and high < 2**16 and (image.format in ("PNG", "PPM") or high == 0 or high > 255)
 
 
 def pixels(image: Any) -> Tensor:
-    """A PIL image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises as :func:`eight_bits`."""
+    """A PIL image as uint8 (1, H, W) if it is grey, else (3, H, W). Raises as :func:`eight_bits` does."""
     array = np.array(eight_bits(image))
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """The image files anywhere in a folder, in order; nothing hidden."""
+    """The image files anywhere in a folder, in order, except hidden ones."""
     return [path for path in _files(folder) if path.suffix.lower() in ENDINGS]
 
 
@@ -107,16 +107,16 @@ def open_picture(path: Path, name: str) -> Any:
             image = eight_bits(file)
             image.load()
             return image
-    except Exception as error:  # a decoder raises whatever the broken bytes lead to
+    except Exception as error:  # a decoder may raise anything on broken bytes
         raise ValueError(f"{name}: cannot read the image {str(path)!r}: {error}") from error
 
 
 Fit = Literal["squash", "crop"]
-"""How an image gets another size: its sides are scaled apart, or the shorter one is, and the middle is cut out."""
+"""How an image is resized: both sides are scaled, or the shorter one is and the middle is cut out."""
 
 
 def resized(image: Any, size: tuple[int, int], fit: Fit = "squash") -> Any:
-    """A PIL image with so many rows and columns, bilinearly."""
+    """A PIL image resized to ``size``, rows and columns, bilinearly."""
     from PIL import Image
 
     rows, columns = size
@@ -130,7 +130,7 @@ def resized(image: Any, size: tuple[int, int], fit: Fit = "squash") -> Any:
 
 
 def read(path: Path, name: str, size: tuple[int, int] | None = None, fit: Fit = "squash", channels: int = 3) -> Tensor:
-    """An image file (C, H, W), uint8, of 1 or 3 channels, resized if asked. Raises as :func:`open_picture`."""
+    """An image file (C, H, W), uint8, of 1 or 3 channels, resized if asked. Raises as :func:`open_picture` does."""
     image = open_picture(path, name).convert("L" if channels == 1 else "RGB")
     image = image if size is None else resized(image, size, fit)
     return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1)
@@ -140,10 +140,10 @@ def decode(
     paths: Sequence[Path], name: str, size: tuple[int, int], resize: bool = False, fit: Fit = "squash",
     channels: int = 3,
 ) -> Tensor:  # fmt: skip
-    """The images (N, C, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter.
+    """The images (N, C, H, W), uint8, in order; by threads, since Pillow decodes without holding the interpreter lock.
 
     Raises:
-        ValueError: with the name and the file, if one cannot be read, or is not of this size and not resized.
+        ValueError: with the name and the file, if one cannot be read, or has another size and is not resized.
     """
     images = torch.empty(len(paths), channels, *size, dtype=torch.uint8)
 
@@ -157,7 +157,7 @@ def decode(
 
 
 def read_of_size(path: Path, name: str, size: tuple[int, int], resize: bool, fit: Fit, channels: int) -> Tensor:
-    """:func:`read` of an image that has, or gets, a size. Raises ValueError, too, if it has another one."""
+    """:func:`read` of an image that is resized to this size, or must have it. Raises ValueError if it has not."""
     image = read(path, name, size if resize else None, fit, channels)
     if image.shape[1:] != size:
         raise ValueError(

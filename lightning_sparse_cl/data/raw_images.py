@@ -1,4 +1,4 @@
-"""Images that were not prepared, made into what the training's images were when they were stored."""
+"""Turns raw images into the form in which training images were stored."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ RawImages = Tensor | np.ndarray | Sequence[Any]
 def as_stored(images: RawImages, known: DataDescription) -> Tensor:
     """Images of any size and mode as training images were stored, (N, C, H, W).
 
-    They are converted to grey or RGB, as the training's were, and then resized to their size, bilinearly. Float images
-    are of the training's shape and range already, and only those will do where the training's were floats.
+    They are converted to grey or RGB, and then resized bilinearly, to match the training images. Float images must have
+    the shape and range of training already; if training images were floats, only such images are accepted.
 
     Raises:
-        ValueError: if one cannot be read or converted, with its path or place.
+        ValueError: if one cannot be read or converted, with its path or index.
     """
     if isinstance(images, Tensor | np.ndarray):
         whole = torch.as_tensor(images)
@@ -59,13 +59,13 @@ def one_as_stored(image: Any, known: DataDescription, name: str) -> Tensor:
         raise ValueError(f"{name}: a path, a PIL image or uint8 (C, H, W) is expected, got a {type(image).__name__}")
     try:
         image = eight_bits(image)
-    except Exception as error:  # the file behind it may be read only now
+    except Exception as error:  # its file may be read only now
         raise ValueError(f"{name}: {error}") from error
     return _pixels(image, name, known)
 
 
 def _picture(image: Tensor, name: str) -> Any:
-    """A PIL image of a tensor (1, H, W) or (3, H, W), uint8."""
+    """A PIL image from a tensor (1, H, W) or (3, H, W), uint8."""
     from PIL import Image
 
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
@@ -77,10 +77,10 @@ def _picture(image: Tensor, name: str) -> Any:
 
 
 def _pixels(image: Any, name: str, known: DataDescription) -> Tensor:
-    """A PIL image of 8 bits as the training's images were stored."""
+    """A PIL image of 8 bits as training images were stored."""
     channels, *size = known.input_shape
     if channels not in (1, 3):
-        raise ValueError(f"{name}: the training images had {channels} channels, and pictures have 1 or 3")
+        raise ValueError(f"{name}: the training images had {channels} channels, but pictures have 1 or 3")
     image = image.convert("L" if channels == 1 else "RGB")
     if [image.height, image.width] != size:
         if known.size is None:

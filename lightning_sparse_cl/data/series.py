@@ -1,4 +1,4 @@
-"""Series of different lengths, padded to one; and the packaged Japanese vowels."""
+"""Series of different lengths, padded to one length; and the packaged Japanese vowels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from lightning_sparse_cl.nests import Nest
 
 
 def padded(series: Sequence[Any], length: int | None = None) -> dict[str, Tensor]:
-    """Series (C, T_i) as one batch: ``series`` (N, C, T) float, with zeros behind each end, and ``length`` (N,).
+    """Series (C, T_i) as one batch: ``series`` (N, C, T) float, with zeros after each end, and ``length`` (N,).
 
     Args:
         series: tensors or arrays.
-        length: T. If None, that of the longest series.
+        length: T. If None, the length of the longest series.
 
     Raises:
-        ValueError: if one is no series of the others' channels, is empty, or is longer than ``length``.
+        ValueError: if one is not a series with the same channels as the others, is empty, or is longer than ``length``.
     """
     found = [torch.as_tensor(one, dtype=torch.float32) for one in series]
     if not found:
@@ -32,7 +32,7 @@ def padded(series: Sequence[Any], length: int | None = None) -> dict[str, Tensor
     for i, one in enumerate(found):
         if one.ndim != 2 or not one.numel() or len(one) != len(found[0]):
             raise ValueError(
-                f"padded: series are (C, T), each of the same C and at least one step, and the first is "
+                f"padded: series are (C, T), each of the same C and at least one step; the first is "
                 f"{tuple(found[0].shape)}; series {i} is {tuple(one.shape)}"
             )
         if length is not None and one.shape[1] > length:
@@ -52,7 +52,8 @@ class JapaneseVowelsSource(Source):
     ``length`` (N,). 270 are for training, 30 of each speaker, and 370 for testing.
 
     "Japanese Vowels", M. Kudo, J. Toyama and M. Shimbo, UCI Machine Learning Repository, 1999,
-    https://doi.org/10.24432/C5NS47, CC BY 4.0; the six digits of the copy in the UEA archive of multivariate series.
+    https://doi.org/10.24432/C5NS47, CC BY 4.0; with the six digits of the copy in the UEA archive of multivariate
+    series.
     """
 
     num_classes = 9

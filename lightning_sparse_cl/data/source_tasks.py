@@ -24,9 +24,9 @@ class SourceTasks(TaskDataModule):
 
     Args:
         source: the samples.
-        num_tasks: tasks to make of them.
-        transform: from stored to network input. If None, the source's, or else normalisation by the mean and deviation
-            of the first task's training samples, see :class:`TaskDataModule`.
+        num_tasks: number of tasks to make of them.
+        transform: from stored to network input. If None, the source's transform, or else normalisation by the mean and
+            deviation of the first task's training samples, see :class:`TaskDataModule`.
         kwargs: see :class:`TaskDataModule`.
     """
 
@@ -39,14 +39,15 @@ class SourceTasks(TaskDataModule):
             raise ValueError(f"{type(self).__name__}(num_tasks={num_tasks}): a sequence has at least one task")
         self.source = source
         self.planned = num_tasks
-        """Tasks the source is divided into; with ``joint`` they are tested, but not trained, apart."""
+        """Number of tasks in the source; with ``joint`` they are trained together, but tested separately.
+        """
 
     def divide(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
         """One part of the source, N samples and labels (N,), as one data set per task."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its tasks are: override divide()")
 
     def divide_training(self, inputs: Nest, labels: Tensor) -> list[SampleTensors]:
-        """The same for the training part, if that is divided in another way than the test part."""
+        """The same for the training part, if it is divided differently from the test part."""
         return self.divide(inputs, labels)
 
     def prepare_data(self) -> None:
@@ -80,16 +81,16 @@ class SourceTasks(TaskDataModule):
         return train, test
 
     def _spare(self) -> dict[str, int]:
-        """Classes that were learnt before, are in no task here, and have test images: their labels in the source.
+        """Labels in the source of the classes that were learnt before, are in no task here, and have test images.
 
         Raises:
-            ValueError: if there are only test images of a class that was not learnt.
+            ValueError: if a class that was not learnt has only test images.
         """
         known = set() if self.known is None else set(self.known.class_names)
         only = self.source.tested_only()
         if unknown := set(only) - known:
             raise ValueError(
-                f"{type(self).__name__} of {self.source}: there are test images of the class {min(unknown)!r}, and "
+                f"{type(self).__name__} of {self.source}: there are test images of the class {min(unknown)!r}, but "
                 "none for training"
             )
         if not known:
@@ -106,7 +107,7 @@ class SourceTasks(TaskDataModule):
         name = f"{type(self).__name__} of {self.source}"
         inputs, labels = self.source.read(train)
         inputs = as_nest(inputs, name)
-        labels = whole_labels(torch.as_tensor(labels), name)  # uint8 would choose like a mask where it is an index
+        labels = whole_labels(torch.as_tensor(labels), name)  # as an index, uint8 would act as a mask
         most = self.source.num_classes + (0 if train else len(self.source.tested_only()))
         if (wrong := labels[(labels < 0) | (labels >= most)]).numel():
             raise ValueError(
@@ -117,7 +118,7 @@ class SourceTasks(TaskDataModule):
 
 
 class _Opened(Dataset):
-    """Samples at places in a data set that reads them, with their labels."""
+    """The samples at some places of a data set that reads them one by one, with their labels."""
 
     def __init__(self, data: Any, places: Tensor, labels: Tensor) -> None:
         self.data, self.places, self.targets = data, places, labels
@@ -131,7 +132,7 @@ class _Opened(Dataset):
 
 
 def _opened(places: SampleTensors, items: Any) -> Dataset:
-    """The samples themselves; where the source reads them one by one, those at these places."""
+    """The samples themselves, or, if the source reads them one by one, those at these places."""
     if items is None:
         return places
     if not len(places):

@@ -1,4 +1,4 @@
-"""Where images come from: what a source is, the packaged digits, torchvision's data sets and tensors."""
+"""Where images come from: the base class of sources, the packaged digits, and torchvision's data sets."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Source:
 
     Attributes:
         num_classes: labels are in ``range(num_classes)``.
-        mean, std: per channel, on the scale 0-1; empty if the tasks made of the source shall compute their own.
-        crop, flip: what training draws at random, see :class:`~lightning_sparse_cl.ImageTransform`.
+        mean, std: per channel, on the scale 0-1; empty if the tasks made of the source compute their own.
+        crop, flip: random changes in training, see :class:`~lightning_sparse_cl.ImageTransform`.
     """
 
     num_classes: int
@@ -43,7 +43,7 @@ class Source:
         raise NotImplementedError(f"{type(self).__name__} does not say what its images are: override read()")
 
     def items(self, train: bool) -> Dataset | None:
-        """The samples as a data set that reads each when it is asked for; :meth:`read` then gives their places in it.
+        """The samples as a data set that reads each on request; :meth:`read` then gives their places in it.
 
         If None, :meth:`read` gives the samples.
         """
@@ -54,11 +54,11 @@ class Source:
         return [str(c) for c in range(self.num_classes)]
 
     def tested_only(self) -> list[str]:
-        """Names of classes that have test images alone; their labels come after ``num_classes``."""
+        """Names of classes that only have test images; their labels come after ``num_classes``."""
         return []
 
     def transform(self) -> ImageTransform | None:
-        """From stored images to network input. If the source has no mean and deviation, None."""
+        """From stored images to network input. None if the source has no mean and deviation."""
         return ImageTransform(self.mean, self.std, self.crop, self.flip) if self.mean else None
 
 
@@ -70,7 +70,7 @@ class DigitsSource(Source):
     https://doi.org/10.24432/C50P49, CC BY 4.0; the test part of that data set, as scikit-learn ships it.
 
     Args:
-        table: digits are rows of 64 numbers, for networks that take tables; they are standardised per column.
+        table: give digits as rows of 64 numbers, for networks that take tables; they are standardised per column.
     """
 
     table: bool = False
@@ -156,7 +156,7 @@ class _CIFARSource(_TorchvisionSource):
     """CIFAR-10 or CIFAR-100, which keep the names of their classes in a file of their own."""
 
     key: ClassVar[str] = ""
-    """Of the names in that file. If empty, torchvision's."""
+    """Key of the names in that file. If empty, torchvision's key."""
 
     def names(self) -> list[str]:
         from torchvision import datasets

@@ -1,4 +1,4 @@
-"""Class splits of the data sets: each with the arguments of its source and of :class:`ClassSplit` in one list."""
+"""Class splits of the data sets: each takes the arguments of its source and of :class:`ClassSplit` together."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SplitDigits(ClassSplit):
     """:class:`ClassSplit` of the small real digits that come with the package, :class:`DigitsSource`.
 
     Args:
-        table: digits are rows of 64 numbers.
+        table: give digits as rows of 64 numbers.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class SplitTinyImageNet(_SplitDownloadable):
 
 
 class SplitCIFAR100(ClassSplit):
-    """:class:`ClassSplit` of :class:`CIFAR100Source`: 10 tasks of 10 classes, or one task of 5 for each superclass.
+    """:class:`ClassSplit` of :class:`CIFAR100Source`: 10 tasks of 10 classes, or one task of 5 classes per superclass.
 
     Args:
-        num_tasks: a divisor of 100. If None, and no other way is given, 10, with superclasses 20.
+        num_tasks: a divisor of 100. If None, and no other way is given, 10, or 20 with superclasses.
         root: folder of the data.
         download: fetch what is missing.
         superclasses: task t has the classes of superclass t. It fixes the tasks and ``class_order``.
@@ -135,7 +135,7 @@ class SplitMiniImageNet(ClassSplit):
     """:class:`ClassSplit` of :class:`MiniImageNetSource`: 10 tasks of 10 classes.
 
     Args:
-        root: folder that has the folder ``mini-imagenet``.
+        root: folder that contains the folder ``mini-imagenet``.
         size: side in pixels that images are resized to.
     """
 
@@ -159,11 +159,11 @@ class SplitImageFolder(ClassSplit):
 
     Args:
         root: the folder.
-        size: side in pixels that images are resized to. If None, they keep theirs, and all must be equal.
+        size: side in pixels that images are resized to. If None, they keep their sizes, which must all be equal.
         crop: zero padding in pixels before a random crop in training; 0 is none.
         flip: mirror half of the training images.
-        fit, channels, in_memory: see :class:`ImageFolderSource`. Folders too large for memory: ``in_memory=False``,
-            with ``num_workers``.
+        fit, channels, in_memory: see :class:`ImageFolderSource`. For folders too large for memory use
+            ``in_memory=False``, with ``num_workers``.
     """
 
     usual_tasks = None
@@ -235,7 +235,7 @@ class SplitCSV(ClassSplit):
 class SplitTensors(ClassSplit):
     """:class:`ClassSplit` of samples and labels of your own: :class:`TensorSource`.
 
-    Labels may have gaps: classes are those that occur, counted in ascending order, also in ``class_order``.
+    Labels may have gaps: the classes that occur are counted in ascending order, also for ``class_order``.
 
     Args:
         train, test: N samples and labels (N,), see :class:`TensorSource`: images (N, C, H, W), uint8 in 0-255 or float,

@@ -14,9 +14,9 @@ from lightning_sparse_cl.nests import Nest, is_image, is_padded, joined, rows, w
 
 
 class Standardisation(nn.Module):
-    """Series (B, C, T) or tables (B, C) less the mean of each channel or column, over its deviation.
+    """Standardises each channel of series (B, C, T), or column of tables (B, C), by a given mean and deviation.
 
-    Series may be padded: ``{"series": (B, C, T), "length": (B,)}``; what is behind their ends stays zero.
+    Series may be padded: ``{"series": (B, C, T), "length": (B,)}``; what follows their ends stays zero.
 
     Args:
         mean, std: per channel. If both are empty, samples of any kind pass unchanged.
@@ -38,7 +38,7 @@ class Standardisation(nn.Module):
         if isinstance(x, dict):
             return x | {"series": self(x["series"]) * within(x["length"], x["series"])}
         shape = [-1, *[1] * (x.ndim - 2)]
-        if x.dtype == torch.float64:  # such as points in time, which vary little compared with their size
+        if x.dtype == torch.float64:  # such as timestamps, which vary little compared with their size
             shift, scale = (x.new_tensor(values).view(shape) for values in (self.mean, self.std))
             return ((x - shift) / scale).float()
         return (x.float() - self.shift.view(shape)) * self.scale.view(shape)
@@ -55,8 +55,8 @@ def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisat
     """Normalisation by the mean and deviation of all samples, or of an evenly spaced sample of 2,000 if there are more.
 
     uint8 images are normalised per channel; series (C, T), padded ones included, and tables (C,), uint8 or float, per
-    channel or column. All else passes unchanged: float images, integers of other types, such as tokens, and dicts and
-    tuples of tensors. The sample depends on the number of samples alone.
+    channel or column. Anything else passes unchanged: float images, integers of other types, such as tokens, and dicts
+    and tuples of tensors. The sample depends on the number of samples alone.
     """
     n = min(length(data), 2000)
     at = torch.arange(n) * length(data) // n
@@ -78,7 +78,7 @@ def standardised(data: Dataset, crop: int = 0, flip: bool = False) -> Normalisat
         return Standardisation()
     mean, std = values.double().mean(1), values.double().std(1)
     rounding = 1e-13 if values.dtype == torch.float64 else 1e-6
-    std = std.where(std > rounding * mean.abs(), 1.0)  # of what is constant, but for rounding, and of one sample
+    std = std.where(std > rounding * mean.abs(), 1.0)  # if constant up to rounding, or of one sample
     return Standardisation(mean.tolist(), std.tolist())
 
 

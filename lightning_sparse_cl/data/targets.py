@@ -1,4 +1,4 @@
-"""What a network tells of a sample: its class, several labels, real numbers, or the class of each pixel."""
+"""What a network predicts for a sample: its class, several labels, real numbers, or the class of each pixel."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from torchmetrics.utilities import dim_zero_cat
 from lightning_sparse_cl.data.labels import whole_labels
 
 IGNORED = 255
-"""Of a map of classes, pixels that count neither in the loss nor in the metric."""
+"""Marks pixels in a map of classes that count neither in the loss nor in the metric."""
 
 
 class Target:
     """Base of the kinds of label. An objective says which of them it takes.
 
-    Outputs are what the network's head gives: (B, C) for a batch of B samples, of maps (B, C, H, W).
+    Outputs are what the network's head gives: (B, C) for a batch of B samples, or (B, C, H, W) for maps.
     """
 
     kind: str
-    """Its name, in arguments and in checkpoints."""
+    """Name of the target, in arguments and checkpoints."""
     figure: str
-    """The name of the metric of a task, in tables."""
+    """Name of a task's metric, in tables."""
     expected: str
-    """Labels as a data set gives them, in words."""
+    """The labels that a data set should give, in words."""
 
     def labels(self, given: Tensor, name: str) -> Tensor:
         """Labels (N, ...) of a data set as they are stored.
 
         Raises:
-            ValueError: in the name of ``name``, if they are of another kind.
+            ValueError: naming ``name``, if they are of another kind.
         """
         raise NotImplementedError
 
@@ -44,7 +44,7 @@ class Target:
         raise NotImplementedError
 
     def count(self, labels: Tensor) -> int:
-        """How many outputs stored labels (N, ...) ask for."""
+        """How many outputs stored labels (N, ...) need."""
         return max(self.occurring(labels), default=-1) + 1
 
     def for_loss(self, labels: Tensor) -> Tensor:
@@ -55,18 +55,18 @@ class Target:
         """The loss (B,) of each sample.
 
         Args:
-            outputs: of the network.
+            outputs: outputs of the network.
             labels: (B, ...).
             live: which outputs (C,) take part. If None, all.
         """
         raise NotImplementedError
 
     def among(self, outputs: Tensor, live: Tensor) -> Tensor:
-        """The outputs where only ``live`` (C,) can be answers: what Task-IL goes by."""
+        """The outputs, of which only ``live`` (C,) can be answers: Task-IL uses these."""
         return outputs
 
     def answers(self, outputs: Tensor) -> Tensor:
-        """What the network says: (B,) classes, (B, C) yes or no, (B, C) numbers, or (B, H, W) classes."""
+        """The network's answers: (B,) classes, (B, C) yes or no, (B, C) numbers, or (B, H, W) classes."""
         raise NotImplementedError
 
     def measure(self, outputs: int) -> Metric | None:
@@ -77,7 +77,7 @@ class Target:
         """
         return None
 
-    def __reduce__(self) -> Any:  # a copy is the same one
+    def __reduce__(self) -> Any:  # a copy is the same object
         return target_of, (self.kind, "Target")
 
     def __repr__(self) -> str:
@@ -108,9 +108,9 @@ class Classes(Target):
 
 
 class ClassMaps(Classes):
-    """The class of each pixel (segmentation). Loss: cross-entropy, the mean over the pixels that count.
+    """The class of each pixel (segmentation). Loss: cross-entropy, averaged over the pixels that count.
 
-    Measured by mIoU: intersection over union, the mean over the classes that occur in labels or answers.
+    Measured by mIoU: intersection over union, averaged over the classes that occur in labels or answers.
     """
 
     kind, figure = "class_maps", "mIoU"
@@ -142,10 +142,10 @@ class ClassMaps(Classes):
 
 
 class MultiLabel(Target):
-    """Which of C labels a sample has; several, or none. Loss: binary cross-entropy, the mean over labels.
+    """Which of C labels a sample has; several, or none. Loss: binary cross-entropy, averaged over labels.
 
-    Measured by mAP: for each label the average precision of the task's test samples in the order of its output, the
-    mean over the task's labels. A label is ranked by itself, so that Class-IL and Task-IL are the same figure.
+    Measured by mAP: for each label the average precision of the task's test samples in the order of its output,
+    averaged over the task's labels. Each label is ranked by itself, so that Class-IL and Task-IL are the same figure.
     """
 
     kind, figure = "multi_label", "mAP"
@@ -176,10 +176,10 @@ class MultiLabel(Target):
 
 
 class RealNumbers(Target):
-    """C real numbers (regression). Loss: the squared error, the mean over the numbers.
+    """C real numbers (regression). Loss: the squared error, averaged over the numbers.
 
-    Measured by R², the mean over the numbers: 1 is exact, 0 as good as their mean, and what is worse is negative. Every
-    task has all outputs, so that Class-IL and Task-IL are the same figure.
+    Measured by R², averaged over the numbers: 1 is exact, 0 as good as predicting their mean, and worse is negative.
+    Every task has all outputs, so that Class-IL and Task-IL are the same figure.
     """
 
     kind, figure = "real_numbers", "R²"
@@ -210,7 +210,7 @@ class RealNumbers(Target):
 
 
 class OfAll(Metric):
-    """Base of the metrics that are computed of all outputs and labels at once."""
+    """Base of the metrics that are computed from all outputs and labels at once."""
 
     outputs: list[Tensor]
     labels: list[Tensor]
@@ -227,7 +227,7 @@ class OfAll(Metric):
 
 
 class NumbersExplained(OfAll):
-    """R², the mean over the numbers. Of fewer than two samples, nan.
+    """R², averaged over the numbers; nan for fewer than two samples.
 
     A number that is the same for all samples counts as 1 if every output is that number, and as 0 otherwise, as in
     scikit-learn. Sums are taken in float64 and about the mean: ``R2Score`` sums squares in float32, which loses numbers
@@ -241,14 +241,14 @@ class NumbersExplained(OfAll):
             return torch.full((), torch.nan)
         scores, vary = (outputs == labels).all(0).double(), (labels != labels[0]).any(0)
         if vary.any():
-            mean, std = labels[:, vary].mean(0), labels[:, vary].std(0)  # r2_score has limits for what is small
+            mean, std = labels[:, vary].mean(0), labels[:, vary].std(0)  # r2_score has thresholds for small values
             outputs, labels = ((part[:, vary] - mean) / std for part in (outputs, labels))
             scores[vary] = r2_score(outputs, labels, multioutput="raw_values")
         return scores.mean().float()
 
 
 class LabelsRanked(OfAll):
-    """mAP over the labels that some sample has. If no sample has any, nan.
+    """mAP over the labels that some sample has; nan if no sample has any.
 
     (``MultilabelAveragePrecision`` takes the sigmoid of outputs, which makes all large ones equal.)
     """
@@ -259,7 +259,7 @@ class LabelsRanked(OfAll):
         found = labels.any(0)
         if not found.any():
             return torch.full((), torch.nan, device=outputs.device)
-        values, place = outputs[:, found].unique(return_inverse=True)  # any numbers in 0-1 that have this order
+        values, place = outputs[:, found].unique(return_inverse=True)  # replaced by numbers in 0-1 in this order
         return multilabel_average_precision(
             place.double() / len(values), labels[:, found], int(found.sum()), validate_args=False
         )
@@ -269,7 +269,7 @@ KINDS: dict[str, Target] = {target.kind: target for target in (Classes(), MultiL
 
 
 def target_of(kind: str, owner: str) -> Target:
-    """The target by its name. Raises ValueError, in the name of ``owner``, if there is none."""
+    """The target of that name. Raises ValueError, naming ``owner``, if there is none."""
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{owner}(target={kind!r}): target is one of {', '.join(KINDS)}")
     return KINDS[kind]

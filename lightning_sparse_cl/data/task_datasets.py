@@ -14,7 +14,7 @@ from lightning_sparse_cl.data.targets import KINDS, target_of
 
 
 class TaskDatasets(TaskDataModule):
-    """A sequence of torch data sets of your own, one a task.
+    """A sequence of torch data sets of your own, one per task.
 
     Items are pairs (sample, label). Samples are PIL images, tensors or arrays, such as images (C, H, W), uint8 in 0-255
     or float, or dicts, tuples and lists of tensors; all have the same keys, shapes and types. See
@@ -22,14 +22,14 @@ class TaskDatasets(TaskDataModule):
     you like, or names: classes are counted over all tasks in ascending order, and ``class_names`` has their labels as
     text.
 
-    Labels of other targets: ``multi_label``, 0 or 1 for each of C labels; ``real_numbers``, one or C; ``class_maps``,
-    the class (H, W) of each pixel, or 255 where it does not count, for backbones that give features (B, D, H, W). The
-    objective says which it takes, and the accuracy matrix is of mAP, R² or mIoU.
+    Labels of other targets: ``multi_label``, 0 or 1 for each of C labels; ``real_numbers``, one or C numbers;
+    ``class_maps``, the class (H, W) of each pixel, or 255 where it does not count, for backbones that give features (B,
+    D, H, W). The objective says which targets it takes, and the accuracy matrix has mAP, R² or mIoU.
 
     Args:
-        train, test: one data set a task.
-        in_memory: read them once into tensors; else they are read item by item, for which ``num_workers`` helps.
-        item_transform: makes of each sample, when it is read, one that is stored: any callable, such as one that
+        train, test: one data set per task.
+        in_memory: read them once into tensors; otherwise they are read item by item, with ``num_workers`` to help.
+        item_transform: applied to each sample when it is read, before it is stored: any callable, such as one that
             resizes images or pads series to one length.
         target: what labels are: ``classes``, ``multi_label``, ``real_numbers`` or ``class_maps``; see
             :mod:`lightning_sparse_cl.data.targets`.
@@ -51,14 +51,15 @@ class TaskDatasets(TaskDataModule):
         self.target = target_of(target, "TaskDatasets")
         if not all(isinstance(sets, Sequence) for sets in (train, test)):
             kinds = f"{type(train).__name__} and {type(test).__name__}"
-            raise ValueError(f"TaskDatasets: train and test are lists of data sets, one a task, got {kinds}")
+            raise ValueError(f"TaskDatasets: train and test are lists of data sets, one per task, got {kinds}")
         if len(train) != len(test) or not train:
             raise ValueError(
-                f"TaskDatasets: one training and one test set a task, got {len(train)} training, {len(test)} test sets"
+                f"TaskDatasets: one training and one test set per task, got {len(train)} training, "
+                f"{len(test)} test sets"
             )
         listed = class_names is None or (isinstance(class_names, Sequence) and not isinstance(class_names, str))
         if not listed or (class_names and (len(set(class_names)) < len(class_names) or not _are_texts(class_names))):
-            raise ValueError(f"TaskDatasets(class_names={class_names!r}): a list of texts, each another one")
+            raise ValueError(f"TaskDatasets(class_names={class_names!r}): a list of texts, all different")
         self.given = {"train": train, "test": test}
         self.in_memory, self.item_transform, self.given_names = in_memory, item_transform, class_names
 

@@ -30,14 +30,14 @@ class TaskSets:
     """Labels that occur in each task."""
     fingerprints: list[str]
     samples: list[int]
-    """For training, of each task."""
+    """Number of training samples of each task."""
     tested_only: list[Part]
-    """Test sets of classes that were learnt before and have no training images any more."""
+    """Test sets of classes that were learnt before and no longer have training images."""
 
     def after(self, learnt: LearntTasks) -> TaskSets:
-        """The tasks learnt before, with what is there of their data, and behind them those that are still to be learnt.
+        """The tasks learnt before, with whatever data of them are there, followed by those still to be learnt.
 
-        A task is known by its fingerprint; a test set without training images by its classes.
+        A task is recognised by its fingerprint; a test set without training images by its classes.
         """
         places, new = learnt.match(self.fingerprints)
         old = self._placed(places, learnt)
@@ -52,7 +52,7 @@ class TaskSets:
         )
 
     def only(self, fingerprints: set[str]) -> TaskSets:
-        """Those tasks alone, and the classes that they have; if there is none of them, all."""
+        """Only these tasks, and their classes; if none of them is there, all tasks."""
         kept = [i for i, found in enumerate(self.fingerprints) if found in fingerprints]
         if len(kept) in (0, len(self.train)):
             return self
@@ -68,14 +68,14 @@ class TaskSets:
         )
 
     def by_classes(self, name: str, learnt: LearntTasks) -> TaskSets:
-        """The test sets in the order of the tasks that were learnt; of tasks that are not there, empty ones.
+        """The test sets in the order of the tasks that were learnt, with empty sets for tasks that are missing.
 
-        A task is known by its fingerprint, or else by its classes: other images of them may be tested. If the data have
-        a task that was not learnt, they stay as they are.
+        A task is recognised by its fingerprint, or else by its classes: other images of them may be tested. If the data
+        have a task that was not learnt, they stay as they are.
 
         Raises:
-            ValueError: in the name of ``name``, if several of the tasks learnt have the classes of one that is there,
-                and nothing tells which it is.
+            ValueError: naming ``name``, if several of the tasks learnt have the classes of a given one, and nothing
+                says which it is.
         """
         places, left = learnt.match(self.fingerprints)
         of = [frozenset(self.class_names[c] for c in classes) for classes in self.classes]
@@ -94,7 +94,7 @@ class TaskSets:
         return self._placed(places, learnt)
 
     def _placed(self, places: Sequence[int | None], learnt: LearntTasks) -> TaskSets:
-        """What is there of each learnt task, at its place here; of others nothing but what is only tested."""
+        """The data of each learnt task, from its place here; for missing tasks, test sets without training data."""
         nothing = _nothing((self.train or self.tested_only)[0])
         only = [(set(part.target.occurring(labels_of(part))), part) for part in self.tested_only]
         tested = [next((part for labels, part in only if labels <= set(task)), nothing) for task in learnt.classes]
@@ -118,12 +118,12 @@ def read_tasks(
     Args:
         name: for errors.
         train, test: as :meth:`TaskDataModule.load` gives them.
-        class_names: names by label. If empty, the classes are counted, and named by their labels.
+        class_names: names by label. If empty, the classes are counted, and named after their labels.
         learnt: what was learnt before: its classes have the first labels.
         target: what labels are.
 
     Raises:
-        ValueError: in one line, if they are no task sequence, or do not agree with what was learnt.
+        ValueError: in one line, if they are not a task sequence, or do not agree with what was learnt.
     """
     refuse_empty(name, train, test, every=learnt is None)
     trained = [length(data) > 0 for data in train]
@@ -145,13 +145,13 @@ def read_tasks(
         if not ids:
             raise ValueError(f"{name}: no label counts; labels are {target.expected}")
         if class_names and target is not KINDS["class_maps"] and len(class_names) != len(ids):
-            raise ValueError(f"{name}: there are {len(class_names)} names, and labels of {target.kind} have {len(ids)}")
+            raise ValueError(f"{name}: there are {len(class_names)} names, but labels of {target.kind} have {len(ids)}")
     elif there:
         check_labels(name, learning, testing)
     if not class_names:
         names, numbers = [str(i) for i in ids], ids
     elif len(class_names) <= ids[-1]:
-        raise ValueError(f"{name}: there are {len(class_names)} names of labels, and there is the label {ids[-1]}")
+        raise ValueError(f"{name}: there are {len(class_names)} names of labels, but there is the label {ids[-1]}")
     else:
         names, numbers = list(class_names), list(range(len(class_names)))
     for t, found in zip([t for t, there_is in enumerate(trained) if not there_is], other, strict=True):
@@ -187,15 +187,15 @@ def read_tasks(
 def following(
     name: str, found: TaskSets, learnt: LearntTasks, asked: bool, joint: bool, by_classes: bool
 ) -> tuple[TaskSets, LearntTasks | None]:
-    """The tasks of a sequence, with those that were learnt before, and these if the sequence goes on from them.
+    """The tasks of a sequence, including those learnt before, and the latter if the sequence goes on from them.
 
     Args:
         name: for errors.
         found: the data.
         learnt: the tasks learnt before.
-        asked: it goes on also if nothing of the data is new; else that is a new sequence.
-        joint: the data are trained on all at once.
-        by_classes: they are tested only: see :meth:`TaskSets.by_classes`.
+        asked: whether the sequence goes on even if none of the data are new; otherwise such data begin a new sequence.
+        joint: whether all data are trained on at once.
+        by_classes: whether the data are only tested, see :meth:`TaskSets.by_classes`.
 
     Raises:
         ValueError: if the sequence cannot go on with these data.
@@ -241,7 +241,7 @@ def _nothing(like: Part) -> SampleTensors:
 
 
 def _part(data: Dataset, name: str, target: Target) -> Part:
-    """A data set as one of the kinds whose items are known to be right."""
+    """A data set in one of the forms whose items are checked."""
     known = data if isinstance(data, SampleTensors | Items) else Items(data, name, target=target)
     if known.target is not target:
         raise ValueError(f"{name}: labels are {known.target.kind}, those of the sequence {target.kind}")
@@ -249,7 +249,7 @@ def _part(data: Dataset, name: str, target: Target) -> Part:
 
 
 def _refuse_other_labels(name: str, labels: Sequence[Tensor]) -> None:
-    """Raises ValueError unless the labels of all data sets have one shape."""
+    """Raise ValueError unless the labels of all data sets have one shape."""
     shapes = list(dict.fromkeys(tuple(found.shape[1:]) for found in labels))
     if len(shapes) > 1:
         raise ValueError(f"{name}: labels of shape {shapes[1]} and of shape {shapes[0]}; all must be equal")

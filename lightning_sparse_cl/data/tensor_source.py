@@ -20,8 +20,8 @@ class TensorSource(Source):
     """Samples and labels of your own.
 
     Labels are ids, with gaps if you like: the classes are those that occur in training, in ascending order, and
-    :meth:`names` has their ids as text. Or labels are names, which are counted in alphabetical order. Negative ids are
-    refused, since -1 marks samples without a label elsewhere.
+    :meth:`names` has their ids as text. Labels may also be names, which are counted in alphabetical order. Negative ids
+    are refused, since -1 often marks samples without a label.
 
     Args:
         train, test: N samples and labels (N,). Samples are a tensor or array (N, ...), such as images (N, C, H, W),
@@ -30,7 +30,7 @@ class TensorSource(Source):
         crop, flip: see :class:`~lightning_sparse_cl.ImageTransform`; for uint8 images.
 
     Raises:
-        ValueError: if they are something else, or training and test samples differ in keys, shape, type or, of images,
+        ValueError: if they are anything else, or training and test samples differ in keys, shape, type or, for images,
             range.
     """
 
@@ -52,7 +52,7 @@ class TensorSource(Source):
             object.__setattr__(self, name, _pair(f"TensorSource({name}=...)", getattr(self, name)))  # it is frozen
         (train, labels), (test, tested) = self.train, self.test
         if (self.crop or self.flip) and not (is_image(train) and train.dtype == torch.uint8):
-            raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, all else passes unchanged")
+            raise ValueError("TensorSource(crop, flip): only uint8 images are augmented, others pass unchanged")
         refuse_other_kind("TensorSource: test samples", rows(test, 0), "train samples", rows(train, 0))
         if is_image(train):
             refuse_other_range("TensorSource", ("train images", train), ("test images", test))
@@ -73,7 +73,7 @@ class TensorSource(Source):
 
 
 def _names_in(given: Any) -> list[str]:
-    """The names among training labels, in alphabetical order. If labels are no names, none."""
+    """The names among training labels, in alphabetical order. Empty if labels are not names."""
     labels: Any = given[1] if isinstance(given, tuple | list) and len(given) == 2 else None
     listed = labels.tolist() if isinstance(labels, np.ndarray) and labels.dtype.kind in "USO" else labels
     if not isinstance(listed, tuple | list) or not all(isinstance(name, str) for name in listed):
@@ -82,7 +82,7 @@ def _names_in(given: Any) -> list[str]:
 
 
 def _with_numbers(name: str, given: Any, names: list[str]) -> tuple[Any, Tensor]:
-    """The samples, and for each name of a class its number."""
+    """The samples, and labels with each class name replaced by its number."""
     inputs, labels = given
     numbers = {known: i for i, known in enumerate(names)}
     if unknown := [str(label) for label in labels if str(label) not in numbers]:

@@ -15,13 +15,13 @@ from torch import Tensor
 from lightning_sparse_cl.data.sources import Source
 
 Tokenizer = Callable[[str], Any]
-"""From a text to its token ids, a list of integers from 0 on; or a mapping with ``input_ids``, as tokenizers of
-transformers give."""
+"""From a text to its token ids, a list of integers from 0 on; or a mapping with ``input_ids``, as the tokenizers of
+transformers return."""
 
 
 @dataclass(frozen=True)
 class HashTokenizer:
-    """Words, in lower case, to ids by a hash: no vocabulary has to be learnt or kept, and no word is unknown.
+    """Maps words, in lower case, to ids by a hash: no vocabulary has to be learnt or kept, and no word is unknown.
 
     Different words may share an id. The id 0 is left for padding.
 
@@ -44,15 +44,15 @@ class HashTokenizer:
 
 
 def encoded(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[str, Tensor]:
-    """Texts as one batch: ``ids`` (N, T) int64, with 0 behind each end, and ``mask`` (N, T), true for tokens.
+    """Texts as one batch: ``ids`` (N, T) int64, with 0 after each end, and ``mask`` (N, T), true for tokens.
 
     Args:
-        texts: N texts; of each the first T tokens are kept.
+        texts: N texts; the first T tokens of each are kept.
         tokenizer: see :data:`Tokenizer`.
         length: T.
 
     Raises:
-        ValueError: if a text has no tokens, or the tokenizer gives something else.
+        ValueError: if a text has no tokens, or the tokenizer returns something else.
     """
     rows = []
     if isinstance(texts, str):
@@ -76,9 +76,9 @@ def encoded(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> dict[str
 
 
 def positive_length(owner: str, length: int) -> None:
-    """Raises ValueError, in the name of ``owner``, unless texts have room for a token."""
+    """Raise ValueError, naming ``owner``, unless texts have room for a token."""
     if length < 1:
-        raise ValueError(f"{owner}(length={length}): tokens that are kept of each text, at least 1")
+        raise ValueError(f"{owner}(length={length}): how many tokens are kept of each text, at least 1")
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,12 @@ class TextFolderSource(Source):
 
     Args:
         root: the folder.
-        length: tokens that are kept of each text; shorter ones are padded.
+        length: how many tokens are kept of each text; shorter ones are padded.
         tokenizer: see :data:`Tokenizer`. If None, :class:`HashTokenizer`.
 
     Raises:
         FileNotFoundError: when the classes are asked for, if there are none.
-        ValueError: if a class has no texts, or one has no tokens.
+        ValueError: if a class has no texts, or a text has no tokens.
     """
 
     root: str = "data"
@@ -116,7 +116,7 @@ class TextFolderSource(Source):
         return found
 
     def encode(self, texts: Iterable[str]) -> dict[str, Tensor]:
-        """Texts as the training's were stored; see :func:`encoded`."""
+        """Texts as the training texts were stored; see :func:`encoded`."""
         return encoded(texts, self.tokenizer or HashTokenizer(), self.length)
 
     def read(self, train: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -125,7 +125,7 @@ class TextFolderSource(Source):
         names = self.names()
         if unknown := sorted(_folders(part) - set(names)):
             raise ValueError(
-                f"{self}: there are texts of the class {unknown[0]!r} in {str(part)!r}, and none for training"
+                f"{self}: there are texts of the class {unknown[0]!r} in {str(part)!r}, but none for training"
             )
         for label, name in enumerate(names):
             files = sorted(path for path in (part / name).rglob("*.txt") if not _is_hidden(path, part))

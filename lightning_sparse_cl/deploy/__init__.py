@@ -1,4 +1,4 @@
-"""Trained modules for use elsewhere: files of them, and what each way to run them costs."""
+"""Trained modules for use elsewhere: writes them to files, and measures what each way to run them costs."""
 
 from lightning_sparse_cl.deploy.export import export_model
 from lightning_sparse_cl.deploy.profiling import profile_model

@@ -16,26 +16,27 @@ from lightning_sparse_cl.sparsity.task_inference import LargestLogit
 
 
 class Answering(NamedTuple):
-    """A network alone, in eval mode: a copy of float32 on the CPU."""
+    """A copy of a network alone, in eval mode, in float32 on the CPU."""
 
     network: nn.Module
     classes: list[int] | None
-    """The label of each of its outputs. If None, they are those of the module."""
+    """The label of each of its outputs. If None, they are the module's labels in order."""
 
 
 def answering(model: nn.Module, task: int | None = None) -> Answering:
-    """What maps a batch to the outputs by which a module is tested, without the channels that no layer reads.
+    """The network that computes the outputs by which a module is tested, without the channels that no layer reads.
 
-    Of a module whose tasks have subnetworks, all of them, each for the classes of its task: the class with the largest
-    output tells the task, too. Where a memory classifies (iCaRL), the means of its exemplars are the last layer.
+    If tasks have subnetworks, it holds all of them, each for the classes of its task: the class with the largest output
+    also decides the task. If a memory classifies (iCaRL), the means of its exemplars are the last layer.
 
     Args:
         model: a trained module of this package, or any network.
-        task: answer among the classes of this task alone, counted from 0; of subnetworks, by its own. If None, among
-            all classes.
+        task: answer only among the classes of this task, counted from 0, and by its subnetwork if it has one. If None,
+            among all classes.
 
     Raises:
-        ValueError: if there is no such task, or several subnetworks have a class, so that they do not go together.
+        ValueError: if there is no such task, or several subnetworks have the same class, so that they cannot be
+            combined.
     """
     name, learnt = type(model).__name__, Subnetworks.of(model)
     if task is not None and type(task) is not int:
@@ -46,13 +47,13 @@ def answering(model: nn.Module, task: int | None = None) -> Answering:
         known = learnt.known()
         if type(learnt.inference) is not LargestLogit:
             raise ValueError(
-                f"{name}: its tasks are told by {type(learnt.inference).__name__}, which a file of all subnetworks "
-                "does not do; give a task, counted from 0 (sparsecl export --task 0)"
+                f"{name}: its tasks are inferred by {type(learnt.inference).__name__}, which a file of all "
+                "subnetworks cannot do; give a task, counted from 0 (sparsecl export --task 0)"
             )
         if sum(len(own.classes) for own in learnt.tasks) > len(known):
             raise ValueError(
-                f"{name}: several of its {len(learnt)} tasks have the same classes, and one file has the subnetwork of "
-                "one of them; give a task, counted from 0 (sparsecl export --task 0)"
+                f"{name}: several of its {len(learnt)} tasks have the same classes, and one file holds the subnetwork "
+                "of only one of them; give a task, counted from 0 (sparsecl export --task 0)"
             )
         return _alone(_Together(learnt, known), known)
     network, classes = network_of(model), None
@@ -69,7 +70,7 @@ def answering(model: nn.Module, task: int | None = None) -> Answering:
 
 
 class _Together(nn.Module):
-    """Every subnetwork's outputs at the places of its classes, among all that are known."""
+    """All subnetworks as one network: the outputs of each stand at the places of its classes."""
 
     def __init__(self, learnt: Subnetworks, known: list[int]) -> None:
         super().__init__()
@@ -78,14 +79,14 @@ class _Together(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         first, *others = [network(x) for network in self.tasks]
-        for found in others:  # a class is one task's; the others have zeros there
+        for found in others:  # each class belongs to one task; the others have zeros there
             first = first + found
         return first
 
 
 @torch.no_grad()
 def _spread(network: nn.Module, places: list[int], outputs: int) -> nn.Module:
-    """A copy with so many outputs, of which those at ``places`` are its own and the others zero."""
+    """A copy with ``outputs`` outputs, of which those at ``places`` are its own and the others zero."""
     network = compact(network)
     name, last = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
     wide = nn.Linear(last.in_features, outputs).to(last.weight)

@@ -32,7 +32,7 @@ Values = Literal["float32", "float16", "bfloat16", "int8"]
 VALUES = {
     ".spnet": ("float32", "bfloat16", "int8"), ".pt2": ("float32",), ".onnx": ("float32", "float16", "int8"),
 }  # fmt: skip
-"""Types of weights by the endings of files."""
+"""Types of weights, by the file's ending."""
 ENDINGS = tuple(VALUES)
 
 
@@ -47,34 +47,34 @@ def export_model(
     """Write a trained network for use elsewhere; the file's ending says how.
 
     * ``.spnet``: for :class:`FlatNetwork` and the runtime without Python; weights that are zero are left out.
-    * ``.pt2``: for torch alone: ``torch.export.load(path).module()(images)``. Zeros are stored, and multiplied.
+    * ``.pt2``: for torch: ``torch.export.load(path).module()(images)``. Zeros are stored, and multiplied.
     * ``.onnx``: for ONNX Runtime and others (extra ``[onnx]``). Likewise.
 
-    Channels that no layer reads are left out. Of a module of this package the file has the normalisation, and takes
-    samples as they were stored: images as bytes (B, H, W, C), as image files give them. It knows the names of the
+    Channels that no layer reads are left out. The file of a module of this package includes the normalisation, and
+    takes samples as they were stored: images as bytes (B, H, W, C), as image files give them. It holds the names of the
     classes, the classes of each task and how it was trained, as JSON: ``metadata.json`` among the extra files of a
     ``.pt2``, and ``metadata`` among the properties of an ONNX model. A plain network, or one whose data had a transform
-    of their own, takes floats (B, C, H, W) as it was trained on.
+    of their own, takes floats (B, C, H, W) like those it was trained on.
 
-    Where each task has a subnetwork, all of them are in the file; the class with the largest output tells the task,
-    too. iCaRL's means of exemplars are the last layer.
+    Where each task has a subnetwork, all of them are in the file; the class with the largest output also decides the
+    task. iCaRL's means of exemplars are the last layer.
 
     Args:
         model: a network, or a trained module of this package.
         path: the file; it is replaced at once or not at all.
-        input_shape: of one sample, such as (C, H, W). If None, that of the module's training.
-        values: type of the weights: float32, bfloat16 or int8 in a ``.spnet`` file, whose sums are taken in float32 all
-            the same; float32, float16 or int8 in an ONNX model, which computes in that type, too.
-        task: answer among the classes of this task alone, counted from 0; where it has a subnetwork, by that. If None,
+        input_shape: shape of one sample, such as (C, H, W). If None, the shape in the module's training.
+        values: type of the weights: float32, bfloat16 or int8 in a ``.spnet`` file, whose sums are always taken in
+            float32; float32, float16 or int8 in an ONNX model, which also computes in that type.
+        task: answer only among the classes of this task, counted from 0, and by its subnetwork if it has one. If None,
             among all classes.
-        calibration: samples as they were stored, such as images (N, C, H, W), for an ONNX model of int8.
+        calibration: samples as they were stored, such as images (N, C, H, W), for an int8 ONNX model.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        ValueError: if the ending is another, no shape is known, the network does something that cannot be exported,
-            which is named, there is no such task, or the module does not answer by a network.
+        ValueError: if the ending is another, no shape is known, the network does something that cannot be exported (the
+            error names it), there is no such task, or the module does not answer by a network.
         OSError: if the file cannot be written; an earlier one is untouched.
     """
     ending = Path(path).suffix
@@ -87,18 +87,18 @@ def export_model(
 
 @dataclass(frozen=True)
 class Exportable:
-    """What is written of a trained module, whatever the file."""
+    """What is written of a trained module, for any kind of file."""
 
     network: nn.Module
-    """What answers, for network input; in eval mode, float32, on the CPU."""
+    """The network that answers, for network input; in eval mode, float32, on the CPU."""
     shape: tuple[int, ...]
-    """Of one sample as network input."""
+    """Shape of one sample as network input."""
     normalisation: tuple[Tensor, Tensor] | None
-    """Factor and summand (C,) that make network input of stored samples."""
+    """Factor and summand (C,) that turn stored samples into network input."""
     as_bytes: bool
     """Whether stored samples are bytes."""
     turned: bool
-    """Whether stored samples are images, whose bytes come (B, H, W, C) from files."""
+    """Whether stored samples are images, which files give as bytes (B, H, W, C)."""
     metadata: dict[str, Any]
     classes: list[int] | None
     """The label of each output. If None, 0, 1, ..."""
@@ -115,13 +115,13 @@ class Exportable:
         shape = tuple(given or (() if layout is None else layout.shape[1:]))
         if not shape or any(type(n) is not int or n < 1 for n in shape):
             raise ValueError(
-                f"export_model({name}): how large is a sample? input_shape is such as (3, 32, 32), got {shape}"
+                f"export_model({name}): how large is a sample? input_shape is a shape such as (3, 32, 32), got {shape}"
             )
         if layout is not None and shape != tuple(layout.shape[1:]):
-            raise ValueError(f"export_model({name}): it was trained on {tuple(layout.shape[1:])}, and not on {shape}")
+            raise ValueError(f"export_model({name}): it was trained on {tuple(layout.shape[1:])}, not on {shape}")
         if layout is not None and layout.dtype != torch.uint8 and not layout.is_floating_point():
             raise ValueError(
-                f"export_model({name}): it was trained on {layout.dtype}; floats and bytes can be exported"
+                f"export_model({name}): it was trained on {layout.dtype}; only floats and bytes can be exported"
             )
         network, classes = answering(model, task)
         if task is None:
@@ -133,7 +133,7 @@ class Exportable:
         try:
             with torch.no_grad():
                 found.whole()(found.example())
-        except Exception as error:  # of the user's network
+        except Exception as error:  # the user's network may raise anything
             line = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"export_model({name}): it cannot take samples {shape}: {line}") from error
         return found
@@ -166,7 +166,7 @@ class Exportable:
             refuse_hooks(self.network)
             layers = layers_of(self.network, self.shape)
             data = spnet_bytes(layers, self.shape, normalisation, names, self.metadata, values)
-            with contextlib.suppress(KernelsUnavailable):  # without a compiler it cannot be tried
+            with contextlib.suppress(KernelsUnavailable):  # it cannot be tried without a compiler
                 FlatNetwork.opened(data, self.metadata["method"])
         elif ending == ".pt2":
             data = _pt2(self.whole(), self.example(), metadata)
@@ -195,7 +195,7 @@ def _metadata(
 
 
 class _Half(nn.Module):
-    """A network in float16 that takes and gives what it did before."""
+    """A network in float16 that takes and returns the same types as before."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class _Half(nn.Module):
 
 
 class _Normalising(nn.Module):
-    """A network that takes samples as they were stored; of images the bytes (B, H, W, C)."""
+    """A network that takes samples as they were stored, and images as bytes (B, H, W, C)."""
 
     scale: Tensor
     shift: Tensor
@@ -224,7 +224,7 @@ class _Normalising(nn.Module):
 
 
 def _normalisation(known: DataDescription | None, layout: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """Factor and summand (C,) that make network input of what was stored, if there are such."""
+    """Factor and summand (C,) that turn stored samples into network input, if there are any."""
     if known is None or layout is None or known.std is None or not known.mean:
         return None
     mean, std = torch.tensor(known.mean), torch.tensor(known.std)
@@ -234,7 +234,7 @@ def _normalisation(known: DataDescription | None, layout: Tensor | None) -> tupl
 
 def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
     file, batches = io.BytesIO(), torch.export.Dim("samples", min=1)
-    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # ExecuTorch takes no other
+    network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # the only format that ExecuTorch takes
     with torch.compiler.set_stance("default"):
         program = torch.export.export(network, (example,), dynamic_shapes=({0: batches},))
     torch.export.save(program, file, extra_files={"metadata.json": metadata})
@@ -244,7 +244,7 @@ def _pt2(network: nn.Module, example: Tensor, metadata: str) -> bytes:
 def _refuse_other_answers(
     model: nn.Module, network: nn.Module, classes: list[int] | None, shape: Sequence[int]
 ) -> None:
-    """What answers for a module is asked beside it: a module of another package may add something of its own."""
+    """Compare the network's answers with the module's: a module of another package may add something of its own."""
     if network_of(model) is model or not isinstance(model, ContinualModule):
         return
     weight, training = next(model.parameters()), {m: m.training for m in model.modules()}

@@ -1,7 +1,7 @@
 """One way of running a trained network, in a process of its own that loads nothing else; :mod:`profiling` drives it.
 
 Run as a script: ``measured.py WAY FILE PIPE THREADS LIBRARY``. It reads commands from the pipe: ``("outputs", x)``
-gives the outputs for a batch, ``("time", x, seconds)`` milliseconds of calls, ``("memory",)`` megabytes.
+returns the outputs for a batch, ``("time", x, seconds)`` the milliseconds of calls, ``("memory",)`` megabytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def by_torch(way: str, file: str, threads: int, ready: Callable[[], None]) -> Ru
         import lightning_sparse_cl as scl  # the file needs it
 
         ready()
-        network = torch.load(file, weights_only=False)  # of the parent's, written a moment ago
+        network = torch.load(file, weights_only=False)  # the parent has just written it
         if way == "kernels":
             scl.accelerate(getattr(network, "network", network))
         if way == "compiled":
@@ -99,7 +99,7 @@ def by_runtime(file: str, threads: int, library: str, ready: Callable[[], None])
 
 
 def megabytes(which: str) -> float:
-    """Of this process: ``VmRSS`` now, ``VmHWM`` at most so far. Where the system does not tell, not a number."""
+    """Memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak. NaN if the system does not say."""
     try:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) / 1000 for line in status if line.startswith(which))
@@ -108,7 +108,7 @@ def megabytes(which: str) -> float:
 
 
 def timed(run: Run, x: np.ndarray, seconds: float) -> list[float]:
-    """Milliseconds of each call: for so many seconds, and at least three times."""
+    """Milliseconds of each call, repeated for ``seconds`` and at least three times."""
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
@@ -139,9 +139,9 @@ def main(way: str, file: str, pipe: str, threads: str, library: str) -> None:
         while True:
             name, *arguments = connection.recv()
             connection.send(commands[name](*arguments))
-    except EOFError:  # the parent has what it wants
+    except EOFError:  # the parent has closed the pipe
         return
-    except Exception as error:  # whatever the way leads to
+    except Exception as error:  # any way may raise anything
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 

@@ -17,7 +17,7 @@ from lightning_sparse_cl.backbones.pretrained import imported
 
 INPUT, OUTPUT = "samples", "outputs"
 BATCH = 32
-"""Samples that the quantiser looks at together."""
+"""How many samples the quantiser takes at a time."""
 
 
 def onnx_bytes(
@@ -30,20 +30,20 @@ def onnx_bytes(
     """A network as the bytes of an ONNX model.
 
     Args:
-        network: in eval mode; for ``float16`` it computes in that type.
-        example: a batch that it takes, of two samples; the model takes batches of any size.
+        network: a network in eval mode; for ``float16`` it computes in that type.
+        example: a batch of two samples for it; the model takes batches of any size.
         metadata: JSON, kept as the property ``metadata``.
-        values: type of the weights, and of what is computed of them. With ``int8`` each output channel has a factor and
-            no offset, so that zeros stay zeros; what goes between layers has the range of ``calibration``.
-        calibration: samples (N, ...) as the network takes them, for ``int8``.
+        values: type of the weights, and of what is computed from them. With ``int8`` each output channel has a factor
+            and no offset, so that zeros stay zeros; values between layers have the range seen in ``calibration``.
+        calibration: samples (N, ...) as the network takes them, needed for ``int8``.
 
     Raises:
         ValueError: if a package of the extra ``[onnx]`` is missing, or ``int8`` has no ``calibration``.
     """
     if values == "int8" and (calibration is None or not len(calibration)):
         raise ValueError(
-            "export_model(values='int8'): an ONNX model of 8 bits is calibrated; give calibration, some hundred "
-            "samples of the training (the command takes them from the data of a configuration)"
+            "export_model(values='int8'): an ONNX model of 8 bits has to be calibrated; give calibration, a few "
+            "hundred training samples (the command takes them from the data of a configuration)"
         )
     onnx = imported("onnx", "export_model")
     imported("onnxscript", "export_model", extra="onnx")
@@ -55,7 +55,7 @@ def onnx_bytes(
     assert program is not None
     model = program.model_proto
     for part in (model.graph, *model.graph.node, *model.graph.value_info):
-        del part.metadata_props[:]  # where in which source file it was made
+        del part.metadata_props[:]  # the place in the source where it was made
     if values == "int8":
         assert calibration is not None
         model = _quantised(model, calibration)
@@ -81,7 +81,7 @@ def _quantised(model: Any, calibration: Tensor) -> Any:
     with TemporaryDirectory() as folder:
         whole, prepared, small = (str(Path(folder, name)) for name in ("whole", "prepared", "small"))
         onnx.save(model, whole)
-        logger.setLevel(logging.ERROR)  # it advises what has just been done
+        logger.setLevel(logging.ERROR)  # it recommends what has just been done
         try:
             quant_pre_process(whole, prepared, skip_symbolic_shape=True)
             quantization.quantize_static(

@@ -1,4 +1,4 @@
-"""The picture of a profile: bars beside each other."""
+"""The picture of a profile: panels of bars side by side."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COLOUR = (8, 69, 148)
 
 
 def draw_bars(names: Sequence[str], panels: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Draw horizontal bars: a row for each name, a panel for each measure, each on a scale of its own, from zero.
+    """Draw horizontal bars: a row per name and a panel per measure, each panel on a scale of its own, from zero.
 
     Args:
-        names: of the rows.
-        panels: by title, a number for each row.
+        names: names of the rows.
+        panels: by title, one number per row.
         path: the PNG file.
     """
     font = ImageFont.load_default(12)

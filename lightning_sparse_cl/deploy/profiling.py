@@ -55,44 +55,44 @@ def profile_model(
     seconds: float = 0.5,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Size, memory, time and accuracy of a trained network, by each way to run it; what one looks at before shipping.
+    """Measure size, memory, time and accuracy of a trained network for each way to run it, before shipping it.
 
-    Every way has a process of its own, which loads nothing else. They are timed in turn, one at a time, in five rounds.
-    Writes the files that were measured into the folder, with ``profile.json`` and ``profile.png``; prints a table.
+    Each way has a process of its own, which loads nothing else. They are timed in turn, one at a time, in five rounds.
+    The measured files are written into the folder, with ``profile.json`` and ``profile.png``; a table is printed.
 
     Args:
         model, task: see :func:`~lightning_sparse_cl.export_model`.
-        samples: to test on, as they were stored, such as images (N, C, H, W).
-        labels: theirs (N,). If None, or of another kind than classes, there is no accuracy.
-        folder: it is made if it is missing.
-        calibration: training samples, as they were stored, for ONNX models of int8. If None, there is none of these.
+        samples: samples to test on, as they were stored, such as images (N, C, H, W).
+        labels: their labels (N,). If None, or not classes, there is no accuracy.
+        folder: the folder; it is made if it is missing.
+        calibration: training samples, as they were stored, for int8 ONNX models. If None, these are left out.
         ways: some of :data:`WAYS`. If None, all.
-        threads: of each process.
-        seconds: for how long each way is timed in each round, with each size of batch.
-        progress: is told what is done.
+        threads: number of threads per process.
+        seconds: for how long each way is timed per round and size of batch.
+        progress: called with a line on what is being done.
 
     Returns:
-        A row for each way: ``way``, ``file``, ``bytes``; ``accuracy``; ``difference``, the largest from what the model
-        answers, over the largest answer; ``peak_mb``, at most for the whole process, and ``own_mb``, of it without
-        the libraries; ``batch_1_ms`` and ``batch_32_ms``, each with ``median`` and ``p90``, of a call. A way that
-        cannot be run has a ``note`` in their place.
+        A row per way: ``way``, ``file``, ``bytes``; ``accuracy``; ``difference``, the largest difference from the
+        model's outputs, over the largest output; ``peak_mb``, the peak of the whole process, and ``own_mb``, without
+        the libraries; ``batch_1_ms`` and ``batch_32_ms``, each with ``median`` and ``p90`` of a call. A way that cannot
+        be run has a ``note`` in their place.
 
     Raises:
-        ValueError: if a way is none of these, there are no samples, or the module cannot be exported at all.
+        ValueError: if a way is unknown, there are no samples, or the module cannot be exported at all.
     """
     wanted = list(WAYS) if ways is None else list(ways)
     if unknown := [way for way in wanted if way not in WAYS]:
         raise ValueError(f"profile_model(ways={unknown}): the ways are {', '.join(map(repr, WAYS))}")
     if not len(samples) or not wanted:
-        raise ValueError(f"profile_model: there are {len(samples)} samples and {len(wanted)} ways; give some of both")
+        raise ValueError(f"profile_model: there are {len(samples)} samples and {len(wanted)} ways; both are needed")
     if labels is not None and len(labels) != len(samples):
-        raise ValueError(f"profile_model: there are {len(samples)} samples and {len(labels)} labels")
+        raise ValueError(f"profile_model: there are {len(samples)} samples, but {len(labels)} labels")
     if threads < 1 or not seconds > 0:
         raise ValueError(f"profile_model(threads={threads}, seconds={seconds}): both are greater than 0")
     what = Exportable.of(model, None if hasattr(model, "data_description") else samples.shape[1:], task)
     if tuple(samples.shape[1:]) != what.shape or (samples.dtype == torch.uint8) != what.as_bytes:
         raise ValueError(
-            f"profile_model: samples are {samples.dtype} {tuple(samples.shape)}, and the network takes "
+            f"profile_model: samples are {samples.dtype} {tuple(samples.shape)}, but the network takes "
             f"{'uint8' if what.as_bytes else 'floats'} (N, {', '.join(map(str, what.shape))})"
         )
     folder = Path(folder)
@@ -127,7 +127,7 @@ def profile_model(
 
 @dataclass
 class _Measured:
-    """One way, and the process that goes it."""
+    """One way to run the network, and its process."""
 
     title: str
     folder: Path
@@ -149,7 +149,7 @@ class _Measured:
                     torch.save(what.whole(), part)
             else:
                 what.write(path, values, calibration)
-        except Exception as error:  # a network of the user's: what cannot be written is said
+        except Exception as error:  # the user's network: the note says what cannot be written
             self.note = " ".join(str(error).split())[:300]
             return
         self.found = {"file": name, "bytes": path.stat().st_size}
@@ -164,7 +164,7 @@ class _Measured:
         self._answer()
 
     def compare(self, samples: np.ndarray, answers: np.ndarray, targets: np.ndarray | None) -> None:
-        """Ask for the outputs for all samples."""
+        """Get the outputs for all samples, and compare them with the model's."""
         size, parts = BATCHES[-1], []
         for at in range(0, len(samples), size):
             parts.append(self._ask("outputs", samples[at : at + size]))
@@ -183,7 +183,7 @@ class _Measured:
             times += self._ask("time", x, seconds) or []
 
     def row(self) -> dict[str, Any]:
-        """What was measured."""
+        """The measurements of this way."""
         before, most = self._ask("memory") or (0, 0)
         if self.note is not None:
             return {"way": self.title, "note": self.note}
@@ -209,7 +209,7 @@ class _Measured:
         return self._answer()
 
     def _answer(self) -> Any:
-        """What comes back. A text says what went wrong."""
+        """The process's answer. A text says what went wrong."""
         try:
             found = self.pipe.recv()
         except (EOFError, OSError):
@@ -221,7 +221,7 @@ class _Measured:
 
 
 def _targets(what: Exportable, labels: Tensor | None) -> np.ndarray | None:
-    """The output that each sample should have the largest."""
+    """The output that should be the largest for each sample."""
     if labels is None or labels.ndim != 1 or what.metadata.get("target", "classes") != "classes":
         return None
     if what.classes is None:
@@ -256,6 +256,6 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def _draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     there = [row for row in rows if "note" not in row]
-    panels = {f"batch {b}, ms a call": [row[f"batch_{b}_ms"]["median"] for row in there] for b in BATCHES}
+    panels = {f"batch {b}, ms per call": [row[f"batch_{b}_ms"]["median"] for row in there] for b in BATCHES}
     panels |= {"file, kB": [row["bytes"] / 1000 for row in there], "peak, MB": [row["peak_mb"] for row in there]}
     draw_bars([row["way"] for row in there], panels, path)

@@ -19,14 +19,14 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("sparse.cpp")
 HEADERS = SOURCE.parent
-INSTRUCTIONS = {  # what torch says this CPU has (or ATEN_CPU_CAPABILITY tells it to use), and what compilers call it
+INSTRUCTIONS = {  # torch's name for this CPU's (or ATEN_CPU_CAPABILITY's) instructions, and the compilers' options
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"],
     "AVX2": ["-mavx2", "-mfma"],
 }
 
 
 KINDS = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
-SIGNATURES = {  # pointers, numbers, doubles
+SIGNATURES = {  # how many pointers, integers and doubles
     "sparse_convolve": "npppppppnp",
     "sparse_correlate": "npppppp",
     "gather": "ppnp",
@@ -40,7 +40,7 @@ SIGNATURES = {  # pointers, numbers, doubles
 
 
 class KernelsUnavailable(RuntimeError):
-    """There are no sparse kernels on this machine; the message says why and what helps."""
+    """The sparse kernels cannot run on this machine; the message says why, and what helps."""
 
 
 @cache
@@ -64,14 +64,13 @@ def library() -> ctypes.CDLL:
 
 
 def compiled(source: Path, torch_threads: bool = True) -> Path:
-    """The shared library that a C++ file and the kernels' headers are compiled to, against torch.
+    """Compile a C++ file with the kernels' headers, against torch, and return the shared library.
 
     If not ``torch_threads``, it is compiled without torch, and has threads of its own.
 
     The compiler is ``$CXX``, else ``c++``, ``g++`` or ``clang++``, whichever is found first; ``$CXXFLAGS`` are added to
-    its options. What it made is kept in
-    ``$LIGHTNING_SPARSE_CL_CACHE``, else in ``~/.cache/lightning_sparse_cl``, under a name that changes with the source,
-    the compiler, torch and the CPU.
+    its options. The library is kept in ``$LIGHTNING_SPARSE_CL_CACHE``, else in ``~/.cache/lightning_sparse_cl``, under
+    a name that changes with the source, the compiler, torch and the CPU.
 
     Raises:
         KernelsUnavailable: if there is no compiler, or it fails.
@@ -85,7 +84,7 @@ def compiled(source: Path, torch_threads: bool = True) -> Path:
         if path is None:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if folder.stat().st_uid != os.getuid():  # another user's
+                if folder.stat().st_uid != os.getuid():  # it belongs to another user
                     continue
                 path = _compile(command, source, folder, name)
             except OSError:  # a folder that cannot be written to
@@ -96,7 +95,7 @@ def compiled(source: Path, torch_threads: bool = True) -> Path:
 
 @cache
 def lanes() -> int:
-    """Images in a vector."""
+    """How many lanes a vector has."""
     return int(library().lanes())
 
 
@@ -149,7 +148,7 @@ def _folders() -> list[Path]:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a library is as it was compiled: its name ends with its checksum, as a damaged one ends the process."""
+    """Whether a library is as it was compiled: its name ends with a checksum, as loading a damaged one would crash."""
     return path.stem.endswith(_digest(path))
 
 
@@ -158,7 +157,7 @@ def _digest(path: Path) -> str:
 
 
 def _compile(command: list[str], source: Path, folder: Path, name: str) -> Path:
-    """Compile into a file of its own, then put it in place at once: another process may be doing the same."""
+    """Compile into a new file, then move it into place at once: another process may be doing the same."""
     print(f"Compiling the sparse kernels for this CPU into {folder} ...", flush=True)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as work:

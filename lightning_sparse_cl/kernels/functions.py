@@ -30,7 +30,7 @@ class Gather(Function):
 
 
 class Scatter(Function):
-    """The masked weight, like ``weight``, of its values (n,)."""
+    """The masked weight, in the form of ``weight``, from its values (n,)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, pattern: Pattern) -> Tensor:
@@ -65,7 +65,7 @@ class Convolution(Function):
 
 
 class Norm(Function):
-    """Batch-norm of a blocked tensor by its own statistics, plus ``add``, rectified if ``relu``: one pass for all.
+    """Batch-norm of a blocked tensor by its own statistics, plus ``add``, rectified if ``relu``: all in one pass.
 
     Running statistics, where given, move by ``momentum``.
     """

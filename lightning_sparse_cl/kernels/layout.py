@@ -1,4 +1,4 @@
-"""The layout of the kernels: the same pixel of many images beside each other."""
+"""The layout of the kernels: the same pixel of many images side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_sparse_cl.kernels.build import lanes
 
 
 class Grid(NamedTuple):
-    """How a batch lies in the lanes of vectors: so many images, each cut into ``rows`` x ``columns`` equal parts.
+    """How a batch is laid out in the lanes of vectors: images are cut into ``rows`` x ``columns`` equal parts.
 
     A blocked tensor is (groups, C, H / rows, W / columns, lanes): a group is ``lanes / (rows * columns)`` images.
     """
@@ -34,10 +34,10 @@ class Grid(NamedTuple):
         """The grid for a batch: small batches fill the lanes with parts of each image.
 
         Args:
-            images: how many.
-            height: of an image, in pixels.
-            width: of an image.
-            down: the strides that follow, multiplied: parts stay whole pixels through them.
+            images: number of images.
+            height: height of an image, in pixels.
+            width: width of an image, in pixels.
+            down: product of the strides that follow: parts have whole pixels after all of them.
         """
         rows = columns = 1
         while images * rows * columns < lanes():
@@ -60,7 +60,7 @@ class Grid(NamedTuple):
         return x.reshape(self.groups, c, parts[4], parts[6], lanes()).contiguous()
 
     def unblock(self, x: Tensor) -> Tensor:
-        """The other way round; channels_last, which costs no more."""
+        """The inverse; the result is channels_last, which costs no more."""
         g, c, h, w, _ = x.shape
         parts = x.view(g, c, h, w, self.each, self.rows, self.columns).permute(0, 4, 5, 2, 6, 3, 1)
         whole = parts.reshape(g * self.each, h * self.rows, w * self.columns, c)

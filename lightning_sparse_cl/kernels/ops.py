@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_sparse_cl.kernels.layout import Grid
 from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
 
-_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, as long as it exists
+_patterns: WeakIdKeyDictionary = WeakIdKeyDictionary()  # by mask, for as long as the mask exists
 
 
 @custom_op("lightning_sparse_cl::conv2d", mutates_args=(), device_types="cpu")
@@ -25,8 +25,8 @@ def sparse_conv2d(
 ) -> Tensor:
     """``F.conv2d(x, weight * mask, bias, stride, padding)`` that multiplies by the alive weights only.
 
-    Differentiable; the gradient of the weight is zero outside the mask. What is known of a mask is kept with it, so the
-    same tensor should be given every time; writing to it is noticed, but not through ``mask.data``.
+    It is differentiable; the gradient of the weight is zero outside the mask. What was computed for a mask is kept with
+    it, so pass the same tensor every time; writing to it is noticed, except through ``mask.data``.
 
     Args:
         x: (B, in, H, W), float32 on the CPU.
@@ -34,7 +34,7 @@ def sparse_conv2d(
         mask: bool, of the weight's shape, True where a weight is alive.
         bias: (out,) or None.
         stride: 1 or 2.
-        padding: 0 to k - 1, of zeros.
+        padding: number of zeros, 0 to k - 1.
 
     Returns:
         (B, out, H', W'), channels_last.
@@ -97,7 +97,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad
     dx = _input_gradient(*given) if wanted[0] else None
     dweight = _weight_gradient(*given) if wanted[1] else None
-    db = dy.sum((0, 2, 3)) if len(wanted) > 3 and wanted[3] else None  # of what was not given nothing is said
+    db = dy.sum((0, 2, 3)) if len(wanted) > 3 and wanted[3] else None  # it has entries for given arguments only
     return (dx, dweight, None, db, None, None)[: len(wanted)]
 
 
@@ -105,7 +105,7 @@ sparse_conv2d.register_autograd(_gradients, setup_context=_save)
 
 
 def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) -> tuple[Pattern, Grid]:
-    """The lists of a mask, and how to lay the images."""
+    """The lists of a mask, and how to lay out the images."""
     for name, value, dtype in (("x", x, torch.float32), ("weight", weight, torch.float32), ("mask", mask, torch.bool)):
         if value.ndim != 4 or value.dtype != dtype or value.device.type != "cpu":
             raise ValueError(
@@ -117,9 +117,9 @@ def _find(x: Tensor, weight: Tensor, mask: Tensor, stride: int, padding: int) ->
     k, (h, w) = weight.shape[2], x.shape[2:]
     if weight.numel() == 0 or x.shape[1] != weight.shape[1] or len(x) == 0 or min(h, w) + 2 * padding < k:
         raise ValueError(f"sparse_conv2d: x is {tuple(x.shape)}, which a weight {tuple(weight.shape)} cannot take")
-    parts = 2 * padding + 1 == k and not (h % stride or w % stride)  # of images stay parts of them
+    parts = 2 * padding + 1 == k and not (h % stride or w % stride)  # parts of images stay parts
     grid = Grid.of(len(x), h, w, stride) if parts else Grid(len(x))
-    if mask.is_inference():  # it does not tell when it is written to
+    if mask.is_inference():  # it does not record when it is written to
         known, version = {}, 0
     else:
         known, version = _patterns.setdefault(mask, {}), mask._version

@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_sparse_cl.kernels.build import call, numbers
 from lightning_sparse_cl.kernels.layout import Grid
 
-FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile sees beyond itself: none, 1, 2; 2 at stride 2
+FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile reads beyond itself: none, 1, 2; 2 at stride 2
 
 
-BLOCKS = {  # channels whose windows fill the first cache, by the output's side; else 16, or 24 of very sparse ones
+BLOCKS = {  # channels whose windows fill the first cache, by the output's side; else 16, or 24 if very sparse
     FLAT: {1: 64, 2: 32, 3: 32}, NEXT: {1: 64, 2: 40}, AROUND: {1: 48, 2: 28}, STRIDED: {1: 48, 2: 18, 3: 8},
 }  # fmt: skip
 
@@ -24,7 +24,7 @@ Call = tuple[ctypes.Array[ctypes.c_int64], Tensor, tuple[int, ...]]
 
 
 class Geometry(NamedTuple):
-    """One convolution: what its masks cannot tell."""
+    """One convolution: what its mask does not show."""
 
     stride: int = 1
     padding: int = 0
@@ -33,14 +33,14 @@ class Geometry(NamedTuple):
 class Pattern:
     """The lists of one masked weight: forward and, transposed, for the gradient of the input.
 
-    Input channels come in blocks whose windows fill the first cache; in each block, the non-zeros of every output
+    Input channels come in blocks whose windows fill the first cache; each block lists the non-zeros of every output
     channel. The values of the non-zeros are a vector (n,) in this order, see :meth:`gather`.
 
     Args:
         mask: (out, in, k, k) or (out, in), True where a weight is alive. k is 1 or 3.
         like: the weight, whose memory format :meth:`gather` reads.
         geometry: stride 1 or 2, and padding 0 to k - 1.
-        side: 1 or 2 if parts of the output are no larger, whose windows are small; else 3.
+        side: 1 or 2 if parts of the output are no larger than that, with small windows; otherwise 3.
 
     Raises:
         ValueError: if mask and weight differ in shape, or there are no kernels for it.
@@ -70,7 +70,7 @@ class Pattern:
         block, back_block = (BLOCKS[m].get(side, 16 if dense else 24) for m in (self.mode, self.back_mode))
         self.block, self.back_block = min(block, self.inputs), min(back_block, self.out)
         blocks, back_blocks = -(-self.inputs // self.block), -(-self.out // self.back_block)
-        parts = 9 if self.mode == AROUND else 1  # of a list, see sparse.cpp
+        parts = 9 if self.mode == AROUND else 1  # parts of a list, see sparse.cpp
         self.pointers = torch.empty(blocks * self.out * parts + 1, dtype=torch.int32)
         self.back_pointers = torch.empty(back_blocks * stride**2 * self.inputs * parts + 1, dtype=torch.int32)
         self._code, self._back_code = (torch.empty(self.entries, dtype=torch.uint16) for _ in range(2))
@@ -111,7 +111,7 @@ class Pattern:
         return whole
 
     def _as_listed(self, weight: Tensor) -> Tensor:
-        """With the strides and the type that the lists are of; those of the weight may have changed since."""
+        """The weight with the strides and type of the lists; its own may have changed since."""
         if weight.stride() == self.strides and weight.dtype == torch.float32 and weight.device.type == "cpu":
             return weight
         return torch.empty_strided(self.shape, self.strides).copy_(weight)
@@ -132,7 +132,7 @@ class Pattern:
         return y
 
     def input_gradient(self, dy: Tensor, values: Tensor, grid: Grid, size: tuple[int, int]) -> Tensor:
-        """The gradient of the blocked input, of ``size`` (h, w), from that of the output."""
+        """The gradient of the blocked input, of ``size`` (h, w), from the gradient of the output."""
         about, offsets, shape = self._known(("back", dy.shape, grid, tuple(size)), self._back)
         back = self.back_values(values)
         dx = dy.new_empty(shape)
@@ -153,11 +153,11 @@ class Pattern:
         return back
 
     def out_shape(self, x: Tensor, grid: Grid) -> tuple[int, ...]:
-        """Of the blocked output, for blocked x."""
+        """The shape of the blocked output, for blocked x."""
         return self._known(("forward", x.shape, grid), self._forward)[2]
 
     def _known(self, key: tuple[Any, ...], find: Callable[..., Call]) -> Call:
-        """What a kernel needs to know of one shape, found once."""
+        """What a kernel needs to know about one shape, computed once."""
         if key not in self._calls:
             self._calls[key] = find(*key[1:])
         return self._calls[key]
@@ -182,7 +182,7 @@ class Pattern:
         return about, self._offsets(max(tiles), True), (groups, self.inputs, *size, lanes)
 
     def _offsets(self, side: int, back: bool) -> Tensor:
-        """Places in the packed window, whose size depends on that of the output."""
+        """Places in the packed window, whose size depends on the output's size."""
         side = min(side, 3)
         if (side, back) not in self._places:
             code, mode = (self._back_code, self.back_mode) if back else (self._code, self.mode)

@@ -1,4 +1,4 @@
-"""Methods: one paper a file, each a composition of an objective, an update rule, an optimiser and policies."""
+"""Methods: one paper per file, each a composition of an objective, an update rule, an optimiser and policies."""
 
 from lightning_sparse_cl.methods.base import ContinualModule
 from lightning_sparse_cl.methods.cl_lsg import CLLSG

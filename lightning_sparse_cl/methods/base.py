@@ -47,7 +47,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
 
     Raises:
         ValueError: if the backbone has no ``forward``, or exemplars are to be selected and the objective does not
-            return the loss of each.
+            return a loss for each.
     """
 
     automatic_optimization = False
@@ -76,9 +76,9 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         self.selection = selection
         if selection is not None and selection.replay < 1 and not self.objective.ranks_replay:
             raise ValueError(
-                f"LossSelection(replay={selection.replay}): {type(self.objective).__name__} tells no loss of "
-                "each exemplar to select by; use replay=1, or an objective that does, such as DERpp, DER, ER, FDR or "
-                "ICaRL"
+                f"LossSelection(replay={selection.replay}): {type(self.objective).__name__} returns no loss "
+                "for each exemplar to select by; use replay=1, or an objective that returns them, such as DERpp, DER, "
+                "ER, FDR or ICaRL"
             )
         self.policies = list(policies)
 
@@ -93,8 +93,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         elif self.trainer.state.fn == "fit" and data.num_classes > self.head.out_features and data.learnt is None:
             raise ValueError(
                 f"{type(self).__name__}: it knows {self.head.out_features} classes, and the data have "
-                f"{data.num_classes}; it learns more when its sequence is known: after a fit that has ended, or from a "
-                "checkpoint"
+                f"{data.num_classes}; it learns more only if its sequence is known: after a fit that has ended, or "
+                "from a checkpoint"
             )
 
     def build(
@@ -104,15 +104,16 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """Size the network for the data: lazy layers, head, memory. Lightning calls it through ``configure_model``.
 
         Args:
-            layout: a batch as the data are stored, for its shapes and types; or the shape of a stored image.
+            layout: a batch as the data are stored, of which only shapes and types count; or the shape of a stored
+                image.
             num_classes: number of outputs.
-            seed: of the head, and of what the objective draws.
-            inputs: a batch as the network gets it, likewise. If None, ``layout`` with floats in the place of uint8.
+            seed: seed of the head, and of what the objective draws.
+            inputs: likewise a batch as the network gets it. If None, ``layout`` with floats in the place of uint8.
             target: what labels are; see :mod:`lightning_sparse_cl.data.targets`.
-            labels: those of a batch, for their shape and type. If None, they are classes.
+            labels: the labels of a batch, of which only shape and type count. If None, they are classes.
 
         Raises:
-            ValueError: if the objective cannot learn such labels, or the features are not what they need.
+            ValueError: if the objective cannot learn such labels, or the features do not suit them.
         """
         self.target = target_of(target, type(self).__name__)
         labels = torch.zeros(0, dtype=torch.long) if labels is None else labels[:0].cpu()
@@ -153,10 +154,10 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         self.update.build(self)
 
     def _features(self, example: Nest) -> Any:
-        """What the backbone makes of an example."""
+        """The output of the backbone for an example."""
         try:
             return self.backbone.eval()(example)
-        except ValueError:  # in a line of its own
+        except ValueError:  # already one line
             raise
         except Exception as error:  # a module of the user's
             line = next(iter(str(error).strip().splitlines()), "")
@@ -169,8 +170,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """Draw the head, each class by itself.
 
         Args:
-            seed: if None, the one it was built with.
-            classes: whose weights. If None, those of all.
+            seed: if None, the seed that the module was built with.
+            classes: the classes whose weights are drawn. If None, all.
         """
         draw_head(self.head, self._seed if seed is None else seed, classes)
 
@@ -183,7 +184,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         """The policies.
 
         Raises:
-            ValueError: if the Trainer is asked for what it does under automatic optimisation only.
+            ValueError: if the Trainer is asked for something that it does under automatic optimisation only.
         """
         clip, accumulate = self.trainer.gradient_clip_val, self.trainer.accumulate_grad_batches
         if clip:
@@ -193,8 +194,8 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             )
         if accumulate != 1:
             raise ValueError(
-                f"Trainer(accumulate_grad_batches={accumulate}): {type(self).__name__} steps by itself, once a batch; "
-                f"use a batch_size {accumulate} times as large"
+                f"Trainer(accumulate_grad_batches={accumulate}): {type(self).__name__} steps by itself, once per "
+                f"batch; use a batch_size {accumulate} times as large"
             )
         if self.trainer.precision.startswith("16"):
             raise ValueError(
@@ -204,7 +205,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         if self._compiler_ctx is not None:
             raise ValueError(
                 f"torch.compile({type(self).__name__}): a step that draws from memory is compiled anew every time; "
-                "compile what is always the same, with module.backbone.compile()"
+                "compile the backbone alone, with module.backbone.compile()"
             )
         return self.policies
 
@@ -219,7 +220,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
     def forward(self, x: Nest, features: bool = False) -> Any:
         """A batch to logits (B, num_classes) of all tasks; in eval mode by the objective's classifier.
 
-        With ``features``, a pair of logits and what they are made of, (B, D).
+        With ``features``, a pair of the logits and the features (B, D) they are made of.
         """
         found = self.backbone(x)
         own = self.objective.own_classes if self.training else None
@@ -253,11 +254,11 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         return {"loss": value, "logits": loss.logits}
 
     def penalty(self) -> Tensor | float:
-        """What a method adds to the loss, once a pass."""
+        """What a method adds to the loss, once per pass."""
         return 0.0
 
     def _logs(self) -> bool:
-        """Logging costs as much as a small network's step, and is done where it shows."""
+        """Whether this step is logged: logging costs as much as a small network's step."""
         parts = parts_of(self.trainer)
         every = parts.log_every_n_steps
         shown = self.trainer.is_last_batch or (every and self.trainer.global_step % every == 0)
@@ -286,7 +287,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         self.objective.on_after_task_end(trainer, self, task)
 
     def _settle(self) -> None:
-        """An objective may have fitted the head: masks hold there too, and all processes go on with the same."""
+        """Apply masks to a head that an objective may have fitted, and give all processes the same one."""
         if self.trainer.world_size > 1:
             for tensor in (*self.head.parameters(), *self.objective.buffers()):
                 torch.distributed.broadcast(tensor.data, 0)
@@ -304,14 +305,14 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         return {"logits": logits}
 
     def held_out_logits(self, x: Nest) -> Tensor:
-        """Logits (B, num_classes) by which a running task is validated."""
+        """Logits (B, num_classes) with which the running task is validated."""
         return self.network(x)
 
     def test_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         return {"logits": self(batch[0])}
 
     def predict_step(self, batch: tuple[Nest, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Predicted labels (B,), out of all classes; of other targets what they are, see :class:`Target`."""
+        """Predicted labels (B,), out of all classes; for other targets see :class:`Target`."""
         return self.target.answers(self(batch[0]))
 
     def on_train_start(self) -> None:
@@ -320,7 +321,7 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
                 enforce(self, optimizer)
 
     def scoring_loss(self, batch: tuple[Nest, Tensor], live: Tensor | None) -> tuple[Tensor, int]:
-        """By which SparCL ranks weights: the loss among the classes ``live`` (C,), summed over the batch."""
+        """The loss by which SparCL ranks weights: among the classes ``live`` (C,), summed over the batch."""
         x, y = batch
         return self.target.loss(self(x).float(), self.target.for_loss(y), live).sum(), len(y)
 
@@ -330,15 +331,16 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
         checkpoint["masks"] = Masks.of(self).state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Size the network from the checkpoint when there is no trainer to ask (``load_from_checkpoint``); its masks.
+        """Restore the masks, after sizing the network if there is no trainer to ask (``load_from_checkpoint``).
 
         Raises:
-            ValueError: if the checkpoint is of another network or memory, or of a version before samples were nests.
+            ValueError: if the checkpoint is from another network or memory, or from a version before samples were
+                nests.
         """
         if "layout" not in checkpoint.get("built_for", {}):
             raise ValueError(
-                f"{type(self).__name__}: the checkpoint is of an older version, or no method of this package wrote it; "
-                "train anew, or read it with that version"
+                f"{type(self).__name__}: the checkpoint is from an older version, or not from a method of this "
+                "package; train anew, or read it with that version"
             )
         super().on_load_checkpoint(checkpoint)
         if self.head is None:
@@ -350,26 +352,26 @@ class ContinualModule(TaskHooks, GoesOn, PredictsImages, KeepsArguments):
             known, classes = checkpoint["built_for"]["num_classes"], task_data(self.trainer, self).num_classes
             if self.trainer.ckpt_path and known != classes:
                 raise ValueError(
-                    f"{type(self).__name__}: the checkpoint is of another network: it knows {known} classes, and the "
+                    f"{type(self).__name__}: the checkpoint is from another network: it knows {known} classes, but the "
                     f"data have {classes}; to learn further ones from it, use --continue_from (go_on_from in Python)"
                 )
             self.grow(checkpoint, classes)
         else:
             self.remember_sequence(checkpoint)
         own, found = self.state_dict(), checkpoint["state_dict"]
-        for name in sorted(own | found, key=lambda name: name.endswith("_extra_state")):  # what says most comes first
+        for name in sorted(own | found, key=lambda name: name.endswith("_extra_state")):  # the most telling first
             shapes = [tuple(s[name].shape) if torch.is_tensor(s.get(name)) else name in s for s in (found, own)]
             if shapes[0] != shapes[1]:
                 there, here = (s if isinstance(s, tuple) else "present" if s else "missing" for s in shapes)
                 raise ValueError(
-                    f"{type(self).__name__}: the checkpoint is of another network: {name} is {there} in it and "
+                    f"{type(self).__name__}: the checkpoint is from another network: {name} is {there} in it and "
                     f"{here} in this one"
                 )
         if "masks" in checkpoint:  # gradient masks are those of a step that is over
             Masks.of(self).load_state_dict(checkpoint["masks"] | {"updated": {}})
 
     def _from_all(self, batch: Nest) -> Nest:
-        """What every process has seen, in the same order on each, so that all hold the same memory."""
+        """The batches of all processes, in the same order on each, so that all hold the same memory."""
         if self.trainer.world_size == 1:
             return batch
         return each(lambda tensor: cast(Tensor, self.all_gather(tensor)).flatten(0, 1), batch)

@@ -26,7 +26,7 @@ TRUSTED = (
     "lightning.pytorch.callbacks.", "torch.nn.", "torch.optim.", "torch.utils.hooks.", "torchvision.models.",
     "torchvision.ops.", "collections.",
 )  # fmt: skip
-"""What the names of modules begin with whose classes are made from a file without asking."""
+"""How the names of modules begin whose classes are made from a file without asking."""
 PLAIN = {bool, int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, range, slice}
 FUNCTIONS = ("torch.nn.functional", "torch._C._nn")
 """Modules whose functions are taken from a file: they compute, and do nothing else."""
@@ -43,8 +43,8 @@ class Untrusted(ValueError):
 def to_bytes(value: Any) -> bytes:
     """The bytes from which :func:`from_bytes` makes a value again.
 
-    Of a torch module parameters and saved buffers, which a ``state_dict`` has, are zero when it is made again. Those of
-    modules inside of other values, such as callbacks, are kept: no other module may have them.
+    When a torch module is made again, its parameters and saved buffers, which a ``state_dict`` has, are zero. Those of
+    modules inside other values, such as callbacks, are kept: nothing else may hold them.
 
     Raises:
         Exception: if the value cannot be pickled, a lambda for example.
@@ -58,11 +58,11 @@ def from_bytes(kept: bytes, weights_only: bool = True) -> Any:
     """The value that :func:`to_bytes` was given.
 
     Args:
-        kept: of :func:`to_bytes`.
-        weights_only: make objects of known classes alone, those of torch's own list included; else of any.
+        kept: what :func:`to_bytes` has returned.
+        weights_only: make only objects of known classes, which include torch's own list; otherwise of any class.
 
     Raises:
-        Untrusted: if it has objects of other classes.
+        Untrusted: if the value has objects of other classes.
     """
     if not weights_only:
         return torch.load(io.BytesIO(kept), weights_only=False)
@@ -75,7 +75,7 @@ def from_bytes(kept: bytes, weights_only: bool = True) -> Any:
 
 
 def class_named(name: str) -> Any:
-    """A class by its full name: of this package, of torch, or of a module that is imported. If there is none, None."""
+    """A class by its full name: of this package, of torch, or of a module that is imported. None if there is none."""
     module, _, last = name.rpartition(".")
     return getattr(_module(module) if f"{module}.".startswith(TRUSTED) else sys.modules.get(module), last, None)
 
@@ -100,14 +100,14 @@ def _trusted(name: str) -> Any:
     if not f"{module}.".startswith(TRUSTED) and module not in FUNCTIONS:
         return None
     found = getattr(_module(module), last, None)
-    home = getattr(found, "__module__", None) or ""  # a module has names of others, too
+    home = getattr(found, "__module__", None) or ""  # a module also has names that are defined elsewhere
     if inspect.isclass(found):
         return found if f"{home}.".startswith(TRUSTED) else None
     return found if inspect.isroutine(found) and home in FUNCTIONS else None
 
 
 class _Pickler(pickle.Pickler):
-    """Also takes what the parser of the command line makes, and lazy layers, without the numbers of their hooks: they
+    """Also takes what the parser of the command line makes, and lazy layers, without the numbers of their hooks, which
     count all hooks of the process."""
 
     def reducer_override(self, value: Any) -> Any:
@@ -119,7 +119,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _WeightlessPickler(_Pickler):
-    """Leaves out the values of what is in a ``state_dict``."""
+    """Leaves out the values that a ``state_dict`` holds."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -141,7 +141,7 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype, is_parameter: bool, requi
 
 
 def _without_hooks(layer: Any) -> dict[str, Any]:
-    """The state of a lazy layer but for the hooks by which it takes its sizes."""
+    """The state of a lazy layer without the hooks by which it takes its sizes."""
     own = {layer._load_hook.id, layer._initialize_hook.id}
     state = {name: part for name, part in vars(layer).items() if name not in ("_load_hook", "_initialize_hook")}
     for name in ("_load_state_dict_pre_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):

@@ -32,14 +32,14 @@ class CLLSG(IsolatingModule):
              what a task uses is frozen, and its own mask          subnetworks = TaskSubnetworks
 
     ``backbone`` is the network at its full size, to which it can grow; sizes are reported as fractions of it. (The
-    paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains all
-    of it is multiplied; the subnetwork that is left of it has the task's channels only.
+    paper's tables reach 1.5 times a VGG16: give one that is wider by the square root of 1.5.) While a task trains, the
+    full network is computed; the subnetwork that remains has the task's channels only.
 
-    Drawn masks need the paper's thousands of steps a task. In 200 steps of growth they cost 13 points against masks
-    that are only thresholded, ``GrowthGates(noise=False)`` (``benchmarks/cl_lsg.py``).
+    Drawn masks need the paper's thousands of steps per task. In 200 steps of growth they cost 13 points compared with
+    masks that are only thresholded, ``GrowthGates(noise=False)`` (``benchmarks/cl_lsg.py``).
 
-    Released weights that a task trains are its own from then on, which the paper does not say: without it the next task
-    would train what this one relies on.
+    Released weights that a task trains are its own from then on, which the paper does not say: otherwise the next task
+    would train weights that this one relies on.
 
     Args:
         backbone: images (B, C, H, W) to features (B, D), of plain convolutions, linear layers and batch-norm.
@@ -47,10 +47,10 @@ class CLLSG(IsolatingModule):
         gates: what to grow, and the masks. If None, the paper's.
         objective: if None, cross-entropy among the task's classes.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
-        update: if None, one backward pass. Under SAM each pass draws masks of its own.
-        optimizer: of the weights. If None, SGD with learning rate 0.01.
-        mask_optimizer: of the real-valued masks. If None, Adam with learning rate 0.0005. In runs much shorter than the
-            paper's 4,000 steps a task masks need a larger one to change sign at all.
+        update: if None, one backward pass. Under SAM each pass draws its own masks.
+        optimizer: for the weights. If None, SGD with learning rate 0.01.
+        mask_optimizer: for the real-valued masks. If None, Adam with learning rate 0.0005. In runs much shorter than
+            the paper's 4,000 steps per task, masks need a larger rate to change sign at all.
         policies: further callbacks.
 
     Raises:
@@ -96,7 +96,7 @@ class CLLSG(IsolatingModule):
         self.gates.build(self.network)
 
     def draw_head(self, seed: int | None = None, classes: Iterable[int] | None = None) -> None:
-        """Draw the head for as many features as the network has now, not for those to which it can grow."""
+        """Draw the head for as many features as the network has now, not for as many as it can grow to."""
         super().draw_head(seed, classes)
         if len(self.gates.channel):
             used = self.gates.allocated_kernels()[self.gates.head][0]

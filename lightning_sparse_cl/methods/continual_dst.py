@@ -1,4 +1,4 @@
-"""Continual dynamic sparse training: a sparse subnetwork a task (Yildirim et al., CPAL 2024)."""
+"""Continual dynamic sparse training: a sparse subnetwork per task (Yildirim et al., CPAL 2024)."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class ContinualDST(IsolatingModule):
         -     values that weights no task has used start from      reopen = Reopen("random" | "zero")
 
     Where the released code and the paper differ or are silent: every layer's count is exact (the code draws each weight
-    by itself); a weight of an earlier task that is grown again has its value (there zero while training); all gradients
-    of inactive weights compete in gradient growth, of used weights too (there they are zero, and never grow); the head
-    is dense (there masked, and all its rows frozen after the first task); the head's rows of a task's classes,
-    batch-norm and biases are the task's own. From the second task on unused weights start from zero, as in the code;
-    drawn anew, Task-IL ACC was 5 to 6 points lower in two runs side by side (the preset of
-    ``benchmarks/continual_dst.py`` with 10 epochs a task; ERK, gradient, 0.9: 35.5 against 29.6; uniform, random, 0.8:
-    29.6 against 24.1; one seed).
+    by itself); a weight of an earlier task that is grown again has its old value (there zero while training); in
+    gradient growth all inactive weights compete, including those that earlier tasks use (there their gradients are
+    zero, and they never grow); the head is dense (there masked, and all its rows frozen after the first task); the
+    head's rows of a task's classes, batch-norm and biases are the task's own. From the second task on unused weights
+    start from zero, as in the code; drawn anew, Task-IL ACC was 5 to 6 points lower in two runs side by side (the
+    preset of ``benchmarks/continual_dst.py`` with 10 epochs per task; ERK, gradient, 0.9: 35.5 against 29.6; uniform,
+    random, 0.8: 29.6 against 24.1; one seed).
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         objective: if None, cross-entropy among the task's classes.
         growth: drop and growth, with sparsity and initialisation. If None, gradient growth from a uniform start at
-            sparsity 0.9. The head is to be dense: ``dense=["head.weight"]``.
+            sparsity 0.9. Keep the head dense: ``dense=["head.weight"]``.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         reopen: where unused weights start from. If None, zero.
         update: if None, one backward pass.

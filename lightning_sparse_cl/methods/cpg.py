@@ -38,16 +38,16 @@ class CPG(IsolatingModule):
     released code compares only with the network whose picks were just reset.
 
     Args:
-        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Channels can be followed
-            through it.
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). It must be possible to
+            follow channels through it.
         stages: the target and the stages of a task.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm, and tasks that find no free weight
             pick among old ones.
         reopen: where free weights start from. If None, zero.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
-        optimizer: of the weights. If None, SGD with learning rate 0.01, Nesterov's momentum 0.9, weight decay 4e-5.
-        mask_optimizer: of the scores. If None, Adam with learning rate 0.0005.
+        optimizer: for the weights. If None, SGD with learning rate 0.01, Nesterov's momentum 0.9, weight decay 4e-5.
+        mask_optimizer: for the scores. If None, Adam with learning rate 0.0005.
         policies: further callbacks.
     """
 

@@ -43,8 +43,8 @@ class EsaCL(ContinualModule):
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         objective: the base method, ER, DER++, ... If None, DER++ with 500 exemplars, the paper's main variant.
         sparsity: fraction S of the weights of every pruned layer that each task's pruning removes, in [0, 1).
-        freeze: how lines 11-12 are read, for "freeze the pruned parameters" contradicts the paper's own capacity
-            column (20 % for any number of tasks at S = 80 %):
+        freeze: how lines 11-12 are read, as "freeze the pruned parameters" contradicts the paper's own capacity column
+            (20 % for any number of tasks at S = 80 %):
 
             * ``"none"`` (C): after every task the network is pruned to 1 - S of all weights; nothing is frozen, the
               objective protects old tasks, as in the SparCL code that EsaCL is built on.
@@ -63,7 +63,7 @@ class EsaCL(ContinualModule):
             pruned and takes SGD steps for the others. Where its ``k`` is None, K is a quarter of the fraction that a
             task's pruning keeps: at K above that fraction accuracy collapses. With ``prune_epoch`` K is the
             whole fraction.
-        selection: if None, SSE and ERE at the paper's 40 %, after a warm-up of two epochs a task (see
+        selection: if None, SSE and ERE at the paper's 40 %, after a warm-up of two epochs per task (see
             :class:`LossSelection` for why).
         dense: weights that are never pruned; see :class:`~lightning_sparse_cl.Sparsifier`.
         policies: further callbacks.

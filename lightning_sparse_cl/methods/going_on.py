@@ -34,10 +34,10 @@ class GoesOn(pl.LightningModule):
     """Base of modules that learn further tasks in a further fit."""
 
     sequence: dict[str, Any] | None = None
-    """What the last fit has left of its sequence beside the network, as in a checkpoint: a fit on further tasks goes on
-    from it. If None, the next fit begins a sequence."""
+    """What the last fit has left of its sequence, beside the network, as a checkpoint holds it; the next fit goes on
+    from there. If None, the next fit begins a sequence."""
     _known_classes: int | None = None
-    """Before the network got outputs for further ones."""
+    """Called before the network gets outputs for further classes."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -47,7 +47,7 @@ class GoesOn(pl.LightningModule):
             self._known_classes = None
 
     def grow(self, checkpoint: dict[str, Any], classes: int) -> None:
-        """Be a network of so many classes, and the checkpoint one of such a network, if they are of fewer."""
+        """Grow the network, and the checkpoint's, to ``classes`` classes if they have fewer."""
         learner, known = cast(Growing, self), checkpoint["built_for"]["num_classes"]
         if learner.head.out_features == known < classes:
             masks = Masks.of(self).state_dict()
@@ -62,10 +62,10 @@ class GoesOn(pl.LightningModule):
         """Take the network and the sequence of a checkpoint: the next fit learns the tasks that it has not learnt yet.
 
         Args:
-            path: a checkpoint of a task sequence, taken at its end, between tasks, or inside of one.
+            path: a checkpoint of a task sequence, taken at its end, between tasks, or within a task.
 
         Raises:
-            ValueError: if the file is damaged, of another version or method, or of another network.
+            ValueError: if the file is damaged, or is from another version, method or network.
         """
         checkpoint = read_checkpoint(Path(path))
         try:
@@ -74,17 +74,17 @@ class GoesOn(pl.LightningModule):
             raise ValueError(f"{path}: {error}") from error
         trained, own = sequence["tested"]["method"], type(cast(Growing, self).objective).__name__
         if (objective := sequence["settings"].get("objective", own)) != own:
-            raise ValueError(f"{path}: this checkpoint is of {objective}, and its memory is not one of {own}")
+            raise ValueError(f"{path}: this checkpoint is from {objective}, and its memory does not fit {own}")
         if trained != type(self).__qualname__:
             raise ValueError(
-                f"{path}: this checkpoint is of a {trained}, and cannot go on as a {type(self).__qualname__}"
+                f"{path}: this checkpoint is from a {trained}, and cannot go on as a {type(self).__qualname__}"
             )
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"])
         self.sequence = (self.sequence or {}) | {ASKED: True}
 
     def remember_sequence(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Keep what a checkpoint tells of the sequence, without what the module holds itself. If None, forget it."""
+        """Keep what a checkpoint holds of the sequence, except what the module holds itself. If None, forget it."""
         own = ("state_dict", "masks", "subnetworks")
         known = checkpoint if checkpoint is not None and "task_sequence" in checkpoint else None
         self.sequence = None if known is None else {k: v for k, v in known.items() if k not in own}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 def grown(found: Mapping[str, Any], larger: nn.Module) -> dict[str, Any]:
     """The state of a module, in a larger one of the same kind that has just been built.
 
-    New classes are the last ones everywhere: in every tensor what was known is the leading block, bit for bit, and what
-    is new stays as the larger module was built. Buffers that a part names in ``per_weight``, which hold a value for
-    each of its ``weight_names``, one weight after the other, are grown weight by weight.
+    New classes come last everywhere: in every tensor the old values are the leading block, bit for bit, and the rest
+    stays as it was built. Buffers that a part names in ``per_weight``, which hold a value for each of its
+    ``weight_names``, one weight after the other, are grown weight by weight.
 
     Args:
         found: the ``state_dict`` of the module with fewer classes.
@@ -39,7 +39,7 @@ def grown(found: Mapping[str, Any], larger: nn.Module) -> dict[str, Any]:
 
 
 def grown_masks(found: Mapping[str, Mapping[str, Tensor]], larger: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The state of :class:`Masks` likewise: new weights are alive and updated, and not frozen."""
+    """Likewise for the state of :class:`Masks`: new weights are alive and updated, and not frozen."""
     rest = {"alive": True, "updated": True, "frozen": False}
     return {
         kind: {

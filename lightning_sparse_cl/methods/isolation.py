@@ -22,12 +22,12 @@ from lightning_sparse_cl.sparsity import Subnetworks
 class IsolatingModule(ContinualModule):
     """A :class:`ContinualModule` whose tasks have subnetworks: nothing that was learnt is forgotten.
 
-    Trains the network of the running task, and answers with the subnetworks of all tasks learnt. Its policies hold
+    It trains the network of the running task, and answers with the subnetworks of all tasks learnt. Its policies hold
     :class:`TaskSubnetworks`. In ``fit``, ``val/acc`` and ``val/loss`` are Task-IL figures of the running task.
 
     Raises:
-        ValueError: if no policy is a :class:`TaskSubnetworks`, or the network computes with masks that are learnt, and
-            the objective or the update rule would not.
+        ValueError: if no policy is a :class:`TaskSubnetworks`, or the network computes with learnt masks and the
+            objective or the update rule does not.
     """
 
     masks_are_learnt = False
@@ -43,12 +43,12 @@ class IsolatingModule(ContinualModule):
             if wrong and self.masks_are_learnt:
                 raise ValueError(
                     f"{type(self).__name__}: {type(part).__name__} computes with the network's weights as they are, "
-                    "and its running network with weights times learnt masks; use ER or SingleBackward, for example"
+                    "but its running network uses weights times learnt masks; use ER or SingleBackward, for example"
                 )
         return super().configure_callbacks()
 
     def forward(self, x: Nest, features: bool = False) -> Tensor:
-        """Images (B, C, H, W) to logits (B, num_classes); in eval mode a class has that of its task's subnetwork.
+        """Images (B, C, H, W) to logits (B, num_classes); in eval mode each class has its subnetwork's logit.
 
         Raises:
             ValueError: if ``features`` is True: each task has its own.
@@ -72,22 +72,22 @@ class IsolatingModule(ContinualModule):
         return logits_among(own, found, weights.get("head.weight", self.head.weight), self.head.bias)
 
     def effective_weights(self) -> dict[str, Tensor]:
-        """What the running task's network has in the place of parameters, by name: weights times learnt masks.
+        """What the running task's network uses in place of its parameters, by name: weights times learnt masks.
 
         If it is empty, the network computes with its parameters as they are.
         """
         return {}
 
     def task_masks(self) -> dict[str, Tensor]:
-        """Which weights the task that ends uses, by name, where the module has learnt it; others see to the rest."""
+        """Which weights the ending task uses, by name, as far as the module has learnt it; others see to the rest."""
         return {}
 
     def idle(self) -> list[nn.Parameter]:
-        """Parameters of learnt masks that the running network does not use now, and that are not to move."""
+        """Parameters of learnt masks that the running network does not use now, and that must not move."""
         return []
 
     def penalty(self) -> Tensor | float:
-        """Nothing; among several processes it touches what is idle, for DDP waits for the gradient of everything."""
+        """Zero; with several processes it involves the idle parameters, as DDP waits for every parameter's gradient."""
         idle = self.idle() if self.trainer.world_size > 1 else []
         return super().penalty() + 0.0 * sum(p.sum() for p in idle)
 
@@ -106,12 +106,12 @@ class IsolatingModule(ContinualModule):
         return best.new_tensor(learnt.tasks[task].classes)[best]
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Predicted labels (B,); the data module has one loader a task, so that a loader's place is its task."""
+        """Predicted labels (B,); the data module has one loader per task, so that a loader's index is its task."""
         joint = getattr(parts_of(self.trainer).datamodule, "joint", False)
         return self.predict(batch[0], 0 if joint else dataloader_idx)
 
     def held_out_logits(self, x: Nest) -> Tensor:
-        """Of the running task alone, among its classes."""
+        """Logits of the running task alone, among its classes."""
         live = task_data(self.trainer).live().to(self.device)
         return self.running(x).masked_fill(~live, -torch.inf)
 

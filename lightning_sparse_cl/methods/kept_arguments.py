@@ -1,4 +1,4 @@
-"""A module that its checkpoint makes again: the arguments of its constructor are kept, and saved with its weights."""
+"""A module that can be made again from its checkpoint: its constructor's arguments are saved with its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KeepsArguments(pl.LightningModule):
     """
 
     _arguments: dict[str, bytes | str]
-    """By name, as bytes; if an argument cannot be pickled, the reason."""
+    """The constructor's arguments by name, as bytes; if an argument cannot be pickled, the reason."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         module = super().__new__(cls)
@@ -46,13 +46,13 @@ class KeepsArguments(pl.LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """The trained module of a checkpoint; Lightning's, after the file's checksum has been compared.
 
-        The module is made as it was when it was trained: of its class, if that is this one or is derived from it, with
-        the arguments that its constructor was given then. Arguments given here take their place. A checkpoint of an
-        older version has none, and all must be given.
+        The module is made as it was when it was trained: of its own class, if that is this class or derived from it,
+        with the arguments that its constructor was given then. Arguments given here take their place. A checkpoint of
+        an older version holds none, and all must be given.
 
-        Objects of this package, of torch and torchvision are made again by themselves. Those of other classes are only
-        if ``torch.serialization.add_safe_globals`` has been told that they may be, or with ``weights_only=False``.
-        Where arguments are given, others that cannot be made again have their defaults, with a warning.
+        Objects of this package, of torch and torchvision are made again by themselves. Those of other classes need
+        ``torch.serialization.add_safe_globals``, or ``weights_only=False``. If arguments are given, others that cannot
+        be made again get their defaults, with a warning.
 
         Args:
             checkpoint_path: the file.
@@ -82,7 +82,7 @@ def _kept(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
     signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # of this very class
     try:
         bound = signature.bind(None, *args, **kwargs)
-    except TypeError:  # the constructor says it, or there is none to call: a copy is being made
+    except TypeError:  # the constructor raises it, or none is called: a copy is being made
         return {}
     given: dict[str, Any] = {}
     for name, value in list(bound.arguments.items())[1:]:
@@ -99,7 +99,7 @@ def _kept(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str,
 def _pickled(value: Any) -> bytes | str:
     try:
         return to_bytes(value)
-    except Exception as error:  # whatever the pickling of a user's object leads to
+    except Exception as error:  # pickling a user's object may raise anything
         return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -108,24 +108,24 @@ def _full_name(cls: type) -> str:
 
 
 def _class_of(cls: type, name: str, needed: bool) -> type | None:
-    """The class that a checkpoint is of, if it is ``cls`` or derived from it; else None.
+    """The class of the module in a checkpoint, if it is ``cls`` or derived from it; else None.
 
     Raises:
-        ValueError: if it is needed and of a module that is not imported, and not of this package.
+        ValueError: if it is needed, but is in a module that is neither imported nor part of this package.
     """
     if name.rpartition(".")[2] == cls.__qualname__.rpartition(".")[2]:  # a script's module has another name elsewhere
         return cls
     found = class_named(name)
     if found is None and needed and cls.__module__.startswith(f"{__package__}."):
         raise ValueError(
-            f"{cls.__name__}.load_from_checkpoint: this checkpoint is of the class {name}; import it and call its "
+            f"{cls.__name__}.load_from_checkpoint: this checkpoint is from the class {name}; import it and call its "
             "load_from_checkpoint"
         )
     return found if inspect.isclass(found) and issubclass(found, cls) else None
 
 
 def _made_again(cls: type, kept: dict[str, Any], given: list[str], weights_only: bool) -> dict[str, Any]:
-    """The arguments that were kept and are not given."""
+    """The kept arguments that are not given."""
     made: dict[str, Any] = {}
     parameters = inspect.signature(cls.__init__).parameters  # type: ignore[misc]  # of this very class
     for name, value in ((name, value) for name, value in kept.items() if name not in given):
@@ -135,7 +135,7 @@ def _made_again(cls: type, kept: dict[str, Any], given: list[str], weights_only:
             told = f"{cls.__name__}.load_from_checkpoint: {error}"
             if not given or name not in parameters or parameters[name].default is inspect.Parameter.empty:
                 raise ValueError(told) from error
-            rank_zero_warn(f"{told}; it has its default now")
+            rank_zero_warn(f"{told}; for now it has its default")
     return made
 
 

@@ -37,23 +37,23 @@ class LPS(IsolatingModule):
         share   retrain W with the old weights that B has kept;     subnetworks = TaskSubnetworks
                 a task's weights stay for ever
 
-    Task t keeps the share a_t of all weights of a layer; the last one is not pruned. W and B are projected among free
-    and among old weights alone, where the released code ranks free weights together with old ones, and exactly k are
-    kept. The code keeps the epoch that is best on test data; here it is the last one. It cycles the learning rate
-    within each stage: policy ``TaskLRSchedule``.
+    Task t keeps the share a_t of all weights of a layer; the last one is not pruned. W is projected among free weights
+    alone and B among old ones, where the released code ranks both together, and exactly k are kept. The code keeps the
+    epoch that is best on test data; here the last one is kept. It cycles the learning rate within each stage: policy
+    ``TaskLRSchedule``.
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         shares: how the weights are divided among the tasks, one positive number per task. If None, equally.
         kept: fraction of the old weights that a task uses, in (0, 1].
-        rho: of each stage of ADMM, in turn.
-        admm: epochs of each stage.
+        rho: the rho of each stage of ADMM, in turn.
+        admm: epochs per stage.
         every: epochs between updates of Z and U.
         retrain: a task's last epochs, which train under its mask.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
-        optimizer: of W and B. If None, Adam with learning rate 0.0005.
+        optimizer: for W and B. If None, Adam with learning rate 0.0005.
         policies: further callbacks.
 
     Raises:
@@ -133,7 +133,7 @@ class LPS(IsolatingModule):
         return top_k_mask(value, round(self.kept * int(old.sum())), old)
 
     def _count(self, name: str) -> int:
-        """How many of a weight's entries the running task keeps; the last task all that is left."""
+        """How many of a weight's entries the running task keeps; the last task keeps all that are left."""
         data, n = task_data(self.trainer), self.get_parameter(name).numel()
         shares = self.shares or [1.0] * data.num_tasks
         until = [round(part * n / sum(shares)) for part in accumulate(shares)]
@@ -150,8 +150,8 @@ class LPS(IsolatingModule):
             epochs = position(self.trainer).epochs if schedule is None else schedule.epochs_of(task)
             if (needed := len(self.rho) * self.admm + self.retrain) > epochs:
                 raise ValueError(
-                    f"LPS(rho={self.rho}, admm={self.admm}, retrain={self.retrain}): they take {needed} epochs, and "
-                    f"task {task} has {epochs}"
+                    f"LPS(rho={self.rho}, admm={self.admm}, retrain={self.retrain}): together these take {needed} "
+                    f"epochs, but task {task} has {epochs}"
                 )
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
@@ -183,14 +183,14 @@ class LPS(IsolatingModule):
         return self.rho[since // self.admm] if 0 <= since < len(self.rho) * self.admm else None
 
     def penalty(self) -> Tensor | float:
-        """rho/2 ||W - Z + U||^2 of both."""
+        """rho/2 ||W - Z + U||^2, for W and for B."""
         if (rho := self._stage()) is None:
             return super().penalty()
         return super().penalty() + rho * (self.pruning.distance(self._free()) + self.sharing.distance(self._old()))
 
     @torch.no_grad()
     def prune(self) -> None:
-        """The task's mask, for the rest of it: its own k weights, and the old ones that it shares."""
+        """Set the mask for the rest of the task: its own k weights, and the old ones that it shares."""
         masks, last = Masks.of(self), task_data(self.trainer).task == task_data(self.trainer).num_tasks - 1
         free, old = self._free(), self._old()
         for name in self.names:
@@ -201,7 +201,7 @@ class LPS(IsolatingModule):
     def on_before_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         super().on_before_task_end(trainer, pl_module, task)
         if not self._is_pruned():
-            self.prune()  # it ended early
+            self.prune()  # the task ended early
 
     def _is_pruned(self) -> bool:
         alive = Masks.of(self).alive  # looked up once

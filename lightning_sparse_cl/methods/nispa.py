@@ -25,19 +25,20 @@ class NISPA(IsolatingModule):
         stop when accuracy falls; take the last phase back                "   (tolerance)
         stable -> stable connections stay, others start anew       subnetworks = TaskSubnetworks
 
-    The released code has networks without batch-norm, and multiplies the logits of other classes with zero, so that
-    they compete with those of the task; here they are left out, and each task has its own batch-norm and biases unless
-    told otherwise. In the code the connections of the head are sparse, too; here a task's classes read all stable
-    units. The code keeps the best epoch of a phase by validation, measures activity in training mode, and draws weights
-    anew by ``kaiming_normal_``; here it is the last epoch, evaluation mode, and the layer's own initialisation.
+    The released code has networks without batch-norm, and multiplies the logits of other classes by zero, so that they
+    compete with those of the task; here they are left out. Each task has its own batch-norm and biases unless told
+    otherwise. In the code the connections of the head are sparse, too; here a task's classes read all stable units. The
+    code keeps the best epoch of a phase by validation, measures activity in training mode, and draws weights anew by
+    ``kaiming_normal_``; here the last epoch is kept, activity is measured in eval mode, and weights have their layer's
+    own initialisation.
 
     Adam 0.002, 90 % sparsity, phases of five epochs and a tolerance of 0.75 % are the settings of the code for CIFAR-10
     in five tasks. (EsaCL's table prints 57.36 % Task-IL for NISPA there; the result that NISPA's authors have released
     for the same split has a mean of 91.28 %.)
 
     Args:
-        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Channels can be followed
-            through it, see :class:`StableUnits`.
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). It must be possible to
+            follow channels through it, see :class:`StableUnits`.
         units: how stable units are chosen. If None, the settings of the code for CIFAR-10.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.

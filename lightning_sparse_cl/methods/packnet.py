@@ -31,16 +31,16 @@ class PackNet(IsolatingModule):
     The paper starts from a network that was trained on ImageNet, and all tasks use its batch-norm as it is,
     ``TaskSubnetworks("frozen")``; here the first task trains the network, and each task has its own batch-norm and
     biases unless told otherwise, which helps later tasks. The released code keeps the epoch that is best on test data;
-    here it is the last one. Its learning rate is 0.001, a tenth of that after 10 of 20 epochs, and 0.0001 while
-    retraining for 10: policy ``TaskLRSchedule``.
+    here the last one is kept. The code's learning rate is 0.001, a tenth of that after 10 of 20 epochs, and 0.0001 in
+    the 10 epochs of retraining: policy ``TaskLRSchedule``.
 
     After ``Reopen("zero")`` a unit whose inputs and outputs are all free has no gradient on either side, and stays dead
     unless its bias or batch-norm lets something through. ``Reopen("random")`` draws free weights anew.
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
-        pruning: when and how much. If None, half of what is free, and a task's last three epochs retrain it. The
-            head is to be dense: ``dense=["head.weight"]``.
+        pruning: when and how much. If None, half of what is free, and a task's last three epochs retrain it. Keep the
+            head dense: ``dense=["head.weight"]``.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         reopen: where free weights start from. If None, zero.
         objective: if None, cross-entropy among the task's classes.

@@ -1,4 +1,4 @@
-"""The passes of one training step: which samples each of them sees, and what they leave for after the step."""
+"""The passes of one training step: which samples each of them sees, and what they keep until after the step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Passes:
     Args:
         module: the method's module: it gives logits, and a ``penalty()`` to every pass.
         objective: gives the losses of a pass.
-        batch: samples (B, ...), with their further views behind them, and labels (B, ...).
+        batch: samples (B, ...), followed by their further views, and labels (B, ...).
         replay: what was drawn from memory. If None, nothing.
         selection: which samples each pass keeps.
         epoch: the epoch of the task, counted from 0.
@@ -37,7 +37,7 @@ class Passes:
         self.x, self.y = batch
         self.replay, self.drawn = replay, objective.drawn * objective.views
         self.thinned = replay is not None and selection.thins_replay(epoch)
-        self._before: Outputs = {}  # losses and logits of everything, from before the update
+        self._before: Outputs = {}  # losses and logits of the whole batch and replay, from before the update
         self._moved = False  # whether batch-norm statistics have moved
 
     def __call__(self, stage: Stage, part: tuple[int, int] | None = None, replays: bool = True) -> Outputs:
@@ -50,7 +50,7 @@ class Passes:
 
         Raises:
             ValueError: if the batch is too small for ``n`` parts, or exemplars are to be selected and the objective
-                does not return the loss of each.
+                does not return a loss for each.
         """
         if part is not None:
             return self._part(*part)
@@ -75,11 +75,11 @@ class Passes:
 
     @property
     def logits(self) -> Tensor:
-        """Logits (B, num_classes) of the whole batch from before the update. After the first pass."""
+        """Logits (B, num_classes) of the whole batch from before the update; to be asked for after the first pass."""
         return self._before["logits"]
 
     def _rank(self) -> None:
-        """The losses of everything, without gradient."""
+        """Compute the losses of everything, without gradient."""
         with torch.no_grad(), batch_norm_still(self.module):
             self._before = self._outputs(self.x, self.y, self.replay if self.thinned else None, self.drawn)
         if self.thinned and "replayed" not in self._before:
@@ -90,14 +90,14 @@ class Passes:
 
     def _part(self, k: int, n: int) -> Outputs:
         if n > len(self.y):
-            raise ValueError(f"{type(self.module.update).__name__}: a batch of {len(self.y)} has no {n} parts")
+            raise ValueError(f"{type(self.module.update).__name__}: a batch of {len(self.y)} has fewer than {n} parts")
         here = torch.arange(len(self.y), device=self.y.device).tensor_split(n)[k]
         with batch_norm_still(self.module):
             outputs = self.objective(self.module, rows(self.x, here), self.y[here], None)
         return outputs | {"loss": outputs["per_sample"].mean()}
 
     def _outputs(self, x: Nest, y: Tensor, replay: Any, replayed: int) -> Outputs:
-        """What the objective says of one pass. FlopsCounter reads ``objective.replayed``, the exemplars in it."""
+        """The objective's outputs for one pass. FlopsCounter reads ``objective.replayed``, the exemplars in it."""
         self.objective.replayed = 0 if replay is None else replayed
         try:
             return self.objective(self.module, x, y, replay)

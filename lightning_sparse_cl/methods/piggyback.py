@@ -25,25 +25,25 @@ class Piggyback(ScoredModule):
         W is a trained network; here the first task's, or ``pretrained``
         task t: r = 0.01 for each weight, m = 1[r > 0.005]         scores = WeightScores(threshold=0.005, init=0.01)
         L(f(m * W)); dL/dr = W dL/d(m W)                           sparsity/weight_scores.py
-        a task is its mask: one bit a weight                       subnetworks = TaskSubnetworks(full="share")
+        a task is its mask: one bit per weight subnetworks = TaskSubnetworks(full="share")
 
-    In the paper W was trained on ImageNet and no task changes it. In a sequence that starts from nothing the first task
-    trains all weights, which are fixed from then on; with ``pretrained`` it learns a mask, too. Tasks do not build on
-    one another. Batch-norm and biases are the task's own (the paper's stay those of the trained network).
+    In the paper, W was trained on ImageNet and no task changes it. In a sequence that starts from nothing the first
+    task trains all weights, which are fixed from then on; with ``pretrained`` it learns a mask, too. Tasks do not build
+    on one another. Batch-norm and biases are the task's own (the paper's stay those of the trained network).
 
-    All masks start with every weight on. Adam moves a score by its learning rate a step at most, so that no weight can
-    be off before step 0.005 / lr: short tasks need a larger rate than the paper's 0.0001.
+    All masks start with every weight on. Adam moves a score by at most its learning rate per step, so that no weight
+    can be off before step 0.005 / lr: short tasks need a larger rate than the paper's 0.0001.
 
     Args:
         backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D).
         pretrained: whether ``backbone`` has been trained, so that the first task learns a mask only.
         threshold: scores above it are on.
-        init: what all scores start from.
-        ternary: whether negative scores change the sign of their weight, the paper's other masks; two bits a weight.
+        init: value that all scores start from.
+        ternary: whether negative scores change the sign of their weight (the paper's other masks); two bits per weight.
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
-        optimizer: of the scores and all that is trained. If None, Adam with learning rate 0.001.
+        optimizer: for the scores and everything else that is trained. If None, Adam with learning rate 0.001.
         policies: further callbacks.
 
     Raises:

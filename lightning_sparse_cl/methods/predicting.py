@@ -1,4 +1,4 @@
-"""Predictions: a module knows what its training's samples were made into, and its classes by name."""
+"""Predictions: a module knows how its training samples were prepared, and its classes by name."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ DESCRIPTION = "data_description"
 
 
 class Prediction(NamedTuple):
-    """What a sample is taken for."""
+    """The answer for one sample."""
 
     name: str
-    """Of the class."""
+    """Name of the class."""
     probability: float
-    """Of the class among all classes, in 0-1."""
+    """Probability of the class among all classes, in 0-1."""
     task: int | None
-    """The task that has the class, counted from 0. If several tasks have it, None."""
+    """The task that has the class, counted from 0. None if several tasks have it."""
 
 
 Answer = Prediction | list[Prediction] | dict[str, float] | Tensor
-"""What is said of a sample: its class; of several labels those whose probability is above one half, the most probable
-first; real numbers by their names; or a map (H, W) of the labels of classes."""
+"""The answer for one sample: its class; for several labels, those whose probability is above one half, the most
+probable first; real numbers by their names; or a map (H, W) of class labels."""
 
 
 class PredictsImages(pl.LightningModule):
     """Base of modules that answer for raw images and other samples, after a fit or out of a checkpoint."""
 
     data_description: DataDescription | None = None
-    """What is known of the data of the latest fit. If there was none yet, None."""
+    """What is known of the data of the latest fit. None before the first."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -61,7 +61,7 @@ class PredictsImages(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         if self._trainer is not None and self._trainer.state.fn == "fit":
-            self._describe_data()  # tasks may have come since
+            self._describe_data()  # tasks may have been added since
         if self.data_description is not None:
             checkpoint[DESCRIPTION] = self.data_description.to_dict()
 
@@ -76,15 +76,15 @@ class PredictsImages(pl.LightningModule):
             self.data_description = data.description()
 
     def prepare_images(self, images: RawImages, transform: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """Raw images as network input (N, C, H, W): converted, resized and normalised as the training's were.
+        """Raw images as network input (N, C, H, W): converted, resized and normalised as in training.
 
         Args:
             images: uint8 (N, C, H, W), or a list of images (C, H, W), PIL images or paths, of any sizes and modes; or
                 one PIL image or path.
-            transform: from stored images (N, C, H, W) to network input. If None, the training's normalisation.
+            transform: from stored images (N, C, H, W) to network input. If None, the normalisation of training.
 
         Raises:
-            ValueError: if the module was never trained, an image cannot be read or converted, or the training had a
+            ValueError: if the module was never trained, an image cannot be read or converted, or training had a
                 transform of its own and none is given.
         """
         known = self._known()
@@ -97,13 +97,13 @@ class PredictsImages(pl.LightningModule):
     def predict_images(
         self, images: RawImages, transform: Callable[[Tensor], Tensor] | None = None, batch_size: int = 64
     ) -> list[Answer]:
-        """The class of each raw image, out of all classes; of other targets see :data:`Answer`.
+        """The class of each raw image, out of all classes; for other targets see :data:`Answer`.
 
-        Where each task has a subnetwork, all of them are asked, and the task is that of the winning class.
+        If each task has a subnetwork, all of them are asked, and the winning class decides the task.
 
         Args:
             images, transform: see :meth:`prepare_images`.
-            batch_size: images that are read and sent through the network at a time.
+            batch_size: how many images are read and sent through the network at a time.
 
         Raises:
             ValueError: as for :meth:`prepare_images`.
@@ -117,15 +117,15 @@ class PredictsImages(pl.LightningModule):
     def predict_samples(
         self, stored: Nest, transform: Callable[[Nest], Nest] | None = None, batch_size: int = 64
     ) -> list[Answer]:
-        """The class of each of N samples of any kind, out of all classes; of other targets see :data:`Answer`.
+        """The class of each of N samples of any kind, out of all classes; for other targets see :data:`Answer`.
 
         Args:
-            stored: N samples as the training's were stored: a tensor (N, ...), or a dict or tuple of tensors.
-            transform: from a stored batch to network input. If None, the training's normalisation.
-            batch_size: samples that are sent through the network at a time.
+            stored: N samples, stored as the training samples were: a tensor (N, ...), or a dict or tuple of tensors.
+            transform: from a stored batch to network input. If None, the normalisation of training.
+            batch_size: how many samples are sent through the network at a time.
 
         Raises:
-            ValueError: if the samples are of another kind than the training's; and as for :meth:`prepare_images`.
+            ValueError: if the samples are of another kind than the training samples; and as for :meth:`prepare_images`.
         """
         name, known = type(self).__name__, each(lambda tensor: tensor.new_empty(tensor.shape[1:]), self._known().layout)
         stored = as_nest(stored, name)
@@ -140,7 +140,7 @@ class PredictsImages(pl.LightningModule):
         return self._predictions(self._prepared(batch, transform) for batch in split(stored, batch_size))
 
     def _prepared(self, stored: Nest, transform: Callable[[Nest], Nest] | None) -> Nest:
-        stored = stored if transform is None else each(Tensor.clone, stored)  # it may write into what it is given
+        stored = stored if transform is None else each(Tensor.clone, stored)  # it may change its input in place
         transform = transform or self._known().transform()
         if transform is None:
             raise ValueError(
@@ -164,14 +164,14 @@ class PredictsImages(pl.LightningModule):
     def _known(self) -> DataDescription:
         if self.data_description is None:
             raise ValueError(
-                f"{type(self).__name__}: it does not know its classes and what images are made into; train it, or load "
+                f"{type(self).__name__}: it does not know its classes and how images are prepared; train it, or load "
                 "a checkpoint of this version"
             )
         return self.data_description
 
 
 def _answers(outputs: Tensor, known: DataDescription) -> list[Answer]:
-    """What outputs (B, C, ...) say of each sample."""
+    """The answers of outputs (B, C, ...), one per sample."""
     names = known.class_names
     if known.target == "real_numbers":
         return [dict(zip(names, numbers, strict=True)) for numbers in outputs.tolist()]

@@ -16,7 +16,7 @@ from lightning_sparse_cl.sparsity.weight_scores import WeightScores
 class ScoredModule(IsolatingModule):
     """An :class:`IsolatingModule` whose tasks learn masks by :class:`WeightScores`.
 
-    While a task trains all weights are multiplied, whatever their masks, and FLOPs are counted so.
+    While a task trains, all weights are multiplied, whatever their masks are, and FLOPs are counted accordingly.
 
     Args:
         *args: see :class:`IsolatingModule`.
@@ -59,7 +59,7 @@ class ScoredModule(IsolatingModule):
         return True
 
     def learns_scores(self) -> bool:
-        """Whether the scores are learnt now; if not, the task's masks are as they are."""
+        """Whether the scores are learnt now; if not, the task's masks stay as they are."""
         return True
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:

@@ -28,21 +28,21 @@ class SupSup(ScoredModule):
         W = sign(w) sqrt(2 / fan_in), never trained                ``signed_constants``
         task t: scores of its own, m = 1 at the largest |s|        scores = WeightScores(keep, anew=True)
         L(f(m * W)); dL/ds = sign(s) W dL/d(m W)                   sparsity/weight_scores.py
-        a task is its mask: one bit a weight                       subnetworks = TaskSubnetworks(full="share")
+        a task is its mask: one bit per weight subnetworks = TaskSubnetworks(full="share")
 
     Batch-norm, biases and the head's rows of a task's classes are trained, and the task's own (in the released code
     batch-norm has no parameters, and the head is a masked random layer that all tasks share). Each layer keeps the same
     fraction (there, more of small layers).
 
-    Where the task is not known it is told by the answers of all subnetworks, see :class:`TaskInference`; the paper's
-    own rule is :class:`EntropyGradient`.
+    Where the task is not known, it is inferred from the answers of all subnetworks, see :class:`TaskInference`; the
+    paper's own rule is :class:`EntropyGradient`.
 
     With ``train_free``, once its mask is learnt, a task trains the weights in it that no earlier task uses, as in
     "Exclusive Supermask Subnetwork Training for Continual Learning" (ExSSNeT; Yadav & Bansal, 2023).
 
     Args:
-        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Its weights stay as they
-            are drawn, but for their size.
+        backbone: maps a batch of samples, such as images (B, C, H, W), to features (B, D). Its weights stay as they are
+            drawn, except for their size.
         keep: fraction of each layer's weights in a task's mask, in (0, 1].
         signed_constants: whether all weights of a layer get the same magnitude, with the signs that they were drawn
             with. If False, they stay as they were drawn, or trained before.
@@ -50,7 +50,7 @@ class SupSup(ScoredModule):
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
-        optimizer: of scores, batch-norm, biases and head. If None, Adam with learning rate 0.001.
+        optimizer: for scores, batch-norm, biases and head. If None, Adam with learning rate 0.001.
         policies: further callbacks.
 
     Raises:

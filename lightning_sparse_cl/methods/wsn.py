@@ -25,8 +25,8 @@ class WSN(ScoredModule):
         weights of earlier tasks stay, and may be used             subnetworks = TaskSubnetworks
 
     Scores are not drawn anew for a task: it begins with the last one's subnetwork, and so shares much of it. Exactly
-    ``round(c n)`` weights are kept of each layer (the released code keeps one more). The task's mask is that of its
-    last scores, not the one from before the last step. The code's batch-norm has no parameters and no statistics, so
+    ``round(c n)`` weights are kept of each layer (the released code keeps one more). The task's mask is the one of its
+    last scores, not of the scores before the last step. The code's batch-norm has no parameters and no statistics, so
     that logits depend on the other samples of a test batch; here each task has its own. The head is dense, and its rows
     of a task's classes are the task's own, as biases are (there heads are masked, and there are no biases).
 
@@ -36,7 +36,7 @@ class WSN(ScoredModule):
         subnetworks: how tasks are kept apart. If None, each has its own batch-norm.
         objective: if None, cross-entropy among the task's classes.
         update: if None, one backward pass.
-        optimizer: of weights and scores. If None, Adam with learning rate 0.001.
+        optimizer: for weights and scores. If None, Adam with learning rate 0.001.
         policies: further callbacks.
 
     Raises:

@@ -23,7 +23,7 @@ class DenseCost:
         parameters: all parameters, batch-norm and biases included.
         weightless: multiply-accumulates of activations with each other, such as attention's QK^T and AV. No mask
             reduces them.
-        not_counted: operators that multiply and for which there is no formula, and why.
+        not_counted: operators that multiply but are not counted, each with the reason.
     """
 
     macs: dict[str, int]
@@ -34,7 +34,7 @@ class DenseCost:
 
     @classmethod
     def of(cls, network: nn.Module, input_shape: Sequence[int]) -> DenseCost:
-        """The cost of one sample of this shape, of zeros, such as an image (C, H, W); see :meth:`of_call`."""
+        """The cost of one sample of zeros of this shape, such as an image (C, H, W); see :meth:`of_call`."""
         own = next(network.parameters())
         return cls.of_call(network, torch.zeros(1, *input_shape, device=own.device, dtype=own.dtype))
 
@@ -42,7 +42,7 @@ class DenseCost:
     def of_call(cls, network: nn.Module, *args: Any, **kwargs: Any) -> DenseCost:
         """Count by calling ``network`` in eval mode, with the formulas of ``torch.utils.flop_counter`` and our own.
 
-        The network is left as it was; modes, buffers and random numbers do not change.
+        The network is left as it was: modes, buffers and random numbers do not change.
         """
         counter = ProductCounter(network.named_parameters(), network.buffers())
         fast = torch.backends.mha.get_fastpath_enabled()
@@ -59,7 +59,7 @@ class DenseCost:
 
     @classmethod
     def counted(cls, counter: ProductCounter, network: nn.Module) -> DenseCost:
-        """What ``counter`` saw of a pass of ``network``."""
+        """What ``counter`` counted in a pass of ``network``."""
         parameters = sum(p.numel() for p in network.parameters())
         return cls(dict(counter.macs), counter.activations, parameters, counter.weightless, dict(counter.missing))
 
@@ -89,7 +89,7 @@ def sparcl_flops(
     Args:
         macs: multiply-accumulates of a dense forward pass of one image.
         samples: images times epochs.
-        draws: replayed batches of the current batch's size a step: 1 for ER, 2 for DER++.
+        draws: replayed batches of the current batch's size per step: 1 for ER, 2 for DER++.
         sparsity: s, zero fraction of the pruned weights.
         gradient_sparsity: g = s + q, zero fraction of the weight gradient. If None, s.
         dense_share: d, share of ``macs`` in layers that are not pruned.
@@ -130,7 +130,7 @@ def sparcl_memory(
 
 
 def mask_overhead(parameters: int, updates: int) -> float:
-    """FLOPs of TDM, DDR and DGM together: eight operations a parameter at every mask update (SparCL, B.1)."""
+    """FLOPs of TDM, DDR and DGM together: eight operations per parameter at every mask update (SparCL, B.1)."""
     return 8.0 * parameters * updates
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-"""Masks of so many tasks at a time are one symbol."""
+"""How many tasks' masks at a time are one symbol."""
 LENGTH = 8
 """Bits in the table for the length of a symbol's code."""
 
@@ -18,16 +18,16 @@ LENGTH = 8
 def mask_bits(masks: Iterable[Tensor]) -> dict[str, float]:
     """Bits per weight that the masks of T tasks take together.
 
-    Each weight has one bit per task; these T bits are one symbol, so that masks which share much take little. EsaCL's
-    eq 6.24 and WSN's tables assume a factor gamma of compression instead.
+    Each weight has one bit per task; these T bits are one symbol, so that masks that share much take little. EsaCL's eq
+    6.24 and WSN's tables assume a factor gamma of compression instead.
 
     Args:
-        masks: T boolean masks (n,) or of any one shape, one per task. Of more than 32 tasks, so many at a time.
+        masks: T boolean masks (n,) or of any one shape, one per task. More than 32 tasks are taken 32 at a time.
 
     Returns:
         ``plain``, T; ``entropy``, that of the symbols as they occur; ``coded``, a Huffman code's with its table, or T
-        where that takes more. (Of few weights and many tasks nearly every symbol is another one: the table is all there
-        is.)
+        where that takes more. (With few weights and many tasks, nearly every symbol is a different one, and the table
+        takes nearly all of the bits.)
     """
     entropy = coded = 0.0
     tasks, symbols = 0, torch.zeros(0, dtype=torch.long)
@@ -52,7 +52,7 @@ def _coded(symbols: Tensor, tasks: int) -> float:
 
 
 def huffman_bits(counts: Sequence[int]) -> int:
-    """Bits that a Huffman code takes for symbols that occur so often; one bit each where there is one symbol only."""
+    """Bits that a Huffman code takes for symbols with these counts; one bit each if there is only one symbol."""
     if len(counts) < 2:
         return sum(counts)
     heap, total = list(counts), 0

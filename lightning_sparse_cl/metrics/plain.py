@@ -10,14 +10,14 @@ from torch import nn
 
 
 def steps_aside(module: nn.Module) -> bool:
-    """Whether a module is compiled or accelerated, and so computes otherwise while a dispatch mode looks."""
+    """Whether a module is compiled or accelerated, and so computes differently while a dispatch mode is active."""
     if isinstance(module, torch.jit.ScriptModule):
         return True
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules
 
 
 def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """``dict(module.named_parameters())``, unnoticed by code that has swapped their values for the moment."""
+    """``dict(module.named_parameters())``, unnoticed by code that has swapped their values temporarily."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for prefix, part in module.named_modules():
         for name, parameter in _own(part).items():
@@ -28,7 +28,7 @@ def weights_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter | None]:
     own = module._parameters
-    return dict(dict.items(own) if isinstance(own, dict) else own.items())  # past what a subclass of dict does
+    return dict(dict.items(own) if isinstance(own, dict) else own.items())  # bypasses a subclass of dict
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -34,7 +34,7 @@ def _addbmm(_: torch.Size, a: torch.Size, b: torch.Size, *__: Any, **___: Any) -
 
 
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of each operator: those that PyTorch knows or a user has registered, and those that it lacks."""
+    """FLOPs of each operator: those that PyTorch knows or a user has registered, and ours for those that it lacks."""
     own = {aten.mv: _mv, aten.addmv: _addmv, aten.dot: _dot, aten.vdot: _dot, aten.addbmm: _addbmm}
     found = dict(FlopCounterMode(display=False, custom_mapping=own).flop_registry)
     names = ("flash_attention_for_cpu", "fused_attention_overrideable", "attention_math_for_mps")
@@ -60,7 +60,7 @@ _NAMESPACES = {"aten", "prim", "prims", "profiler", "c10d", "_c10d_functional", 
 
 
 def multiplies(operator: Any) -> bool:
-    """Whether an operator without a formula looks as if it did more than one product an element, by its name."""
+    """Whether an operator without a formula seems, by its name, to do more than one product per element."""
     space, name = str(operator).split(".")[-2:]
     words = set(re.findall("[a-z]+", name))
     known = words & _MULTIPLY or any(word.endswith(("mm", "mv")) for word in words)
@@ -73,12 +73,13 @@ CONSTANT = ""  # stands for the name of a weight
 class ProductCounter(TorchDispatchMode):
     """Counts multiply-accumulates while it is entered, and follows weights through casts, masks, views and norms.
 
-    A product of a weight (or of what was computed of weights alone) belongs to that weight; one of two activations, as
-    attention's, to none. It only looks: the same kernels run on the same tensors. Backward passes do not count.
+    A product of a weight (or of what was computed from weights alone) belongs to that weight; a product of two
+    activations, as in attention, to none. It only observes: the same kernels run on the same tensors. Backward passes
+    do not count.
 
     Args:
-        weights: names and tensors; a name may have several. Vectors are left out: no product is theirs.
-        constants: tensors that are neither weights nor computed of a pass's inputs: buffers.
+        weights: names and tensors; a name may have several. Vectors are left out: no product belongs to them.
+        constants: tensors that are neither weights nor computed from a pass's inputs: buffers.
     """
 
     supports_higher_order_operators = True
@@ -88,12 +89,12 @@ class ProductCounter(TorchDispatchMode):
         self.macs: Counter[str] = Counter()
         self.weightless = 0
         self.activations = 0
-        """Elements of the outputs of all products with weights."""
+        """How many elements the outputs of all products with weights have."""
         self.missing: dict[str, str] = {}
-        """Operators that multiply and are not counted, and why."""
+        """Operators that multiply and are not counted, each with the reason."""
         self._formulas = _formulas()
         self._sizes = {CONSTANT: 0}
-        self._made: dict[int, list[tuple[int, int, str]]] = {}  # where in a storage which weight is
+        self._made: dict[int, list[tuple[int, int, str]]] = {}  # which weight is where in a storage
         self._held: list[StorageWeakRef] = []  # so that no new storage gets the address of one that is remembered
         self._data: set[int] = set()
         for name, weight in weights:
@@ -105,7 +106,7 @@ class ProductCounter(TorchDispatchMode):
                 self._made.setdefault(key, [(0, 2**62, CONSTANT)])
 
     def begin(self, inputs: Any) -> None:
-        """Count anew, for a pass with these inputs: what is computed of them is no weight."""
+        """Count anew, for a pass with these inputs: what is computed from them is not a weight."""
         self.macs, self.weightless, self.activations, self.missing = Counter(), 0, 0, {}
         keys = (_storage(t) for t in tree_leaves(inputs) if isinstance(t, Tensor))
         self._data = {key for key in keys if key is not None and key not in self._made}
@@ -165,7 +166,7 @@ class ProductCounter(TorchDispatchMode):
         return max((n for n in names if n is not None), key=self._sizes.__getitem__, default=None)
 
     def _name(self, t: Tensor) -> str | None:
-        """The weight that a tensor is, is a part of, or was computed of."""
+        """The weight that a tensor is, is part of, or was computed from."""
         at = t.storage_offset() if (found := self._made.get(_storage(t) or 0)) else 0
         return next((name for start, stop, name in found or () if start <= at < stop), None)
 

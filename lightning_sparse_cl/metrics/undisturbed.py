@@ -1,4 +1,4 @@
-"""Run a module without a trace: what a measurement must leave behind is nothing."""
+"""Run a module without a trace: a measurement must leave nothing behind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     """Put back, on leaving, all that calls of ``module`` may change.
 
     That is: random states (Python, NumPy, CPU, the module's GPUs, generators that it owns), modes, buffers, counters
-    and other attributes of it and of the modules in it, tensors, lists and dicts among them (the states of torchmetrics
-    are such). Weights are not copied: a forward pass does not change them.
+    and other attributes of it and of the modules in it, including tensors, lists and dicts (such as the states of
+    torchmetrics). Weights are not copied: a forward pass does not change them.
     """
     devices = {t.device.index for t in (*module.parameters(), *module.buffers()) if t.device.type == "cuda"}
     modules = [_Attributes(m) for m in module.modules()]

@@ -16,8 +16,8 @@ from lightning_sparse_cl.task_hooks import TaskHooks
 
 Terms = dict[str, Any]
 """``per_sample`` (B,): loss of each sample of the current batch; ``rest``: replay and penalty terms, a scalar;
-``logits`` (B, C) of the current batch; if :attr:`Objective.ranks_replay`, and something is replayed,
-``replayed``: for each draw, the loss (m,) of each exemplar."""
+``logits`` (B, C) of the current batch; if :attr:`Objective.ranks_replay` and something is replayed, ``replayed``: for
+each draw, the loss (m,) of each exemplar."""
 
 
 class Learner(Protocol):
@@ -55,11 +55,13 @@ class Objective(TaskHooks, nn.Module):
     trains_head = True
     """Whether the head learns by the loss; otherwise it is fitted, or not used, when a task has ended."""
     reads_network = False
-    """Whether it computes with ``network`` itself, and so needs its parameters to be what the module computes with."""
+    """Whether it computes with ``network`` itself, so that the module must also use the network's parameters.
+    """
     views = 1
-    """Augmented views of each sample of the current batch; of several, the tensors of ``x`` are (B, views, ...)."""
+    """Augmented views of each sample of the current batch; if several, the tensors of ``x`` are (B, views, ...).
+    """
     takes: tuple[str, ...] = ("classes",)
-    """The targets, see :mod:`lightning_sparse_cl.data.targets`, whose labels it can learn."""
+    """The targets whose labels it can learn, see :mod:`lightning_sparse_cl.data.targets`."""
     target: Target = KINDS["classes"]
     """What labels are, once :meth:`set_target` has been called."""
     _labels: Tensor | None = None
@@ -74,7 +76,7 @@ class Objective(TaskHooks, nn.Module):
 
         Args:
             target: what labels are.
-            labels: those of a batch of no samples, as they are stored.
+            labels: the labels of a batch of no samples, as they are stored.
 
         Raises:
             ValueError: if the objective cannot learn such labels.
@@ -87,14 +89,14 @@ class Objective(TaskHooks, nn.Module):
         self.target, self._labels = target, labels
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
-        """Allocate what depends on the network (its ``head`` is linear) and on what a sample is.
+        """Allocate what depends on the network (its ``head`` is linear) and on the form of a sample.
 
         Called once, before a checkpoint is restored.
 
         Args:
             network: backbone and head.
-            layout: a batch of no samples, as they are stored: their shapes and types.
-            seed: of what is drawn.
+            layout: a batch of no samples as they are stored, for their shapes and types.
+            seed: seed of random draws.
         """
 
     def add_classes(self, model: Learner, known: int, prepare: Callable[..., Nest]) -> None:
@@ -117,7 +119,7 @@ class Objective(TaskHooks, nn.Module):
             model: the module that learns.
             x: the current batch as network input, or the samples of it that the pass keeps.
             y: labels (B,).
-            replay: what :meth:`draw` gave, or None to leave replay out.
+            replay: what :meth:`draw` has returned, or None to leave replay out.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its loss is: override forward()")
 
@@ -125,19 +127,19 @@ class Objective(TaskHooks, nn.Module):
         """Called after the update with the whole batch as stored, and its logits from before the update."""
 
     def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
-        """Logits (B, num_classes) by which the network is tested, from features (B, D)."""
+        """Logits (B, num_classes) with which the network is tested, from features (B, D)."""
         return head(features)
 
     def classifier(self, head: nn.Linear) -> tuple[nn.Module, list[int] | None]:
-        """What :meth:`classify` computes, as a network alone, and the labels of its outputs. If None, all in order."""
+        """:meth:`classify` as a network of its own, and the labels of its outputs. If these are None, all in order."""
         return head, None
 
 
 class LooksBack(Objective):
-    """Base of the objectives that compare with the last task's end: it knows whether there is one."""
+    """Base of the objectives that compare with the end of the last task: it knows whether there is one."""
 
     tasks = 0
-    """Tasks learnt to their end."""
+    """How many tasks have been learnt to their end."""
 
     def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
         super().on_task_end(trainer, pl_module, task)
@@ -153,13 +155,13 @@ class LooksBack(Objective):
 class CrossEntropy(Objective):
     """The loss of the current batch and nothing else: fine-tuning.
 
-    It is cross-entropy where labels are classes, and else what the target says: binary cross-entropy, squared error, or
-    the mean cross-entropy of pixels.
+    It is cross-entropy where labels are classes, and otherwise the target's loss: binary cross-entropy, squared error,
+    or the mean cross-entropy of pixels.
 
     Args:
         single_head: only the current task's classes compete in the loss of the current batch. Old classes are then
-            not pushed down by it, which counters the bias towards recent ones. SparCL's code trains so (with replay
-            among all classes); its paper, DER++ and ER do not say it.
+            not pushed down by it, which counters the bias towards recent ones. SparCL's code does this (with replay
+            among all classes); its paper, DER++ and ER do not mention it.
     """
 
     live: Tensor
@@ -182,7 +184,7 @@ class CrossEntropy(Objective):
 
     @property
     def own_classes(self) -> Tensor | None:
-        """With ``single_head`` those of the current task, unless a subclass has terms of its own."""
+        """With ``single_head`` the current task's classes, unless a subclass has loss terms of its own."""
         if not self.single_head or type(self).forward is not CrossEntropy.forward:
             return None
         if self.target is not KINDS["classes"]:
@@ -197,7 +199,7 @@ class CrossEntropy(Objective):
 
     def current_loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """Loss (B,) of the current batch's samples from outputs (B, C, ...) and labels (B, ...)."""
-        if (own := self.own_classes) is not None:  # summed over these alone, whatever others there are
+        if (own := self.own_classes) is not None:  # summed over these alone, however many others there are
             return F.cross_entropy(logits[:, own], self.live.cumsum(0)[y] - 1, reduction="none")
         return self.target.loss(logits, y, self.live if self.single_head else None)
 

@@ -10,22 +10,22 @@ from lightning_sparse_cl.objectives.memory import ReservoirMemory
 
 
 class ClassBalancedReservoir(ReservoirMemory):
-    """Of each class a uniform sample of all its samples ever presented, and as equal numbers of each as there can be.
+    """Holds a uniform sample of all samples ever presented of each class, in numbers as equal as possible.
 
     What is held has the distribution that class-balanced reservoir sampling (CBRS, Chrysakis and Moens, 2020) gives,
     by another algorithm, which takes a whole batch at once, without waiting for the device: every sample presented
     draws a random number, and each class keeps those with the lowest. After every batch, with n_c samples of class c
-    presented so far, class c holds ``min(n_c, share)`` of them; the share is the largest that fits and the same for
-    all, but the places left over go to the first classes, one to each. So the counts of any two classes differ by one
-    at most, unless a class has had fewer samples; then all of them are held. (CBRS gives the places left over to
+    presented so far, class c holds ``min(n_c, share)`` of them; the share is the same for all classes, and the largest
+    that fits; the places left over go to the first classes, one to each. So the counts of any two classes differ by at
+    most one, unless a class has had fewer samples, all of which are then held. (CBRS gives the places left over to
     classes at random.)
 
     What is held depends on ``seed``, on the samples and on the batches in which they were presented; it is the same on
     every process and on a resumed run.
 
     Args:
-        size: number of exemplars M, at most. If None, ``per_class`` of each class.
-        per_class: number of exemplars of each class, at most, also before all classes have been met. If None, all that
+        size: largest number of exemplars, M. If None, ``per_class`` times the number of classes.
+        per_class: largest number of exemplars per class, even before all classes have been met. If None, as many as
             there is room for.
 
     Raises:
@@ -43,7 +43,7 @@ class ClassBalancedReservoir(ReservoirMemory):
         if size is None and per_class is None:
             raise ValueError(f"{type(self).__name__}: give size, per_class or both")
         if per_class is not None and per_class < 1:
-            raise ValueError(f"{type(self).__name__}(per_class={per_class}): at least one exemplar of each class")
+            raise ValueError(f"{type(self).__name__}(per_class={per_class}): at least one exemplar per class")
         super().__init__(1 if size is None else size)
         self.most, self.per_class = size, per_class
 
@@ -51,14 +51,14 @@ class ClassBalancedReservoir(ReservoirMemory):
         """Size the memory, before it is built.
 
         Raises:
-            ValueError: in the name of ``owner``, unless each of so many classes can have an exemplar.
+            ValueError: naming ``owner``, unless each of ``classes`` classes can have an exemplar.
         """
         sizes = [self.most, None if self.per_class is None else self.per_class * classes]
         self.size, self.classes = min(size for size in sizes if size is not None), classes
         if self.size < classes:
             raise ValueError(
-                f"{type(owner).__name__}(memory={self.size}): one exemplar a class at least, and there are {classes}; "
-                "use a larger memory"
+                f"{type(owner).__name__}(memory={self.size}): at least one exemplar per class, and there are "
+                f"{classes}; use a larger memory"
             )
 
     def build(self, layout: Nest, num_classes: int | None, seed: int, labels: Tensor | None = None) -> None:
@@ -71,7 +71,7 @@ class ClassBalancedReservoir(ReservoirMemory):
         return super().__len__() if self.per_class is None else int(self.counts.sum())
 
     def __bool__(self) -> bool:
-        return self.seen > 0  # asked in every step: without waiting for the device
+        return self.seen > 0  # asked in every step, so it must not wait for the device
 
     @torch.no_grad()
     def add(self, inputs: Nest, labels: Tensor, task: int, logits: Tensor | None = None) -> None:
@@ -85,7 +85,7 @@ class ClassBalancedReservoir(ReservoirMemory):
         share = equal_shares(wanted, self.size)
         self.counts.copy_(share)
 
-        # The held and the new, by class and then by lot: of each class as many stay as it is to hold.
+        # Held and new exemplars, by class and then by lot: each class keeps as many as it is to hold.
         classes = torch.cat([self.labels.where(held, self.classes), labels])
         ranked, order = (classes * 2**LOT_BITS + torch.cat([self.lots, lots])).sort(stable=True)
         ranked = ranked >> LOT_BITS
@@ -95,8 +95,8 @@ class ClassBalancedReservoir(ReservoirMemory):
         stays[order] = place < torch.cat([share, share.new_zeros(1)])[ranked]
         held, new = stays.split([self.size, len(labels)])
 
-        # The new that stay go to the lowest free places. Others are written, too, as what was there before, so that
-        # it need not be known how many there are.
+        # New exemplars that stay go to the lowest free places. The other places are rewritten with what they hold,
+        # so that the number of new ones need not be known.
         count = min(self.size, len(labels))
         rows, slots = ((~new).int().argsort(stable=True)[:count], held.int().argsort(stable=True)[:count])
         written = new[rows]
@@ -111,10 +111,10 @@ class ClassBalancedReservoir(ReservoirMemory):
             self.logits[slots] = kept.where(_as(written, kept), self.logits[slots])
 
     def _places(self, count: int) -> Tensor:
-        """As of every memory; only with ``per_class``, and while fewer than ``count`` are held, some may occur twice.
+        """As in every memory; but with ``per_class``, while fewer than ``count`` are held, some may occur twice.
 
-        How many are held is known on the device, and a draw does not wait for it: it has ``count`` places, or as many
-        as samples were presented, and exemplars are repeated as evenly as can be.
+        Only the device knows how many are held, and a draw does not wait for it: it has ``count`` places, or as many as
+        samples were presented, and exemplars are repeated as evenly as possible.
         """
         if self.per_class is None:
             return super()._places(count)
@@ -125,16 +125,16 @@ class ClassBalancedReservoir(ReservoirMemory):
 
 
 LOT_BITS = 40
-"""Of the random numbers, so that class and number together are one integer of 64 bits."""
+"""Bits of the random numbers, so that class and number together fit into an integer of 64 bits."""
 
 
 def equal_shares(available: Tensor, places: int) -> Tensor:
-    """Divide places so that the shares (n,) are as equal as what is ``available`` (n,) for each admits.
+    """Divide places into shares (n,) that are as equal as possible and at most ``available`` (n,).
 
-    Places that are left over by equal shares go to the first that can take one more.
+    Places left over go, one each, to the first that can take one more.
     """
     lowest, left = available.sort().values, torch.arange(len(available), 0, -1, device=available.device)
-    level = ((places - (lowest.cumsum(0) - lowest)) // left).max()  # as if so many, the lowest, had all they can
+    level = ((places - (lowest.cumsum(0) - lowest)) // left).max()  # over how many of the lowest are filled
     shares = available.minimum(level)
     more = available > level
     return shares + (more & (more.cumsum(0) <= places - shares.sum()))

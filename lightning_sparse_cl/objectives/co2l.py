@@ -20,27 +20,27 @@ from lightning_sparse_cl.objectives.teacher import Teacher
 class CO2L(Replay):
     """Contrastive features that keep their relations, and a linear classifier fitted at each task's end.
 
-    With z projected features of length one, of two views of each sample of the batch and of exemplars::
+    With z the projected features, of length one, of two views of each sample in the batch and each exemplar::
 
         L_asym = - 1/|S| sum_{i in S} 1/|P(i)| sum_{p in P(i)} log softmax_{k != i}(z_i z_k / tau)_p      (eq 3)
         L_IRD  = - 1/N sum_i sum_{j != i} softmax_j(z*_i z*_j / kappa*) log softmax_j(z_i z_j / kappa)    (eqs 4-6)
         L      = L_asym + alpha * L_IRD
 
-    Anchors S are the views of the current batch only; P(i) are the other views with the label of i; z* are those of the
+    Anchors S are the views of the current batch only; P(i) are the other views with the label of i; z* are the z of the
     network at the last task's end. (The released code divides L_asym by the number of all views, exemplars included,
     which scales it by the share of the current ones.)
 
-    The head does not shape the features: while the task runs it follows them by a cross-entropy through which no
-    gradient passes to the backbone, so that there are logits to rank samples or weights by. At the task's end it is
-    fitted anew to memory and last task, classes weighing the same.
+    The head does not shape the features: while the task runs it learns by a cross-entropy that passes no gradient to
+    the backbone, so that there are logits to rank samples or weights by. At the task's end it is fitted anew to the
+    memory and the last task, with equal weights for all classes.
 
     Args:
-        memory: number of exemplars, at least as many as there are classes; equal shares a class, drawn at random.
+        memory: number of exemplars, at least as many as there are classes; equal shares per class, drawn at random.
         replay_batch_size: number of exemplars replayed in each step, two views of each.
         alpha: weight of the relation distillation L_IRD, the paper's lambda.
         temperature: tau.
-        teacher_temperature: kappa*, of the earlier network's relations.
-        student_temperature: kappa.
+        teacher_temperature: kappa*, for the earlier network's relations.
+        student_temperature: kappa, for the present ones.
         dim: size of the projections z.
 
     Raises:
@@ -50,10 +50,10 @@ class CO2L(Replay):
 
     trains_head = False
     views = 2
-    ranks_replay = False  # exemplars are contrasts, and no anchors, of L_asym; L_IRD relates all of them
+    ranks_replay = False  # in L_asym exemplars are contrasts, not anchors; L_IRD relates all of them
     memory: BalancedMemory
     seen: Tensor
-    """Which classes (num_classes,) occurred so far."""
+    """Which classes (num_classes,) have occurred so far."""
     takes = ("classes",)
 
     def __init__(
@@ -91,7 +91,7 @@ class CO2L(Replay):
         """The tensors of ``x`` are (B, 2, ...)."""
         (drawn,) = replay or (Exemplars(rows(x, slice(0)), y[:0], y[:0]),)
         labels = torch.cat([y, drawn.labels])
-        views = each(lambda both: both.transpose(0, 1).flatten(0, 1), joined([x, drawn.inputs]))  # first ones first
+        views = each(lambda both: both.transpose(0, 1).flatten(0, 1), joined([x, drawn.inputs]))  # first views first
         _, features = model(views, features=True)
         z = F.normalize(self.projection(features).float())
         contrast = supervised_contrast(z, labels.repeat(2), self.temperature).view(2, -1).mean(0)
@@ -137,6 +137,6 @@ def relation_distance(z: Tensor, before: Tensor, student: float, teacher: float)
 
 
 def _products(z: Tensor) -> Tensor:
-    """Of all pairs, in full precision: divided by a temperature of 0.01 they are large."""
+    """Products of all pairs, in full precision: divided by a temperature of 0.01 they are large."""
     with torch.autocast(z.device.type, enabled=False):
         return z.float() @ z.float().T

@@ -27,14 +27,14 @@ class EWC(LooksBack, CrossEntropy):
     batch of one normalises itself, and weights samples by p(y|x), which makes it neither the empirical nor the true
     Fisher; samples that are learnt have gradients near zero either way.) ``bound`` is ours: gradient descent at
     learning rate lr diverges where lr * alpha * F_i > 1, which the published coefficients exceed with this Fisher, by
-    far in networks that are not yet trained to the end; a weight that stiff is held all the same. A bound that lets SGD
-    diverge is refused when training starts.
+    far in networks that are not yet trained to the end; a weight at the bound is held just as well. A bound that lets
+    SGD diverge is refused when training starts.
 
     Args:
         alpha: weight of the penalty, the paper's lambda.
         bound: the largest value of alpha F_i, > 0; at most 1 / the learning rate of SGD, or (1 + momentum) / it.
-        gamma: how much of earlier tasks' information stays, in [0, 1].
-        samples: of each task, drawn at random, for the Fisher information. If None, all.
+        gamma: part of earlier tasks' information that stays, in [0, 1].
+        samples: number of samples per task for the Fisher information, drawn at random. If None, all.
         single_head: see :class:`CrossEntropy`.
 
     Raises:
@@ -47,7 +47,7 @@ class EWC(LooksBack, CrossEntropy):
     """Weights (P,) at the last task's end, theta*."""
     per_weight = ("F", "anchor")
     weight_names: list[str]
-    """Of the weights theta, in their order."""
+    """Names of the weights theta, in their order."""
     takes = ("classes",)
     reads_network = True
 
@@ -65,7 +65,7 @@ class EWC(LooksBack, CrossEntropy):
         if not 0 <= gamma <= 1:
             raise ValueError(f"EWC(gamma={gamma}): the part of earlier tasks' Fisher information kept, in [0, 1]")
         if samples is not None and samples < 1:
-            raise ValueError(f"EWC(samples={samples}): at least one sample a task, or None for all")
+            raise ValueError(f"EWC(samples={samples}): at least one sample per task, or None for all")
         self.gamma, self.samples = gamma, samples
 
     def build(self, network: nn.Module, layout: Nest, seed: int) -> None:
@@ -90,7 +90,7 @@ class EWC(LooksBack, CrossEntropy):
             lr, most = float(max(group["lr"], group.get("initial_lr", 0))), 1 + float(group["momentum"])
             if lr * self.bound > most:
                 raise ValueError(
-                    f"EWC(bound={self.bound:g}): SGD's steps along the penalty may diverge, for bound times the "
+                    f"EWC(bound={self.bound:g}): SGD's steps along the penalty may diverge, as bound times the "
                     f"learning rate, {lr:g}, is above {most:g}; use a bound of at most {most / lr:g}"
                 )
 
@@ -103,7 +103,7 @@ class EWC(LooksBack, CrossEntropy):
 
 
 def vector(tensors: Iterable[Tensor]) -> Tensor:
-    """All values in one row (P,), in logical order whatever the memory format."""
+    """All values in one row (P,), in logical order, whatever the memory format is."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
@@ -111,8 +111,8 @@ def fisher(network: nn.Module, batches: Iterable[tuple[Nest, Tensor]], among: Te
     """Empirical Fisher information, diagonal, (P,): E[(d log p(y|x) / d theta)^2] over all samples and processes.
 
     Args:
-        network: maps samples to logits; in eval mode for it, and left as it was.
-        batches: (x, y), B samples as network input and labels (B,); each process its own.
+        network: maps samples to logits; it runs in eval mode, and is left as it was.
+        batches: (x, y), B samples as network input and labels (B,); each process gives its own.
         among: classes (num_classes,) that compete in p(y|x). If None, all.
     """
     theta = {name: p.detach() for name, p in network.named_parameters()}

@@ -15,14 +15,14 @@ from lightning_sparse_cl.objectives.memory import BalancedMemory, Exemplars
 from lightning_sparse_cl.objectives.replay import Replay
 
 ROUNDING = 1e-6
-"""Smaller distances are those of float32; at a task's start, without augmentation, their gradient has no direction."""
+"""Smaller distances are float32 rounding, as at a task's start without augmentation: their gradient is noise."""
 
 
 class FDR(Replay):
     """Hold the function where earlier tasks left it: L = CE(x, y) + alpha * E ||softmax(z) - softmax(z*)||_2.
 
     z* are the logits of an exemplar at the end of its task, in eval mode, not augmented; every task has an equal share
-    of the memory, drawn at random. (The released code takes two optimiser steps a batch and does not use its alpha.)
+    of the memory, drawn at random. (The released code takes two optimiser steps per batch and does not use its alpha.)
 
     Args:
         memory: number of exemplars.

@@ -23,18 +23,18 @@ def features_of(backbone: nn.Module, stored: Nest, prepare: Callable[..., Nest])
 def fit_head(
     head: nn.Linear, features: Tensor, labels: Tensor, classes: Tensor, decay: float = 1e-3, steps: int = 100
 ) -> None:
-    """Multinomial logistic regression, in place, by L-BFGS: the head's rows of ``classes``, all equally important.
+    """Multinomial logistic regression, by L-BFGS: fits the head's rows of ``classes`` in place, all with equal weight.
 
-    Solved to the end where the papers take many epochs of SGD with samples drawn evenly from the classes: no learning
-    rate to choose, and nothing is drawn at random.
+    It is solved to the end, where the papers take many epochs of SGD with samples drawn evenly from the classes: there
+    is no learning rate to choose, and nothing is drawn at random.
 
     Args:
-        head: of all classes; rows of others stay as they are, and do not compete.
+        head: the head of all classes; rows of other classes stay as they are, and do not compete.
         features: (n, D).
         labels: (n,), each one of ``classes``.
         classes: mask (C,).
         decay: weight of half the squared norm of the weights.
-        steps: iterations at most.
+        steps: largest number of iterations.
     """
     rows = classes.nonzero().squeeze(1)
     y = torch.searchsorted(rows, labels)

@@ -20,18 +20,18 @@ from lightning_sparse_cl.objectives.teacher import Teacher
 class ICaRL(Replay):
     """Exemplars by herding, distillation, and classification by the nearest mean of exemplars.
 
-    Every class has a sigmoid output; L is the binary cross-entropy, mean over the classes seen so far (Algorithm 3; the
-    authors' code takes those of all tasks to come as well, with target 0: ``over="all"``)::
+    Every class has a sigmoid output; L is the binary cross-entropy, averaged over the classes seen so far (Algorithm 3;
+    the authors' code includes those of all tasks to come, with target 0: ``over="all"``)::
 
         over the task's classes: target 1 for the label, else 0;  over the other old ones: target sigmoid(teacher(x))
 
     The teacher is the network at the last task's end. At a task's end each class keeps the exemplars whose running mean
-    stays closest to the class mean (Algorithm 4), of features of length one. An image belongs to the class whose
-    exemplars' mean mu, of length one too, is nearest (Algorithm 1), which is the largest product with mu: these
-    products are the logits in eval mode.
+    stays closest to the class mean (Algorithm 4); features have length one. An image belongs to the class whose
+    exemplars' mean mu, also of length one, is nearest (Algorithm 1), i.e. has the largest product with the features:
+    these products are the logits in eval mode.
 
     The paper and the released code mix exemplars into the training set; here each step draws ``replay_batch_size``
-    of them as in ER, a larger part, and both parts of the batch count the same.
+    of them as in ER, which is a larger part, and both parts of the batch count the same.
 
     Args:
         memory: number of exemplars, at least as many as there are classes.
@@ -45,11 +45,11 @@ class ICaRL(Replay):
     trains_head = False
     memory: BalancedMemory
     old: Tensor
-    """Which classes (num_classes,) earlier tasks had."""
+    """Which classes (num_classes,) earlier tasks have had."""
     elsewhere: Tensor
     """Which of the old classes are not in the running task."""
     seen: Tensor
-    """Which classes occurred so far, those of the running task included."""
+    """Which classes have occurred so far, including those of the running task."""
     means: Tensor
     """Mean feature (num_classes, D) of each old class's exemplars, of length one."""
     takes = ("classes",)
@@ -93,7 +93,7 @@ class ICaRL(Replay):
     def classify(self, head: nn.Linear, features: Tensor) -> Tensor:
         if not self.tasks:
             return super().classify(head, features)
-        with torch.autocast(features.device.type, enabled=False):  # rounded, unit vectors that are close are equal
+        with torch.autocast(features.device.type, enabled=False):  # rounding would make close unit vectors equal
             nearness = F.normalize(features.float()) @ self.means.float().T
         return nearness.masked_fill(~self.old, -torch.inf)
 
@@ -132,7 +132,7 @@ class ICaRL(Replay):
 
 
 class NearestMean(nn.Module):
-    """Features (B, D), made as long as one, times the means (C, D) of classes: the nearest has the largest product."""
+    """Features (B, D), scaled to length one, times the means (C, D) of classes: the nearest has the largest product."""
 
     def __init__(self, means: Tensor) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class NearestMean(nn.Module):
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Indices (count,) of features (n, D), chosen one by one so that their mean is nearest to that of all (Alg. 4)."""
+    """Indices (count,) of features (n, D), chosen one by one to keep their mean nearest to that of all (Alg 4)."""
     mean, total = features.mean(0), torch.zeros_like(features[0])
     taken = torch.zeros(len(features), dtype=torch.bool, device=features.device)
     chosen = torch.empty(count, dtype=torch.long, device=features.device)

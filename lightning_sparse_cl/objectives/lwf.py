@@ -19,13 +19,13 @@ class LwF(LooksBack, CrossEntropy):
         L = CE(x, y) + alpha * CE(softmax(teacher(x) / T), softmax(model(x) / T)),  both among the old classes
 
     The teacher is the network at the last task's end. It sees the same augmented samples as the network, at the cost of
-    a forward pass. (The released code records its logits once a task, on images that are not normalised, and compares
+    a forward pass. (The released code records its logits once per task, on images that are not normalised, and compares
     them with those of augmented ones.)
 
     Args:
         alpha: weight of the distillation.
         temperature: T.
-        warmup: before a task, fit the head's new rows to the features as they are: the paper's first stage.
+        warmup: before a task, fit the head's new rows to the present features: the paper's first stage.
         single_head: see :class:`CrossEntropy`.
 
     Raises:
@@ -33,7 +33,7 @@ class LwF(LooksBack, CrossEntropy):
     """
 
     old: Tensor
-    """Which classes (num_classes,) earlier tasks had."""
+    """Which classes (num_classes,) earlier tasks have had."""
     takes = ("classes",)
     reads_network = True
 

@@ -1,4 +1,4 @@
-"""Memories of exemplars: a reservoir (Vitter, 1985), as in ER and DER++, and equal shares a class or task."""
+"""Memories of exemplars: a reservoir (Vitter, 1985), as in ER and DER++, and equal shares per class or task."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Exemplars(NamedTuple):
     logits: Tensor | None = None
 
     def at(self, places: Tensor | slice) -> Exemplars:
-        """Those at indices (n,), or in a slice."""
+        """The exemplars at indices (n,), or in a slice."""
         logits = None if self.logits is None else self.logits[places]
         return Exemplars(rows(self.inputs, places), self.labels[places], self.tasks[places], logits)
 
@@ -27,7 +27,7 @@ class Exemplars(NamedTuple):
 class ExemplarMemory(nn.Module):
     """Exemplars in preallocated tensors on the training device: the same ones on every process.
 
-    Samples are kept as stored in the data set: not augmented, and images as a rule as uint8, a quarter of float's size.
+    Samples are kept as stored in the data set: not augmented, and images usually as uint8, a quarter of float's size.
 
     Args:
         size: number of exemplars M.
@@ -53,8 +53,8 @@ class ExemplarMemory(nn.Module):
         Args:
             layout: a batch of no samples, as they are stored.
             num_classes: length of the logits. If None, none are kept.
-            seed: of what is drawn.
-            labels: those of a batch of no samples, as they are stored. If None, they are classes.
+            seed: seed of random draws.
+            labels: the labels of a batch of no samples, as they are stored. If None, they are classes.
         """
         labels = torch.zeros(0, dtype=torch.long) if labels is None else labels
         self.seed, self._layout = seed, layout
@@ -66,7 +66,7 @@ class ExemplarMemory(nn.Module):
 
     @property
     def inputs(self) -> Nest:
-        """The samples, and the room for more: a batch of ``size``."""
+        """The samples, and room for more: a batch of ``size``."""
         held: dict[str, Any] = self._buffers
         return filled(self._layout, [held[_buffer(name)] for name in named(self._layout)])
 
@@ -80,13 +80,13 @@ class ExemplarMemory(nn.Module):
         return Exemplars(gathered(self.inputs, at), self.labels[at], self.tasks[at], logits)
 
     def _places(self, count: int) -> Tensor:
-        """Where the exemplars of a draw lie."""
+        """The places of the exemplars of a draw."""
         if count < len(self):
             return torch.randperm(len(self), device=self.labels.device)[:count]
         return torch.arange(len(self), device=self.labels.device)
 
     def contents(self) -> Exemplars:
-        """All exemplars, in the order in which they lie; views of the memory."""
+        """All exemplars, in the order of their places; views of the memory."""
         return Exemplars(self.inputs, self.labels, self.tasks, self.logits).at(slice(len(self)))
 
 
@@ -109,8 +109,8 @@ class ReservoirMemory(ExemplarMemory):
     def slots(self, count: int) -> tuple[Tensor, Tensor]:
         """Where the next ``count`` samples go: distinct slots (s,), and which sample goes into each (s,).
 
-        The n-th sample ever seen (from 0) takes slot n while there is room, and else replaces each slot with
-        probability 1 / (n + 1). Of two samples for one slot the later wins, as if inserted one by one.
+        The n-th sample ever seen (from 0) takes slot n while there is room, and otherwise replaces each slot with
+        probability 1 / (n + 1). If two samples fall on one slot, the later wins, as if inserted one by one.
         """
         n = torch.arange(self.seen, self.seen + count)
         slot = (torch.rand(count, generator=self._generator(), dtype=torch.float64) * (n + 1)).long()
@@ -123,7 +123,7 @@ class ReservoirMemory(ExemplarMemory):
         return slot[rows], rows
 
     def _generator(self) -> torch.Generator:
-        """Of the next batch's random numbers."""
+        """The generator of the next batch's random numbers."""
         return torch.Generator().manual_seed((self.seed + self.seen * 0x9E3779B97F4A7C15) % 2**63)
 
     @torch.no_grad()
@@ -148,14 +148,14 @@ class ReservoirMemory(ExemplarMemory):
 
 
 class BalancedMemory(ExemplarMemory):
-    """Equal shares of all classes, or of all tasks, seen so far: of G groups M/G each, the rest one by one.
+    """Equal shares of all classes, or of all tasks, seen so far: M/G for each of G groups, and the rest one by one.
 
-    A group's exemplars lie in an order of preference, and as groups are added the last ones of each go. A group with
-    fewer samples than its share leaves places free. It is filled at task ends.
+    A group's exemplars are kept in an order of preference, and as groups are added the last ones of each are dropped. A
+    group with fewer samples than its share leaves places free. It is filled at task ends.
 
     Args:
         size: number of exemplars M.
-        by: what the shares are of.
+        by: what has equal shares.
     """
 
     def __init__(self, size: int, by: Literal["class", "task"]) -> None:
@@ -168,10 +168,10 @@ class BalancedMemory(ExemplarMemory):
         return self.stored
 
     def room_for(self, groups: int, owner: object) -> None:
-        """Raises ValueError, in the name of ``owner``, unless each of so many groups can have an exemplar."""
+        """Raise ValueError, naming ``owner``, unless each of ``groups`` groups can have an exemplar."""
         if self.size < groups:
             raise ValueError(
-                f"{type(owner).__name__}(memory={self.size}): one exemplar a {self.by} at least, and there are "
+                f"{type(owner).__name__}(memory={self.size}): at least one exemplar per {self.by}, and there are "
                 f"{groups}; use a larger memory"
             )
 
@@ -183,7 +183,7 @@ class BalancedMemory(ExemplarMemory):
             ValueError: if there are more groups than places, or the memory keeps logits and the candidates have none.
         """
         if self.logits is not None and candidates.logits is None:
-            raise ValueError(f"{type(self).__name__}: this memory keeps logits, and the candidates have none")
+            raise ValueError(f"{type(self).__name__}: this memory keeps logits, but the candidates have none")
         groups, group = (candidates.labels if self.by == "class" else candidates.tasks).unique(return_inverse=True)
         self.room_for(len(groups), self)
         counts, order = group.bincount(), group.argsort(stable=True)

@@ -20,13 +20,13 @@ FORWARDS = ("separate", "joint")
 
 
 class Replay(LooksBack, CrossEntropy):
-    """Base of the objectives that add to the loss of the current batch one of exemplars.
+    """Base of the objectives that add a loss of exemplars to the loss of the current batch.
 
-    Batch-norm sees what goes through the network together. The released code of DER, DER++ and FDR sends the current
-    batch and each draw through alone (``"separate"``): each is normalised by its own mean and variance. In one pass
-    (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate where it
-    was measured (docs/results/objectives.md), and not what the papers did. Without batch-norm they are the same.
-    (ER's own code is joint; SparCL's ER is separate.)
+    Batch-norm normalises what goes through the network together. The released code of DER, DER++ and FDR sends the
+    current batch and each draw through separately (``"separate"``): each is normalised by its own mean and variance. In
+    one pass (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate
+    where it was measured (docs/results/objectives.md), and not what the papers did. Without batch-norm they are the same. (ER's
+    own code is joint; SparCL's ER is separate.)
 
     Args:
         memory: where exemplars come from.
@@ -38,7 +38,7 @@ class Replay(LooksBack, CrossEntropy):
     """
 
     draws = 1
-    """Independent draws from memory a step."""
+    """Independent draws from memory per step."""
     keeps_logits = False
     ranks_replay = True
 
@@ -76,9 +76,9 @@ class Replay(LooksBack, CrossEntropy):
 
     @torch.no_grad()
     def add_classes(self, model: Learner, known: int, prepare: Callable[..., Nest]) -> None:
-        """Logits of exemplars are kept for all classes: of new ones, those of the network before it learns them.
+        """Logits of exemplars are kept for all classes: for new ones, the network's logits before it learns them.
 
-        So it is, too, where all classes are known from the beginning.
+        It is the same where all classes are known from the beginning.
         """
         held = self.memory.contents()
         if held.logits is not None and len(held.logits):
@@ -103,7 +103,7 @@ class Replay(LooksBack, CrossEntropy):
         losses = self.replay_losses(replayed, replay)
         if not isinstance(losses, list) or len(losses) != len(replay):
             name, draws = type(self).__name__, len(replay)
-            raise TypeError(f"{name}.replay_losses() returns a list with one tensor for each draw, {draws} here")
+            raise TypeError(f"{name}.replay_losses() returns a list with one tensor per draw, {draws} here")
         return {
             "per_sample": self.current_loss(logits, y),
             "rest": torch.stack([each.mean() for each in losses]).sum(),
@@ -133,7 +133,7 @@ class Replay(LooksBack, CrossEntropy):
         """A list with one entry per draw: the loss (m,) of each of its exemplars. The objective adds their means.
 
         Args:
-            logits: of each draw (m, num_classes).
+            logits: logits (m, num_classes) of each draw.
             replay: the draws.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its replay costs: override replay_losses()")
@@ -144,16 +144,16 @@ class ER(Replay):
 
     Both terms are means. The paper's Algorithm 1 and the code whose settings are in use send both batches through the
     network together and take one mean over them, which for batches of one size is half of this loss. Under plain SGD,
-    ``ER(forward="joint")`` takes the same steps at half of a learning rate that was published for that mean.
+    ``ER(forward="joint")`` takes the same steps at half the learning rate published for that mean.
 
     Args:
         memory: number of exemplars. If None, 500, or what ``per_class`` needs.
         replay_batch_size: number of exemplars replayed in each step.
         single_head: see :class:`CrossEntropy`.
         balanced: the memory holds equal numbers of all classes seen so far, by :class:`ClassBalancedReservoir`. If
-            False, it is a uniform sample of all that was seen.
-        per_class: number of exemplars of each class, at most; of each class a uniform sample. If ``memory`` is None,
-            there is room for those of all classes; otherwise the memory is balanced, and no larger than it says.
+            False, it is a uniform sample of everything seen.
+        per_class: largest number of exemplars per class, a uniform sample of the class. If ``memory`` is None, there is
+            room for these of all classes; otherwise the memory is balanced, and no larger than ``memory``.
         forward: see :class:`Replay`.
         replay_in_first_task: see :class:`Replay`.
 
@@ -185,7 +185,7 @@ class ER(Replay):
         super().set_target(target, labels)
         if isinstance(self.memory, ClassBalancedReservoir) and target is not KINDS["classes"]:
             raise ValueError(
-                f"{type(self).__name__}: a memory that is balanced over classes takes labels of classes, and those of "
+                f"{type(self).__name__}: a memory that is balanced over classes takes labels of classes, but those of "
                 f"the data are {target.kind}; leave balanced and per_class out"
             )
 

@@ -13,11 +13,11 @@ from torch.func import functional_call
 class Teacher(nn.Module):
     """A copy of a network, kept in buffers: no optimiser steps it, no mask prunes it, and checkpoints hold it.
 
-    In eval mode always, and without gradient.
+    It is always in eval mode, and without gradient.
     """
 
     def build(self, network: nn.Module) -> None:
-        """Allocate a copy of ``network``, and its present weights."""
+        """Allocate a copy of ``network`` with its present weights."""
         skeleton = copy.deepcopy(network).to("meta").eval()
         self._skeleton = (skeleton,)  # in a tuple: its weights are not parameters of this module
         self._names = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
@@ -30,12 +30,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def take(self, network: nn.Module) -> None:
-        """Be what ``network`` is now."""
+        """Take over the present weights of ``network``."""
         for name, tensor in self._tensors(network).items():
             self.get_buffer(name.replace(".", "/")).copy_(tensor)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Any:
-        """Whatever the network gave for ``x``."""
+        """What the network would have returned for ``x``."""
         tensors = {name: self.get_buffer(name.replace(".", "/")) for name in self._names}
         return functional_call(self._skeleton[0], tensors, (x,))

@@ -44,8 +44,8 @@ class StochasticFrankWolfe(Optimizer):
             of it where a mask holds already).
             If None, it has to be set in the parameter groups before the first step.
         momentum: if None, gradients add up (eq 3.15); a float in [0, 1) averages them.
-        sgd_lr: learning rate of what is not constrained.
-        sgd_momentum: its momentum.
+        sgd_lr: learning rate of parameters that are not constrained.
+        sgd_momentum: momentum of these.
         min_k: lower bound on K.
 
     Raises:
@@ -86,7 +86,7 @@ class StochasticFrankWolfe(Optimizer):
             group["free"] = [p.numel() for p in group["params"]]  # coordinates that may move
 
     def set_free(self, param: Tensor, count: int) -> None:
-        """Tell that only ``count`` coordinates of ``param`` can move (the others are frozen): K is taken of these."""
+        """Declare that only ``count`` coordinates of ``param`` can move (others are frozen): K refers to these."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if p is param:

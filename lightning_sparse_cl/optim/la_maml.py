@@ -30,9 +30,9 @@ class LaMAML(nn.Module, UpdateRule):
     Args:
         alpha: initial learning rate of every weight.
         lr: eta, learning rate of the learning rates.
-        parts: K, inner steps a batch; a batch has at least so many samples.
+        parts: K, inner steps per batch; a batch has at least that many samples.
         clip: bound on inner gradients, and on the norm of the outer ones.
-        second_order: differentiate through the inner steps; False takes inner gradients for constants.
+        second_order: differentiate through the inner steps; if False, inner gradients count as constants.
 
     Raises:
         ValueError: if an argument is not positive, a rate negative, or a batch smaller than ``parts``.
@@ -42,7 +42,7 @@ class LaMAML(nn.Module, UpdateRule):
     """The learning rates of all weights, one after the other (n,); made by :meth:`build`."""
     per_weight = ("alpha",)
     weight_names: list[str]
-    """Of the weights, in their order."""
+    """Names of the weights, in the order of ``alpha``."""
 
     def __init__(
         self, alpha: float = 0.1, lr: float = 0.25, parts: int = 5, clip: float = 2.0, second_order: bool = True
@@ -108,7 +108,7 @@ class _Call(nn.Module):
 
 
 def _like(before: Tensor, weight: Tensor, after: Tensor) -> Tensor:
-    """A fast weight has the gradient hooks of the weight it stands for, by which masks act."""
+    """Give a fast weight the gradient hooks of the weight it stands for: masks act by them."""
     for hook in (weight._backward_hooks or {}).values():
         after.register_hook(hook)
     return after

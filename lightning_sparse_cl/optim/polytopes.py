@@ -42,7 +42,7 @@ class KSparsePolytope:
         Returns:
             The vertex v, of m's shape: -r*sign(m) on the K largest |m|, 0 elsewhere. Entries with m = 0 stay 0.
         """
-        if m.is_cpu and int(m.count_nonzero()) <= self.k:  # as where masks leave K weights: nothing is to be ranked
+        if m.is_cpu and int(m.count_nonzero()) <= self.k:  # as where masks leave K weights: there is nothing to rank
             return m.sign().mul_(-self.radius)
         size = m.abs()
         vertex, n = torch.zeros_like(size), size.numel()
@@ -59,9 +59,9 @@ class KSparsePolytope:
 
 
 LARGE = 2**16
-"""Below so many values, ``topk`` is as fast."""
+"""Below this number of values, ``topk`` is as fast."""
 SAMPLED = 64
-"""One value of so many is looked at to guess the K-th largest."""
+"""One value in this many is looked at to guess the K-th largest."""
 
 
 def largest(values: Tensor, k: int) -> Tensor:

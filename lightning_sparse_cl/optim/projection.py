@@ -41,7 +41,7 @@ def null_space_(grad: Tensor, basis: Tensor) -> None:
 
 
 def projectable(layer: nn.Module) -> bool:
-    """Whether :func:`correlation` can tell the inputs of a layer's weight."""
+    """Whether :func:`correlation` can find the inputs of a layer's weight."""
     if isinstance(layer, nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)

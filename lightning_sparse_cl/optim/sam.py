@@ -19,9 +19,9 @@ class UpdateRule(ABC):
     """Runs the backward passes of one step and leaves the gradient of the descent in ``.grad``.
 
     ``loss(stage)`` computes the loss afresh, on the same batch and the same replay draw; an update rule may call it
-    several times. ``loss(stage, part=(k, n))`` is that of the k-th of n parts of the batch, and of nothing else;
-    ``loss(stage, replays=False)`` leaves the replay out.
-    ``module`` offers ``manual_backward(loss)`` and ``optimizers()``, as a LightningModule does.
+    several times. ``loss(stage, part=(k, n))`` is the loss of the k-th of n parts of the batch alone; ``loss(stage,
+    replays=False)`` leaves the replay out. ``module`` offers ``manual_backward(loss)`` and ``optimizers()``, as a
+    LightningModule does.
     """
 
     def build(self, module: nn.Module) -> None:  # noqa: B027  # most have nothing to allocate

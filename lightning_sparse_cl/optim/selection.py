@@ -13,11 +13,11 @@ class LossSelection:
     """Backpropagate only through the samples of a batch with the largest loss.
 
     Support sample selection (SSE, eq 3.17) thins out the ascent pass of SAM, elimination of redundant examples (ERE,
-    eq 3.19) the descent pass. The paper takes the top 40 % in both from the first step on. With two classes a task
+    eq 3.19) the descent pass. The paper takes the top 40 % in both from the first step on. With two classes per task
     that can stall at chance: half of an untrained network's answers are wrong, the top 40 % hold wrong ones only, and
-    each step just flips the decision. Hence ``warmup`` and a fraction of its own for each pass. (On Split Digits with
+    each step just flips the decision. Hence ``warmup`` and a separate fraction for each pass. (On Split Digits with
     replay it does not stall, and all settings lie within the seeds' spread: ``benchmarks/esacl_choices.py``. On five
-    tasks of CIFAR-10, with few steps a task, selection costs accuracy: ``benchmarks/esacl_cifar10.py``.)
+    tasks of CIFAR-10, with few steps per task, selection costs accuracy: ``benchmarks/esacl_cifar10.py``.)
 
     When the first pass is thinned out, the losses to rank come from a forward pass of everything without gradient;
     the passes with gradient then see the selected samples only, which is where the computation is saved.

@@ -16,14 +16,14 @@ from lightning_sparse_cl.acceleration.steps import is_sum
 from lightning_sparse_cl.acceleration.tracing import trace
 
 KINDS = ("convolution", "linear", "affine", "add", "clamp", "max_pool", "mean_pool", "mean", "unit")
-"""As spnet.cpp numbers them."""
+"""Kinds of layers, as spnet.cpp numbers them."""
 POOLING = (
     "kernel_size", "stride", "padding", "ceil_mode", "dilation", "return_indices", "count_include_pad",
     "divisor_override",
 )  # fmt: skip
 SAME = (nn.Identity, nn.Dropout, nn.Dropout2d)
 UNIT = {"p": 2.0, "dim": 1, "eps": 1e-12, "out": None}
-"""How vectors are made as long as one."""
+"""The arguments with which vectors are scaled to length one."""
 SAME_TARGETS = {"contiguous", F.dropout}
 
 
@@ -31,13 +31,13 @@ SAME_TARGETS = {"contiguous", F.dropout}
 class Layer:
     """One layer. Value 0 is the network's input; layer i makes value i + 1.
 
-    What it computes of ``input`` is added to the value ``other``, then rectified, then clamped.
+    What it computes from ``input`` is added to the value ``other``, then rectified, then clamped.
     """
 
     kind: str
     input: int
     inputs: int
-    """Channels; of a linear layer, features."""
+    """Channels, or features of a linear layer."""
     outputs: int
     other: int | None = None
     kernel: int = 1
@@ -51,7 +51,7 @@ class Layer:
     weight: Tensor | None = None
     """(outputs, inputs / groups, kernel, kernel) or (outputs, inputs)."""
     scale: Tensor | None = None
-    """Of an affine layer, (outputs,)."""
+    """(outputs,), for an affine layer."""
     bias: Tensor | None = None
     """(outputs,)."""
 
@@ -61,16 +61,16 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
 
     Args:
         network: maps images (B, C, H, W) to (B, D) or (B, C', H', W'). Its own hooks are left out, those of its parts
-            are refused.
+            refused.
         shape: (C, H, W) of an image.
 
     Raises:
-        ValueError: if the network cannot be traced, or does something that no runtime layer does; it is named.
+        ValueError: if the network cannot be traced, or does something that no runtime layer does; the error names it.
     """
     hooked = next((name for name, module in network.named_modules() if name and _has_hooks(module)), None)
     if hooked is not None:
         raise ValueError(
-            f"{type(network).__name__}: {hooked} has hooks or a forward of its own, which would be left out; use "
+            f"{type(network).__name__}: {hooked} has hooks, or a forward of its own, which would be left out; use "
             "torch.export (.pt2)"
         )
     training = {m: m.training for m in network.modules()}
@@ -89,7 +89,7 @@ def layers_of(network: nn.Module, shape: Sequence[int]) -> list[Layer]:
 
 
 def refuse_hooks(network: nn.Module) -> None:
-    """What a network's own hooks do would be left out.
+    """Refuse hooks of the network itself, which would be left out.
 
     Raises:
         ValueError: if it has some, or a forward of its own.
@@ -153,7 +153,7 @@ class _Description:
         if node.target is F.normalize:
             given = dict(zip(UNIT, node.args[1:])) | dict(node.kwargs)
             if UNIT | given != UNIT or len(self.shapes[source]) != 2:
-                raise self._refusal(node, "vectors are made as long as one, with the usual p, dim and eps")
+                raise self._refusal(node, "vectors can only be scaled to length one with the usual p, dim and eps")
             return self._new(Layer("unit", self.values[source], *2 * (self._unflattened(self.values[source])[0],)))
         window = self._window(node, module, source)
         if window is None:
@@ -239,7 +239,7 @@ class _Description:
         return shape if len(shape) == 3 else (*shape, 1, 1)
 
     def _flattens(self, node: fx.Node, module: nn.Module | None) -> bool:
-        """Whether it makes a vector of each image, or leaves it as it is."""
+        """Whether the node turns each image into a vector, or leaves it as it is."""
         if isinstance(module, nn.Flatten):
             whole = (module.start_dim, module.end_dim) == (1, -1)
         else:
@@ -293,7 +293,7 @@ def _clamped(layer: Layer) -> bool:
 
 
 def _done(layer: Layer) -> bool:
-    """Whether something has been done to what a layer computes."""
+    """Whether a layer's output has already been rectified, clamped or added."""
     return layer.other is not None or _clamped(layer)
 
 

@@ -1,6 +1,7 @@
 """Says what an image shows, by the C runtime and Python alone: python example.py LIBRARY MODEL.spnet IMAGE.ppm ...
 
-LIBRARY is the runtime as a shared one: c++ -std=c++17 -O3 -march=native -pthread -shared -fPIC spnet.cpp -o libspnet.so
+LIBRARY is the runtime as a shared library: c++ -std=c++17 -O3 -march=native -pthread -shared -fPIC spnet.cpp -o
+libspnet.so
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import ctypes
 import re
 import sys
 
-FIELD = re.compile(rb"(?:\s|#[^\n]*\n)*([^\s#]+)")  # of the header, after blanks and comments
+FIELD = re.compile(rb"(?:\s|#[^\n]*\n)*([^\s#]+)")  # a field of the header, after blanks and comments
 
 
 def pixels(path: str, shape: tuple[int, ...]) -> bytes:

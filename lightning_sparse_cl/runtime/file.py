@@ -2,10 +2,9 @@
 
 Little-endian. A header of 64 bytes: ``SPNET`` and three bytes, version, size of the file, CRC-32 of all that follows;
 channels, height and width of an image, number of layers, bytes of metadata, whether bytes are normalised, bytes of
-names, zero. If they are normalised, a factor and a summand for each channel. Then the layers (88 bytes each, see
-``Layer`` in spnet.cpp), metadata as JSON, names of the outputs with a zero behind each, and what layers point to: a bit
-for each weight, the values where bits are set (float32, bfloat16, or int8 with a factor for each output channel), and
-biases.
+names, zero. If they are normalised, a factor and a summand per channel. Then the layers (88 bytes each, see ``Layer``
+in spnet.cpp), metadata as JSON, names of the outputs, each followed by a zero, and what layers point to: a bit per
+weight, the values where bits are set (float32, bfloat16, or int8 with a factor per output channel), and biases.
 """
 
 from __future__ import annotations
@@ -40,13 +39,13 @@ def spnet_bytes(
     Args:
         layers: see :func:`~lightning_sparse_cl.runtime.description.layers_of`.
         shape: (C, H, W) of an image.
-        normalisation: factor and summand (C,) that make network input of bytes. If None, bytes are divided by 255.
-        names: of the outputs.
-        metadata: what else the file says of itself.
+        normalisation: factor and summand (C,) that turn bytes into network input. If None, bytes are divided by 255.
+        names: names of the outputs.
+        metadata: further data to keep in the file.
         values: type of the weights in the file. Zeros stay zeros; sums are taken in float32.
 
     Raises:
-        ValueError: if ``values`` is no such type.
+        ValueError: if ``values`` is not such a type.
     """
     if values not in TYPES:
         raise ValueError(f"spnet_bytes(values={values!r}): values are {', '.join(TYPES)}")

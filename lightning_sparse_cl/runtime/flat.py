@@ -22,18 +22,18 @@ SOURCE = Path(__file__).with_name("spnet.cpp")
 
 
 class FlatNetwork:
-    """A trained sparse network that one call of C++ runs: layers, layout and memory were planned before.
+    """A trained sparse network that one call of C++ runs: layers, layout and memory are planned beforehand.
 
-    Weights are those at the time when it was made; zeros are not multiplied. Compared with
+    It has the weights of the time when it was made; zeros are not multiplied. Compared with
     :func:`~lightning_sparse_cl.acceleration.accelerate`, which follows a network that goes on training, nothing is
     checked or looked up between the layers: on small networks and single images that is most of the time. Calls from
-    several threads wait for each other; inside of a call the threads are torch's. There are no gradients.
+    several threads wait for each other; within a call, torch's threads are used. There are no gradients.
 
     Args:
-        data: of a .spnet file; see :meth:`of` for a network.
+        data: the contents of a .spnet file; see :meth:`of` for a network.
 
     Raises:
-        ValueError: if the data are damaged, or of a newer version.
+        ValueError: if the data are damaged, or from a newer version.
         KernelsUnavailable: if the runtime cannot be compiled here.
     """
 
@@ -47,17 +47,17 @@ class FlatNetwork:
         self.shape: tuple[int, ...] = tuple(shape)
         """(C, H, W) of an image."""
         self.outputs = int(self._runtime.spnet_outputs(self._handle))
-        """Numbers that come out for each."""
+        """Number of outputs per image."""
         self.metadata: dict[str, Any] = json.loads(self._runtime.spnet_metadata(self._handle))
-        """What the file says of itself, such as ``class_names``."""
+        """Further data of the file, such as ``class_names``."""
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FlatNetwork:
-        """Of a file of :func:`~lightning_sparse_cl.export_model`.
+        """From a file of :func:`~lightning_sparse_cl.export_model`.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged, or of a newer version.
+            ValueError: if it is damaged, or from a newer version.
             KernelsUnavailable: if the runtime cannot be compiled here.
         """
         if not Path(path).is_file():
@@ -66,10 +66,10 @@ class FlatNetwork:
 
     @classmethod
     def of(cls, network: nn.Module, shape: Sequence[int]) -> FlatNetwork:
-        """Of a network in eval mode, for images of the given shape (C, H, W).
+        """From a network in eval mode, for images of the given shape (C, H, W).
 
         Raises:
-            ValueError: if the network does something that the runtime cannot; it is named.
+            ValueError: if the network does something that the runtime cannot; the error names it.
             KernelsUnavailable: if the runtime cannot be compiled here.
         """
         refuse_hooks(network)
@@ -77,10 +77,10 @@ class FlatNetwork:
 
     @classmethod
     def opened(cls, data: bytes, name: str) -> FlatNetwork:
-        """Of the data of a network that was just described.
+        """From the data of a network that was just described.
 
         Raises:
-            ValueError: if the runtime has a layer of this kind, and not of this size.
+            ValueError: if the runtime has a layer of this kind, but not of this size.
         """
         try:
             return cls(data)
@@ -130,7 +130,7 @@ class FlatNetwork:
             self._check(failed)
         return y
 
-    def __reduce__(self) -> Any:  # copies have plans of their own
+    def __reduce__(self) -> Any:  # each copy makes its own plan
         return FlatNetwork, (self._data,)
 
     def _check(self, code: int) -> None:

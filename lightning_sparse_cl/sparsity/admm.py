@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 Projection = Callable[[str, Tensor], Tensor]
-"""The nearest point of the set of a tensor, by its name."""
+"""Maps a tensor's name and the tensor to the nearest point in that tensor's set."""
 
 
 class ADMM(nn.Module):
@@ -46,4 +46,4 @@ class ADMM(nn.Module):
 
     def distance(self, values: Mapping[str, Tensor]) -> Tensor:
         """1/2 ||W - Z + U||^2, a scalar, summed over all tensors."""
-        return sum(((values[name] - z + u) ** 2).sum() / 2 for name, (z, u) in self.pairs().items())  # type: ignore[return-value]  # of at least one
+        return sum(((values[name] - z + u) ** 2).sum() / 2 for name, (z, u) in self.pairs().items())  # type: ignore[return-value]  # not empty

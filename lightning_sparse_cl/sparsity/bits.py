@@ -1,4 +1,4 @@
-"""Masks as bits, eight a byte; and the bits of any tensor in two numbers."""
+"""Masks as bits, eight per byte; and the bits of any tensor summed up in two numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
-    """The boolean mask of that shape that :func:`pack` has packed."""
+    """The boolean mask of ``shape`` that :func:`pack` has packed."""
     return (bits[:, None] & PLACES.to(bits.device)).bool().flatten()[: torch.Size(shape).numel()].view(shape)
 
 

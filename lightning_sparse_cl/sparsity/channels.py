@@ -28,7 +28,7 @@ ADDING = {operator.add, operator.iadd, torch.add}
 
 
 def graph_of(network: nn.Module) -> fx.Graph:
-    """What ``torch.fx`` traces of a network in its present mode.
+    """The graph that ``torch.fx`` traces of a network in its present mode.
 
     Raises:
         ValueError: if it cannot be traced.
@@ -68,7 +68,7 @@ class Channels:
         graph = graph_of(network)
         found, modules = cls(), dict(network.named_modules())
         at: dict[fx.Node | None, int] = {}
-        flat: dict[fx.Node | None, bool] = {}  # (B, D) and not (B, C, H, W)
+        flat: dict[fx.Node | None, bool] = {}  # whether a value is (B, D), not (B, C, H, W)
         for node in graph.nodes:
             first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
             source, flat[node] = at.get(first), flat.get(first, False) or _flattens(node, modules)
@@ -144,20 +144,20 @@ def compact(
 ) -> nn.Module:
     """A copy without the channels that no layer reads; it computes the same, and is trained like any other.
 
-    A channel is read if a layer has a non-zero weight for it, and is read itself. What a channel's own weights are does
-    not matter: batch-norm makes a constant of zero weights.
+    A channel is read if some layer that is itself read has a non-zero weight for it. The channel's own weights do not
+    matter: batch-norm turns zero weights into a constant.
 
     Args:
         network: maps images (B, C, H, W) to (B, D).
-        masks: of weights by name, True where alive. If None, the weights that are not zero. (``Masks.alive``)
+        masks: masks of weights by name, True where alive (``Masks.alive``). If None, weights that are not zero are
+            alive.
         outputs: which of the D outputs to keep, in this order. If None, all.
 
     Returns:
-        The smaller network. One that cannot be followed (see :meth:`Channels.of`) is returned with all channels but
-        the outputs.
+        The smaller network. If its channels cannot be followed (see :meth:`Channels.of`), only the outputs are cut.
 
     Raises:
-        ValueError: if a mask is of no weight of the network, or has another shape.
+        ValueError: if a mask belongs to no weight of the network, or has another shape than its weight.
     """
     network = copy.deepcopy(network)
     weights = dict(network.named_parameters())
@@ -219,7 +219,7 @@ def _keeps_channels(node: fx.Node) -> bool:
 
 
 def _flattens(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether what comes out is (B, D)."""
+    """Whether the output of the node is (B, D)."""
     if node.op == "call_module":
         return isinstance(modules[str(node.target)], nn.Flatten)
     return node.target in (torch.mean, torch.flatten, "mean", "flatten")

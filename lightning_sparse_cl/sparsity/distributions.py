@@ -38,11 +38,12 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {"uniform": uniform, "erk": erk}
 Distribution = str | Mapping[str, float]
-"""A name in ``DISTRIBUTIONS``, or the sparsity of the weights that match a shell pattern, the first that does."""
+"""A name in ``DISTRIBUTIONS``, or sparsities by shell pattern of weight names, of which the first match counts.
+"""
 
 
 def check_distribution(owner: str, distribution: Distribution) -> None:
-    """Raises ValueError unless it is the name of one, or sparsities in [0, 1) by pattern."""
+    """Raise ValueError unless ``distribution`` is one of the names, or sparsities in [0, 1) by pattern."""
     if isinstance(distribution, Mapping):
         for pattern, sparsity in distribution.items():
             check_number(owner, f"distribution[{pattern!r}]", sparsity)
@@ -56,12 +57,12 @@ def check_distribution(owner: str, distribution: Distribution) -> None:
 
 
 def counts(owner: str, distribution: Distribution, shapes: Shapes, density: float) -> dict[str, int]:
-    """Weights of each layer, whole numbers that differ from its density by less than one; round(density * N) in all.
+    """How many weights each layer keeps: less than one away from its exact density; round(density * N) in all.
 
     Args:
         owner: name of the class that asks, for the error.
         distribution: a name in ``DISTRIBUTIONS``, or sparsities by pattern.
-        shapes: of the weights, by name.
+        shapes: shapes of the weights, by name.
         density: fraction kept of all N weights; with patterns, of those that match none.
 
     Raises:

@@ -33,7 +33,7 @@ def enforce(module: nn.Module, optimizer: Optimizer) -> Enforcement:
 
 
 class Enforcement:
-    """What happens around the gradients of a masked module: one for each module that is trained, found from it.
+    """What happens around the gradients of a masked module. Every trained module has one, which :meth:`of` finds.
 
     A copy of the module starts with an empty one: optimisers and hooks are not copied.
     """
@@ -58,7 +58,7 @@ class Enforcement:
 
     @classmethod
     def of(cls, module: nn.Module) -> Enforcement:
-        """The one of ``module``, made on first use."""
+        """The enforcement of ``module``, made on first use."""
         found = module.__dict__.get(_KEY)
         if found is None:
             found = module.__dict__[_KEY] = cls()
@@ -96,7 +96,7 @@ class Enforcement:
             optimizer.register_step_post_hook(self._stepped)
 
     def begin(self) -> None:
-        """Training begins: what an earlier one has left, ended or broken off, is forgotten."""
+        """Training begins: forget what an earlier training has left behind, whether it ended or broke off."""
         self._whole, self._elsewhere = {}, set()
         self._taken_away.clear()
         self._depth.clear()
@@ -153,13 +153,13 @@ class Enforcement:
     def take_away_step(self, optimizer: Optimizer) -> None:
         """The coming step of ``optimizer`` changes nothing: weights and optimiser state are put back after it.
 
-        Gradients stay where they are, so that they can be clipped and logged. For the step, the optimiser's weights
-        and state are held twice.
+        Gradients stay where they are, so that they can be clipped and logged. During the step, the optimiser's weights
+        and state are in memory twice.
         """
         self._taken_away[optimizer] = _Before(optimizer)
 
     def forget_steps(self) -> None:
-        """Steps that come later are not taken away: a gradient scaler may have skipped the one that was to be."""
+        """Do not take away a later step: a gradient scaler may have skipped the one that was meant."""
         self._taken_away.clear()
         self._depth.clear()
 
@@ -168,7 +168,7 @@ class Enforcement:
             return grad
         if name in self._whole:
             before, weight = self._whole[name], at()
-            if before is None or weight is None or weight.grad is None:  # the first since gradients were set to None
+            if before is None or weight is None or weight.grad is None:  # the first since gradients were None
                 self._whole[name] = grad.clone()
             else:
                 self._whole[name] = before + grad
@@ -181,13 +181,13 @@ class Enforcement:
     # -- averages of the weights -------------------------------------------------------------------------------
 
     def follow(self, average: nn.Module) -> None:
-        """A copy of the module that holds averages of its weights has the same masks from now on."""
+        """From now on ``average``, a copy of the module that holds averages of its weights, has the same masks."""
         self.masks.share_with(average)
         if all(known() is not average for known in self._averages):
             self._averages.append(ref(average))
 
     def apply_to_averages(self) -> None:
-        """After they were updated, or masks have changed."""
+        """Apply the masks to the averages, after these were updated or masks have changed."""
         for average in self._averages:
             if (module := average()) is not None:
                 Masks.of(module).apply_()
@@ -233,10 +233,10 @@ class Enforcement:
         self.version += bool(missing)
 
     def take_whole(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """The sums of these gradients, as ``.grad`` sums them, mean over processes; they are kept no more.
+        """The sums of these gradients, as ``.grad`` sums them, averaged over processes; they are no longer kept.
 
         Args:
-            names: of the weights. If None, all.
+            names: names of the weights. If None, all.
         """
         asked = list(self._whole) if names is None else [name for name in names if name in self._whole]
         taken = {name: grad for name in asked if (grad := self._whole.pop(name)) is not None}
@@ -261,7 +261,7 @@ class Enforcement:
         self._elsewhere |= set(names)
 
     def take_back(self, names: Iterable[str]) -> None:
-        """They are not any more."""
+        """These weights are trained as they are again."""
         self._elsewhere -= set(names)
 
 

@@ -18,17 +18,17 @@ from lightning_sparse_cl.sparsity.task_inference import TaskInference
 
 
 class EntropyGradient(TaskInference):
-    """The task whose mask, if it had more weight, would make the joint answer more certain (SupSup).
+    """Picks the task whose mask, given more weight, would make the joint answer the most certain (SupSup).
 
     One network has the masks of all T tasks at once, sum_i alpha_i m_i with alpha_i = 1/T, and answers with the classes
-    of all of them. The task is the one with the smallest dH/dalpha_i, H being the entropy of the answer. In one shot
-    that is all; the binary search keeps the half of the tasks with the smaller gradients and asks again, ceil(log2 T)
-    times. Each sample is told by itself; the paper's experiments decide for a batch, by one image.
+    of all of them. The task is the one with the smallest dH/dalpha_i, H being the entropy of the answer. The one-shot
+    search stops there; the binary search keeps the half of the tasks with the smaller gradients and asks again,
+    ceil(log2 T) times. Each sample is decided by itself; the paper's experiments decide for a whole batch by one image.
 
-    The paper's networks have nothing but masks. Here what a task has for itself is superposed, too: biases and
-    batch-norm are averaged with the same weights, statistics as they are; rows of the head belong to classes, and stay.
-    **It is made for networks without batch-norm**: the average of several tasks' batch-norm is that of none, and tasks
-    are then hardly told apart (docs/guide/subnetworks.md).
+    The paper's networks have nothing but masks. Here tensors that a task has for itself are superposed, too: biases and
+    batch-norm, with its statistics, are averaged with the weights alpha_i; rows of the head belong to classes, and
+    stay. **It is made for networks without batch-norm**: an average of several tasks' batch-norm suits none of them,
+    and tasks are then hardly told apart (docs/guide/subnetworks.md).
 
     One shot takes T forward passes with derivatives through the whole network, each costing about two plain passes.
 
@@ -58,7 +58,7 @@ class EntropyGradient(TaskInference):
         while True:
             found = torch.full(alive.shape, torch.inf, dtype=gradients.dtype, device=device)
             masks, group = alive.unique(dim=0, return_inverse=True)
-            for i, mask in enumerate(masks):  # samples with the same tasks left have one network
+            for i, mask in enumerate(masks):  # samples with the same tasks left share one network
                 here = (group == i).nonzero()[:, 0]
                 alpha = mask.to(gradients.dtype) / left
                 found[here] = gradients.of(alpha, rows(x, here)).masked_fill(~mask, torch.inf)
@@ -104,7 +104,7 @@ class _Gradients:
         return -(log_p.exp() * log_p).sum(1)
 
     def of(self, alpha: Tensor, x: Nest) -> Tensor:
-        """(B, T) for ``alpha`` (T,): a forward pass with its derivative for each task that has a part in it."""
+        """dH/dalpha (B, T) at ``alpha`` (T,): one forward pass with its derivative per task whose alpha is not zero."""
         found = torch.zeros(count(x), len(alpha), device=alpha.device, dtype=alpha.dtype)
         for task in alpha.nonzero()[:, 0].tolist():
             along = torch.zeros_like(alpha)

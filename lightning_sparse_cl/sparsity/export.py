@@ -25,14 +25,14 @@ def save_sparse(
 ) -> int:
     """Write the tensors of a network as a sparse ``safetensors`` file.
 
-    Weights with zeros enough are kept as their non-zero values and a bit for each weight, or as compressed sparse rows
-    (CSR, of the weight as a matrix (outputs, rest)); others whole, as they are smaller so. :func:`load_sparse` gives
+    Weights with enough zeros are stored as their non-zero values and one bit per weight, or as compressed sparse rows
+    (CSR, of the weight as a matrix (outputs, rest)); others are smaller when stored whole. :func:`load_sparse` gives
     back the same bits (a negative zero comes back positive).
 
     Args:
-        model: a network, or its ``state_dict``; entries that are no tensors are left out.
+        model: a network, or its ``state_dict``; entries that are not tensors are left out.
         path: the file; it is replaced at once or not at all.
-        layout: how sparse weights are kept. From about 97 % sparsity on CSR is the smaller one.
+        layout: how sparse weights are stored. From about 97 % sparsity on, CSR is smaller.
 
     Returns:
         The size of the file in bytes.
@@ -75,8 +75,8 @@ def load_sparse(path: str | os.PathLike, module: nn.Module | None = None) -> dic
 
     Args:
         path: the file.
-        module: if given, what was read is loaded into it, and weights that are sparse in the file have their zeros as
-            :class:`Masks`, so that they stay pruned in training. (What is beside its network, such as a memory of
+        module: if given, the tensors are loaded into it, and weights that are sparse in the file get :class:`Masks` at
+            their zeros, so that they stay pruned in training. (Anything beside its network, such as a memory of
             exemplars, is left as it is.)
 
     Raises:
@@ -105,7 +105,7 @@ def load_sparse(path: str | os.PathLike, module: nn.Module | None = None) -> dic
         own, needed = module.state_dict(), network_of(module).state_dict()
         if wrong := sorted((needed.keys() - state.keys()) | (state.keys() - own.keys())):
             raise ValueError(
-                f"load_sparse({str(path)!r}): the file is of another network than this {type(module).__name__}; "
+                f"load_sparse({str(path)!r}): the file is from another network than this {type(module).__name__}; "
                 f"{wrong[0]} is in one and not in the other"
             )
         for name, tensor in state.items():

@@ -16,11 +16,11 @@ def binary_concrete(m: Tensor, temperature: float = 1.0) -> Tensor:
     """Draw binary masks that are 1 with probability sigma(m), with a gradient straight through the threshold.
 
     sigma((m + g_0 - g_1) / T) > 0.5, where g_0 and g_1 are Gumbel noise. Eq 5 of CL-LSG as printed lacks the log-odds
-    of the alternative: it is never on with more than probability 1/2, whatever m.
+    of the alternative: the mask would be on with probability 1/2 at most, whatever m is.
 
     Args:
         m: real-valued mask, any shape.
-        temperature: T; the larger, the farther from the threshold the gradient reaches.
+        temperature: T; the larger it is, the farther from the threshold the gradient reaches.
     """
     uniform = torch.rand(m.shape, device=m.device).clamp_(1e-6, 1 - 1e-6)
     soft = ((m.float() + uniform.logit()) / temperature).sigmoid()  # the difference of two Gumbels is logistic
@@ -28,7 +28,7 @@ def binary_concrete(m: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 class GrowthGates(nn.Module):
-    """The masks m^g, m^a and m^s of CL-LSG over a network of full size; a part of it is in use.
+    """The masks m^g, m^a and m^s of CL-LSG over a network of full size, of which a part is in use.
 
     Channels are *allocated* (the seed's, and those grown) or not; kernels, one k x k slice for an input and an output
     channel, or a weight of a linear layer, are *owned* by the tasks that use them, *released* (allocated but unused),
@@ -39,20 +39,21 @@ class GrowthGates(nn.Module):
       would learn m^a on them too);
     * grown: m^g of its output channel, m^g of its input channel (1 where allocated) and the attentive mask m^a.
 
-    m^s and m^a are on different kernels, so that one real-valued tensor a layer serves both. In eval mode, and when
-    noise is off, a mask is 1 where m > 0. Layers whose outputs are added share channels. The head reads what is there.
+    m^s and m^a are on different kernels, so that one real-valued tensor per layer serves both. In eval mode, and when
+    noise is off, a mask is 1 where m > 0. Layers whose outputs are added share channels. The head reads all channels
+    that are on.
 
     Args:
         seed: fraction of each layer's channels that the seed network has, in (0, 1]: the first ones.
-        penalty: lambda, of the expected number of grown channels, sum sigma(m^g), in the loss (eq 2).
+        penalty: lambda, the loss coefficient (eq 2) of the expected number of grown channels, sum sigma(m^g).
         selective: learn m^s; otherwise all owned kernels are used.
         attentive: learn m^a; otherwise all kernels of a grown channel are used.
         retrain: train released kernels; otherwise they stay unused.
-        temperature: of the draws.
-        kernel_init: of m^a and m^s at a task's start; 1 is on with probability 0.73.
-        channel_init: of m^g at a task's start.
+        temperature: temperature of the draws.
+        kernel_init: value of m^a and m^s at a task's start; at 1 a kernel is on with probability 0.73.
+        channel_init: value of m^g at a task's start.
         noise: draw masks in training; otherwise they are thresholded, with the same gradient. Drawing regularises:
-            in runs of a few hundred steps a task, networks that were never drawn learn more.
+            in runs of a few hundred steps per task, networks whose masks are not drawn learn more.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -118,7 +119,7 @@ class GrowthGates(nn.Module):
 
     @torch.no_grad()
     def begin(self, owned: dict[str, Tensor]) -> None:
-        """A task starts: masks forget, nothing grows yet; ``owned`` tells by weight which entries tasks use."""
+        """A task starts: masks are reset, nothing grows yet; ``owned`` says, by weight, which entries tasks use."""
         self.growing.fill_(False)
         self.first.fill_(not owned)
         for i, name in enumerate(self.names):
@@ -184,7 +185,7 @@ class GrowthGates(nn.Module):
 
     @contextmanager
     def still(self) -> Iterator[None]:
-        """Without noise, as in eval mode."""
+        """Inside, masks are thresholded, as in eval mode."""
         before, self.noise = self.noise, False
         try:
             yield
@@ -207,7 +208,7 @@ class GrowthGates(nn.Module):
         return self.channels.writes[name.removesuffix(".weight")]
 
     def _wide(self, name: str, channels: Tensor) -> Tensor:
-        """Of each value that a layer reads; a linear layer after convolutions reads several of a channel."""
+        """One entry per value that a layer reads; a linear layer after convolutions reads several per channel."""
         return channels.repeat_interleave(self.width[name] // len(channels))
 
 

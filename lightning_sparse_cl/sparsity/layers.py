@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 Chosen = Sequence[str | type[nn.Module]]
-"""Weights, by shell patterns of their names, or by the type of their layer or its name."""
+"""Weights, chosen by shell patterns of their names, or by the type of their layer or its name."""
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 SHORTCUT = re.compile(r"short_?cut|down_?sample|skip|identity|residual", re.IGNORECASE)
@@ -33,30 +33,30 @@ def weight_layers(module: nn.Module) -> dict[str, _ConvNd | nn.Linear]:
 
 
 def network_of(module: nn.Module) -> nn.Module:
-    """What maps images to logits in a module: its property ``network``, as methods here have one, or all of it."""
+    """The part of a module that maps images to logits: its property ``network``, as in methods here, or all of it."""
     if not isinstance(getattr(type(module), "network", None), property):
         return module
     network, own = module.network, dict(module.named_modules())
     if isinstance(network, nn.Module) and all(own.get(n) is m for n, m in network.named_modules() if n):
         return network
-    return module  # another class may call something else so
+    return module  # another class may give this name to something else
 
 
 def sparse_weights(module: nn.Module, dense: Chosen | None = None, sparse: Chosen | None = None) -> list[str]:
-    """Names of the weights to prune, in module order; of a weight that several layers share, the first.
+    """Names of the weights to prune, in module order; a weight that several layers share has its first name.
 
     Entries of ``dense`` and ``sparse`` are shell patterns of weight names (``"head.weight"``, ``"*.in_proj_weight"``),
     types of layers (``nn.Embedding``) or shell patterns of their names (``"Conv1D"``).
 
     Args:
-        module: any network; of a method its backbone and head, not what an objective adds.
+        module: any network; of a method, only its backbone and head count, not what an objective adds.
         dense: weights that stay dense; an empty list prunes every weight. If None, the first and the last layer stay
             dense, and 1x1 convolutions that are shortcuts (by a name such as ``downsample`` or ``shortcut``). For
             ResNet-18 that is the profile of SparCL's code.
-        sparse: weights that are pruned, of any parameter with two or more dimensions, also of one that requires no
-            gradient if a pattern names it. If None, the weights that multiply their input and require a gradient:
-            those of linear layers, convolutions of any dimension, recurrent layers, attention's projections, and other
-            layers with a 2-D ``weight``, but not embeddings.
+        sparse: weights that are pruned: any parameters with two or more dimensions, even one that requires no gradient
+            if a pattern names it. If None, the weights that multiply their input and require a gradient: those of
+            linear layers, convolutions of any dimension, recurrent layers, attention's projections, and other layers
+            with a 2-D ``weight``, but not embeddings.
 
     Raises:
         ValueError: if an entry matches no weight, nothing is left to prune, or a weight to prune is reparametrised.
@@ -106,7 +106,7 @@ def prunable(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _own(layer: nn.Module) -> list[str]:
-    """Names of the weights of a layer that can be pruned without being asked for."""
+    """Names of the weights of a layer that can be pruned without being named."""
     if isinstance(layer, _ConvNd | nn.Linear | nn.Bilinear):
         return ["weight"]
     own = dict.keys(layer._parameters)
@@ -125,7 +125,7 @@ UNDO = {
     "reparametrised by torch.nn.utils.prune or spectral_norm": "torch.nn.utils.prune.remove or remove_spectral_norm",
     "computed by its layer": "making it a parameter",
 }
-"""What undoes each form in which a weight is no parameter."""
+"""What undoes each form in which a weight is not a parameter."""
 
 
 def reparametrised(network: nn.Module, name: str) -> str | None:
@@ -176,7 +176,7 @@ def _matrices(network: nn.Module) -> dict[str, nn.Module]:
 def _first_and_last(network: nn.Module, found: dict[str, nn.Module]) -> tuple[str, str]:
     """The first layer, which may be an embedding, and the last one that is prunable and trained."""
     kinds = ((n, m) for n, m in _matrices(network).items() if n in found or isinstance(m, EMBEDDINGS))
-    trained = (name for name in reversed(found) if _is_trained(network, name))  # a frozen copy may stand behind it
+    trained = (name for name in reversed(found) if _is_trained(network, name))  # a frozen copy may come after it
     return next((name for name, _ in kinds), ""), next(trained, "")
 
 

@@ -15,18 +15,18 @@ average or broadcast meets it; copies and pickles of the layer have it like any 
 
 @dataclass
 class WeightMask:
-    """What is known of one weight. Layers that share the weight share it, and so do the module's averages."""
+    """The masks of one weight. Layers that share the weight share this record, and so do the module's averages."""
 
     alive: Tensor | None = None
     frozen: Tensor | None = None
     updated: Tensor | None = None
     values: Tensor | None = None
-    """The weight when it was last held, kept to put back. If nothing of it is held, None."""
+    """The weight when it was last held, kept to put back. None if none of it is held."""
     version: int = 0
     """Grows with every change."""
 
     def free(self) -> Tensor | None:
-        """Where a tensor with held weights may move, pruned or not. If nothing is held, None."""
+        """Where a tensor with held weights may move, pruned or not. None if none of it is held."""
         if self.frozen is None:
             return self.updated
         return ~self.frozen if self.updated is None else ~self.frozen & self.updated
@@ -58,7 +58,7 @@ class Masks:
     ``alive[name]`` is True where a weight may be non-zero, ``frozen[name]`` True where it is never updated,
     ``updated[name]`` True where it is updated until further notice (a gradient mask). A name that is absent has no
     mask: all alive, none frozen, all updated. Pruning a coordinate sets it to zero. A frozen weight may be pruned too:
-    it is zero while it is, and has its frozen value when it is alive again. To keep masks through the steps of an
+    it is zero while pruned, and has its frozen value again once it is alive. To keep masks through the steps of an
     optimiser, see :func:`~lightning_sparse_cl.sparsity.enforce`.
 
     Masks are stored with the layers. They travel with ``copy.deepcopy``, ``pickle`` and ``torch.save`` of the module
@@ -79,7 +79,7 @@ class Masks:
 
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
-        """The masks of ``module``. They are a view: all that are made of one module show and change the same."""
+        """The masks of ``module``. This is a view: all views of one module show and change the same masks."""
         return cls(module)
 
     @classmethod
@@ -87,10 +87,10 @@ class Masks:
         """Masks at the zeros of weights that are sparse already, because they were loaded or pruned elsewhere.
 
         Args:
-            module: with weights that have zeros.
-            names: of the weights. If None, each of two or more dimensions, if at least ``least`` of it is zero, but not
-                all.
-            least: fraction of zeros.
+            module: a module whose weights have zeros.
+            names: names of the weights. If None, all with two or more dimensions in which at least ``least`` of the
+                entries are zero, but not all.
+            least: smallest fraction of zeros.
 
         Returns:
             The masks of the module; weights that had one keep it.
@@ -141,12 +141,12 @@ class Masks:
         return any(m.alive is not None for _, m in self.records())
 
     def frozen_part(self, name: str) -> Tensor:
-        """Where the weight is frozen, of the weight's shape; False everywhere if nothing of it is."""
+        """Where the weight is frozen, of the weight's shape; False everywhere if none of it is."""
         frozen = self.record(name).frozen
         return torch.zeros_like(self.module.get_parameter(name), dtype=torch.bool) if frozen is None else frozen
 
     def held(self, name: str) -> Tensor:
-        """The weight with the values that are frozen, also of those that are pruned now."""
+        """The weight with its frozen values, including those of entries that are pruned now."""
         weight, mask = self.module.get_parameter(name).detach(), self.record(name)
         if mask.frozen is None or mask.values is None:
             return weight
@@ -231,10 +231,10 @@ class Masks:
         return found | {"values": values}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore after the weights: what a gradient mask holds are the values now.
+        """Restore, after the weights: a gradient mask holds the values that they have now.
 
         Raises:
-            ValueError: if the masks are of another network; nothing is changed then.
+            ValueError: if the masks belong to another network; nothing is changed then.
         """
         names = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
         kinds = (("frozen", self.set_frozen), ("alive", self.set_alive), ("updated", self.set_updated))
@@ -257,16 +257,16 @@ class Masks:
     # -- where they are ----------------------------------------------------------------------------------------
 
     def records(self) -> list[tuple[str, WeightMask]]:
-        """What is known of each weight, by its first name."""
+        """The record of each weight, by its first name."""
         if not self._records:
             self.ensure()
         return self._records
 
     def record(self, name: str) -> WeightMask:
-        """What is known of the weight of that name."""
+        """The record of the weight of that name."""
         self.records()
         if name not in self._homes:
-            self.module.get_parameter(name)  # an error names what is not there
+            self.module.get_parameter(name)  # raises an error with the name if there is none
             self.ensure()
         layer, own = self._homes[name]
         record: WeightMask = layer.__dict__[_KEY][own]
@@ -274,7 +274,7 @@ class Masks:
         return record if weight is None else record.to(weight.device)
 
     def ensure(self) -> None:
-        """A record for every parameter there is; parameters that are one tensor have one."""
+        """Make a record for every parameter; parameters that are one tensor share one."""
         known: dict[int, WeightMask] = {}
         places = [
             (layer, name, p) for _, layer in self.layers for name, p in dict.items(layer._parameters) if p is not None

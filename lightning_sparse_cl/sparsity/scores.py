@@ -27,7 +27,7 @@ def top_k_mask(scores: Tensor, k: int, among: Tensor | None = None) -> Tensor:
     k = min(k, len(pool))
     mask = torch.zeros_like(flat, dtype=torch.bool)
     if k > 0:
-        least = pool.topk(k, sorted=False).values.min()  # a selection: to sort all of them takes many times as long
+        least = pool.topk(k, sorted=False).values.min()  # a selection: sorting all of them takes many times as long
         kept = pool > least
         ties = (pool == least).nonzero()[:, 0]
         kept[ties[: k - int(kept.sum())]] = True
@@ -49,13 +49,13 @@ def whole_part(fraction: float, n: int) -> int:
 
 
 def check_sparsity(owner: str, sparsity: float) -> None:
-    """Raises ValueError unless ``sparsity`` is a zero fraction, in [0, 1)."""
+    """Raise ValueError unless ``sparsity`` is a zero fraction, in [0, 1)."""
     check_number(owner, "sparsity", sparsity)
     if not 0 <= sparsity < 1:
         raise ValueError(f"{owner}(sparsity={sparsity}): sparsity is the zero fraction, in [0, 1)")
 
 
 def check_number(owner: str, field: str, value: object, whole: bool = False) -> None:
-    """Raises ValueError unless ``value`` is a number, or a whole one."""
+    """Raise ValueError unless ``value`` is a number, or a whole one."""
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
         raise ValueError(f"{owner}({field}={value!r}): {field} is a {'whole ' * whole}number")

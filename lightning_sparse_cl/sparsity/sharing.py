@@ -11,23 +11,23 @@ from torch import Tensor
 from lightning_sparse_cl.sparsity.bits import PLACES
 
 ENTRIES = 2**22
-"""Of all masks together that are unpacked at a time."""
+"""How many entries of all masks together are unpacked at a time."""
 
 
 class Sharing(NamedTuple):
-    """Numbers of entries, of T masks."""
+    """Counts of entries in T masks."""
 
     both: Tensor
     """(T, T): how many entries two masks have in common; on the diagonal how many one has."""
     used: Tensor
-    """(T,): how many the first masks have together, up to each."""
+    """(T,): how many entries the masks up to each one have together."""
 
 
 def sharing(masks: Sequence[Tensor]) -> Sharing:
     """Count what masks share.
 
     Args:
-        masks: T of one weight, at least one, eight entries a byte, as :func:`~lightning_sparse_cl.sparsity.bits.pack`
+        masks: T >= 1 masks of one weight, eight entries per byte, as :func:`~lightning_sparse_cl.sparsity.bits.pack`
             makes them.
 
     Returns:

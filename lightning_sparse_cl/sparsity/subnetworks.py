@@ -1,4 +1,4 @@
-"""One subnetwork a task in one network: a mask of bits over shared weights, and tensors of the task's own."""
+"""One subnetwork per task in one network: a mask of bits over shared weights, and tensors of the task's own."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Subnetwork(NamedTuple):
 
     classes: list[int]
     masks: dict[str, Tensor]
-    """By weight: which it uses, eight a byte. Their values are shared and frozen."""
+    """By weight: which entries it uses, eight per byte. Their values are shared and frozen."""
     own: dict[str, Tensor]
-    """Tensors that it shares with no other task: batch-norm, biases; of the head the rows of its classes."""
+    """Tensors that it shares with no other task: batch-norm, biases, and the head's rows of its classes."""
     calibration: dict[str, tuple[float, float]] | None = None
     """By the name of a :class:`TaskInference`, mean and deviation of its scores on the task's own training samples."""
     negated: dict[str, Tensor] | None = None
-    """By weight: which it uses with their sign changed, eight a byte. If None, none."""
+    """By weight: which entries it uses with their sign changed, eight per byte. If None, none."""
 
 
 class Subnetworks:
@@ -48,12 +48,12 @@ class Subnetworks:
         self._module: ReferenceType[nn.Module] | None = None if module is None else ref(module)
         self.tasks: list[Subnetwork] = []
         self.inference: TaskInference = LargestLogit()
-        """How the task of a sample is told where it is not given."""
+        """How the task of a sample is inferred where it is not given."""
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what is only kept to be fast."""
-        self._ready: dict[int, tuple[Subnetwork, nn.Module]] = {}  # extracted networks, and of what
+        """Drop what is kept only for speed."""
+        self._ready: dict[int, tuple[Subnetwork, nn.Module]] = {}  # extracted networks, each with its subnetwork
         self._sizes: dict[int, tuple[Subnetwork, int]] = {}  # parameters of each extracted network
         self._unions: dict[str, tuple[list[Subnetwork], Tensor]] = {}  # what those tasks use together, by weight
 
@@ -102,7 +102,7 @@ class Subnetworks:
         and which weights it uses with their sign changed.
 
         Extracted networks are dropped: only those that are asked for between two tasks take memory at a time. Where the
-        answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one.
+        answers of earlier tasks are kept, as in :class:`ContinualEvaluation`, that is one network.
 
         Raises:
             ValueError: if a mask does not have its weight's shape.
@@ -203,7 +203,7 @@ class Subnetworks:
         return self._ready[task][1].to(next(self.module.parameters()).device)
 
     def drop_networks(self) -> None:
-        """Drop the extracted networks, which do not follow what the module does after they were made."""
+        """Drop the extracted networks, which do not follow later changes of the module."""
         self._ready = {}
 
     def parameters(self, task: int) -> int:
@@ -220,9 +220,9 @@ class Subnetworks:
         return small.eval().requires_grad_(False)
 
     def stored(self) -> dict[str, Tensor]:
-        """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight a
-        byte, under ``mask.TASK.NAME``, changed signs under ``negated.TASK.NAME``; a task's own tensors under
-        ``own.TASK.NAME``.
+        """All that the subnetworks need: shared weights under their names, zero where no task uses them; masks, eight
+        entries per byte, under ``mask.TASK.NAME``, changed signs under ``negated.TASK.NAME``; a task's own tensors
+        under ``own.TASK.NAME``.
         """
         shared = {name: self._held(name) for name in (self.tasks[0].masks if self.tasks else ())}
         masks = {f"mask.{i}.{n}": bits for i, task in enumerate(self.tasks) for n, bits in task.masks.items()}
@@ -246,16 +246,16 @@ class Subnetworks:
         return {i: self.network(i)(x) for i in asked}
 
     def combined(self, x: Nest, answers: Mapping[int, Tensor], task: int | None = None) -> Tensor:
-        """Logits (B, num_classes): each class has that of its task's subnetwork, made comparable by :attr:`inference`.
+        """Logits (B, num_classes): each class has its task's subnetwork's, made comparable by :attr:`inference`.
 
-        A class that several tasks have, as in domain-incremental learning, has the largest of theirs; one that none of
-        ``answers`` has, that of the network which is being trained. Under an :attr:`inference` other than the largest
-        logit only the classes of the sample's task are answered; all others are -inf.
+        A class that several tasks have, as in domain-incremental learning, has the largest of their logits; one that
+        none of ``answers`` has gets the logit of the network that is being trained. Under an :attr:`inference` other
+        than the largest logit only the classes of the sample's task are answered; all others are -inf.
 
         Args:
             x: the batch.
-            answers: of :meth:`answers`.
-            task: that of the samples, where it is known; if it is learnt, only its classes are answered.
+            answers: what :meth:`answers` has returned.
+            task: the task of the samples, where it is known; if it has been learnt, only its classes are answered.
         """
         if task is not None:
             answers = {task: answers[task]} if task in answers else {}
@@ -281,7 +281,7 @@ class Subnetworks:
         return logits
 
     def asks_running(self, answers: Sized, task: int | None = None) -> bool:
-        """Whether classes that none of ``answers`` has are those of the network which is being trained."""
+        """Whether the network that is being trained answers for classes that none of ``answers`` has."""
         return not answers or (task is None and type(self.inference) is LargestLogit)
 
     def state_dict(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ class Subnetworks:
         """Restore; the values of the weights are those of the module's :class:`Masks`.
 
         Raises:
-            ValueError: if the masks are of another network; nothing is changed then.
+            ValueError: if the masks belong to another network; nothing is changed then.
         """
         weights = dict(self.module.named_parameters())
         tasks = [Subnetwork(**task) for task in state["tasks"]]
@@ -312,5 +312,5 @@ class Subnetworks:
 
 
 def starts_with(tasks: Sequence[Subnetwork], first: Sequence[Subnetwork]) -> bool:
-    """Whether the first of ``tasks`` are these very ones."""
+    """Whether ``tasks`` begins with these very subnetworks."""
     return len(first) <= len(tasks) and all(a is b for a, b in zip(first, tasks))

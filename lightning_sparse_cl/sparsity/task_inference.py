@@ -15,8 +15,8 @@ from lightning_sparse_cl.nests import Nest
 class TaskInference:
     """Base of the rules that compare the answers of subnetworks, which have never seen each other's classes.
 
-    A rule gives each task a score for each sample; the sample belongs to the task with the highest, and to the class
-    that is this task's most probable. It is asked task by task, so that no network need answer twice.
+    A rule gives each task a score for each sample; the sample belongs to the task with the highest score, and to the
+    most probable class of that task. The rule is asked task by task, so that no network has to answer twice.
 
     To write one, override :meth:`score`.
     """
@@ -24,21 +24,21 @@ class TaskInference:
     calibrated: ClassVar[bool] = False
     """Whether it needs the mean and deviation of scores on each task's own training samples."""
     least_classes: ClassVar[int] = 1
-    """How many classes a task needs."""
+    """How many classes a task needs at least."""
     together: ClassVar[bool] = False
     """Whether the scores of all tasks are found at once, by :meth:`scores`."""
 
     def score(self, answer: Tensor) -> Tensor:
-        """How much samples look like those of a task, (B,), from the logits (B, n) of its subnetwork."""
+        """How much each sample looks like one of the task's, (B,), from the logits (B, n) of its subnetwork."""
         raise NotImplementedError(f"{type(self).__name__} does not say how tasks are compared: override score()")
 
     def scores(self, learnt: Any, x: Nest, tasks: Sequence[int]) -> Tensor:
-        """How much samples look like each of ``tasks``, (len(tasks), B), where one answer alone does not tell.
+        """How much samples look like those of each of ``tasks``, (len(tasks), B), where one answer alone does not tell.
 
         Args:
             learnt: the :class:`~lightning_sparse_cl.Subnetworks` of all tasks.
             x: the batch.
-            tasks: which of them are asked.
+            tasks: the tasks to compare.
         """
         raise NotImplementedError(f"{type(self).__name__} asks tasks one by one")
 
@@ -71,7 +71,7 @@ class TaskInference:
 
 
 class LargestLogit(TaskInference):
-    """The task whose subnetwork gives the largest logit; what is asked for if nothing else is."""
+    """Picks the task whose subnetwork gives the largest logit; the default."""
 
     def score(self, answer: Tensor) -> Tensor:
         return answer.amax(1)
@@ -81,9 +81,9 @@ class LargestLogit(TaskInference):
 
 
 class CalibratedLogit(LargestLogit):
-    """The task whose largest logit is the largest beside those of its own training samples.
+    """Picks the task whose largest logit is the largest in comparison with those of its own training samples.
 
-    From the largest logit their mean is subtracted, and the rest divided by their deviation: networks that were trained
+    Their mean is subtracted from the largest logit, and the rest divided by their deviation: networks that were trained
     for longer, or on easier tasks, give larger logits to anything.
     """
 
@@ -92,10 +92,10 @@ class CalibratedLogit(LargestLogit):
 
 
 class LowestEntropy(TaskInference):
-    """The task whose subnetwork is the surest: its answer has the lowest entropy.
+    """Picks the task whose subnetwork is the surest: its answer has the lowest entropy.
 
-    Tasks of different numbers of classes are compared by the part of the largest possible entropy, log n. A task of one
-    class is refused: its answer has no entropy, so that it would get every sample.
+    Tasks of different numbers of classes are compared by entropy as a fraction of the largest possible one, log n. A
+    task of one class is refused: its answer has no entropy, so that it would get every sample.
     """
 
     least_classes = 2

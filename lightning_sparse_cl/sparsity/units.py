@@ -27,14 +27,14 @@ class UnitActivity:
 
     Args:
         network: maps a batch of samples to outputs.
-        channels: those of the network.
+        channels: the channels of the network.
     """
 
     def __init__(self, network: nn.Module, channels: Channels) -> None:
         self.network, self.channels = network, channels
         device = next(network.parameters()).device
         self.sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in channels.sizes]
-        """Of each set of units, over samples and readers."""
+        """Sums for each set of units, over samples and readers."""
         self.counts = [0] * len(channels.sizes)
 
     def __enter__(self) -> UnitActivity:
@@ -57,12 +57,12 @@ class UnitActivity:
         self.counts[units] += len(read)
 
     def means(self) -> list[Tensor]:
-        """Of each set of units, (n,); zero where nothing reads them."""
+        """The mean activities of each set of units, (n,); zero where nothing reads them."""
         return [total / max(count, 1) for total, count in zip(self.sums, self.counts, strict=True)]
 
 
 def most_active(activity: Tensor, share: float) -> Tensor:
-    """True at the smallest set of units (n,) that has at least ``share`` of all activity; of one unit at least."""
+    """True at the smallest set of units (n,) that has at least ``share`` of all activity, and at least one unit."""
     falling, order = activity.double().sort(descending=True, stable=True)
     count = int((falling.cumsum(0) < share * falling.sum() * (1 - 1e-12)).sum()) + 1
     chosen = torch.zeros_like(activity, dtype=torch.bool)
@@ -74,9 +74,9 @@ def connections(channels: Channels, name: str, weight: Tensor, to: Sequence[Tens
     """Which entries of a weight connect units of one choice to units of another, of the weight's shape.
 
     Args:
-        channels: of the network.
-        name: of the weight.
-        weight: of a convolution or a linear layer. A depthwise one has connections of units to themselves.
+        channels: the channels of the network.
+        name: name of the weight.
+        weight: the weight, of a convolution or a linear layer. A depthwise convolution connects units to themselves.
         to: which units the connections lead to: a boolean (n,) for each set of ``channels``.
         of: where they come from.
     """

@@ -35,22 +35,22 @@ def ternary(scores: Tensor, threshold: float) -> Tensor:
 
 
 class WeightScores(nn.Module):
-    """Scores for all weights of convolutions and linear layers but the head, the last of them.
+    """Scores for all weights of convolutions and linear layers except the head, the last of them.
 
     Each weight is multiplied with a mask of 0 and 1 that its scores decide: either the largest scores of a layer are
     on, or those above a threshold. The scores learn by the gradient of the mask, dL/dm = w dL/d(m w). Where negative
-    scores change a weight's sign, masks are of -1, 0 and 1.
+    scores change a weight's sign, masks have entries -1, 0 and 1.
 
     Args:
         keep: fraction of each layer's weights that is on, in (0, 1].
-        threshold: scores above it are on. Give one of the two.
+        threshold: scores above it are on. Give either this or ``keep``.
         init: value that all scores start from. If None, they are drawn as a linear layer draws its weights.
-        anew: whether every task starts from such scores, or from those that the last one has left.
+        anew: whether every task starts from such scores, or from those that the last task has left.
         negates: whether negative scores change signs; goes with ``threshold``.
 
     Raises:
-        ValueError: if not one of ``keep`` and ``threshold`` is given, ``keep`` is out of range, it keeps no weight of a
-            layer, or signs are to change without a threshold that is positive.
+        ValueError: if both or neither of ``keep`` and ``threshold`` are given, ``keep`` is out of range or keeps no
+            weight of a layer, or signs are to change without a threshold that is positive.
     """
 
     def __init__(

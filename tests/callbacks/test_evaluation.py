@@ -109,7 +109,7 @@ def test_logits_are_found_in_what_forward_returns(name):
         (lambda logits: None, "it returned None"),
         (lambda logits: {"a": logits, "b": logits}, "it returned a dict of a, b"),
         (lambda logits: logits[:, None], r"it returned a tensor of shape \(40, 1, 6\)"),
-        (lambda logits: logits[:, :4], "its forward gives 4 logits, and the data have 6 classes"),
+        (lambda logits: logits[:, :4], "its forward gives 4 logits, but the data have 6 classes"),
     ],
 )
 def test_what_cannot_be_logits_is_refused(form, said):

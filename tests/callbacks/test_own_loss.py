@@ -221,7 +221,7 @@ def test_a_loss_that_reaches_no_weight_is_refused():
         def forward(self, x):
             return self.compute(x)
 
-    with pytest.raises(ValueError, match=r"Held: its loss has no gradient of net\.2\.weight.*Give a function"):
+    with pytest.raises(ValueError, match=r"Held: its loss has no gradient for net\.2\.weight.*Give a function"):
         fit(Held(), scl.SNIP(0.8))
 
 
@@ -254,7 +254,7 @@ def test_scores_that_lack_a_weight_are_refused_by_name():
         def scores(self, trainer, pl_module, batch):
             return {"net.2.weight": pl_module.net[2].weight.detach()}
 
-    with pytest.raises(ValueError, match=r"Half\.scores\(\) has no score of net\.4\.weight"):
+    with pytest.raises(ValueError, match=r"Half\.scores\(\) has no score for net\.4\.weight"):
         fit(Mlp(), Half(0.5))
 
 

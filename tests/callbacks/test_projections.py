@@ -242,7 +242,7 @@ class Grouped(PlainClassifier):
         (lambda: scl.GPM(increment=-0.1), ValueError, r"GPM\(increment=-0.1\)"),
         (lambda: scl.GPM(samples=0), ValueError, r"GPM\(samples=0\)"),
         (lambda: fitted(PlainClassifier(6), scl.AGEM(memory=2)), ValueError, r"AGEM\(memory=2\).*there are 3;"),
-        (lambda: fitted(Grouped(), scl.GPM()), ValueError, "GPM: net.1.weight of Grouped is of Conv2d"),
+        (lambda: fitted(Grouped(), scl.GPM()), ValueError, "GPM: net.1.weight of Grouped belongs to Conv2d"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make, error, message):

@@ -28,7 +28,7 @@ def test_weights_that_are_not_trained_are_left_alone_and_that_is_said_once():
 def test_masks_of_another_sparsity_are_kept_and_that_is_said():
     module = Mlp()
     fit(module, scl.SET(0.8), epochs=1)
-    with pytest.warns(UserWarning, match=r"RigL\(sparsity=0.9\): the weights have masks already, of sparsity 0.8"):
+    with pytest.warns(UserWarning, match=r"RigL\(sparsity=0.9\): the weights already have masks, of sparsity 0.8"):
         fit(module, scl.RigL(0.9), epochs=1)
 
 

@@ -287,7 +287,7 @@ def test_an_order_that_cannot_work_is_said():
             [scl.OneShotPruning(0.5, dense=[]), scl.TaskSubnetworks()],
             "either no Reopen, listed after",
         ),
-        (PlainClassifier(3), [scl.TaskSubnetworks()], "no linear head of 6 classes"),
+        (PlainClassifier(3), [scl.TaskSubnetworks()], "not a linear head of 6 classes"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(*policies, epochs=2).fit(model, toy_tasks())

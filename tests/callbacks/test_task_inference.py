@@ -109,7 +109,7 @@ def test_tasks_of_different_numbers_of_classes(rule):
 
 
 def test_a_task_of_one_class_has_no_entropy():
-    with pytest.raises(ValueError, match=r"inference=LowestEntropy\(\)\): task 1 has 1 class, .* take LargestLogit"):
+    with pytest.raises(ValueError, match=r"inference=LowestEntropy\(\)\): task 1 has 1 class, .* use LargestLogit"):
         learnt(scl.LowestEntropy(), data=uneven(5, 1))
     learnt(scl.CalibratedLogit(), data=uneven(5, 1))
 
@@ -156,7 +156,7 @@ def test_one_task_is_none_to_infer_and_a_file_of_all_tasks_infers_none():
     with pytest.raises(ValueError, match=r"inference=LowestEntropy\(\)\): the data have one task"):
         learnt(scl.LowestEntropy(), tasks=1)
     module, _, _, _ = learnt(scl.LowestEntropy(), tasks=2)
-    with pytest.raises(ValueError, match="told by LowestEntropy, which a file of all subnetworks does not do"):
+    with pytest.raises(ValueError, match="inferred by LowestEntropy, which a file of all subnetworks cannot do"):
         scl.export_model(module, "all.pt2")
 
     class Silent(scl.TaskInference):

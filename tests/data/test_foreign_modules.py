@@ -287,9 +287,9 @@ class Nothing(pl.LightningDataModule):
 
 
 REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: scl.Tasks.of([]), "Tasks: LightningDataModules are expected, one a task, got nothing"),
+    (lambda: scl.Tasks.of([]), "Tasks: LightningDataModules are expected, one per task, got nothing"),
     (lambda: scl.Tasks.of([Points(0), [1]]), "got Points, list"),
-    (lambda: scl.Tasks.of(None), "expected, one a task, got NoneType"),
+    (lambda: scl.Tasks.of(None), "expected, one per task, got NoneType"),
     (lambda: scl.Tasks.of(Points(0), pair=lambda b: b[9]).setup(), r"task 0 \(Points\): pair raised IndexError"),
     (lambda: scl.Tasks.of(Nothing()).setup(), r"Tasks: task 0 \(Nothing\): it has no loader; train_dataloader\(\)"),
     (

@@ -114,7 +114,7 @@ def test_a_changed_file_is_another_task(folder: Path) -> None:
     ("kwargs", "message"),
     [
         ({"fit": "stretch"}, r"ImageFolderSource\(fit='stretch'\): fit is 'squash' or 'crop'"),
-        ({"size": None}, r"ImageFolderSource\(fit='crop'\): images are cut to a size; give size"),
+        ({"size": None}, r"ImageFolderSource\(fit='crop'\): images are cut to a size: give size"),
         ({"size": 0}, r"ImageFolderSource\(size=0\): a number of pixels, at least 1"),
         ({"size": 8.5}, r"ImageFolderSource\(size=8.5\): a number of pixels, at least 1"),
         ({"channels": 2}, r"ImageFolderSource\(channels=2\): 3 \(RGB\), 1 \(grey\)"),

@@ -311,7 +311,7 @@ REFUSED: list[tuple[Callable[[], scl.TaskDataModule], str]] = [
     (lambda: scl.SplitTensors(*[(table(), LABELS)] * 2, num_tasks=2, transform="x"), r"transform='x'\): a callable"),
     (
         lambda: scl.SplitTensors(*[(table(), LABELS)] * 2, num_tasks=2, transform=lambda x: None, batch_size=8),
-        r"SplitTensors\(transform=...\): it makes tensors of a stored batch, or nests of them, and gave NoneType",
+        r"SplitTensors\(transform=...\): it makes tensors of a stored batch, or nests of them, but gave NoneType",
     ),
     (
         lambda: scl.SplitTensors(*[(tokens(), LABELS)] * 2, num_tasks=2, batch_size=8),

@@ -261,7 +261,7 @@ ERRORS: list[tuple[Callable[[Path], scl.TaskDataModule], str]] = [
     (lambda p: broken_folder(p, lambda p: (p / "train/class_1/0000.png").write_text("?")), r"cannot read.*0000\.png"),
     (
         lambda p: broken_folder(p, lambda p: (p / "test/class_9").mkdir()),
-        r"images of the class 'class_9', and none for training",
+        r"images of the class 'class_9', but none for training",
     ),
     (
         lambda p: broken_folder(p, lambda p: (p / "train/class_9").mkdir()),  # three classes now

@@ -273,7 +273,7 @@ def test_r2_of_numbers_of_any_size_is_that_of_scikit_learn(mean: float, deviatio
 def test_what_moves_the_pixels_of_images_is_refused_for_maps() -> None:
     moving = scl.ImageTransform([0.0] * 3, [1.0] * 3, flip=True)
     for given in ({"augment": lambda x: x.flip(3)}, {"transform": moving}):
-        with pytest.raises(ValueError, match=r"augment=.*: maps of classes do not follow") as error:
+        with pytest.raises(ValueError, match=r"augment=.* would change images, but not their maps") as error:
             kinds.data("class_maps", **given).setup()
         assert "\n" not in str(error.value)
     kinds.data("class_maps", transform=moving, augment=False).setup()
@@ -294,8 +294,8 @@ def test_other_refusals_are_one_line() -> None:
         trainer(epochs=1).fit(scl.ContinualDST(kinds.backbone("multi_label")), kinds.data("multi_label"))
     part = kinds.one("multi_label", 0, 40, 0)
     for names, message in (
-        (list("abcdef"), "there are 6 names, and labels of multi_label have 4"), ("abcd", "a list of texts"),
-        (["a", "a", "b", "c"], "each another one"),
+        (list("abcdef"), "there are 6 names, but labels of multi_label have 4"), ("abcd", "a list of texts"),
+        (["a", "a", "b", "c"], "all different"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             scl.TaskDatasets([part], [part], target="multi_label", class_names=names).setup()

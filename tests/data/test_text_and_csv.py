@@ -179,7 +179,7 @@ REFUSED: list[tuple[Callable[[str, str], Any], str]] = [
     (lambda t, n: split(t, text=None), "line 2, column text: a number is expected, got "),
     (lambda t, n: scl.SplitCSV(changed(n, "kind 1,", "kind 1,nan,"), 2), "line 3, has more fields than the header"),
     (lambda t, n: scl.SplitCSV(changed(n, "kind 1,", ","), 2), "line 3, has no label"),
-    (lambda t, n: split(t, length=0), r"CSVSource\(length=0\): tokens that are kept of each text, at least 1"),
+    (lambda t, n: split(t, length=0), r"CSVSource\(length=0\): how many tokens are kept of each text, at least 1"),
     (lambda t, n: split(t, tokenizer=str.split), "tokenizer: a list of integers from 0 on is expected"),
     (lambda t, n: split(t, tokenizer=lambda text: []), "text 0, '.*', has no tokens"),
     (lambda t, n: split(t, text="topic"), r"CSVSource\(label='topic'\): the label is no part of a sample"),

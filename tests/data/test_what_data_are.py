@@ -223,7 +223,7 @@ NO_PAIRS: list[tuple[Any, str]] = [
     (TensorDataset(IMAGES), "item 0 is a tuple of 1"),
     (IMAGES, r"item 0 is torch.uint8 \(3, 6, 6\)"),
     (Pairs(np.array([object()] * 40), LABELS), "item 0 is or has object"),
-    (Stream(), "a data set has a length, and items by index; Stream does not"),
+    (Stream(), "a data set has a length, and items by index; Stream has not"),
 ]
 
 
@@ -235,7 +235,7 @@ def test_items_that_are_no_pairs_of_sample_and_label(data: Any, message: str, in
 
 def test_task_datasets_are_lists() -> None:
     data = TensorDataset(IMAGES, LABELS)
-    refused(lambda: scl.TaskDatasets(data, data), "lists of data sets, one a task, got TensorDataset and TensorDataset")
+    refused(lambda: scl.TaskDatasets(data, data), "data sets, one per task, got TensorDataset and TensorDataset")
     tokens = [scl.SampleTensors(TOKENS.view(80, 1, 3, 4), LABELS)]
     refused(lambda: scl.TaskDatasets(tokens, tokens), "images are uint8 or float, got int64")
 
@@ -261,7 +261,7 @@ def test_what_is_said_but_not_refused() -> None:
         ready(scl.SplitTensors(train, (IMAGES[:60], torch.arange(60) % 3), 2))
     drawn = Pairs(list(IMAGES), LABELS.tolist())
     drawn.__class__ = type("Drawn", (Pairs,), {"__getitem__": lambda d, i: (torch.rand(3, 6, 6), i % 2)})
-    with pytest.warns(UserWarning, match=r"train\[0\]\): item 0 is another each time it is read"):
+    with pytest.warns(UserWarning, match=r"train\[0\]\): item 0 differs each time it is read"):
         ready(scl.TaskDatasets([drawn], [drawn]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -271,5 +271,5 @@ def test_what_is_said_but_not_refused() -> None:
 def test_a_validation_part_of_nothing_is_refused() -> None:
     refused(
         lambda: scl.SplitTensors((IMAGES, LABELS), (IMAGES, LABELS), 2, val_fraction=0.01),
-        r"SplitTensors\(val_fraction=0.01\): of the 40 training samples of task 0 none is set aside",
+        r"SplitTensors\(val_fraction=0.01\): none of the 40 training samples of task 0 is set aside",
     )

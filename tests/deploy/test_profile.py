@@ -53,7 +53,7 @@ def test_a_way_that_cannot_be_gone_is_said_and_the_others_go_on(tmp_path: Path) 
     mixed = nn.Sequential(plain[0], nn.GELU(), *plain[1:])
     ways = ["C runtime", "ONNX Runtime, int8", "PyTorch, eager"]
     rows = scl.profile_model(mixed, torch.randn(8, *shape), folder=tmp_path, ways=ways, seconds=0.01)
-    assert "GELU" in rows[0]["note"] and "is calibrated" in rows[1]["note"] and "note" not in rows[2]
+    assert "GELU" in rows[0]["note"] and "to be calibrated" in rows[1]["note"] and "note" not in rows[2]
     assert "accuracy" not in rows[2] and rows[2]["difference"] < 1e-5
     (row,) = scl.profile_model(Own(), torch.randn(8, 3, 4, 4), folder=tmp_path, ways=["PyTorch, eager"], seconds=0.01)
     assert "Own" in row["note"]
@@ -67,7 +67,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
         ({"threads": 0}, "both are greater than 0"),
         ({"seconds": float("nan")}, "both are greater than 0"),
         ({"ways": []}, "there are 2 samples and 0 ways"),
-        ({"labels": torch.zeros(3)}, "there are 2 samples and 3 labels"),
+        ({"labels": torch.zeros(3)}, "there are 2 samples, but 3 labels"),
     ):
         with pytest.raises(ValueError, match=message):
             scl.profile_model(net, x, folder=tmp_path / "p", **options)

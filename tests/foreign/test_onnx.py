@@ -47,7 +47,7 @@ def test_narrow_models_say_the_same_classes(values: Any, agreeing: float, smalle
         held = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
         offsets = [v for n, v in held.items() if n.endswith("weight_zero_point")]
         assert offsets and not any(v.any() for v in offsets)
-        with pytest.raises(ValueError, match="is calibrated; give calibration"):
+        with pytest.raises(ValueError, match="has to be calibrated; give calibration"):
             scl.export_model(module, tmp_path / "model.onnx", values="int8")
 
 

@@ -179,7 +179,7 @@ def test_a_module_whose_sequence_is_not_known_refuses_further_classes():
 
 def test_a_memory_too_small_for_the_further_classes_is_refused():
     module = learnt(scl.ContinualModule(scl.SmallCNN(4), scl.ICaRL(6, 4)))
-    with pytest.raises(ValueError, match=r"ICaRL\(memory=6\): one exemplar a class at least, and there are 8"):
+    with pytest.raises(ValueError, match=r"ICaRL\(memory=6\): at least one exemplar per class, and there are 8"):
         go_on(module, digits(LATER))
 
 

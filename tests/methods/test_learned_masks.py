@@ -240,7 +240,7 @@ def test_a_module_that_does_not_stop_its_scores_is_refused(name):
         (lambda: scl.SupSup(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "no weight is ever free; use 'share'"),
         (
             lambda: trainer(epochs=2).fit(scl.SupSup(scl.SmallCNN(4), train_free=2), toy_tasks(2)),
-            r"TrainFreeWeights\(epochs=2\): task 0 has 2 epochs, and none is left to learn its mask",
+            r"TrainFreeWeights\(epochs=2\): task 0 has 2 epochs, so none is left to learn its mask",
         ),
         (lambda: scl.Piggyback(scl.SmallCNN(4), subnetworks=scl.TaskSubnetworks()), "after the first task no weight"),
         (lambda: scl.SupSup(scl.SmallCNN(4), train_free=-1), r"SupSup\(train_free=-1\): how many"),

@@ -129,7 +129,7 @@ def test_resumed_it_ends_with_the_same_bits(step, tmp_path):
         ),
         (
             lambda: trainer(epochs=4).fit(lps(), toy_tasks(3)),
-            "they take 5 epochs, and task 0 has 4",
+            "these take 5 epochs, but task 0 has 4",
         ),
     ],
 )

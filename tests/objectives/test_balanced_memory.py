@@ -175,10 +175,10 @@ def test_draws_of_the_reservoir_are_those_of_a_permutation():
         (lambda: scl.ClassBalancedReservoir(), r"^ClassBalancedReservoir: give size, per_class or both$"),
         (
             lambda: scl.DERpp(per_class=0),
-            r"^ClassBalancedReservoir\(per_class=0\): at least one exemplar of each class$",
+            r"^ClassBalancedReservoir\(per_class=0\): at least one exemplar per class$",
         ),
         (lambda: scl.DER(memory=0, balanced=True), r"^ClassBalancedReservoir\(size=0\)"),
-        (lambda: fitted(scl.ER(5, balanced=True)), r"^ER\(memory=5\): one exemplar a class .* are 6;"),
+        (lambda: fitted(scl.ER(5, balanced=True)), r"^ER\(memory=5\): at least one exemplar per class, .* are 6;"),
     ],
 )
 def test_errors_say_what_is_allowed(make, message):

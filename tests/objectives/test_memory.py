@@ -100,5 +100,5 @@ def test_a_balanced_memory_holds_the_first_of_each_group(by):
     other.build(torch.empty(0, 1, 1, 1, dtype=torch.long), None, 0)
     other.load_state_dict(m.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other.contents(), held) if a is not None)
-    with pytest.raises(ValueError, match=r"BalancedMemory\(memory=1\): one exemplar a .* there are"):
+    with pytest.raises(ValueError, match=r"BalancedMemory\(memory=1\): at least one exemplar per .* there are"):
         BalancedMemory(1, by).room_for(2, m)

@@ -128,9 +128,7 @@ def test_an_objective_of_before_is_told_what_to_override():
         def replay_losses(self, logits, replay):
             return F.cross_entropy(logits[0], replay[0].labels, reduction="none")
 
-    with pytest.raises(
-        TypeError, match=r"Single.replay_losses\(\) returns a list with one tensor for each draw, 1 here"
-    ):
+    with pytest.raises(TypeError, match=r"Single.replay_losses\(\) returns a list with one tensor per draw, 1 here"):
         trainer(epochs=1).fit(scl.ContinualModule(scl.SmallMLP([8]), Single(40, 10)), toy_tasks(num_tasks=1))
 
 
@@ -149,7 +147,7 @@ def test_draws_of_another_form_need_no_losses_of_each():
 
 @pytest.mark.parametrize("objective", [None, scl.EWC(), scl.LwF(), scl.CO2L(40, 8)])
 def test_selection_of_replay_without_replay_is_refused(objective):
-    with pytest.raises(ValueError, match=r"LossSelection\(replay=0.4\): \w+ tells no loss of each exemplar") as error:
+    with pytest.raises(ValueError, match=r"LossSelection\(replay=0.4\): \w+ returns no loss for each") as error:
         scl.ContinualModule(scl.SmallMLP([8]), objective, selection=scl.LossSelection(replay=0.4))
     assert "\n" not in str(error.value)
 

@@ -137,7 +137,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (Dropping, "it drops at random in eval mode, too"),
     (lambda: hooked(None), "Sequential: it has hooks"),
     (lambda: hooked(0), "Sequential: 0 has hooks"),
-    (replaced, "Sequential: 0 has hooks or a forward of its own"),
+    (replaced, "Sequential: 0 has hooks, or a forward of its own"),
     (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.BatchNorm1d(288)), "it normalises flattened pixels"),
     (lambda: nn.Sequential(nn.Conv2d(3, 8, 1, padding=2)), "the runtime cannot run it: padding"),
     (lambda: nn.Identity(), "the runtime cannot run it: it has no layers"),
