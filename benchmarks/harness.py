@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import sys
 import time
 import warnings
@@ -25,10 +24,11 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import t
 from torch.nn import functional as F
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl import comparing
+from lightning_sparse_cl.comparing import Interval, Spread
 from lightning_sparse_cl.whole_file import whole_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -138,15 +138,13 @@ def run_kept(name: str, run: Callable[..., Any], jobs: Sequence[tuple], processe
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    found = Spread.of(values)
+    return {"median": found.median, "min": found.least, "max": found.greatest}
 
 
 def paired(values: Sequence[float], others: Sequence[float]) -> dict[str, float]:
     """Mean of the differences of runs with the same seeds, and its 95 % interval (Student's t)."""
-    differences = [a - b for a, b in zip(values, others, strict=True)]
-    mean, n = statistics.fmean(differences), len(differences)
-    half = t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5 if n > 1 else float("nan")
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    return comparing.paired(values, others)._asdict()
 
 
 def differ(row: dict[str, Any], reference: dict[str, Any], name: str) -> None:
@@ -157,9 +155,7 @@ def differ(row: dict[str, Any], reference: dict[str, Any], name: str) -> None:
 
 def verdict(difference: dict[str, float], pairs: int) -> str:
     """What :func:`paired` says of a claim that the difference is positive: an interval needs five pairs at least."""
-    if pairs < 5 or difference["low"] <= 0 <= difference["high"]:
-        return "not decidable"
-    return "confirmed" if difference["low"] > 0 else "not confirmed"
+    return comparing.verdict(Interval(**difference), pairs)
 
 
 def beside(rows: Sequence[dict[str, Any]], derpp: dict[str, Any]) -> None:

@@ -109,6 +109,10 @@ COLUMNS = {
         "method": "", "ACC": "Task-IL ACC", "held out": "on held-out images", "allocated": "allocated",
         "used in networks": "used", "tasks that grew": "tasks that grew", "seconds": "seconds",
     },
+    "cl_lsg_against_grow": {
+        "claim": "", "accuracy": "Task-IL ACC (95 % interval)", "size": "size, networks",
+        "verdict": "more accurate at equal size",
+    },
     "cl_lsg_tasks": {"method": ""} | {str(t): str(t) for t in range(1, 11)},
     "sparse_speed": {
         "what": "", "batch": "batch", "threads": "threads", "dense": "dense, ms", "0": "nothing pruned", "0.75": "75 %",
@@ -356,6 +360,15 @@ def _ms(value: float) -> str:
     return f"{value:.3f}" if value < 1 else f"{value:.1f}"
 
 
+def against_grow(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each part of CL-LSG beside Grow; sizes are in whole networks."""
+    rows = []
+    for row in result["against_grow"]:
+        mean, low, high = (row["size"][key] for key in ("mean", "low", "high"))
+        rows.append(row | {"size": f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"})
+    return rows
+
+
 DERIVED = {
     "ways_to_run": ("ways_to_run", ways),
     "runtime_sizes": ("ways_to_run", lambda result: result["sizes"]),
@@ -372,6 +385,7 @@ DERIVED = {
     "esacl_differences": ("esacl_cifar10", differences),
     "continual_dst_findings": ("continual_dst", findings),
     "cl_lsg_tasks": ("cl_lsg", by_task),
+    "cl_lsg_against_grow": ("cl_lsg", against_grow),
 }
 """Tables that are made from a result file of another name, and how."""
 

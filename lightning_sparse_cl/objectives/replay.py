@@ -25,8 +25,8 @@ class Replay(LooksBack, CrossEntropy):
     Batch-norm normalises what goes through the network together. The released code of DER, DER++ and FDR sends the
     current batch and each draw through separately (``"separate"``): each is normalised by its own mean and variance. In
     one pass (``"joint"``) old and new classes are normalised together, as all are at test time. This is more accurate
-    where it was measured (docs/results/objectives.md), and not what the papers did. Without batch-norm they are the same. (ER's
-    own code is joint; SparCL's ER is separate.)
+    where it was measured (docs/results/objectives.md), and not what the papers did. Without batch-norm they are the
+    same. (ER's own code is joint; SparCL's ER is separate.)
 
     Args:
         memory: where exemplars come from.
