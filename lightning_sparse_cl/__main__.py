@@ -30,7 +30,7 @@ def run() -> None:
         elif export.is_meant(sys.argv[1:]):
             export.command(sys.argv[2:])
         else:
-            sys.argv[1:] = profile.in_run(sys.argv[1:])
+            sys.argv[1:] = profile.in_run(sys.argv[1:]) or ["--help"]
             main()
     except Exception as error:
         line = one_line(error)

@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
 def said(monkeypatch):
     """What is told on the way."""
     lines = []
-    for module in ("__main__", "cli.last", "callbacks.schedule", "callbacks.identity"):
+    for module in ("cli.lightning_cli", "cli.last", "callbacks.schedule", "callbacks.identity"):
         for name in ("rank_zero_info", "rank_zero_warn"):
             monkeypatch.setattr(f"lightning_sparse_cl.{module}.{name}", lines.append, raising=False)
     return lines

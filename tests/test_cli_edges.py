@@ -16,7 +16,8 @@ from forked import forked
 from lightning.pytorch.loggers import Logger
 from test_resume import CONFIGS
 
-from lightning_sparse_cl.__main__ import main, run
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.__main__ import COMMANDS, main, run
 from lightning_sparse_cl.callbacks.claims import Claim
 from lightning_sparse_cl.checkpoint_file import read_checkpoint
 from lightning_sparse_cl.cli.errors import one_line
@@ -150,7 +151,7 @@ def test_every_command_takes_the_runs_own_configuration(monkeypatch, capsys):
 
 def test_figures_of_an_untrained_network_are_said_to_be(monkeypatch):
     said = []
-    monkeypatch.setattr("lightning_sparse_cl.__main__.rank_zero_warn", said.append)
+    monkeypatch.setattr("lightning_sparse_cl.cli.lightning_cli.rank_zero_warn", said.append)
     for door in ("validate", "test", "predict"):
         main([door, "-c", "split_digits/finetune", *SMALL])
     assert len(said) == 3 and all("untrained network" in line for line in said)
@@ -221,6 +222,46 @@ def test_two_runs_without_a_logger_do_not_share_a_folder_at_once(tmp_path, monke
     claim.release()
     main(["fit", "-c", "split_digits/finetune", *alone])
     assert Path("d/metrics.json").exists() and not list(Path("d").glob(".*.lock"))
+
+
+def test_the_top_of_the_help_is_for_users(monkeypatch, capsys):
+    for args in ([], ["--help"]):
+        monkeypatch.setattr("sys.argv", ["sparsecl", *args])
+        with pytest.raises(SystemExit) as exit:
+            run()
+        shown = capsys.readouterr().out
+        assert exit.value.code in (0, None) and "\n  sparsecl fit -c split_digits/esacl " in shown[:700]
+        assert all(f"sparsecl {name} " in shown for name in (*COMMANDS, "export", "profile", "predict"))
+    monkeypatch.setattr("sys.argv", ["sparsecl", "--version"])
+    with pytest.raises(SystemExit):
+        run()
+    assert scl.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "folder"),
+    [
+        (["-c", "split_digits/esacl"], "EsaCL-DERpp-SplitDigits"),
+        (["-c", "split_digits/packnet", "--schedule.epochs=8"], "PackNet-SplitDigits"),
+        (["-c", "split_digits/rigl_derpp"], "DERpp-RigL-SplitDigits"),
+        (["-c", "split_digits/er", "--data=PermutedDigits"], "ER-PermutedDigits"),
+        (["-c", "split_digits/er", "--trainer.logger.init_args.name=mine"], "mine"),
+        (["-c", "split_digits/er", "--trainer.logger=TensorBoardLogger", "--trainer.logger.save_dir=runs"],
+         "ER-SplitDigits"),
+    ],
+)  # fmt: skip
+def test_the_folder_of_a_run_is_named_by_method_and_data(args, folder):
+    if "--trainer.logger=TensorBoardLogger" in args:
+        pytest.importorskip("tensorboard")
+    short = ["--trainer.limit_train_batches=1", "--trainer.enable_progress_bar=false"]
+    main(["fit", "--schedule.epochs=1", *args, *short])
+    (path,) = Path("runs").glob("*/version_*/metrics.json")
+    assert path.parts[1] == folder
+    name = ", ".join(Path(args[i + 1]).stem for i, word in enumerate(args) if word == "-c")
+    assert json.loads(path.read_text())["name"] == name
+    main(["fit", "-c", str(path.with_name("config.yaml")), "--ckpt_path=last", *short])
+    (again,) = Path("runs").glob("*/version_1/metrics.json")
+    assert json.loads(again.read_text())["name"] is None  # config.yaml is no name of a method
 
 
 def test_a_refused_run_leaves_no_folder(monkeypatch):

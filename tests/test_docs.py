@@ -16,9 +16,10 @@ from toy_trainer import shortened, trainer
 
 import lightning_sparse_cl as scl
 from lightning_sparse_cl import __main__ as command_line
-from lightning_sparse_cl.cli import export, predict, profile, shipped
+from lightning_sparse_cl.cli import compare, export, lightning_cli, predict, profile, shipped, sweep
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 from lightning_sparse_cl.nests import rows
+from lightning_sparse_cl.sweeping import Space
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -126,7 +127,8 @@ def commands():
     """
     found = {}
     for name in NAMES:
-        for _, block in fenced(TEXTS[name], "bash") if name != "README.md" else ():
+        blocks = fenced(TEXTS[name], "bash") if name != "README.md" else ()
+        for block in (block for before, block in blocks if "fragment" not in before):
             for line in block.replace("\\\n", " ").splitlines():
                 if (match := re.search(r"(?:^|&& |srun |-m )(?:sparsecl|lightning_sparse_cl) (.*)", line)) is not None:
                     found.setdefault(match[1], name)
@@ -142,18 +144,28 @@ def commands():
 def test_commands_parse(line, tmp_path, monkeypatch):
     """By the parser that runs them. Nothing is trained, and no checkpoint is read."""
     monkeypatch.chdir(tmp_path)
-    for config, run in (("derpp", "runs/lightning_logs/version_0"), ("wsn", "RUN")):
+    for config, run in (("derpp", "runs/EsaCL-DERpp-SplitDigits/version_0"), ("wsn", "RUN")):
         Path(run).mkdir(parents=True)
         shutil.copy(ROOT / "configs" / "split_digits" / f"{config}.yaml", Path(run, "config.yaml"))
     args = shlex.split(line, comments=True)
     if args[0] == "configs":
         shipped.command(args[1:])
         return
+    if args[0] == "compare":
+        compare._settings(compare._parse(args[1:]).tune_on)
+        return
+    if args[0] == "sweep":
+        for spaces, found in zip(("space.yaml", "search.yaml"), fenced(TEXTS["docs/guide/sweeping.md"], "yaml")):
+            Path(spaces).write_text(found[1])
+        files, entries, rest = sweep._sorted(args[1:])
+        space = Space.of(entries)
+        assert space.drawn(space.points(files, rest))
+        return
     if predict.is_meant(args):
         predict._parse(args[1:])
         return
     parsed = []
-    monkeypatch.setattr(command_line, "read_checkpoint", lambda path, **_: None)
+    monkeypatch.setattr(lightning_cli, "read_checkpoint", lambda path, **_: None)
     monkeypatch.setattr(command_line.SparseCLI, "instantiate_classes", lambda cli: parsed.append(cli.subcommand))
     monkeypatch.setattr(command_line.SparseCLI, "_run_subcommand", lambda cli, name: None)
     monkeypatch.setattr(export, "read_checkpoint", lambda path, **_: parsed.append("export") or {})

@@ -16,6 +16,7 @@ import pytest
 import torch
 from forked import FORK, forked
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from test_resume import assert_identical, command, final_state
 from toy_trainer import trainer
 
@@ -265,6 +266,43 @@ def test_torchrun_is_one_run_and_goes_on_after_a_killed_worker(tmp_path):
     assert json.loads((killed / "metrics.json").read_text())["processes"] == 2
     assert [p.name for p in killed.glob("last*.ckpt")] == ["last.ckpt"]
     assert_identical(final_state(whole), final_state(killed))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
+def test_agents_of_torchrun_on_two_nodes_are_one_run(tmp_path):
+    """Two agents on this machine, with one process each, as two nodes would have them."""
+    options = "--data.init_args.batch_size=24", "--trainer.limit_train_batches=4", "--schedule.epochs=1"
+    whole, nodes = tmp_path / "whole", tmp_path / "nodes"
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    assert forked(main, command(whole, "derpp", *options, *two), processes=2) == 0
+    nodes.mkdir()
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=two_nodes",
+               f"--rdzv_endpoint=localhost:{random.randrange(20000, 60000)}"]  # fmt: skip
+    run = [sys.executable, "-m", "torch.distributed.run", *meeting, "-m", "lightning_sparse_cl"]
+    agents = [
+        subprocess.Popen([*run, *command(nodes, "derpp", *options)], env=environment(), cwd=tmp_path,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=400)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert json.loads((nodes / "metrics.json").read_text())["processes"] == 2
+    assert_identical(final_state(whole), final_state(nodes))
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_keep_weights_in_parts_are_refused(strategy):
+    """Lightning itself takes them on GPUs only."""
+    t = trainer()
+    t._accelerator_connector.strategy = strategy()
+    for callback in (scl.TaskSchedule(1), scl.OneShotPruning(0.5), scl.ContinualEvaluation()):
+        t.callbacks = [scl.TaskSchedule(1), callback]
+        t.datamodule = toy_tasks()
+        if isinstance(callback, scl.ContinualEvaluation):
+            continue  # it only measures
+        with pytest.raises(ValueError, match=rf"Trainer\(strategy={strategy.__name__}\): .*use strategy='ddp'"):
+            callback.setup(t, scl.ContinualModule(scl.SmallMLP([8])), "fit")
 
 
 @pytest.mark.slow

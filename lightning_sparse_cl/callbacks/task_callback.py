@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_sparse_cl.callbacks.strategies import refuse_shards
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of
 from lightning_sparse_cl.task_hooks import TaskHooks, check_task_hooks
 
@@ -36,8 +37,9 @@ def arrange(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
     Raises:
         TypeError: if a method looks like a hook of tasks but is none, or a callback needs tasks and there are none.
-        ValueError: if the callbacks' declarations are circular.
+        ValueError: if the callbacks' declarations are circular, or the strategy keeps weights in parts.
     """
+    refuse_shards(trainer)
     callbacks = parts_of(trainer).callbacks
     announces = [c for c in callbacks if getattr(c, "announces_tasks", False)]
     own = callbacks_of(trainer, TaskCallback)

@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 import warnings
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -41,8 +43,25 @@ NOBODY_CAN_ACT_ON = (
 )
 
 
+HELP = """Sparse continual learning: train one network on a sequence of tasks, with a fraction of its weights.
+
+  sparsecl configs                             the configurations that come with the package
+  sparsecl fit -c split_digits/esacl           train one (--ckpt_path last goes on with a run that was stopped)
+  sparsecl test -c split_digits/esacl --ckpt_path last
+  sparsecl fit -c split_digits/esacl --print_config        everything that can be set
+  sparsecl fit --model.help EsaCL              the options of a method; --data.help likewise
+  sparsecl compare runs                        many runs in one table, with tests and pictures
+  sparsecl sweep -c space.yaml                 many runs by one command
+  sparsecl predict --data photos/ --ckpt_path FILE         classify the images of a folder
+  sparsecl export --ckpt_path FILE             a trained network for torch, ONNX or the runtime in C++
+  sparsecl profile RUN                         what each way to run a trained network costs
+"""
 MOST_THREADS = 1024
 """Above it, a number is taken for a mistake."""
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines of the description as they are."""
 
 
 class SparseCLI(LightningCLI):
@@ -173,6 +192,15 @@ class SparseCLI(LightningCLI):
         return made
 
 
+OF_THE_PARSER: dict[str, Any] = {
+    "exit_on_error": False,
+    "prog": "sparsecl",
+    "description": HELP,
+    "formatter_class": _HelpFormatter,
+    "version": f"lightning_sparse_cl {scl.__version__}",
+}
+
+
 def _with_files(args: ArgsType) -> ArgsType:
     """Arguments with the files of shipped configurations for their names; files are looked at.
 
@@ -217,8 +245,7 @@ def main(
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
-        parser_kwargs={command: {"exit_on_error": False} for command in SparseCLI.subcommands()}
-        | {"exit_on_error": False},
+        parser_kwargs={command: {"exit_on_error": False} for command in SparseCLI.subcommands()} | OF_THE_PARSER,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a method brings its optimiser
         trainer_defaults={

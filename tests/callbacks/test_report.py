@@ -1,11 +1,15 @@
 """The report is readable in 80 columns for any number of tasks, and its pictures stay small."""
 
+import csv
 import io
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from rich.console import Console
 from toy_trainer import trainer
@@ -101,6 +105,67 @@ def test_what_is_tested_is_printed(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     for name, key in (("1", "task_0"), ("2", "task_1"), ("ACC", "acc")):
         assert [name, *(f"{100 * found[f'{s}/{key}']:.2f}" for s in ("class_il", "task_il"))] in lines
+
+
+def test_a_run_says_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    report = scl.RunReport(folder=str(tmp_path / "run"), name="mine")
+    module = scl.EsaCL(scl.SmallCNN(4), scl.DERpp(30, 8, forward="joint"), sparsity=0.7)
+
+    def told(module):
+        trainer(scl.ContinualEvaluation(), report, epochs=2).fit(module, toy_tasks(batch_size=20, class_order=3))
+        return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    found = told(module)
+    assert (found["name"], found["method"], found["data"]) == ("mine", "EsaCL-DERpp", "SplitTensors")
+    assert found["commit"] is None and found["versions"]["lightning_sparse_cl"] == scl.__version__
+    expected = {
+        "sparsity": 0.7, "objective.memory.size": 30, "objective.forward": "joint", "backbone.width": 4, "epochs": 2,
+        "data.batch_size": 20, "data.num_tasks": 3, "optimizer": "StochasticFrankWolfe",
+    }  # fmt: skip
+    assert expected.items() <= found["settings"].items()
+    assert len(found["task_seconds"]) == 3 and sum(found["task_seconds"]) <= found["seconds"] + 0.01
+    for scenario in ("class_il", "task_il"):
+        R = torch.tensor(found[scenario]["matrix"], dtype=torch.float64)
+        seen = [R[i, : i + 1].mean().item() for i in range(3)]
+        assert found[scenario]["acc_seen"] == pytest.approx(seen, abs=1e-6)
+        assert found[scenario]["incremental_acc"] == pytest.approx(sum(seen) / 3, abs=1e-6)
+        assert found[scenario]["acc"] == pytest.approx(seen[-1], abs=1e-6)
+
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "file").write_text("1")
+    subprocess.run([*git, "add", "file"], check=True)
+    found = told(scl.ContinualModule(scl.SmallMLP([4]), scl.ER(30, 8), policies=[scl.SET(0.5, dense=[])]))
+    assert found["method"] == "ER-SET" and len(found["commit"]) == 47 and found["commit"].endswith("+changes")
+    assert told(PlainClassifier())["method"] == "PlainClassifier"
+
+
+def test_joint_training_has_seen_all_tasks(tmp_path):
+    report = scl.RunReport(folder=str(tmp_path))
+    trainer(scl.ContinualEvaluation(), report, epochs=1).fit(PlainClassifier(), toy_tasks(joint=True))
+    found = json.loads((tmp_path / "metrics.json").read_text())["class_il"]
+    assert found["acc_seen"] == [pytest.approx(found["acc"], abs=1e-6)]
+
+
+@pytest.mark.parametrize("tasks", [3, 60])
+def test_every_logger_gets_a_curve_for_each_task(tmp_path, tasks):
+    loggers = [CSVLogger(tmp_path, "a"), CSVLogger(tmp_path, "b")]
+    images = torch.randint(256, (tasks * 8, 1, 6, 6), dtype=torch.uint8)
+    labels = torch.arange(tasks * 8) % tasks
+    data = scl.SplitTensors((images, labels), (images, labels), num_tasks=tasks, batch_size=4)
+    t = trainer(scl.ContinualEvaluation(), epochs=1, logger=loggers)
+    t.fit(scl.ContinualModule(scl.SmallMLP([4])), data)
+    R = next(c for c in t.callbacks if isinstance(c, scl.ContinualEvaluation)).matrices["class_il"].R
+    for logger in loggers:
+        with open(Path(logger.log_dir, "metrics.csv"), newline="") as file:
+            rows = list(csv.DictReader(file))
+        for task in range(tasks):
+            curve = [float(row[f"class_il/task_{task}"]) for row in rows if row[f"class_il/task_{task}"]]
+            assert curve == pytest.approx(R[:, task].tolist(), abs=1e-6)
+        seen = [float(row["class_il/acc_seen"]) for row in rows if row["class_il/acc_seen"]]
+        assert seen == pytest.approx([R[i, : i + 1].mean().item() for i in range(tasks)], abs=1e-6)
 
 
 def test_without_a_folder_nothing_is_left_and_everything_is_told(tmp_path, capsys):
