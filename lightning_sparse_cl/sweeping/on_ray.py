@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_sparse_cl.sweeping.progress import SweepProgress
-from lightning_sparse_cl.sweeping.space import Space, Trial
-from lightning_sparse_cl.sweeping.trials import Fit, is_over, record_of, run_trial, write_record
+from lightning_sparse_cl.sweeping.space import Space, Trial, argument
+from lightning_sparse_cl.sweeping.trials import Fit, TellAfterTask, is_over, record_of, run_trial, write_record
 
 
 def run_on_ray(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepProgress) -> None:
@@ -40,16 +41,19 @@ def run_on_ray(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepP
         ray.init(address=space.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         told = _Told(search, root, progress)
+        shared = space.workers is not None  # then the trial's own process only waits for them
+        fit = partial(_fit_on_workers, fit=fit, space=space, cwd=os.getcwd()) if shared else fit
         trainable = tune.with_resources(
             tune.with_parameters(_train, search=search, root=root, fit=fit, cwd=os.getcwd(), metric=space.metric),
-            {"CPU": space.cpus, "GPU": space.gpus},
+            {"memory": 1} if shared else {"CPU": space.cpus, "GPU": space.gpus},
         )
         tune.Tuner(
             trainable,
             param_space=search.param_space(),
             tune_config=tune.TuneConfig(
                 metric=space.metric, mode="max", num_samples=search.samples, search_alg=search.algorithm(),
-                scheduler=_scheduler(space), reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
+                scheduler=_scheduler(space), max_concurrent_trials=_at_a_time(space, ray.cluster_resources()),
+                reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=tune.RunConfig(
                 name="ray", storage_path=str(root), verbose=0, callbacks=[told],
@@ -78,6 +82,59 @@ def _train(config: Mapping[str, Any], search: Any, root: Path, fit: Fit, cwd: st
     except Exception:  # it is in the trial's record; to try again is of use only where a process dies
         return
     tell(figures)
+
+
+def _fit_on_workers(
+    args: Sequence[str], folder: Path, callbacks: Sequence[Any], fit: Fit, space: Space, cwd: str
+) -> None:
+    """A trial on several processes: Lightning's DDP, which Ray starts and, when one of them dies, starts again."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    parts = {"strategy": "RayDDPStrategy", "plugins": "RayLightningEnvironment"}
+    args = [*args, *(argument(f"trainer.{k}", {"class_path": f"ray.train.lightning.{v}"}) for k, v in parts.items())]
+    TorchTrainer(
+        _work,
+        train_loop_config={"args": args, "folder": folder, "fit": fit, "cwd": cwd},
+        scaling_config=ScalingConfig(
+            num_workers=space.workers, use_gpu=space.gpus > 0,
+            resources_per_worker={"CPU": space.cpus} | ({"GPU": space.gpus} if space.gpus else {}),
+        ),
+        run_config=RunConfig(
+            name="workers", storage_path=str(folder), callbacks=[TuneReportCallback()],
+            failure_config=FailureConfig(max_failures=space.failures),
+        ),
+    ).fit()  # fmt: skip
+
+
+def _work(config: Mapping[str, Any]) -> None:
+    """In each of the processes of a trial."""
+    from lightning.pytorch.utilities import rank_zero_only
+    from ray import train
+
+    setattr(rank_zero_only, "rank", train.get_context().get_world_rank())  # noqa: B010 - before a Trainer sets it
+    os.chdir(config["cwd"])
+    config["fit"](config["args"], config["folder"], [TellAfterTask(train.report)])
+
+
+def _at_a_time(space: Space, there: Mapping[str, float]) -> int | None:
+    """How many trials of several processes there is room for. If each has one process, Ray knows: None.
+
+    Raises:
+        ValueError: if there is no room for one.
+    """
+    if space.workers is None:
+        return None
+    each = {"CPU": space.cpus * space.workers, "GPU": space.gpus * space.workers}
+    room = min(there.get(kind, 0) / needed for kind, needed in each.items() if needed)
+    if room < 1:
+        known = ", ".join(f"{there.get(kind, 0):g} {kind}s" for kind in each)
+        raise ValueError(
+            f"sweep.workers={space.workers}: with {space.cpus} CPUs and {space.gpus} GPUs for each, they need more "
+            f"than this cluster has ({known})"
+        )
+    return int(room)
 
 
 class _ListedSweep:

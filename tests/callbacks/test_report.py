@@ -138,7 +138,11 @@ def test_a_run_says_what_it_is(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("1")
     subprocess.run([*git, "add", "file"], check=True)
     found = told(scl.ContinualModule(scl.SmallMLP([4]), scl.ER(30, 8), policies=[scl.SET(0.5, dense=[])]))
-    assert found["method"] == "ER-SET" and len(found["commit"]) == 40 + len("+changes") and found["commit"].endswith("+changes")
+    assert (
+        found["method"] == "ER-SET"
+        and len(found["commit"]) == 40 + len("+changes")
+        and found["commit"].endswith("+changes")
+    )
     assert told(PlainClassifier())["method"] == "PlainClassifier"
 
 

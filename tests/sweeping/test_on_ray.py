@@ -103,6 +103,24 @@ def test_optuna_goes_on_with_what_it_knows(tmp_path, capsys):
     assert "2 of 4 trials were over before" in capsys.readouterr().out
 
 
+def test_a_trial_on_two_processes_is_that_of_ddp(tmp_path):
+    small = ["--schedule.epochs=1", "--data.init_args.batch_size=24", "--trainer.enable_progress_bar=false"]
+    args = ["-c", "split_digits/er", *small, "--trainer.accelerator=cpu"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--threads=1", f"--trainer.logger.save_dir={tmp_path}/ddp"]
+    subprocess.run([sys.executable, "-m", "lightning_sparse_cl", "fit", *args, *two], check=True)
+    command([*args, "--sweep.engine=ray", "--sweep.workers=2", f"--sweep.folder={tmp_path}/sweep"])
+    (expected,) = (json.loads(p.read_text()) for p in (tmp_path / "ddp").rglob("metrics.json"))
+    (found,) = (json.loads(p.read_text()) for p in (tmp_path / "sweep").glob("*/version_*/metrics.json"))
+    assert found["processes"] == expected["processes"] == 2
+    for key in ("class_il", "task_il", "settings", "sparsity"):
+        assert found[key] == expected[key], key
+
+
+def test_more_processes_than_there_is_room_for_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"sweep.workers=64: .* need more than this cluster has"):
+        command(["-c", "split_digits/er", "--sweep.engine=ray", "--sweep.workers=64", f"--sweep.folder={tmp_path}"])
+
+
 def test_a_trial_that_fails_is_told(tmp_path):
     with pytest.raises(ValueError, match=r"1 trials failed; er-width=0-seed=0: ValueError: .*width=0"):
         command(["-c", "split_digits/er", "--sweep.grid={model.init_args.backbone.init_args.width: [0]}",
