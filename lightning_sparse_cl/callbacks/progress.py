@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+import warnings
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import CustomTimeColumn
-from rich.progress import Task
+from rich.progress import Progress, Task
 from rich.text import Text
 
 from lightning_sparse_cl.callbacks.schedule import TaskSchedule
@@ -21,7 +23,7 @@ class TaskProgressBar(RichProgressBar):
     """Lightning's rich progress bar with "Task k/T, epoch e/E" in front; tasks and epochs counted from 1.
 
     Its times refer to the whole sequence: since this process began to train, and until the last task ends. Without a
-    :class:`TaskSchedule` the bar is Lightning's own.
+    :class:`TaskSchedule` the bar is Lightning's own. In notebooks it also shows without ipywidgets.
 
     Args:
         refresh_rate: updates per second; each reads the loss from the device. 0 shows no bar.
@@ -31,6 +33,18 @@ class TaskProgressBar(RichProgressBar):
         super().__init__(refresh_rate=refresh_rate)
         self.sequence_time = SequenceTime()
         self._next_update = 0.0
+
+    def _init_progress(self, trainer: pl.Trainer) -> None:
+        earlier = self.progress
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", 'install "ipywidgets"')
+            super()._init_progress(trainer)
+        progress = self.progress
+        if progress is None or progress is earlier or find_spec("ipywidgets") is not None:
+            return
+        if progress.console.is_jupyter:
+            progress.live.refresh = NotebookDisplay(progress).refresh  # type: ignore[method-assign]
+            progress.refresh()  # its place in the cell's output, before anything else is printed
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
         columns = super().configure_columns(trainer)
@@ -62,6 +76,27 @@ class TaskProgressBar(RichProgressBar):
             return super()._get_train_description(current_epoch)
         data = task_data(self.trainer)
         return f"Task {data.task + 1}/{data.num_tasks}, epoch {data.epoch_in_task + 1}/{schedule.epochs_of(data.task)}"
+
+
+class NotebookDisplay:
+    """A bar in a notebook, as an output that changes: rich itself needs a widget of ipywidgets, and else shows nothing.
+
+    Args:
+        progress: what is shown.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._handle: Any = None
+
+    def refresh(self) -> None:
+        """Show it, or what has become of it; another thread calls this, too."""
+        from IPython.display import display
+
+        if self._handle is None:
+            self._handle = display(self._progress, display_id=True)
+        else:
+            self._handle.update(self._progress)
 
 
 class SequenceTimeColumn(CustomTimeColumn):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,12 +131,18 @@ def pyplot() -> Any:
 
 
 def figure(rows: int, columns: int, width: float = 5.0, height: float = 4.0) -> tuple[Any, list[Any]]:
-    """A figure that no window shows, and its axes, row by row. Its size is per panel, in inches."""
+    """A figure that no window shows, but a notebook, and its axes, row by row. Its size is per panel, in inches."""
     pyplot()  # says what is missing
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure((columns * width, rows * height), layout="constrained")
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:  # matplotlib's own for notebooks are those of pyplot alone
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=72)
+            return file.getvalue()
+
+    made = Picture((columns * width, rows * height), layout="constrained")
     FigureCanvasAgg(made)
     return made, list(made.subplots(rows, columns, squeeze=False).flat)
 

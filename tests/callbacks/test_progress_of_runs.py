@@ -5,16 +5,18 @@ import json
 import os
 import re
 import signal
+import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from forked import forked
+from rich import reconfigure
 from rich.console import Console
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
-from lightning_sparse_cl.callbacks import time_left
+from lightning_sparse_cl.callbacks import progress, time_left
 from lightning_sparse_cl.callbacks.time_left import SequenceTime, batches_left, duration
 from lightning_sparse_cl.demos import PlainClassifier, toy_tasks
 
@@ -147,6 +149,36 @@ def test_the_bar_shows_the_time_of_the_sequence(scheduled):
     assert len(seen) == 6 * scheduled
     assert all(re.fullmatch(r"\d:\d\d:\d\d • \d:\d\d:\d\d", text) for _, text in seen)
     assert not seen or seen[-1][0] == 0
+
+
+def test_a_notebook_without_ipywidgets_shows_one_bar_that_changes(monkeypatch):
+    shown, later = [], []
+
+    class Handle:
+        def update(self, what):
+            later.append(what)
+
+    def display(*what, display_id=False, **_):
+        shown.extend(what if display_id else [])
+        return Handle() if display_id else None
+
+    monkeypatch.setattr("IPython.display.display", display)
+    monkeypatch.setattr(progress, "find_spec", lambda name: None)
+    bar = scl.TaskProgressBar()
+    bar._console_kwargs = {"force_jupyter": True}
+    t = pl.Trainer(
+        accelerator="cpu", max_epochs=-1, logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[bar, scl.TaskSchedule(1)],
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            t.fit(PlainClassifier(), toy_tasks())
+        finally:
+            reconfigure()  # the console of other tests
+    assert shown == [bar.progress] and set(later) == {bar.progress}  # one output, which IPython draws anew
+    assert "Task 3/3, epoch 1/1" in bar.progress._repr_mimebundle_((), ())["text/plain"]
+    assert not any("ipywidgets" in str(warning.message) for warning in warned)
 
 
 # -- stopped runs ------------------------------------------------------------------------------------------------
