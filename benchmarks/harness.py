@@ -78,7 +78,10 @@ def fit(
 
     With a ``folder``, a run that was stopped goes on from its last checkpoint there; a finished one leaves nothing.
     """
-    evaluation, report = scl.ContinualEvaluation(before_pruning and not task_il_only, not task_il_only), scl.RunReport()
+    evaluation, report = (
+        scl.ContinualEvaluation(before_pruning and not task_il_only, not task_il_only),
+        scl.RunReport(show=False),
+    )
     measures = [scl.FlopsCounter(), scl.MemoryFootprint()]
     checkpoints = [] if folder is None else [scl.SequenceCheckpoint(folder, save_last=True, save_top_k=0)]
     trainer = pl.Trainer(
@@ -86,7 +89,6 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False,
         callbacks=[scl.TaskSchedule(epochs), scl.RandomState(), evaluation, *measures, report, *checkpoints],
     )  # fmt: skip
-    report.on_train_end = lambda *_: None  # type: ignore[method-assign]  # a benchmark prints its own table, not each run's report
     last = None if folder is None else folder / "last.ckpt"
     trainer.fit(module, data, ckpt_path=last if last is not None and last.exists() else None)
     metrics = report.collect(trainer, module)

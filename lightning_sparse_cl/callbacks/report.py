@@ -82,12 +82,13 @@ class RunReport(TaskCallback):
     Args:
         folder: where to write instead of the folder of the run.
         name: what comparisons call the run: ``name`` in the file. If None, they call it by its method.
+        show: whether to print the table, and a line for each task.
     """
 
     after = (ModelCapacity, ContinualEvaluation, Sparsifier, *AVERAGING)
 
-    def __init__(self, folder: str | None = None, name: str | None = None) -> None:
-        self.folder, self.name = folder, name
+    def __init__(self, folder: str | None = None, name: str | None = None, show: bool = True) -> None:
+        self.folder, self.name, self.show = folder, name, show
         self._folder: Path | None = None
         self._mine = Claim(Path("metrics.json"))  # not taken
         self._seconds = 0.0
@@ -137,7 +138,7 @@ class RunReport(TaskCallback):
 
     def on_after_task_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         self._learnt_at[task] = self.seconds
-        if trainer.is_global_zero and not sys.stdout.isatty():  # on a terminal the bar tells it
+        if self.show and trainer.is_global_zero and not sys.stdout.isatty():  # on a terminal the bar tells it
             self._time.update(trainer)
             print(learnt_line(trainer, task, self._time), flush=True)
 
@@ -180,7 +181,7 @@ class RunReport(TaskCallback):
 
     @rank_zero_only
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._finished:  # now, after the bar has left the screen
+        if self._finished and self.show:  # now, after the bar has left the screen
             print_report(self._finished, is_written=self._folder is not None)
             print(f"results in {self._folder}" if self._folder else "no files written: the run has no folder")
         self._finished = None

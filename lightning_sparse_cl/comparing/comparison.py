@@ -159,6 +159,10 @@ class Comparison:
         """A table of LaTeX, for the package booktabs."""
         return tables.as_latex(self.cells(show))
 
+    def __repr__(self) -> str:
+        groups = ", ".join(f"{group.name} ({len(group.runs)})" for group in self.groups)
+        return f"Comparison of {len(self.groups)} methods (runs): {groups}"
+
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
 

@@ -77,6 +77,12 @@ class Masks:
         self._records: list[tuple[str, WeightMask]] = []  # collected when they are first needed
         self._homes: dict[str, tuple[nn.Module, str]] = {}  # the layer of each, and the weight's name there
 
+    def __repr__(self) -> str:
+        alive = {name: mask.float().mean().item() for name, mask in self.alive.items()}
+        frozen = [name for name, mask in self.frozen.items() if mask.any()]
+        lines = [f"  {name}: {part:.1%} alive{', partly frozen' * (name in frozen)}" for name, part in alive.items()]
+        return "\n".join([f"Masks of {len(alive)} weights of {type(self.module).__name__}", *lines])
+
     @classmethod
     def of(cls, module: nn.Module) -> Masks:
         """The masks of ``module``. This is a view: all views of one module show and change the same masks."""

@@ -51,6 +51,11 @@ class Subnetworks:
         """How the task of a sample is inferred where it is not given."""
         self._forget()
 
+    def __repr__(self) -> str:
+        uses = [sum(int(self.mask(i, name).sum()) for name in task.masks) for i, task in enumerate(self.tasks)]
+        lines = [f"  task {i}: {count:,} masked weights in use" for i, count in enumerate(uses)]
+        return "\n".join([f"Subnetworks of {len(self.tasks)} tasks", *lines])
+
     def _forget(self) -> None:
         """Drop what is kept only for speed."""
         self._ready: dict[int, tuple[Subnetwork, nn.Module]] = {}  # extracted networks, each with its subnetwork

@@ -185,3 +185,24 @@ def test_without_a_folder_nothing_is_left_and_everything_is_told(tmp_path, capsy
     found = json.loads((folder / "metrics.json").read_text())
     assert found["finished"] and found["size"] == told[0].summary()
     assert torch.is_tensor(scl.load_sparse(folder / "model.safetensors")["net.0.weight"])
+
+
+def test_what_a_module_holds_is_told_by_its_repr():
+    module, report = scl.WSN(scl.SmallCNN(4), keep=0.3), scl.RunReport(show=False)
+    trainer(report, epochs=1).fit(module, toy_tasks(num_tasks=2))
+    learnt = scl.Subnetworks.of(module)
+    used = [sum(int(learnt.mask(task, name).sum()) for name in learnt.tasks[task].masks) for task in (0, 1)]
+    assert repr(learnt).splitlines()[1:] == [f"  task {i}: {n:,} masked weights in use" for i, n in enumerate(used)]
+    assert 0 < used[0] < sum(p.numel() for p in module.parameters())
+    module = scl.EsaCL(scl.SmallCNN(4), sparsity=0.75, freeze="share")
+    trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
+    lines = repr(scl.Masks.of(module)).splitlines()
+    assert lines[0] == "Masks of 3 weights of EsaCL" and lines[1].startswith("  backbone.3.weight: 25.0% alive")
+
+
+def test_a_report_may_be_silent(tmp_path, capsys):
+    for show in (False, True):
+        report = scl.RunReport(folder=str(tmp_path), show=show)
+        trainer(report, epochs=1).fit(PlainClassifier(), toy_tasks())
+        assert bool(capsys.readouterr().out) == show
+    assert (tmp_path / "metrics.json").exists()
