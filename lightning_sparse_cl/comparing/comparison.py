@@ -130,8 +130,8 @@ class Comparison:
         for d in self.differences():
             head = ["", "difference (95 %)", "seeds", f"p, {name}", "p, Holm", ""]
             low, high = (d.quantity.written(v) for v in (d.interval.low, d.interval.high))
-            interval = f"{d.interval.mean:+.{d.quantity.digits}f}" + (f" ({low} to {high})" if low != "-" else "")
-            ps = ["-" if p != p else f"{p:.3f}" for p in (d.p, d.corrected)]
+            interval = d.quantity.written(d.interval.mean, "+") + (f" ({low} to {high})" if low != "-" else "")
+            ps = ["-" if p != p else "< .001" if p < 0.001 else f"{p:.3f}" for p in (d.p, d.corrected)]
             row = [f"{d.one} - {d.other}", interval, str(d.seeds), *ps, d.verdict]
             found.setdefault(d.quantity.title, [head]).append(row)
         return found

@@ -39,9 +39,11 @@ class Quantity:
         per = _at(run.metrics, self.per)
         return None if not per else value / per * self.scale
 
-    def written(self, value: float | None) -> str:
-        """A value of this quantity, "-" if there is none."""
-        return "-" if value is None or value != value else f"{value:.{self.digits}f}"
+    def written(self, value: float | None, sign: str = "") -> str:
+        """A value of this quantity, "-" if there is none; with "+" before positive ones, if that is the ``sign``."""
+        if value is None or value != value:
+            return "-"
+        return f"{round(value, self.digits) + 0.0:{sign}.{self.digits}f}"  # no minus before zero
 
 
 def _accuracies(scenario: str, title: str) -> list[Quantity]:
