@@ -68,16 +68,11 @@ class Comparison:
     test: TestName = "t"
     left_out: Sequence[str] = field(default=(), repr=False)
 
-    def spread(self, group: Group, quantity: Quantity) -> Spread | None:
-        """Of a group over its seeds. If its runs have no such quantity, None."""
-        values = [v for v in map(quantity.of, group.runs.values()) if v is not None and v == v]
-        return Spread.of(values) if values else None
-
     def cells(self, show: Show = "mean") -> Cells:
         """A row for each group: its name, the quantities (``"mean"`` ± deviation, or ``"median"`` and range), seeds."""
         head = ["", *(q.title for q in self.quantities), "seeds"]
         rows = [
-            [g.name, *(tables.cell(self.spread(g, q), q, show) for q in self.quantities), str(len(g.runs))]
+            [g.name, *(tables.cell(g.spread(q), q, show) for q in self.quantities), str(len(g.runs))]
             for g in self.groups
         ]
         return [head, *rows]
@@ -147,7 +142,7 @@ class Comparison:
         rows: list[Sequence[object]] = [("method", "data", "quantity", *Spread._fields)]
         for group in self.groups:
             for quantity in self.quantities:
-                if (spread := self.spread(group, quantity)) is not None:
+                if (spread := group.spread(quantity)) is not None:
                     rows.append((group.name, group.data, quantity.title, *spread))
         return tables.as_csv(rows)
 
@@ -177,7 +172,7 @@ class Comparison:
         scenarios = self._scenarios()
         made, panels = plots.figure(1, len(scenarios))
         for axes, scenario in zip(panels, scenarios):
-            curves = {group.name: self._curve(group, scenario) for group in self.groups}
+            curves = {group.name: group.curve(scenario) for group in self.groups}
             known = {name: curve for name, curve in curves.items() if curve}
             plots.draw_curves(axes, known, SCENARIOS[scenario], self._tasks())
         plots.legend(made, panels[0])
@@ -185,12 +180,12 @@ class Comparison:
 
     def plot_matrices(self, scenario: str = "class_il") -> Any:
         """Accuracy matrices side by side, each the mean over seeds."""
-        known = [(group, self._matrix(group, scenario)) for group in self.groups]
+        known = [(group, group.matrix(scenario)) for group in self.groups]
         shown = [(group, matrix) for group, matrix in known if matrix]
         columns = min(len(shown), 3)
         made, panels = plots.figure(-(-len(shown) // columns), columns)
         for axes, (group, matrix) in zip(panels, shown):
-            plots.draw_matrix(matrix, axes, f"{group.name}, {SCENARIOS[scenario]}", self._tasks(group))
+            plots.draw_matrix(matrix, axes, f"{group.name}, {SCENARIOS[scenario]}", group.tasks())
         for axes in panels[len(shown) :]:
             axes.set_axis_off()
         return made
@@ -224,33 +219,14 @@ class Comparison:
             raise ValueError("compare: these runs have no accuracy matrix; put ContinualEvaluation among the callbacks")
         return found
 
-    def _points(self, x: Quantity, y: Quantity) -> list[plots.Point]:
-        pairs = [(group.name, self.spread(group, x), self.spread(group, y)) for group in self.groups]
-        return [plots.Point(name, a, b) for name, a, b in pairs if a is not None and b is not None]
-
-    def _curve(self, group: Group, scenario: str) -> list[Spread]:
-        curves = [run.metrics[scenario]["acc_seen"] for run in group.runs.values() if scenario in run.metrics]
-        found = []
-        for after in zip(*curves):
-            known = [100 * value for value in after if value is not None]
-            if not known:
-                break
-            found.append(Spread.of(known))
-        return found
-
-    def _matrix(self, group: Group, scenario: str) -> list[list[float | None]]:
-        runs = [run.metrics[scenario]["matrix"] for run in group.runs.values() if scenario in run.metrics]
-        return [[_mean(entries) for entries in zip(*rows)] for rows in zip(*runs)]
-
-    def _tasks(self, group: Group | None = None) -> list[str]:
-        """The classes of each task, as names; none if groups or seeds have other tasks."""
-        groups = self.groups if group is None else [group]
-        found = {
-            tuple(", ".join(names) for names in run.metrics.get("classes", ()))
-            for g in groups
-            for run in g.runs.values()
-        }
+    def _tasks(self) -> list[str]:
+        """Names of the tasks; none if groups have other tasks."""
+        found = {tuple(group.tasks()) for group in self.groups}
         return list(found.pop()) if len(found) == 1 else []
+
+    def _points(self, x: Quantity, y: Quantity) -> list[plots.Point]:
+        pairs = [(group.name, group.spread(x), group.spread(y)) for group in self.groups]
+        return [plots.Point(name, a, b) for name, a, b in pairs if a is not None and b is not None]
 
     def save(self, folder: str | os.PathLike, show: Show = "mean", pictures: bool = True) -> list[Path]:
         """Write ``table.csv``, ``table.md``, ``table.tex``, ``differences.csv`` and, with matplotlib, the pictures.
@@ -372,8 +348,3 @@ def _common(one: Group, other: Group, quantity: Quantity) -> list[tuple[float, f
     """The quantity of both, for each seed that both have."""
     both = [(quantity.of(run), quantity.of(other.runs[seed])) for seed, run in one.runs.items() if seed in other.runs]
     return [(a, b) for a, b in both if a is not None and b is not None]
-
-
-def _mean(entries: Sequence[float | None]) -> float | None:
-    known = [value for value in entries if value is not None]
-    return sum(known) / len(known) if known else None

@@ -6,7 +6,9 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_sparse_cl.comparing.quantities import Quantity
 from lightning_sparse_cl.comparing.runs import Run
+from lightning_sparse_cl.comparing.statistics import Spread
 
 MISSING = "-"
 
@@ -26,6 +28,32 @@ class Group:
     data: str
     runs: dict[int, Run] = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def spread(self, quantity: Quantity) -> Spread | None:
+        """Over the seeds. If the runs have no such quantity, None."""
+        values = [v for v in map(quantity.of, self.runs.values()) if v is not None and v == v]
+        return Spread.of(values) if values else None
+
+    def curve(self, scenario: str) -> list[Spread]:
+        """ACC over the tasks seen so far, after each task, in percent, as far as it was measured."""
+        curves = [run.metrics[scenario]["acc_seen"] for run in self.runs.values() if scenario in run.metrics]
+        found = []
+        for after in zip(*curves):
+            known = [100 * value for value in after if value is not None]
+            if not known:
+                break
+            found.append(Spread.of(known))
+        return found
+
+    def matrix(self, scenario: str) -> list[list[float | None]]:
+        """The accuracy matrix, the mean over seeds, as fractions; None where nothing was measured."""
+        runs = [run.metrics[scenario]["matrix"] for run in self.runs.values() if scenario in run.metrics]
+        return [[_mean(entries) for entries in zip(*rows)] for rows in zip(*runs)]
+
+    def tasks(self) -> list[str]:
+        """The classes of each task, as names; none if the seeds have other tasks."""
+        found = {tuple(", ".join(names) for names in run.metrics.get("classes", ())) for run in self.runs.values()}
+        return list(found.pop()) if len(found) == 1 else []
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -107,3 +135,8 @@ def _shortened(keys: list[str]) -> dict[str, str]:
             (t for t in tails if not t.isdigit() and not any(o == t or o.endswith(f".{t}") for o in clashes)), key
         )
     return found
+
+
+def _mean(entries: Sequence[float | None]) -> float | None:
+    known = [value for value in entries if value is not None]
+    return sum(known) / len(known) if known else None

@@ -57,7 +57,7 @@ def two_methods(tmp_path):
 def test_a_table_holds_what_the_files_hold(two_methods):
     made = scl.compare(two_methods)
     assert names(made) == ["DER", "ER"]
-    found = made.spread(made.groups[1], made.quantities[0])
+    found = made.groups[1].spread(made.quantities[0])
     values = [50 + seed for seed in range(6)]
     assert found == pytest.approx(
         Spread(6, numpy.mean(values), numpy.std(values, ddof=1), numpy.median(values), 50, 55)
