@@ -19,6 +19,8 @@ from lightning_sparse_cl.sweeping.space import Trial
 from lightning_sparse_cl.whole_file import whole_file
 
 RECORD, LOG = "trial.json", "log.txt"
+LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
+"""Lightning's, which hold on to the standard error that there was when they were made."""
 Tell = Callable[[dict[str, float]], None]
 Fit = Callable[[Sequence[str], Path, Sequence[pl.Callback]], Any]
 """Runs ``sparsecl fit`` with arguments, a folder for its runs, and further callbacks."""
@@ -118,7 +120,8 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
 
 @contextlib.contextmanager
 def _printing_to(log: Any) -> Iterator[None]:
-    handlers = [h for h in logging.getLogger("lightning.pytorch").handlers if isinstance(h, logging.StreamHandler)]
+    found = (handler for name in LOGGERS for handler in logging.getLogger(name).handlers)
+    handlers = [handler for handler in found if isinstance(handler, logging.StreamHandler)]
     before = [handler.setStream(log) for handler in handlers]
     try:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
