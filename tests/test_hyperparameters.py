@@ -96,7 +96,7 @@ BASE: dict[str, dict[str, Any]] = {
     **{name: {"backbone": scl.SmallCNN(4)} for name in ("WSN", "SupSup")},
     "Piggyback": {"backbone": scl.SmallCNN(4), "optimizer": partial(Adam, lr=0.02)},
     "TaskSubnetworks": {"full": "share"},
-    "LossSelection": {"warmup": 1},
+    "LossSelection": {"warmup": 1}, "Reopen": {"part": 0.4},
     "OneShotPruning": {"sparsity": 0.5}, "GradualPruning": {"sparsity": 0.5}, "GradientClipping": {"max_norm": 0.1},
     "TaskLRSchedule": {"scheduler": partial(StepLR, step_size=1, gamma=0.5)},
     "TaskEarlyStopping": {"monitor": "val/loss", "patience": 1},
@@ -184,6 +184,7 @@ OTHER |= {
         for name in ("CIFAR100", "MiniImageNet", "TinyImageNet")
     },
     "per_class": 5,
+    "block": [2, 2],
 }
 # What goes with the other value.
 ALONG: dict[str, dict[str, Any]] = {

@@ -18,6 +18,7 @@ from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
 from lightning_sparse_cl.callbacks.steps import StepCounter
+from lightning_sparse_cl.sparsity.blocks import SINGLE
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -50,6 +51,7 @@ class DropAndGrow(ScorePruning):
         distribution: how weights are divided among layers, see :class:`ScorePruning`.
         dense: weights that stay dense; see :class:`Sparsifier`.
         sparse: weights that are pruned; see :class:`Sparsifier`.
+        block: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range, or the end of the task is not known.
@@ -67,8 +69,9 @@ class DropAndGrow(ScorePruning):
         distribution: Distribution = "uniform",
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, distribution=distribution, dense=dense, sparse=sparse)
+        super().__init__(sparsity, distribution=distribution, dense=dense, sparse=sparse, block=block)
         name = type(self).__name__
         check_number(name, "interval", interval, whole=True)
         for field, value in (("fraction", fraction), ("until", until), ("final", final)):
@@ -174,7 +177,7 @@ class DropAndGrow(ScorePruning):
             protected = self.protected(name)
             pool = before[name] & ~protected
             alive, movable = int(before[name].sum()), int(pool.sum())
-            dropped[name] = whole_part(part, movable)
+            dropped[name] = self.block.size * whole_part(part, movable // self.block.size)
             free[name] = score.numel() - alive + dropped[name]
             magnitude = {name: pl_module.get_parameter(name).abs()}
             kept[name] = protected | self.rank(magnitude, movable - dropped[name], {name: pool})[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -19,6 +19,7 @@ from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import reset_state
+from lightning_sparse_cl.sparsity.blocks import SINGLE
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import check_number, whole_part
 
@@ -62,6 +63,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         dense: weights that stay dense, see :class:`Sparsifier`; if None, the released profile.
         sparse: weights that are pruned; see :class:`Sparsifier`.
         loss: replaces L~ and L: a function of (module, batch) that returns a scalar.
+        block: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -81,8 +83,9 @@ class TaskAwareDynamicMasking(ScorePruning):
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
         loss: LossOf | None = None,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, ranking, dense=dense, sparse=sparse)
+        super().__init__(sparsity, ranking, dense=dense, sparse=sparse, block=block)
         name = type(self).__name__
         check_number(name, "interval", interval, whole=True)
         if interval < 1:
@@ -165,9 +168,7 @@ class TaskAwareDynamicMasking(ScorePruning):
 
     def _shrink(self, trainer: pl.Trainer, pl_module: pl.LightningModule, less: float) -> None:
         """Drop the weights of smallest CWI until there are (1 - s) n - int(less n)."""
-        left = {
-            tuple(g): self._target(pl_module, g) - whole_part(less, _size(pl_module, g)) for g in self.groups(pl_module)
-        }
+        left = {tuple(g): self._target(pl_module, g) - self._part(pl_module, g, less) for g in self.groups(pl_module)}
         if any(self._alive(group) > count for group, count in left.items()):
             cwi, alive = self.importance(trainer, pl_module), self.masks.alive
             for group, count in left.items():
@@ -177,7 +178,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         """Grow at random, from zero, up to (1 - s) n + int(more n) weights."""
         alive = self.masks.alive
         for i, group in enumerate(self.groups(pl_module)):
-            count = self._target(pl_module, group) + whole_part(more, _size(pl_module, group)) - self._alive(group)
+            count = self._target(pl_module, group) + self._part(pl_module, group, more) - self._alive(group)
             scores = self.random(pl_module, group, 1 + (more > 0), trainer.current_epoch, i)
             grown = self.rank(scores, count, {name: ~alive[name] for name in group})
             for name, mask in grown.items():
@@ -189,8 +190,12 @@ class TaskAwareDynamicMasking(ScorePruning):
         return sum(int(alive[name].sum()) for name in group)
 
     def _target(self, pl_module: pl.LightningModule, group: Iterable[str]) -> int:
-        """k, at least one."""
-        return max(1, round((1 - self.sparsity) * _size(pl_module, group)))
+        """k, at least one block."""
+        return self.block.whole((1 - self.sparsity) * _size(pl_module, group))
+
+    def _part(self, pl_module: pl.LightningModule, group: Iterable[str], part: float) -> int:
+        """int(part n), in whole blocks."""
+        return self.block.size * whole_part(part, _size(pl_module, group) // self.block.size)
 
     def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:
         return super().groups(pl_module) if self.sparsity else []

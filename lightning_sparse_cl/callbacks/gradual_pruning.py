@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 
 from lightning_sparse_cl.callbacks.pruning import OneShotPruning
 from lightning_sparse_cl.callbacks.schedule import position
+from lightning_sparse_cl.sparsity.blocks import SINGLE
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import check_number
@@ -37,6 +39,7 @@ class GradualPruning(OneShotPruning):
         ranking: see :class:`OneShotPruning`.
         distribution: see :class:`ScorePruning`.
         last: whether the sequence's last task is pruned, too.
+        block: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range, or the end of the task is not known.
@@ -54,8 +57,9 @@ class GradualPruning(OneShotPruning):
         ranking: Literal["layer", "global"] = "layer",
         distribution: Distribution = "uniform",
         last: bool = True,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, of, dense, sparse, ranking, distribution, last=last)
+        super().__init__(sparsity, of, dense, sparse, ranking, distribution, last=last, block=block)
         for name, value in (("start", start), ("until", until)):
             check_number("GradualPruning", name, value)
         if not 0 <= start < until <= 1:

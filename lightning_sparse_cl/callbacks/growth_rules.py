@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
+from lightning_sparse_cl.sparsity.blocks import SINGLE
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -106,13 +107,16 @@ class SNFS(MomentumGrowth):
         distribution: Distribution = "uniform",
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, fraction, interval, until, final, distribution, dense, sparse)
+        super().__init__(sparsity, fraction, interval, until, final, distribution, dense, sparse, block)
 
     def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
         alive = self.masks.alive
         mean = {n: float(self._kept[n][alive[n]].abs().mean().nan_to_num()) for n in dropped}
-        return share_out(sum(dropped.values()), mean, free)
+        size = self.block.size
+        shares = share_out(sum(dropped.values()) // size, mean, {name: room // size for name, room in free.items()})
+        return {name: size * blocks for name, blocks in shares.items()}
 
 
 class AdaptiveGrowth(RigL):

@@ -18,7 +18,7 @@ from lightning_sparse_cl.callbacks.task_callback import TaskCallback
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, parts_of, task_data
 from lightning_sparse_cl.data.datamodule import TaskDataModule
 
-FORMAT = 4
+FORMAT = 5
 """Version of the state in checkpoints; grows when its layout changes."""
 DATA = "fingerprint of each task's data"
 MAY_CHANGE = ("val_fraction", "batch_size over all processes", "seed", "limit_train_batches", "overfit_batches")

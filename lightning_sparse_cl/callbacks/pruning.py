@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import check_number, top_k_mask, whole_part
@@ -47,6 +49,7 @@ class OneShotPruning(ScorePruning):
             the fit. If None, the weights are pruned at the task's end.
         retrain: instead of ``epoch``: how many of the task's last epochs train the pruned network, at least 1.
         last: whether the sequence's last task is pruned, too. If False, it keeps all weights that are free.
+        block: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range, or a task has no such epoch.
@@ -65,8 +68,9 @@ class OneShotPruning(ScorePruning):
         epoch: int | None = None,
         retrain: int | None = None,
         last: bool = True,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, ranking, distribution, dense, sparse)
+        super().__init__(sparsity, ranking, distribution, dense, sparse, block=block)
         name = type(self).__name__
         if of not in ("free", "share"):
             raise ValueError(f"{name}(of={of!r}): of is 'free' or 'share'")
@@ -153,7 +157,7 @@ class OneShotPruning(ScorePruning):
         if self.distribution != "uniform":
             density = super().how_many(trainer, pl_module, group, density) / all_
         of = all_ - sum(frozen.values()) if self.of == "free" else all_ / task_data(trainer).num_tasks
-        kept = sum(frozen.values()) + round(density * of)
+        kept = sum(frozen.values()) + self.block.size * round(density * of / self.block.size)
         if kept < 1:
             raise ValueError(
                 f"{name}(sparsity={self.sparsity}): leaves no weight in {group[0]}, which has {all_}; lower "
@@ -230,6 +234,7 @@ class Reopen(Sparsifier):
             polytope.
         part: fraction of each layer's pruned weights that is given back, in (0, 1], drawn at random, at least one. The
             others stay pruned for another task, which then trains a sparse network from its first step.
+        block: outputs and inputs of a block of weights, which are given back together; see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -237,21 +242,25 @@ class Reopen(Sparsifier):
 
     needs_tasks = True
 
-    def __init__(self, init: Literal["random", "zero"] = "random", part: float = 1.0) -> None:
+    def __init__(
+        self, init: Literal["random", "zero"] = "random", part: float = 1.0, block: Sequence[int] = SINGLE
+    ) -> None:
         super().__init__()
         if init not in ("random", "zero"):
             raise ValueError(f"Reopen(init={init!r}): init is 'random' or 'zero'")
         check_number("Reopen", "part", part)
         if not 0 < part <= 1:
             raise ValueError(f"Reopen(part={part}): the fraction of the pruned weights that is given back, in (0, 1]")
-        self.init, self.part = init, part
+        self.init, self.part, self.block = init, part, Block.of("Reopen", block)
 
     def on_task_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, task: int) -> None:
         for i, (name, alive) in enumerate(list(self.masks.alive.items())):
             reopened = ~(alive | self.masks.frozen_part(name))
             if self.part < 1:
-                count = max(1, whole_part(self.part, int(reopened.sum())))
-                reopened = top_k_mask(self.random(pl_module, [name], task, i)[name], count, reopened)
+                blocks = self.block.all(reopened)
+                count = max(1, whole_part(self.part, int(blocks.sum())))
+                lots = self.block.sums(self.random(pl_module, [name], task, i)[name])
+                reopened = self.block.spread(top_k_mask(lots, count, blocks))
             self.masks.set_alive(name, None if self.part == 1 else alive | reopened)
             if self.init == "random":
                 redraw(pl_module, name, reopened, task_data(trainer).order_seed + 1000 * task + i)

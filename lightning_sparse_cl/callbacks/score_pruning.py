@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
 from lightning_sparse_cl.sparsity.distributions import Distribution, check_distribution, counts
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -40,6 +41,8 @@ class ScorePruning(Sparsifier):
         dense: weights that stay dense; see :class:`Sparsifier`.
         sparse: weights that are pruned; see :class:`Sparsifier`.
         rounds: number of rounds of pruning, each with new scores; the density falls geometrically.
+        block: outputs and inputs of a block of weights, which are kept or dropped together, by the sum of their scores.
+            Layers have whole blocks, and the nearest number of blocks is kept.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -57,9 +60,11 @@ class ScorePruning(Sparsifier):
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
         rounds: int = 1,
+        block: Sequence[int] = SINGLE,
     ) -> None:
         super().__init__(dense, sparse)
         name = type(self).__name__
+        self.block = Block.of(name, block)
         check_sparsity(name, sparsity)
         if ranking not in ("layer", "global"):
             raise ValueError(f"{name}(ranking={ranking!r}): ranking is 'layer' or 'global'")
@@ -96,13 +101,15 @@ class ScorePruning(Sparsifier):
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
         """How many of the weights of ``group``, which are ranked together, stay alive."""
         if self.ranking == "global":
-            return round(density * sum(pl_module.get_parameter(name).numel() for name in group))
-        return self._divided(pl_module, density)[group[0]]
+            return self.block.whole(density * sum(pl_module.get_parameter(name).numel() for name in group))
+        return self.block.whole(self._divided(pl_module, density)[group[0]])
 
     # -- what the base does ------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        for weight in self.names(pl_module):
+            self.block.check(type(self).__name__, weight, pl_module.get_parameter(weight).shape)
         groups = self.groups(pl_module)  # a pattern without a match, or a layer left without a weight, is an error now
         asked = sum(self.how_many(trainer, pl_module, group, 1 - self.sparsity) for group in groups)
         if self.makes_masks:
@@ -180,8 +187,11 @@ class ScorePruning(Sparsifier):
         Enforcement.of(pl_module).apply_to_averages()
 
     def rank(self, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks of the ``count`` best in ``among``. Only this method decides what is ranked: single weights."""
-        return top_k_masks(scores, count, among)
+        """Masks of the best blocks that lie in ``among``: as many as ``count`` weights fill."""
+        sums = {name: self.block.sums(score) for name, score in scores.items()}
+        pools = {name: self.block.all(among[name]) for name in scores}
+        best = top_k_masks(sums, count // self.block.size, pools)
+        return {name: self.block.spread(mask) for name, mask in best.items()}
 
     def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:
         """Names of the weights that are ranked together."""

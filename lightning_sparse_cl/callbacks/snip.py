@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_sparse_cl.callbacks.importance import mean_gradients
 from lightning_sparse_cl.callbacks.own_loss import LossOf, check_loss
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
+from lightning_sparse_cl.sparsity.blocks import SINGLE
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 
@@ -30,6 +32,7 @@ class SNIP(ScorePruning):
         sparse: weights that are pruned; see :class:`Sparsifier`.
         distribution: see :class:`ScorePruning`.
         loss: L, a function of (module, batch) that returns a scalar; if None, the loss of ``training_step``.
+        block: see :class:`ScorePruning`.
 
     Raises:
         ValueError: if an argument is out of range, the loss cannot be computed, or weights are ranked together and the
@@ -44,8 +47,9 @@ class SNIP(ScorePruning):
         sparse: Chosen | None = None,
         distribution: Distribution = "uniform",
         loss: LossOf | None = None,
+        block: Sequence[int] = SINGLE,
     ) -> None:
-        super().__init__(sparsity, ranking, distribution, dense, sparse)
+        super().__init__(sparsity, ranking, distribution, dense, sparse, block=block)
         self.loss = loss
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

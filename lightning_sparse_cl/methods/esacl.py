@@ -20,6 +20,7 @@ from lightning_sparse_cl.optim.frank_wolfe import StochasticFrankWolfe
 from lightning_sparse_cl.optim.sam import SharpnessAware, UpdateRule
 from lightning_sparse_cl.optim.selection import LossSelection
 from lightning_sparse_cl.sparsity import sparse_weights
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
 
 
 class EsaCL(ContinualModule):
@@ -70,9 +71,12 @@ class EsaCL(ContinualModule):
         prune_epoch: the epoch inside each task at whose start it is pruned; see :class:`OneShotPruning`. If None, the
             task's end, as the paper says.
         reopen: how the next task gets pruned weights back. If None, all of them, drawn anew, as the paper says.
+        block: outputs and inputs of a block of weights: pruning keeps whole blocks, and the polytope's vertices
+            consist of them (:class:`~lightning_sparse_cl.optim.KSparsePolytope`). Not in the paper.
 
     Raises:
-        ValueError: if ``sparsity``, ``freeze`` or ``prune_epoch`` is out of range.
+        ValueError: if ``sparsity``, ``freeze``, ``prune_epoch`` or ``block`` is out of range, or ``reopen`` gives back
+            a part of the weights in other blocks.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class EsaCL(ContinualModule):
         policies: Sequence[pl.Callback] = (),
         prune_epoch: int | None = None,
         reopen: Reopen | None = None,
+        block: Sequence[int] = SINGLE,
     ) -> None:
         if freeze not in ("none", "share", "free"):
             raise ValueError(f"EsaCL(freeze={freeze!r}): the readings of lines 11-12 are none, share, free")
@@ -95,7 +100,14 @@ class EsaCL(ContinualModule):
             raise ValueError(f"EsaCL(prune_epoch={prune_epoch!r}): an epoch of each task, counted from 0, at least 1")
         if not isinstance(reopen, Reopen | None):
             raise ValueError(f"EsaCL(reopen={reopen!r}): reopen is a Reopen, such as Reopen('zero', 0.3)")
-        pruning = OneShotPruning(sparsity, "share" if freeze == "share" else "free", dense, epoch=prune_epoch)
+        blocks = Block.of("EsaCL", block)
+        if reopen is not None and reopen.part < 1 and reopen.block != blocks:
+            raise ValueError(
+                f"EsaCL(block={list(blocks)}, reopen=Reopen(part={reopen.part}, block={list(reopen.block)})): both "
+                "have the same blocks"
+            )
+        of: Literal["share", "free"] = "share" if freeze == "share" else "free"
+        pruning = OneShotPruning(sparsity, of, dense, epoch=prune_epoch, block=blocks)
         freezing = [] if freeze == "none" else [FreezeMasks()]
         super().__init__(
             backbone,
@@ -105,7 +117,7 @@ class EsaCL(ContinualModule):
             selection or LossSelection(),
             [pruning, *freezing, reopen or Reopen(), *policies],
         )
-        self.sparsity, self.dense = sparsity, dense
+        self.sparsity, self.dense, self.block = sparsity, dense, blocks
         self._reading = freeze  # ``freeze`` is a method of LightningModule
         self._pruned_inside = prune_epoch is not None
 
@@ -120,6 +132,8 @@ class EsaCL(ContinualModule):
         if self._reading == "share":  # by one task
             kept /= task_data(self.trainer).num_tasks
         for group in optimizer.param_groups:
+            if group["constrained"] and "block" in group and group["block"] is None:
+                group["block"] = tuple(self.block)
             if "k" in group and group["k"] is None:
                 group["k"] = kept if self._pruned_inside else kept / 4
         return optimizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_sparse_cl.optim.polytopes import KSparsePolytope
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
 
 
 class StochasticFrankWolfe(Optimizer):
@@ -47,6 +48,9 @@ class StochasticFrankWolfe(Optimizer):
         sgd_lr: learning rate of parameters that are not constrained.
         sgd_momentum: momentum of these.
         min_k: lower bound on K.
+        block: outputs and inputs of a block of weights, of which the vertices' non-zeros consist; see
+            :class:`KSparsePolytope`. If None, single weights, or the blocks in which
+            :class:`~lightning_sparse_cl.EsaCL` prunes.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -62,6 +66,7 @@ class StochasticFrankWolfe(Optimizer):
         sgd_lr: float = 0.01,
         sgd_momentum: float = 0.9,
         min_k: int = 10,
+        block: Sequence[int] | None = None,
     ) -> None:
         for name, value, ok, allowed in (
             ("lr", lr, 0 < lr <= 1, "in (0, 1]: a convex combination"),
@@ -79,6 +84,7 @@ class StochasticFrankWolfe(Optimizer):
             dict(
                 lr=lr, tau=tau, k=k, momentum=momentum,
                 sgd_lr=sgd_lr, sgd_momentum=sgd_momentum, min_k=min_k, constrained=True, started=False,
+                block=None if block is None else tuple(Block.of("StochasticFrankWolfe", block)),
             ),
         )  # fmt: skip
         for group in self.param_groups:
@@ -99,7 +105,9 @@ class StochasticFrankWolfe(Optimizer):
         n, free = group["params"][i].numel(), group["free"][i]
         full = min(max(group["min_k"], int(group["k"] * n)), n)  # the radius belongs to the whole weight
         k = min(max(group["min_k"], int(group["k"] * free)), max(free, 1))
-        return KSparsePolytope(k, group["tau"] * group["norms"][i] / full**0.5)
+        block = Block(*(group["block"] or SINGLE))
+        block.check("StochasticFrankWolfe", "a constrained weight", group["params"][i].shape)
+        return KSparsePolytope(k, group["tau"] * group["norms"][i] / full**0.5, block)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block, top_blocks
+
 
 @dataclass(frozen=True)
 class KSparsePolytope:
@@ -14,9 +16,14 @@ class KSparsePolytope:
 
     It is the L1 ball of radius r*K cut by the cube of half-width r (EsaCL, text before eq 3.9).
 
+    With blocks, the non-zeros of a vertex are those of K / b whole blocks of b weights. Eq 3.13 then takes the blocks
+    with the largest L1 norms of m, so that the weights contract to few blocks, which are pruned at no cost. (This is
+    not in the paper. Its vertices contract to single weights, and what is left is lost if these are pruned in blocks.)
+
     Args:
-        k: number K of non-zeros of a vertex, at least 1.
+        k: number K of non-zeros of a vertex, at least 1; with blocks, the nearest number of whole ones counts.
         radius: r, magnitude of a vertex's non-zeros.
+        block: outputs and inputs of a block. Only matrices and kernels of whole blocks have some.
 
     Raises:
         ValueError: if ``k`` < 1 or ``radius`` < 0.
@@ -24,6 +31,7 @@ class KSparsePolytope:
 
     k: int
     radius: float
+    block: Block = SINGLE
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -45,6 +53,8 @@ class KSparsePolytope:
         if m.is_cpu and int(m.count_nonzero()) <= self.k:  # as where masks leave K weights: there is nothing to rank
             return m.sign().mul_(-self.radius)
         size = m.abs()
+        if self.block.size > 1:
+            return top_blocks(size, max(1, round(self.k / self.block.size)), self.block) * m.sign().mul_(-self.radius)
         vertex, n = torch.zeros_like(size), size.numel()
         top = largest(size.as_strided((n,), (1,)), min(self.k, n))  # in memory order: channels_last
         vertex.as_strided((n,), (1,)).index_fill_(0, top, -self.radius)

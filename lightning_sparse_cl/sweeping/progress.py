@@ -56,11 +56,10 @@ class SweepProgress:
         """A trial is over."""
         self._end(name, f"{name}: {told(figures)}{how}")
 
-    def failed(self, name: str, error: BaseException | str) -> None:
+    def failed(self, name: str, why: str) -> None:
         """A trial could not be run."""
-        lines = str(error).strip().splitlines()
-        self.failures[name] = lines[-1] if lines else type(error).__name__
-        self._end(name, f"{name}: failed: {self.failures[name]}")
+        self.failures[name] = why
+        self._end(name, f"{name}: failed: {why}")
 
     def said(self, line: str) -> None:
         """Something that is worth a line."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_sparse_cl.sweeping.progress import SweepProgress
 from lightning_sparse_cl.sweeping.space import Space, Trial
-from lightning_sparse_cl.sweeping.trials import Fit, is_over, run_trial
+from lightning_sparse_cl.sweeping.trials import Fit, is_over, record_of, run_trial
 
 
 def run_sequentially(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepProgress) -> None:
@@ -25,7 +25,7 @@ def run_sequentially(space: Space, points: Sequence[Trial], fit: Fit, progress: 
     for trial in left:
         try:
             figures = run_trial(trial, root, fit, lambda f, name=trial.name: progress.update(name, f))  # type: ignore[misc]  # bound now
-        except Exception as error:
-            progress.failed(trial.name, error)
+        except Exception:
+            progress.failed(trial.name, record_of(root / trial.name)["error"])
         else:
             progress.finished(trial.name, figures)

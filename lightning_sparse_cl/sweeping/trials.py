@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 
 from lightning_sparse_cl.callbacks.evaluation import SCENARIOS, ContinualEvaluation
 from lightning_sparse_cl.callbacks.trainer_parts import first_callback, task_data
+from lightning_sparse_cl.cli.errors import one_line
 from lightning_sparse_cl.metrics.accuracy_matrix import acc_seen
 from lightning_sparse_cl.sweeping.space import Trial
 from lightning_sparse_cl.whole_file import whole_file
@@ -111,7 +112,8 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
                 traceback.print_exc(file=log)
                 raise
     except Exception as error:
-        write_record(folder, trial, "failed", error=f"{type(error).__name__}: {error}")
+        told = one_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
+        write_record(folder, trial, "failed", error=told)
         raise
     figures = telling.last or _figures_in(folder)
     write_record(folder, trial, "finished", figures=figures)

@@ -122,6 +122,6 @@ def test_more_processes_than_there_is_room_for_are_refused(tmp_path):
 
 
 def test_a_trial_that_fails_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"1 trials failed; er-width=0-seed=0: ValueError: .*width=0"):
+    with pytest.raises(ValueError, match=r"1 trials failed; er-width=0-seed=0: SmallCNN\(width=0\): a "):
         command(["-c", "split_digits/er", "--sweep.grid={model.init_args.backbone.init_args.width: [0]}",
                  "--sweep.engine=ray", f"--sweep.folder={tmp_path}"])  # fmt: skip

@@ -86,7 +86,7 @@ def test_an_interrupted_sweep_goes_on_with_the_same_bits(space, monkeypatch):
 
 def test_a_trial_that_fails_does_not_take_the_others_with_it(space):
     Path("one.yaml").write_text("sweep: {grid: {model.init_args.backbone.init_args.width: [0, 2]}, engine: sequential}")
-    with pytest.raises(ValueError, match=r"sweep: 1 trials failed; er-width=0-seed=0: .*width=0.*log.txt"):
+    with pytest.raises(ValueError, match=r"1 trials failed; er-width=0-seed=0: SmallCNN\(width=0\): a .*log.txt"):
         command(["-c", "split_digits/er", "-c", "one.yaml", *SMALL])
     assert "Traceback" in Path("sweep/er-width=0-seed=0/log.txt").read_text()
     assert metrics_of("sweep/er-width=2-seed=0")["finished"]
