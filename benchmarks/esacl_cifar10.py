@@ -54,12 +54,12 @@ ESACL: dict[str, dict[str, Any]] = {
     "SFW, none": PLAIN,
     "SFW, share": PLAIN | {"freeze": "share"},
     "SFW, free": PLAIN | {"freeze": "free"},
-    "efficient": PLAIN | SPARSE,
-    "efficient, small steps": PLAIN | SPARSE | SMALL_STEPS,
+    "efficient, large steps": PLAIN | SPARSE,
+    "efficient": PLAIN | SPARSE | SMALL_STEPS,
     "efficient without SP": PLAIN | SPARSE | WITHOUT_SP,
     "half without SP": PLAIN | HALF | WITHOUT_SP,
-    "efficient with SAM": PLAIN | SPARSE | PARTS["ascent without replay"],
-    "efficient with SAM, rho 0.01": PLAIN | SPARSE | {"update": scl.SharpnessAware(0.01, replays=False)},
+    "efficient, large steps, with SAM": PLAIN | SPARSE | PARTS["ascent without replay"],
+    "efficient, large steps, with SAM, rho 0.01": PLAIN | SPARSE | {"update": scl.SharpnessAware(0.01, replays=False)},
     "efficient without SP, with SAM, rho 0.01": PLAIN
     | SPARSE
     | WITHOUT_SP
@@ -74,14 +74,15 @@ OTHERS: dict[str, Callable[[float], list[pl.Callback]]] = {
     "RigL": lambda s: [scl.RigL(s, interval=20)],
 }
 ROWS = [
-    ("DER++", 0.0), ("SparCL", 0.9), ("SNIP", 0.9), ("RigL", 0.9), ("efficient", 0.9), ("efficient, small steps", 0.9),
+    ("DER++", 0.0), ("SparCL", 0.9), ("SNIP", 0.9), ("RigL", 0.9), ("efficient, large steps", 0.9), ("efficient", 0.9),
     ("efficient without SP", 0.9), ("half without SP", 0.9), ("EsaCL", 0.9), ("all four parts", 0.9),
-    *((f"all but {part}", 0.9) for part in PARTS), ("SFW, share", 0.9), ("SparCL", 0.8), ("efficient", 0.8),
-    ("efficient, small steps", 0.8), ("efficient without SP", 0.8), ("SFW, none", 0.9), ("EsaCL", 0.8),
+    *((f"all but {part}", 0.9) for part in PARTS), ("SFW, share", 0.9), ("SparCL", 0.8),
+    ("efficient, large steps", 0.8), ("efficient", 0.8), ("efficient without SP", 0.8), ("SFW, none", 0.9),
+    ("EsaCL", 0.8),
     ("SFW, free", 0.9), *((f"only {part}", 0.9) for part in PARTS), ("SFW, share", 0.8), ("EsaCL, share", 0.9),
-    ("efficient with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
-    ("efficient without SP, with SAM, rho 0.01", 0.9), ("efficient with SAM", 0.9),
-    ("efficient, small steps", 0.6), ("efficient without SP", 0.6),
+    ("efficient, large steps, with SAM, rho 0.01", 0.9), ("SFW, none", 0.8), ("SFW, free", 0.8),
+    ("efficient without SP, with SAM, rho 0.01", 0.9), ("efficient, large steps, with SAM", 0.9),
+    ("efficient", 0.6), ("efficient without SP", 0.6),
 ]  # fmt: skip
 
 

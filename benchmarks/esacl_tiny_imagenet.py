@@ -29,7 +29,7 @@ import lightning_sparse_cl as scl
 
 EPOCHS, CLASSES = 10, 50
 ROWS = [
-    ("DER++", 0.0), ("SparCL", 0.9), ("SNIP", 0.9), ("EsaCL", 0.9), ("efficient", 0.9), ("efficient, small steps", 0.9),
+    ("DER++", 0.0), ("SparCL", 0.9), ("SNIP", 0.9), ("EsaCL", 0.9), ("efficient, large steps", 0.9), ("efficient", 0.9),
     ("efficient without SP", 0.9), ("SFW, share", 0.9),
 ]  # fmt: skip
 

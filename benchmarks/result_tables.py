@@ -178,16 +178,17 @@ def findings(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 PAIRS = (
-    ("efficient", "EsaCL"), ("efficient", "all but replay selected"), ("efficient", "DER++"), ("efficient", "SparCL"),
-    ("efficient, small steps", "efficient"), ("efficient, small steps", "EsaCL"),
-    ("efficient, small steps", "SparCL"), ("efficient, small steps", "DER++"),
-    ("efficient without SP", "efficient"), ("efficient without SP", "SparCL"), ("efficient without SP", "RigL"),
-    ("efficient without SP", "DER++"), ("SFW, share", "EsaCL"), ("SFW, share", "DER++"), ("SFW, share", "SFW, none"),
-    ("SFW, free", "SFW, none"), ("SFW, free", "SparCL"), ("EsaCL, share", "EsaCL"),
-    ("efficient with SAM, rho 0.01", "efficient"), ("efficient with SAM", "efficient"),
-    ("efficient without SP, with SAM, rho 0.01", "efficient without SP"), ("all four parts", "all but replay selected"),
-    ("only replay selected", "EsaCL"), ("only pruning inside", "EsaCL"), ("only a part reopened", "EsaCL"),
-    ("only ascent without replay", "EsaCL"),
+    ("efficient, large steps", "EsaCL"), ("efficient, large steps", "all but replay selected"),
+    ("efficient, large steps", "DER++"), ("efficient, large steps", "SparCL"),
+    ("efficient", "efficient, large steps"), ("efficient", "EsaCL"), ("efficient", "SparCL"), ("efficient", "DER++"),
+    ("efficient without SP", "efficient, large steps"), ("efficient without SP", "SparCL"),
+    ("efficient without SP", "RigL"), ("efficient without SP", "DER++"), ("SFW, share", "EsaCL"),
+    ("SFW, share", "DER++"), ("SFW, share", "SFW, none"), ("SFW, free", "SFW, none"), ("SFW, free", "SparCL"),
+    ("EsaCL, share", "EsaCL"), ("efficient, large steps, with SAM, rho 0.01", "efficient, large steps"),
+    ("efficient, large steps, with SAM", "efficient, large steps"),
+    ("efficient without SP, with SAM, rho 0.01", "efficient without SP"),
+    ("all four parts", "all but replay selected"), ("only replay selected", "EsaCL"),
+    ("only pruning inside", "EsaCL"), ("only a part reopened", "EsaCL"), ("only ascent without replay", "EsaCL"),
 )  # fmt: skip
 """Rows of esacl_cifar10 that are compared with each other."""
 

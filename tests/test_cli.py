@@ -141,9 +141,7 @@ def test_every_overlay_fits_over_its_base(overlay):
             and type(m.update).__name__ == "SingleBackward"
             and {m.selection.sse, m.selection.ere, m.selection.replay} == {1.0}
             and m.trainer.optimizers[0].param_groups[0]["k"] == pytest.approx(0.1)
-        ),
-        "small_steps": lambda m: (
-            (m.trainer.optimizers[0].param_groups[0]["lr"], m.trainer.optimizers[0].param_groups[0]["momentum"])
+            and (m.trainer.optimizers[0].param_groups[0]["lr"], m.trainer.optimizers[0].param_groups[0]["momentum"])
             == (0.001, 0.9)
         ),
         "without_sse": lambda m: m.selection.sse == 1.0 and m.selection.ere == 0.4,
