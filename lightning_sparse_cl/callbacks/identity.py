@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -192,34 +193,40 @@ def settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, An
     """
     found = settings_of(pl_module)
     for callback in callbacks_of(trainer, TaskCallback):
-        _describe(callback, type(callback).__name__, found)
+        describe(callback, type(callback).__name__, found)
     for i, optimizer in enumerate(trainer.optimizers):
         found[optimizer_name(i)] = type(optimizer).__name__
         for key, value in optimizer.defaults.items():
             if key != "differentiable":  # PyTorch adds it later
-                _describe(value, f"{optimizer_name(i)}.{key}", found)
+                describe(value, f"{optimizer_name(i)}.{key}", found)
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"):
-        _describe(getattr(trainer, key), f"trainer.{key}", found)
+        describe(getattr(trainer, key), f"trainer.{key}", found)
     return found
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """Hyper-parameters of a module and of its parts, as :func:`settings` names them."""
     found: dict[str, Any] = {}
-    _describe(module, "", found)
+    describe(module, "", found)
     for name, value in getattr(module, "hparams", {}).items():
-        _describe(value, f"hparams.{name}", found)
+        describe(value, f"hparams.{name}", found)
     return found
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """Eight hexadecimal digits that tell lists of values apart."""
+    return sha256("\0".join(map(repr, parts)).encode()).hexdigest()[:8]
 
 
 def settings_of_data(data: TaskDataModule) -> dict[str, Any]:
     """What data were made with, as far as it is kept and is a number, a text or a list of up to 100 of them."""
     source = getattr(data, "source", None)
     found: dict[str, Any] = {"data.num_tasks": data.num_tasks}
-    for name, value in (_arguments(data) | ({} if source is None else _arguments(source))).items():
+    given = _arguments(data) | ({} if source is None else _arguments(source)) | {"transform": data.given_transform}
+    for name, value in given.items():
         plain = (bool, int, float, str)
-        if value is None or isinstance(value, plain):
-            found[f"data.{name}"] = value
+        if value is None or isinstance(value, plain) or (callable(value) and name in ("transform", "augment")):
+            describe(value, f"data.{name}", found)
         elif isinstance(value, list | tuple) and len(value) <= 100 and all(isinstance(item, plain) for item in value):
             found[f"data.{name}"] = list(value)
     return found
@@ -230,7 +237,7 @@ def optimizer_name(i: int) -> str:
     return f"optimizer_{i}" if i else "optimizer"
 
 
-def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, ...] = ()) -> None:
+def describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, ...] = ()) -> None:
     """Add ``value``, and the constructor arguments of its parts as far as these keep them under their names.
 
     Args:
@@ -246,18 +253,22 @@ def _describe(value: Any, name: str, found: dict[str, Any], inside: tuple[int, .
         found[name] = value
     elif isinstance(value, Sequence):
         for i, item in enumerate(value):
-            _describe(item, f"{name}.{i}", found, inner)
+            describe(item, f"{name}.{i}", found, inner)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _describe(item, f"{name}.{key}", found, inner)
+            describe(item, f"{name}.{key}", found, inner)
+    elif inspect.isfunction(value) or inspect.ismethod(value):
+        found[name] = f"{value.__qualname__} {digest([value.__code__.co_code, *value.__code__.co_consts])}"
+    elif inspect.isbuiltin(value):
+        found[name] = value.__qualname__
     elif isinstance(value, partial):
         value = without_parser(value)
         found[name] = getattr(value.func, "__name__", type(value.func).__name__)
-        _describe(value.keywords, name, found, inner)
+        describe(value.keywords, name, found, inner)
     else:
         found[name or "method"] = type(value).__name__
         for parameter, kept in _arguments(value).items():
-            _describe(kept, f"{name}.{parameter}".lstrip("."), found, inner)
+            describe(kept, f"{name}.{parameter}".lstrip("."), found, inner)
 
 
 def _arguments(part: Any) -> dict[str, Any]:

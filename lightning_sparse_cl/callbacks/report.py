@@ -58,8 +58,9 @@ class RunReport(TaskCallback):
     (:func:`~lightning_sparse_cl.callbacks.run_folder.run_folder`) and prints a table; if the run has no folder, it only
     prints. All accuracies are fractions in the file and percent in the table; what is not defined is null. Keys:
     ``name``, ``method`` (its classes), ``data`` (its class), ``settings`` (hyper-parameters by dotted name, also of the
-    objective, the callbacks, the data and the optimiser, and the ``epochs`` of the tasks), ``class_il`` and ``task_il``
-    (each ``matrix``, ``baseline``, ``acc_seen``, ``acc``, ``incremental_acc``, ``bwt``, ``fwt``, ``forgetting``; with
+    objective, the callbacks, the data and the optimiser, and the ``epochs`` of the tasks), ``digests`` (of the data,
+    and of the network's shapes), ``class_il`` and ``task_il`` (each ``matrix``, ``baseline``, ``acc_seen``, ``acc``,
+    ``incremental_acc``, ``bwt``, ``fwt``, ``forgetting``; with
     ``before_pruning`` also ``class_il_before`` and ``task_il_before``), ``sparsity`` (zeros among the weights of all
     masked layers), ``density_per_layer`` (non-zeros of every weight matrix and kernel; both by the mask of the last
     task where masks are learnt), ``flops``, ``memory`` and ``size`` (the summaries of :class:`FlopsCounter`,
@@ -85,6 +86,7 @@ class RunReport(TaskCallback):
         show: whether to print the table, and a line for each task.
     """
 
+    changes_nothing = True
     after = (ModelCapacity, ContinualEvaluation, Sparsifier, *AVERAGING)
 
     def __init__(self, folder: str | None = None, name: str | None = None, show: bool = True) -> None:
@@ -93,6 +95,8 @@ class RunReport(TaskCallback):
         self._mine = Claim(Path("metrics.json"))  # not taken
         self._seconds = 0.0
         self._learnt_at: dict[int, float] = {}  # seconds when each task had been learnt
+        self._described: dict[str, Any] = {}
+        """What the run is."""
         self._started: float | None = None
         self._is_training = False  # between the first batch of this process and the end
         self._time = SequenceTime()
@@ -102,7 +106,7 @@ class RunReport(TaskCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._seconds, self._started, self._is_training, self._time = 0.0, None, False, SequenceTime()
-            self._learnt_at = {}
+            self._learnt_at, self._described = {}, {}
             self._folder = run_folder(trainer) if self.folder is None else Path(self.folder)
             if self._folder is not None and trainer.is_global_zero and not trainer.loggers:
                 self._claim(self._folder)
@@ -120,6 +124,10 @@ class RunReport(TaskCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._described:  # the network may grow, and a checkpoint that is gone on from says what it began as
+            self._described = run_description(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         self._is_training = True
@@ -216,7 +224,7 @@ class RunReport(TaskCallback):
             alive |= {n: int(learnt.mask(len(learnt) - 1, n).sum()) for n in last}
             masked = list(last)
         total = sum(weights[n].numel() for n in masked)
-        metrics = {"name": self.name} | run_description(trainer, pl_module) | metrics | _classes(trainer)
+        metrics = {"name": self.name, **self._described, **metrics, **_classes(trainer)}
         return metrics | {
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},

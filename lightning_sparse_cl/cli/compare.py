@@ -48,8 +48,8 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--show", choices=("mean", "median"), default="mean", help=shown)
     parser.add_argument("--reference", metavar="METHOD", help="test the others against it (default: all pairs)")
     parser.add_argument("--test", choices=TESTS, default="t", help="paired t-test (default) or Wilcoxon's")
-    tuning = "runs to tune on; the others are reported"
-    parser.add_argument("--tune_on", nargs="+", default=[], metavar="SETTING=VALUE", help=tuning)
+    tuning = "runs to tune on; the others are reported. May be given several times"
+    parser.add_argument("--tune_on", action="append", default=[], metavar="SETTING=VALUE", help=tuning)
     written = "where tables and pictures are written (default: comparison); empty for nowhere"
     parser.add_argument("--output", default="comparison", metavar="FOLDER", help=written)
     parser.add_argument("--no_pictures", action="store_true", help="write tables only")

@@ -67,8 +67,9 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class SparseCLI(LightningCLI):
     """LightningCLI with ``--schedule``, ``--evaluation`` and ``--checkpoint`` beside ``--model`` and ``--data``."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: str | os.PathLike | None = None, **kwargs: Any) -> None:
         self._claimed: list[Path] = []
+        self._folder = folder
         try:
             super().__init__(*args, **kwargs)
         except Exception as error:
@@ -112,6 +113,11 @@ class SparseCLI(LightningCLI):
             if not 1 <= config.threads <= MOST_THREADS:
                 raise ValueError(f"--threads={config.threads}: from 1 to {MOST_THREADS}")
             torch.set_num_threads(config.threads)
+        logger = config.trainer.logger
+        if self._folder is not None and getattr(logger, "init_args", {}).get("save_dir") != str(self._folder):
+            raise ValueError(
+                f"trainer.logger: this run's files belong in {self._folder}, where its logger is; leave the logger out"
+            )
         if "verbose" in config:  # Lightning's table repeats every figure for every task; RunReport prints them once
             config.verbose = False
 
@@ -246,6 +252,7 @@ def main(
         subclass_mode_data=True,
         args=args,
         parser_kwargs={command: {"exit_on_error": False} for command in SparseCLI.subcommands()} | OF_THE_PARSER,
+        folder=folder,
         seed_everything_default=0,
         auto_configure_optimizers=False,  # a method brings its optimiser
         trainer_defaults={

@@ -37,7 +37,11 @@ def command(args: Sequence[str]) -> None:
     ]
     if not files and not space.configs:
         raise ValueError("sweep: no configuration; give one by -c, or several in sweep.configs")
-    failures = run_sweep(space, files, rest, fit)
+    try:
+        failures = run_sweep(space, files, rest, fit)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"the sweep in {space.folder} was interrupted; the same command goes on with it", flush=True)
+        raise
     if failures:
         name, why = next(iter(failures.items()))
         raise ValueError(f"sweep: {len(failures)} trials failed; {name}: {why} (see {space.folder}/{name}/log.txt)")

@@ -60,6 +60,7 @@ class Comparison:
         reference: the name of the group that the others are tested against. If None, all pairs are tested.
         test: ``"t"``, the paired t-test, or ``"wilcoxon"``, the signed-rank test.
         left_out: runs that were found and are not in it, and why.
+        notes: what else is to be known of it.
     """
 
     groups: Sequence[Group]
@@ -67,12 +68,13 @@ class Comparison:
     reference: str | None = None
     test: TestName = "t"
     left_out: Sequence[str] = field(default=(), repr=False)
+    notes: Sequence[str] = field(default=(), repr=False)
 
     def cells(self, show: Show = "mean") -> Cells:
         """A row for each group: its name, the quantities (``"mean"`` ± deviation, or ``"median"`` and range), seeds."""
         head = ["", *(q.title for q in self.quantities), "seeds"]
         rows = [
-            [g.name, *(tables.cell(g.spread(q), q, show) for q in self.quantities), str(len(g.runs))]
+            [g.name, *(tables.cell(g.spread(q), q, show, len(g.runs)) for q in self.quantities), str(len(g.runs))]
             for g in self.groups
         ]
         return [head, *rows]
@@ -102,7 +104,7 @@ class Comparison:
     def _pairs(self) -> Iterator[tuple[Group, Group]]:
         """Of groups that are tested against each other; the reference is the second one."""
         for one, other in combinations(self.groups, 2):
-            if one.data == other.data and self.reference in (None, one.name, other.name):
+            if one.tested_on == other.tested_on and self.reference in (None, one.name, other.name):
                 yield (other, one) if one.name == self.reference else (one, other)
 
     def _verdict(
@@ -287,10 +289,12 @@ class Comparison:
             console.print()
             console.print(tables.on_screen(f"{title}: differences of runs with the same seed", cells))
         if any(row[-1] == TOO_FEW for cells in found.values() for row in cells):
-            least = {"t": f"{LEAST_PAIRS}", "wilcoxon": "more, the more pairs are tested,"}[self.test]
-            console.print(f"{TOO_FEW}: at least {least} common seeds are needed to tell methods apart")
+            more = {"t": "", "wilcoxon": ", and more seeds for more pairs"}[self.test]
+            console.print(f"{TOO_FEW}: it takes {LEAST_PAIRS} common seeds at least{more}", markup=False)
+        for line in self.notes:
+            console.print(line, highlight=False, markup=False)
         for line in self.left_out:
-            console.print(f"left out: {line}", style="dim", highlight=False)
+            console.print(f"left out: {line}", style="dim", highlight=False, markup=False)
 
 
 TOLD = {"mean": "Mean ± deviation", "median": "Median (range)"}
@@ -327,24 +331,38 @@ def compare(
     """
     if test not in TESTS:
         raise ValueError(f"compare --test={test}: one of {', '.join(TESTS)}")
-    asked = [quantity_named(name) for name in (SHOWN if metrics is None else metrics)]
+    names = dict.fromkeys(name.strip() for name in (SHOWN if metrics is None else metrics))
+    asked = [quantity_named(name) for name in names if name]
     if not asked:
-        raise ValueError("compare --metrics=[]: at least one")
+        raise ValueError("compare --metrics: at least one")
     found = find_runs(folders)
-    runs = found.runs
+    runs, notes = found.runs, list[str]()
     if tune_on:
         by = next((q for q in asked if q.more_is_better is not None), asked[0])
-        runs = tuned(runs, tune_on, by)
+        runs, notes = tuned(runs, tune_on, by)
     groups = grouped(runs)
     had = [q for q in asked if any(q.of(run) is not None for run in runs)]
     if metrics is not None and (missing := [q.name for q in asked if q not in had]):
-        raise ValueError(f"compare --metrics={missing[0]}: no run has it")
+        raise ValueError(
+            f"compare --metrics={missing[0]}: no run has it; names are {', '.join(QUANTITIES)}, or the path of a "
+            "number in metrics.json, such as flops.scoring"
+        )
     if reference is not None and reference not in [group.name for group in groups]:
         raise ValueError(f"compare --reference={reference}: methods are {'; '.join(g.name for g in groups)}")
-    return Comparison(groups, had, reference, test, found.left_out)
+    return Comparison(groups, had, reference, test, found.left_out, [*notes, *_mixtures(groups)])
 
 
 def _common(one: Group, other: Group, quantity: Quantity) -> list[tuple[float, float]]:
     """The quantity of both, for each seed that both have."""
     both = [(quantity.of(run), quantity.of(other.runs[seed])) for seed, run in one.runs.items() if seed in other.runs]
-    return [(a, b) for a, b in both if a is not None and b is not None]
+    return [(a, b) for a, b in both if a is not None and b is not None and a == a and b == b]
+
+
+def _mixtures(groups: Sequence[Group]) -> list[str]:
+    """Groups whose seeds were run by different code or on different machines."""
+    found = []
+    for group in groups:
+        for key, called in (("commit", "commits"), ("versions", "versions"), ("machine", "machines")):
+            if len({str(run.metrics.get(key)) for run in group.runs.values()}) > 1:
+                found.append(f"note: the runs of {group.name} are of different {called}")
+    return found

@@ -11,6 +11,9 @@ from lightning_sparse_cl.comparing.runs import Run
 from lightning_sparse_cl.comparing.statistics import Spread
 
 MISSING = "-"
+DIGEST = "digest of the "
+MOST_LETTERS = 30
+"""Of the value of a setting in a name."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Group:
     data: str
     runs: dict[int, Run] = field(repr=False)
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tested_on(self) -> str:
+        """See :class:`Run`; of the first seed."""
+        return next(iter(self.runs.values())).tested_on
 
     def spread(self, quantity: Quantity) -> Spread | None:
         """Over the seeds. If the runs have no such quantity, None."""
@@ -85,7 +93,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def told(name: str, value: Any) -> str:
     """A setting in words: ``lr=0.1``."""
-    return f"{name}={value}"
+    return str(value) if name == value else f"{name}={value}"
 
 
 def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -99,8 +107,11 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
     keys = list(dict.fromkeys(key for settings in known for key in settings))
     columns = {key: tuple(_fixed(settings.get(key, MISSING)) for settings in known) for key in keys}
     varied = {key: column for key, column in columns.items() if len(set(column)) > 1}
-    chosen: dict[tuple[Hashable, ...], str] = {}
-    for key in sorted(varied, key=lambda key: (key.count("."), not key.islower(), len(key))):  # short names first
+    order = sorted(varied, key=lambda k: (k.startswith(DIGEST), k.count("."), not k.islower(), len(k)))
+    whole = len(set(zip(*varied.values())))
+    alone = next((key for key in order if len(set(varied[key])) == whole), None)
+    chosen: dict[tuple[Hashable, ...], str] = {} if alone is None else {varied[alone]: alone}
+    for key in order if alone is None else ():
         if not any(_follows(varied[key], column) for column in chosen):
             chosen[varied[key]] = key
     short = _shortened(list(chosen.values()))
@@ -108,7 +119,8 @@ def differences(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def _whole(run: Run) -> dict[str, Any]:
-    return {**run.settings, "processes": run.metrics["processes"]}
+    digests = {f"{DIGEST}{name}": value for name, value in run.metrics["digests"].items()}
+    return {**run.settings, "processes": run.metrics["processes"], **digests}
 
 
 def _fixed(value: Any) -> Hashable:
@@ -116,7 +128,8 @@ def _fixed(value: Any) -> Hashable:
 
 
 def _shown(value: Any) -> Any:
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 3]}..."
 
 
 def _follows(column: tuple[Hashable, ...], other: tuple[Hashable, ...]) -> bool:
@@ -132,7 +145,12 @@ def _shortened(keys: list[str]) -> dict[str, str]:
         tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
         clashes = [other for other in keys if other != key]
         found[key] = next(
-            (t for t in tails if not t.isdigit() and not any(o == t or o.endswith(f".{t}") for o in clashes)), key
+            (
+                t
+                for t in tails
+                if not t.isdigit() and t != "size" and not any(o == t or o.endswith(f".{t}") for o in clashes)
+            ),
+            key,
         )
     return found
 

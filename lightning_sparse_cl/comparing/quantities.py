@@ -19,7 +19,7 @@ class Quantity:
         path: dotted keys of ``metrics.json``.
         per: the path of what it is divided by. If empty, by nothing.
         scale: what it is multiplied by.
-        digits: after the point.
+        digits: after the point. If None, three digits are significant.
         more_is_better: whether larger values are; None where it is no matter of better and worse.
     """
 
@@ -28,7 +28,7 @@ class Quantity:
     path: str
     per: str = ""
     scale: float = 1.0
-    digits: int = 1
+    digits: int | None = 1
     more_is_better: bool | None = None
 
     def of(self, run: Run) -> float | None:
@@ -43,6 +43,8 @@ class Quantity:
         """A value of this quantity, "-" if there is none; with "+" before positive ones, if that is the ``sign``."""
         if value is None or value != value:
             return "-"
+        if self.digits is None:
+            return f"{value + 0.0:{sign}.3g}"
         return f"{round(value, self.digits) + 0.0:{sign}.{self.digits}f}"  # no minus before zero
 
 
@@ -67,7 +69,7 @@ QUANTITIES: dict[str, Quantity] = {
         *_accuracies("class_il", "Class-IL"),
         *_accuracies("task_il", "Task-IL"),
         Quantity("sparsity", "sparsity, %", "sparsity", scale=100),
-        Quantity("flops", "training TFLOPs", "flops.training", scale=1e-12, digits=3, more_is_better=False),
+        Quantity("flops", "training TFLOPs", "flops.training", scale=1e-12, digits=None, more_is_better=False),
         Quantity(
             "flops_of_plain", "FLOPs, % of plain", "flops.training", per="flops.dense", scale=100, more_is_better=False
         ),
@@ -81,23 +83,15 @@ SHOWN = ("class_il", "task_il", "class_il_forgetting", "sparsity", "flops_of_pla
 
 
 def quantity_named(name: str) -> Quantity:
-    """A quantity by its name or, any other number in ``metrics.json``, by its dotted path.
-
-    Raises:
-        ValueError: if it can be neither.
-    """
-    if name in QUANTITIES:
-        return QUANTITIES[name]
-    if "." not in name:
-        raise ValueError(
-            f"compare --metrics={name}: one of {', '.join(QUANTITIES)}, or the path of a number in "
-            "metrics.json, such as flops.scoring"
-        )
-    return Quantity(name, name, name, digits=4)
+    """A quantity by its name or, any other number in ``metrics.json``, by its path: ``flops.scoring``."""
+    return QUANTITIES.get(name) or Quantity(name, name, name, digits=None)
 
 
 def _at(metrics: Mapping[str, Any], path: str) -> float | None:
     found: Any = metrics
     for key in path.split("."):
-        found = found.get(key) if isinstance(found, Mapping) else None
+        if isinstance(found, list) and key.isdigit() and int(key) < len(found):
+            found = found[int(key)]
+        else:
+            found = found.get(key) if isinstance(found, Mapping) else None
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None

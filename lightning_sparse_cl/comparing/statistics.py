@@ -49,12 +49,14 @@ def paired(values: Sequence[float], others: Sequence[float]) -> Interval:
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return Interval(mean, float("nan"), float("nan"))
-    half = _scipy().t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
+    half = float(_scipy().t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
     return Interval(mean, mean - half, mean + half)
 
 
 def p_value(values: Sequence[float], others: Sequence[float], test: TestName) -> float:
-    """Of no difference between ``values`` and ``others``, two-sided; 1 if all pairs are equal, nan for one pair.
+    """Of no difference between ``values`` and ``others``, two-sided; 1 if all pairs are equal.
+
+    nan for a single pair, and by the t-test for differences that are all the same: they say nothing of their deviation.
 
     Args:
         values: of one method.
@@ -64,15 +66,15 @@ def p_value(values: Sequence[float], others: Sequence[float], test: TestName) ->
     Raises:
         ModuleNotFoundError: without SciPy.
     """
-    differences = [a - b for a, b in zip(values, others, strict=True)]
+    differences = [round(a - b, 9) for a, b in zip(values, others, strict=True)]  # equal ones are ties
     if len(differences) < 2:
         return float("nan")
     if not any(differences):
         return 1.0
     if test == "wilcoxon":
         return float(_scipy().wilcoxon(differences).pvalue)
-    if len(set(differences)) == 1:  # without a deviation, t is infinite
-        return 0.0
+    if len(set(differences)) == 1:
+        return float("nan")
     return float(_scipy().ttest_rel(values, others).pvalue)
 
 

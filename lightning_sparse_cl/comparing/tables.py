@@ -10,6 +10,7 @@ from typing import Literal
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from lightning_sparse_cl.comparing.quantities import Quantity
 from lightning_sparse_cl.comparing.statistics import Spread
@@ -20,13 +21,21 @@ Show = Literal["mean", "median"]
 IN_LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$",
+    "[": "{[}", "]": "{]}", "*": "{*}",
 }  # fmt: skip
 
 
-def cell(spread: Spread | None, quantity: Quantity, show: Show) -> str:
-    """``98.3 ± 0.4``, mean and deviation; or ``98.3 (97.8 to 98.6)``, median and range. A single value alone."""
+def cell(spread: Spread | None, quantity: Quantity, show: Show, runs: int) -> str:
+    """``98.3 ± 0.4``, mean and deviation; or ``98.3 (97.8 to 98.6)``, median and range. A single value alone.
+
+    If not all ``runs`` have the quantity, the cell says how many do.
+    """
     if spread is None:
         return "-"
+    return _spread(spread, quantity, show) + (f" [{spread.n}]" if spread.n < runs else "")
+
+
+def _spread(spread: Spread, quantity: Quantity, show: Show) -> str:
     first = quantity.written(spread.mean if show == "mean" else spread.median)
     least, greatest = quantity.written(spread.least), quantity.written(spread.greatest)
     if least == greatest:
@@ -38,13 +47,13 @@ def on_screen(title: str, cells: Cells) -> Table:
     """For :func:`rich.print`."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for i, name in enumerate(cells[0]):
-        is_text = i == 0 or not name  # numbers are never cut
+        is_text = i == 0 or not name  # numbers stay on one line
         least = min(16, max(len(row[0]) for row in cells)) if i == 0 else None
         table.add_column(
             _narrow(name), min_width=least, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold"
         )
     for row in cells[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

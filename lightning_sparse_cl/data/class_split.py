@@ -88,6 +88,7 @@ class ClassSplit(SourceTasks):
                 )
         counts = None if tasks is not None else task_sizes(name, n, num_tasks, base, increment, sizes)
         super().__init__(source, len(tasks or counts or ()), **kwargs)
+        given = class_order if class_order is None or isinstance(class_order, int) else list(class_order)
         order = list(range(n)) if class_order is None else class_order
         if isinstance(order, int):
             order = np.random.RandomState(order).permutation(n).tolist()
@@ -97,6 +98,7 @@ class ClassSplit(SourceTasks):
                 f"0-{n - 1} once"
             )
         self._in_natural_order = class_order is None
+        self._class_order = given  # as it is told in reports
         self.class_order: list[int] = order
         """The source's class for each label, once the data are loaded."""
         self.sizes = counts

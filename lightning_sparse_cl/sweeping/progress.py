@@ -22,8 +22,8 @@ class SweepProgress:
     def __init__(self, console: Console | None = None) -> None:
         self._bar = Progress(
             TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}"), console=console or Console(file=sys.stdout), redirect_stdout=False,
-            redirect_stderr=False,
+            TextColumn("{task.description}", markup=False), console=console or Console(file=sys.stdout),
+            redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._line = self._bar.add_task("", total=None)
         self._running: dict[str, str] = {}
@@ -31,7 +31,6 @@ class SweepProgress:
         """Why trials failed, by name."""
 
     def __enter__(self) -> SweepProgress:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -43,6 +42,7 @@ class SweepProgress:
 
     def begin(self, trials: int, over: int) -> None:
         """So many trials there are, and so many were over before."""
+        self._bar.start()
         self._bar.update(self._line, total=trials, completed=over)
         if over:
             self._bar.console.print(f"{over} of {trials} trials were over before")
@@ -63,7 +63,7 @@ class SweepProgress:
 
     def said(self, line: str) -> None:
         """Something that is worth a line."""
-        self._bar.console.print(line, highlight=False, soft_wrap=True)
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _end(self, name: str, line: str) -> None:
         self._running.pop(name, None)

@@ -14,6 +14,8 @@ from typing import Any
 DRAWS = {"uniform": 2, "log_uniform": 2, "integers": 2, "choice": 0}
 """Ways to draw a value, and how many numbers each takes; 0 if any number."""
 METHODS = ("random", "optuna")
+OWN = ("seed_everything", "ckpt_path", "trainer.logger", "trainer.fast_dev_run")
+"""Options of fit that a sweep sets itself, or that leave no finished run."""
 ENGINES = ("auto", "ray", "sequential")
 
 
@@ -84,11 +86,18 @@ class Space:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not (name == "workers" and value is None) and not (is_number and value >= least):
                 raise ValueError(f"sweep.{name}={value!r}: a number, at least {least}")
+        for name in ("trials", "cpus", "failures", "workers"):
+            if not isinstance(value := getattr(self, name), int | None):
+                raise ValueError(f"sweep.{name}={value!r}: a whole number")
+        if not isinstance(self.folder, str) or not self.folder:
+            raise ValueError(f"sweep.folder={self.folder!r}: the name of a folder")
         for name, kind in (("configs", list), ("seeds", list), ("grid", dict), ("search", dict)):
             if not isinstance(value := getattr(self, name), kind):
                 raise ValueError(f"sweep.{name}={value!r}: a {'list' if kind is list else 'mapping'} is expected")
         if not self.seeds or not all(isinstance(s, int) and not isinstance(s, bool) and s >= 0 for s in self.seeds):
             raise ValueError(f"sweep.seeds={self.seeds!r}: a list of whole numbers from 0 on")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"sweep.seeds={self.seeds!r}: a seed is given twice")
         for name, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"sweep.grid.{name}={values!r}: a list of values is expected")
@@ -102,10 +111,13 @@ class Space:
                 f"engine={self.engine}: it needs settings to search, one seed and Ray; try other seeds on the best"
             )
         if self.stop_early is not None:
-            told = {"grace": 1, "factor": 3} | self.stop_early
-            if told.keys() > {"grace", "factor"} or told["grace"] < 1 or told["factor"] < 2:
-                raise ValueError(f"sweep.stop_early={self.stop_early}: grace, at least 1, and factor, at least 2")
-            self.stop_early = told
+            given = self.stop_early
+            numbers = isinstance(given, dict) and all(type(value) is int for value in given.values())
+            if not numbers or given.keys() - {"grace", "factor"}:
+                raise ValueError(f"sweep.stop_early={given!r}: whole numbers grace and factor, such as {{grace: 1}}")
+            self.stop_early = {"grace": 1, "factor": 3} | given
+            if self.stop_early["grace"] < 1 or self.stop_early["factor"] < 2:
+                raise ValueError(f"sweep.stop_early={given}: grace, at least 1, and factor, at least 2")
 
     @classmethod
     def of(cls, entries: Mapping[str, Any]) -> Space:
@@ -126,15 +138,20 @@ class Space:
             base: files of configurations, over which ``configs`` are laid.
             rest: further arguments of ``sparsecl fit`` for all trials.
         """
+        for word in rest:
+            option = word.partition("=")[0].removeprefix("--")
+            if option in (*OWN, *self.grid, *self.search):
+                raise ValueError(f"sweep {word}: the sweep sets {option} for each trial; leave it out")
         found = []
+        names = {setting: _names(values) for setting, values in self.grid.items()}
         short = shortened([*self.grid, *self.search])
         for overlays in self.configs or [[]]:
             files = [*base, *([overlays] if isinstance(overlays, str) else overlays)]
-            for values in itertools.product(*self.grid.values()):
-                chosen = dict(zip(self.grid, values))
+            for at in itertools.product(*(range(len(values)) for values in self.grid.values())):
+                chosen = {k: self.grid[k][i] for k, i in zip(self.grid, at)}
                 for seed in self.seeds:
                     parts = ["+".join(Path(file).stem for file in files)]
-                    parts += [f"{short[k]}={_in_a_name(v)}" for k, v in chosen.items()]
+                    parts += [f"{short[k]}={names[k][i]}" for k, i in zip(self.grid, at)]
                     args = [f"--threads={self.cpus}", *itertools.chain(*(("-c", file) for file in files))]
                     args += [f"--seed_everything={seed}", *(argument(k, v) for k, v in chosen.items()), *rest]
                     found.append(Trial("-".join([*parts, f"seed={seed}"]), args))
@@ -189,6 +206,12 @@ def _rounded(value: Any) -> Any:
 def _in_a_name(value: Any) -> str:
     text = value.get("class_path", value) if isinstance(value, Mapping) else value
     return "".join(letter if letter.isalnum() or letter in "._+" else "_" for letter in str(text))[:40]
+
+
+def _names(values: Sequence[Any]) -> list[str]:
+    """What values are called in names of trials; those that would be called the same are numbered."""
+    called = [_in_a_name(value) for value in values]
+    return [f"{name}.{i}" if called.count(name) > 1 else name for i, name in enumerate(called)]
 
 
 def _check_draw(name: str, way: Any) -> None:

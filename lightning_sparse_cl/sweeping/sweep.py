@@ -50,7 +50,7 @@ def run_sweep(
     points = space.points(files, rest)
     names = [point.name for point in points]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"sweep: two trials would be called {min(repeated)}; name their files differently")
+        raise ValueError(f"sweep: two trials would be called {min(repeated)}; name their configurations differently")
     root = Path(space.folder)
     root.mkdir(parents=True, exist_ok=True)
     mine = Claim(root / "sweep")

@@ -34,6 +34,8 @@ class TellAfterTask(pl.Callback):
         tell: gets ``tasks``, how many have been learnt, and what :class:`ContinualEvaluation` logs then.
     """
 
+    changes_nothing = True
+
     def __init__(self, tell: Tell) -> None:
         self.tell = tell
         self.last: dict[str, float] = {}
@@ -108,6 +110,8 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
         with (folder / LOG).open("a") as log, _printing_to(log):
             try:
                 fit(args, folder, [telling])
+                if not (figures := telling.last or _figures_in(folder)):
+                    raise ValueError(f"{trial.name}: the run left no finished metrics.json in {folder}")
             except Exception:
                 traceback.print_exc(file=log)
                 raise
@@ -115,7 +119,6 @@ def run_trial(trial: Trial, root: Path, fit: Fit, tell: Tell = lambda figures: N
         told = one_line(error) or f"{type(error).__name__}: {' '.join(str(error).split())}"
         write_record(folder, trial, "failed", error=told)
         raise
-    figures = telling.last or _figures_in(folder)
     write_record(folder, trial, "finished", figures=figures)
     return figures
 

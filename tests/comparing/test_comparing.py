@@ -4,12 +4,16 @@ import io
 import json
 import math
 import os
+from functools import partial
 
 import lightning.pytorch as pl
 import numpy
 import pytest
+import torch
 from rich.console import Console
 from scipy import stats
+from torch import nn
+from torch.optim import SGD
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
@@ -34,7 +38,8 @@ def write_run(root, folder, acc, seed=0, **more):
     metrics = {
         "name": None, "method": "ER", "data": "Toy", "seed": seed, "processes": 1, "finished": True, "sparsity": 0.0,
         "class_il": matrix(acc), "task_il": matrix(acc), "classes": [["cat"], ["dog"]],
-        "flops": {"training": 1e12 * (1 + acc), "dense": 2e12}, "size": {"bytes": 1000}, "seconds": 1.0,
+        "digests": {"network": "a", "data": "b"}, "flops": {"training": 1e12 * (1 + acc), "dense": 2e12},
+        "size": {"bytes": 1000}, "seconds": 1.0,
     }  # fmt: skip
     path = root / folder / f"seed_{seed}"
     path.mkdir(parents=True)
@@ -114,7 +119,7 @@ def test_few_seeds_decide_nothing(tmp_path):
     assert {d.verdict for d in made.differences()} == {"too few seeds"}
     console = Console(width=80, file=io.StringIO())
     made.print(console=console)
-    assert "at least 5 common seeds" in " ".join(console.file.getvalue().split())
+    assert "5 common seeds at least" in " ".join(console.file.getvalue().split())
 
 
 def test_corrections_and_p_values():
@@ -122,7 +127,8 @@ def test_corrections_and_p_values():
     assert holm([math.nan, 0.01])[1] == pytest.approx(0.02) and math.isnan(holm([math.nan, 0.01])[0])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
     assert p_value([1, 2], [1, 2], "t") == p_value([1, 2], [1, 2], "wilcoxon") == 1.0
-    assert math.isnan(p_value([1], [0], "t")) and p_value([1.5, 2.5], [1, 2], "t") == 0.0
+    assert math.isnan(p_value([1], [0], "t")) and math.isnan(p_value([1.5, 2.5], [1, 2], "t"))
+    assert p_value([0.3, 0.4], [0.1, 0.2], "wilcoxon") == p_value([3, 4], [1, 2], "wilcoxon")  # ties, but for rounding
     assert math.isnan(paired([1.0], [0.0]).low) and paired([1.0], [0.0]).mean == 1
     assert verdict(Interval(1, 0.5, 2), 5) == "confirmed" and verdict(Interval(-1, -2, -0.5), 5) == "not confirmed"
     assert verdict(Interval(1, 0.5, 2), 4) == "not decidable" == verdict(Interval(1, -0.5, 2), 9)
@@ -163,7 +169,7 @@ def test_what_is_no_finished_run_is_told(tmp_path):
     (tmp_path / "other" / "metrics.json").write_text('{"accuracy": 1}')
     found = find_runs([tmp_path, tmp_path / "again"])
     assert [run.folder for run in found.runs] == [older.resolve()]
-    for why in ("was stopped", "not readable", "another program", "is a newer run of the same"):
+    for why in ("was stopped", "not readable", "another program", "is newer, with the same configuration and seed 0"):
         assert sum(why in line for line in found.left_out) == 1, why
 
 
@@ -177,6 +183,8 @@ def test_tuning_and_reporting_are_kept_apart(tmp_path):
             write_run(tmp_path, f"elsewhere/{lr}", 1 - tuned, seed, settings=chosen, data="Other")
     (group,) = scl.compare(tmp_path / "tune", tmp_path / "report", tune_on={"data.class_order": "1"}).groups
     assert len(group.runs) == 2 and group.runs[0].metrics["class_il"]["acc"] == 0.4  # best on held-out samples
+    (note,) = scl.compare(tmp_path / "tune", tmp_path / "report", tune_on={"data.class_order": "1"}).notes
+    assert note == "tuned on data.class_order=1, by validation samples: ER, optimizer.lr=0.2"
     made = scl.compare(tmp_path / "elsewhere", tmp_path / "report", tune_on={"data": "Other"})
     assert made.groups[0].runs[0].metrics["class_il"]["acc"] == 0.5  # best on the other data's test samples
     made = scl.compare(
@@ -185,7 +193,7 @@ def test_tuning_and_reporting_are_kept_apart(tmp_path):
     assert made.groups[0].runs[0].metrics["class_il"]["acc"] == 0.5
     with pytest.raises(ValueError, match=r"must not decide, and no validation samples; train with data\.val_fraction"):
         scl.compare(tmp_path / "report", tmp_path / "tune", tune_on={"data.class_order": "2"})
-    with pytest.raises(ValueError, match="0 runs to tune on and 4 to report"):
+    with pytest.raises(ValueError, match=r"0 runs to tune on and 4 to report; data\.class_order is 2"):
         scl.compare(tmp_path / "report", tune_on={"data.class_order": "7"})
     for path in (tmp_path / "report" / "0.2").rglob("metrics.json"):
         path.unlink()
@@ -198,7 +206,7 @@ def test_tuning_and_reporting_are_kept_apart(tmp_path):
     [
         (["nowhere"], "compare nowhere: there is no such folder"),
         (["empty"], "compare empty: no finished run"),
-        (["runs", "--metrics=accuracy"], "--metrics=accuracy: one of class_il, "),
+        (["runs", "--metrics=accuracy"], "--metrics=accuracy: no run has it; names are class_il, "),
         (["runs", "--metrics=a.b"], "--metrics=a.b: no run has it"),
         (["runs", "--reference=x"], "--reference=x: methods are DER; ER"),
         (["runs", "--test=f"], "argument --test: invalid choice"),
@@ -248,3 +256,129 @@ def test_the_pareto_front_is_of_what_nothing_beats():
 
     points = [at(3, 3), at(1, 1), at(2, 0.5), at(2, 2), at(4, 3)]
     assert [p.name for p in pareto(points)] == ["1 1", "2 2", "3 3"]
+
+
+BROKEN = {
+    "settings": [None, []], "class_il": [None, 1, {"acc": 0.5}], "classes": [None], "digests": [None], "seed": ["0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BROKEN.items() for value in values])
+def test_a_broken_file_does_not_stop_the_others(tmp_path, key, value):
+    write_run(tmp_path, "good", 0.5)
+    write_run(tmp_path, "bad", 0.5, seed=1, **({key: value} if key not in ("settings", "seed") else {}))
+    path = tmp_path / "bad" / "seed_1" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    made = scl.compare(tmp_path)
+    assert names(made) == ["ER"] and len(made.groups[0].runs) == 1 and "bad" in made.left_out[0]
+
+
+def test_odd_names_and_missing_numbers_are_shown_as_they_are(tmp_path):
+    odd = ["[/]", "[red]a[/red]", "a|b & c_d", "*ü*"]
+    for i, name in enumerate(odd):
+        for seed in (0, 1):
+            write_run(tmp_path, f"{i}", math.nan if i == 0 else 0.5, seed, name=name)
+    console = Console(width=200, file=io.StringIO())
+    made = scl.compare(tmp_path)
+    made.print(console=console)
+    assert all(name in console.file.getvalue() for name in odd)
+    rows = made.to_latex().splitlines()
+    assert not any(row.startswith(("[", "*")) for row in rows) and r"{[}/{]} & - &" in made.to_latex()
+    assert r"a\|b & c_d" in made.to_markdown()
+
+
+def test_what_is_tested_on_other_tasks_is_not_tested_in_pairs(tmp_path):
+    for seed in range(5):
+        for method in ("ER", "DER"):
+            write_run(tmp_path, method, 0.5 + 0.01 * seed, seed, method=method)
+        write_run(tmp_path, "fdr", 0.9, seed, method="FDR", classes=[["dog"], ["cat"]])
+        if seed < 3:
+            write_run(tmp_path, "gpm", 0.9, seed, method="GPM", class_il=matrix(0.9))
+    write_run(tmp_path, "gpm", 0.7, 7, method="GPM", commit="abc", size={})
+    made = scl.compare(tmp_path, metrics=["class_il", "size"])
+    assert not [d for d in made.differences() if "FDR" in (d.one, d.other)]
+    assert "note: the runs of GPM are of different commits" in made.notes
+    assert next(row for row in made.cells() if row[0] == "GPM")[2].endswith("[3]")
+
+
+def test_trials_that_did_not_finish_are_told(tmp_path):
+    write_run(tmp_path, "sweep/er-seed=0", 0.5)
+    for name, record in {"a": {"state": "failed", "error": "no memory"}, "b": {"state": "stopped early"}}.items():
+        (tmp_path / "sweep" / name).mkdir()
+        (tmp_path / "sweep" / name / "trial.json").write_text(json.dumps(record))
+    told = " ".join(scl.compare(tmp_path).left_out)
+    assert "a: this trial failed: no memory" in told and "b: this trial was stopped early" in told
+
+
+class Own(pl.LightningModule):
+    """Somebody's module, which keeps nothing of what it is made with."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(36, kwargs["width"]), torch.nn.Linear(kwargs["width"], 6)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def er(**kwargs):
+    return scl.ContinualModule(scl.SmallMLP([4]), scl.ER(30, 8), **kwargs)
+
+
+IMAGES, LABELS = torch.randint(256, (120, 1, 6, 6), dtype=torch.uint8), torch.arange(120) % 6
+
+
+def split(images=IMAGES, **kwargs):
+    return scl.SplitTensors((images, LABELS), (images, LABELS), num_tasks=3, batch_size=8, **kwargs)
+
+
+def plain(width):
+    return scl.ContinualModule(nn.Sequential(nn.Flatten(), nn.LazyLinear(width)))
+
+
+HALVED, QUARTERED = (lambda x: x / 2), (lambda x: x / 4)
+APART = {
+    "learning rate": [{"module": partial(er, optimizer=partial(SGD, lr=lr))} for lr in (0.1, 0.2)],
+    "policies": [{"module": lambda n=n: er(policies=[scl.GradientClipping(n)])} for n in (0.1, 10.0)],
+    "callbacks": [{}, *({"callbacks": lambda n=n: [scl.GradientClipping(n)]} for n in (0.1, 10.0))],
+    "early stopping": [
+        {"callbacks": lambda n=n: [scl.TaskEarlyStopping("val/loss", n)], "data": partial(split, val_fraction=0.2)}
+        for n in (1, 9)
+    ],
+    "GPM": [{"callbacks": lambda n=n: [scl.GPM(n, samples=20)]} for n in (0.5, 0.9)],
+    "batches": [{"limit_train_batches": n} for n in (1, 2)],
+    "data": [{"data": partial(split, images)} for images in (IMAGES, 255 - IMAGES)],
+    "transform": [{"data": partial(split, transform=f)} for f in (HALVED, QUARTERED, None)],
+    "a network of torch": [{"module": partial(plain, n)} for n in (8, 16)],
+    "somebody's module": [{"module": partial(Own, width=n)} for n in (8, 16)],
+    "order of classes": [{"data": partial(split, class_order=n)} for n in (None, 1, 2)],
+    "validation": [{"data": partial(split, val_fraction=n)} for n in (0.0, 0.2, 0.4)],
+    "epochs": [{"epochs": n} for n in (1, [1, 2, 1])],
+    "precision": [{"precision": p} for p in ("32-true", "bf16-mixed")],
+    "growth": [{"module": lambda n=n: scl.CLLSG(scl.SmallCNN(8), scl.SparseGrowth(n, 1)), "epochs": 3,
+                "data": partial(split, val_fraction=0.2)} for n in (0.0, 1.1)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("axis", APART)
+def test_other_configurations_are_other_rows_and_seeds_are_one(tmp_path, axis):
+    """The worst fault of a table is a row that mixes two methods; the next worst, one method in two rows."""
+    for i, given in enumerate(APART[axis]):
+        for seed in (0, 1):
+            pl.seed_everything(seed, verbose=False)
+            options = {"data": split, "module": er, "callbacks": list, "epochs": 1} | given
+            data, module, callbacks = (options.pop(name)() for name in ("data", "module", "callbacks"))
+            report = scl.RunReport(folder=str(tmp_path / f"{i}_{seed}"), show=bool(seed))
+            measures = [scl.AnytimeAccuracy(5)] if seed else []  # what only measures sets nothing apart
+            trainer(scl.ContinualEvaluation(), report, *callbacks, *measures, **options).fit(module, data)
+    made = scl.compare(tmp_path)
+    assert [len(group.runs) for group in made.groups] == [2] * len(APART[axis]), names(made)
+    assert len(set(names(made))) == len(APART[axis]), names(made)

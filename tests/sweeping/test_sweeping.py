@@ -125,7 +125,13 @@ def test_values_are_drawn_the_same_in_every_sweep():
         ("cpus: 0", "sweep.cpus=0: a number, at least 1"),
         ("trials: many", "sweep.trials='many': a number, at least 1"),
         ("stop_early: {grace: 0}", "grace, at least 1, and factor, at least 2"),
-        ("stop_early: {patience: 1}", "grace, at least 1, and factor, at least 2"),
+        ("stop_early: {patience: 1}", "whole numbers grace and factor"),
+        ("stop_early: 2", "sweep.stop_early=2: whole numbers grace and factor"),
+        ("stop_early: {grace: two}", "whole numbers grace and factor"),
+        ("folder: 3", "sweep.folder=3: the name of a folder"),
+        ("folder: ''", "sweep.folder='': the name of a folder"),
+        ("cpus: 1.5", "sweep.cpus=1.5: a whole number"),
+        ("seeds: [0, 0]", "a seed is given twice"),
         ("configs: [split_digits/nothing]", "there is no configuration split_digits/nothing"),
         ("configs: [split_digits/er, split_digits/er]", "two trials would be called"),
         ("[1]", "the section 'sweep' is a mapping"),
@@ -147,6 +153,9 @@ def test_a_wrong_space_is_told_in_one_line(tmp_path, monkeypatch, section, said)
         (["-c"], "sweep -c: a value is expected after it"),
         (["--sweep.seeds=[0]"], "no configuration"),
         (["--sweep.seeds=[0"], "it is no YAML"),
+        (["-c", "split_digits/er", "--seed_everything=7"], "--seed_everything=7: the sweep sets seed_everything"),
+        (["-c", "split_digits/er", "--sweep.grid={a.b: [1]}", "--a.b", "2"], "--a.b: the sweep sets a.b"),
+        (["-c", "split_digits/er", "--trainer.fast_dev_run=true"], "the sweep sets trainer.fast_dev_run"),
         (["-c", "mixed.yaml"], "'model' stands beside the section 'sweep'"),
     ],
 )  # fmt: skip
@@ -166,3 +175,21 @@ def test_a_folder_is_of_one_sweep_at_a_time(space):
         command(["-c", "space.yaml", *SMALL])
     other.release()
     assert not os.listdir(space)
+
+
+def test_values_of_one_class_have_names_of_their_own(space):
+    parts = [{"class_path": "ER", "init_args": {"memory": n, "replay_batch_size": 8}} for n in (20, 40)]
+    command(["-c", "split_digits/er", f"--sweep.grid={json.dumps({'model.init_args.objective': parts})}",
+             "--sweep.engine=sequential", "--sweep.folder=trials", *SMALL])  # fmt: skip
+    assert {path.name for path in space.iterdir()} == {"er-objective=ER.0-seed=0", "er-objective=ER.1-seed=0"}
+    assert len(scl.compare(space).groups) == 2
+
+
+@pytest.mark.parametrize("logger", ["false", "{class_path: CSVLogger, init_args: {save_dir: elsewhere}}"])
+def test_a_logger_that_takes_the_files_elsewhere_is_refused(space, logger):
+    Path("own.yaml").write_text(f"trainer: {{logger: {logger}}}")
+    with pytest.raises(ValueError, match=r"1 trials failed; .*this run's files belong in trials.*leave the logger out"):
+        command(
+            ["-c", "split_digits/er", "-c", "own.yaml", "--sweep.engine=sequential", "--sweep.folder=trials", *SMALL]
+        )
+    assert not Path("elsewhere").exists() and not list(Path().rglob("*.ckpt"))
