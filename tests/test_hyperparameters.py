@@ -42,7 +42,7 @@ NO_RESULT = {
     "Lightning's own, tested in test_resume": {"SequenceCheckpoint"},
     "tasks that come one after the other, tested in test_open_sequences": {"OpenTasks", "TaskStream",
         "GrowingImageFolder"},
-    "on the screen only": {"TaskProgressBar"},
+    "on the screen only, or what a run is called, tested in test_report": {"TaskProgressBar", "RunReport"},
     "how fast it is computed": {"SparseAcceleration"},
     "where it runs, not what comes out": {"num_workers", "in_memory"},
     "schedulers of foreign modules, tested in test_order_and_hooks": {"TaskSchedule.restart_schedulers"},
