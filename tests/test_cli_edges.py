@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import fuzz_cli
 import pytest
 import yaml
-from forked import forked
+from forked import FORK, forked
 from lightning.pytorch.loggers import Logger
 from test_resume import CONFIGS
 
@@ -276,11 +275,11 @@ def test_a_refused_run_leaves_no_folder(monkeypatch):
 
 def test_two_runs_that_start_at_once_have_two_folders():
     options = ["fit", "-c", "split_digits/finetune", *SMALL]
-    runs = [threading.Thread(target=forked, args=(main, [*options, f"--seed_everything={s}"])) for s in range(4)]
-    for thread in runs:
-        thread.start()
-    for thread in runs:
-        thread.join()
+    runs = [FORK.Process(target=main, args=([*options, f"--seed_everything={s}"],)) for s in range(4)]
+    for run_ in runs:  # from one thread: a copy made while another one imports would wait for its lock for ever
+        run_.start()
+    for run_ in runs:
+        run_.join()
     found = [json.loads(p.read_text())["seed"] for p in Path("runs").rglob("metrics.json")]
     assert sorted(found) == [0, 1, 2, 3] and len(list(Path("runs").rglob("last.ckpt"))) == 4
 
