@@ -48,7 +48,7 @@ class FollowedMasks:
         return self._masks.record(self._prefix + weight).alive
 
     def movable(self, weight: str) -> Tensor | None:
-        """Where the next step may move a weight, of its shape. None if wherever it is alive."""
+        """Where the next step may move a weight, of its shape. If it may move wherever it is alive, None."""
         name = self._prefix + weight
         return None if self._masks.record(name).values is None else self._masks.movable(name)
 

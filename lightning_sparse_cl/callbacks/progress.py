@@ -43,7 +43,7 @@ class TaskProgressBar(RichProgressBar):
         if progress is None or progress is earlier or find_spec("ipywidgets") is not None:
             return
         if progress.console.is_jupyter:
-            progress.live.refresh = NotebookDisplay(progress).refresh  # type: ignore[method-assign]
+            progress.live.refresh = NotebookDisplay(progress).refresh  # type: ignore[method-assign]  # of this very bar
             progress.refresh()  # its place in the cell's output, before anything else is printed
 
     def configure_columns(self, trainer: pl.Trainer) -> list[Any]:

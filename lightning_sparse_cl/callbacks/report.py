@@ -126,7 +126,7 @@ class RunReport(TaskCallback):
         self._started = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._described:  # the network may grow, and a checkpoint that is gone on from says what it began as
+        if trainer.is_global_zero and not self._described:  # now, before the network grows
             self._described = run_description(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -224,7 +224,12 @@ class RunReport(TaskCallback):
             alive |= {n: int(learnt.mask(len(learnt) - 1, n).sum()) for n in last}
             masked = list(last)
         total = sum(weights[n].numel() for n in masked)
-        metrics = {"name": self.name, **self._described, **metrics, **_classes(trainer)}
+        metrics = {
+            "name": self.name,
+            **self._described,
+            **metrics,
+            **_classes(trainer),
+        }
         return metrics | {
             "sparsity": 1 - sum(alive[n] for n in masked) / total if total else 0.0,
             "density_per_layer": {n: alive[n] / p.numel() for n, p in weights.items()},

@@ -146,6 +146,16 @@ def test_a_run_says_what_it_is(tmp_path, monkeypatch):
     assert told(PlainClassifier())["method"] == "PlainClassifier"
 
 
+def test_a_finished_run_that_is_resumed_still_says_what_it_is(tmp_path):
+    for ckpt_path in (None, tmp_path / "last.ckpt"):
+        parts = scl.RandomState(), scl.ContinualEvaluation(), scl.RunReport(folder=str(tmp_path), show=False)
+        saving = scl.SequenceCheckpoint(tmp_path, save_last=True)
+        t = trainer(*parts, saving, epochs=1, enable_checkpointing=True)
+        t.fit(scl.ContinualModule(scl.SmallMLP([4])), toy_tasks(), ckpt_path=ckpt_path)
+        found = json.loads((tmp_path / "metrics.json").read_text())
+        assert found["method"] == "CrossEntropy" and found["settings"]["epochs"] == 1 and found["digests"]
+
+
 def test_joint_training_has_seen_all_tasks(tmp_path):
     report = scl.RunReport(folder=str(tmp_path))
     trainer(scl.ContinualEvaluation(), report, epochs=1).fit(PlainClassifier(), toy_tasks(joint=True))
