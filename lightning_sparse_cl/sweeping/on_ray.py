@@ -41,17 +41,19 @@ def run_on_ray(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepP
         ray.init(address=space.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         told = _Told(search, root, progress)
+        metric = space.metric if space.method == "optuna" or space.stop_early is not None else None
         shared = space.workers is not None  # then the trial's own process only waits for them
         fit = partial(_fit_on_workers, fit=fit, space=space, cwd=os.getcwd()) if shared else fit
         trainable = tune.with_resources(
-            tune.with_parameters(_train, search=search, root=root, fit=fit, cwd=os.getcwd(), metric=space.metric),
+            tune.with_parameters(_train, search=search, root=root, fit=fit, cwd=os.getcwd(), metric=metric),
             {"memory": 1} if shared else {"CPU": space.cpus, "GPU": space.gpus},
         )
         tune.Tuner(
             trainable,
             param_space=search.param_space(),
             tune_config=tune.TuneConfig(
-                metric=space.metric, mode="max", num_samples=search.samples, search_alg=search.algorithm(),
+                metric=metric, mode=None if metric is None else "max",
+                num_samples=search.samples, search_alg=search.algorithm(),
                 scheduler=_scheduler(space), max_concurrent_trials=_at_a_time(space, ray.cluster_resources()),
                 reuse_actors=True, trial_dirname_creator=lambda trial: trial.trial_id,
             ),
@@ -65,7 +67,7 @@ def run_on_ray(space: Space, points: Sequence[Trial], fit: Fit, progress: SweepP
             ray.shutdown()
 
 
-def _train(config: Mapping[str, Any], search: Any, root: Path, fit: Fit, cwd: str, metric: str) -> None:
+def _train(config: Mapping[str, Any], search: Any, root: Path, fit: Fit, cwd: str, metric: str | None) -> None:
     """In a process of Ray."""
     from ray import tune
 
@@ -73,7 +75,7 @@ def _train(config: Mapping[str, Any], search: Any, root: Path, fit: Fit, cwd: st
     trial = search.trial_of(config)
 
     def tell(figures: dict[str, float]) -> None:
-        if metric not in figures:
+        if metric is not None and metric not in figures:
             raise ValueError(f"sweep.metric={metric}: what is logged after each task is {', '.join(figures)}")
         tune.report(figures)
 
