@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_sparse_cl.kernels.build import library
 from lightning_sparse_cl.kernels.functions import Gather, Scatter
 from lightning_sparse_cl.kernels.layout import Blocked, Grid
-from lightning_sparse_cl.kernels.pattern import Geometry, Pattern
+from lightning_sparse_cl.kernels.pattern import AROUND, FLAT, Geometry, Pattern
 
 
 class Layer:
@@ -103,8 +104,9 @@ class Layer:
             return self.pattern
         stride, padding = self.geometry
         k = self.weight.shape[2] if self.weight.ndim == 4 else 1
-        here = zip(x.data.shape[2:4], x.grid[1:])
-        return self._pattern(min(3, max(((n * p + 2 * padding - k) // stride + 1) // p for n, p in here)))
+        h, w = (((n * p + 2 * padding - k) // stride + 1) // p for n, p in zip(x.data.shape[2:4], x.grid[1:]))
+        mode = AROUND if k == 3 and stride == 1 else FLAT
+        return self._pattern(library().side(mode, h, w, x.grid[1:] == (1, 1)))
 
     def _pattern(self, side: int) -> Pattern:
         found = self._patterns.get(side)

@@ -36,7 +36,11 @@ SIGNATURES = {  # how many pointers, integers and doubles
     "norm_forward": "pppppnddppppp",
     "norm_backward": "p" * 8 + "n" + "p" * 4,
     "multiply_adds": "n",
+    "lanes": "",
+    "side": "nnnn",
+    "block": "nnd",
 }
+NUMBERS = {"lanes": ctypes.c_int64, "side": ctypes.c_int64, "block": ctypes.c_int64}  # what functions return
 
 
 class KernelsUnavailable(RuntimeError):
@@ -53,10 +57,9 @@ def library() -> ctypes.CDLL:
     path = compiled(SOURCE)
     try:
         found = ctypes.CDLL(str(path))
-        found.lanes.restype = ctypes.c_int64
         for name, types in SIGNATURES.items():
             function = getattr(found, name)
-            function.argtypes, function.restype = [KINDS[t] for t in types], None
+            function.argtypes, function.restype = [KINDS[t] for t in types], NUMBERS.get(name)
     except (OSError, AttributeError) as error:
         path.unlink(missing_ok=True)  # compiled anew next time
         raise KernelsUnavailable(f"sparse kernels: {path} cannot be loaded ({error}); it is removed") from error

@@ -119,6 +119,29 @@ enum Mode { FLAT, NEXT, AROUND, STRIDED };  // pixels beyond the tile: none, 1, 
 
 constexpr int parts_of(int mode) { return mode == AROUND ? 9 : 1; }
 
+// By the size of an output: 1 or 2 pixels; more; or, where nothing but padding is around it, one tile
+enum Side { PIXEL = 1, PAIR, MANY, PLANE };
+
+static int64_t side_of(int64_t mode, int64_t h, int64_t w, bool whole) {
+  int64_t side = std::max(h, w);
+  if (side <= PAIR) return side;
+  return mode == AROUND && whole && h <= ROWS && w <= COLUMNS ? PLANE : MANY;
+}
+static int64_t rows_of(int64_t side) { return side > PAIR ? ROWS : side; }
+static int64_t columns_of(int64_t side) { return side > PAIR ? COLUMNS : side; }
+
+// Channels that are packed at once. Their windows fill the first cache, and the second where few weights are alive: each
+// block costs another pass over the partial sums
+static int64_t block_of(int64_t mode, int64_t side, double density) {
+  static const int64_t sizes[4][4][3] = {  // by mode, side, and the share of weights that are alive: > 15 %, > 7 %, less
+      {{256, 256, 256}, {128, 128, 128}, {32, 32, 64}, {32, 32, 64}},
+      {{64, 64, 64}, {40, 40, 40}, {16, 16, 24}, {16, 16, 24}},
+      {{32, 96, 128}, {32, 48, 64}, {16, 16, 24}, {32, 64, 64}},
+      {{48, 96, 128}, {24, 48, 64}, {8, 16, 64}, {8, 16, 64}},
+  };
+  return sizes[mode][side - 1][density > 0.15 ? 0 : density > 0.07 ? 1 : 2];
+}
+
 constexpr int64_t NEAR = 1 << 18;  // floats that stay in the second cache
 
 struct Convolution {
@@ -283,9 +306,13 @@ static void convolve(const Convolution& g, const float* x, const int32_t* ptr, c
             for (int i = 0; i < TILE; i++) a[i] = load(partial + (r * TILE + i) * LANES);
           }
           if (whole && far && b == blocks - 1 && r + 2 < last) {
-            const float* soon = y + (((group * g.out + r + 2) * g.out_h + i0) * g.out_w + j0) * LANES;
+            int64_t soon = (((group * g.out + r + 2) * g.out_h + i0) * g.out_w + j0) * LANES;
 #pragma GCC unroll 16
-            for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + (i / TW * g.out_w + i % TW) * LANES, 1);
+            for (int i = 0; i < TILE; i++) __builtin_prefetch(y + soon + (i / TW * g.out_w + i % TW) * LANES, 1);
+            if (add) {
+#pragma GCC unroll 16
+              for (int i = 0; i < TILE; i++) __builtin_prefetch(add + soon + (i / TW * g.out_w + i % TW) * LANES);
+            }
           }
           each_piece<PARTS, PIECES>(list, [&](auto piece, int64_t e, int64_t n) __attribute__((always_inline)) {
             run<TH, TW, STRIDE, PW, PIECES, decltype(piece)::value>(window, offset + e, value + e, n, a);

@@ -9,15 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_sparse_cl.kernels.build import call, numbers
+from lightning_sparse_cl.kernels.build import call, library, numbers
 from lightning_sparse_cl.kernels.layout import Grid
 
 FLAT, NEXT, AROUND, STRIDED = range(4)  # pixels that a tile reads beyond itself: none, 1, 2; 2 at stride 2
 
-
-BLOCKS = {  # channels whose windows fill the first cache, by the output's side; else 16, or 24 if very sparse
-    FLAT: {1: 64, 2: 32, 3: 32}, NEXT: {1: 64, 2: 40}, AROUND: {1: 48, 2: 28}, STRIDED: {1: 48, 2: 18, 3: 8},
-}  # fmt: skip
 
 Call = tuple[ctypes.Array[ctypes.c_int64], Tensor, tuple[int, ...]]
 """Numbers and offsets for a kernel, and the shape of what it writes."""
@@ -40,7 +36,8 @@ class Pattern:
         mask: (out, in, k, k) or (out, in), True where a weight is alive. k is 1 or 3.
         like: the weight, whose memory format :meth:`gather` reads.
         geometry: stride 1 or 2, and padding 0 to k - 1.
-        side: 1 or 2 if parts of the output are no larger than that, with small windows; otherwise 3.
+        side: 1 or 2 if parts of the output are no larger than that; 4 if the output is one tile, with nothing but
+            padding around it; otherwise 3. It decides how many channels a block has.
 
     Raises:
         ValueError: if mask and weight differ in shape, or there are no kernels for it.
@@ -66,8 +63,8 @@ class Pattern:
             self.mode, self.back_mode, self.origin = AROUND, AROUND, padding - 2
         else:
             self.mode, self.back_mode, self.origin = STRIDED, NEXT, -1 if padding == 0 else 0
-        dense = self.entries > 0.07 * mask.numel()
-        block, back_block = (BLOCKS[m].get(side, 16 if dense else 24) for m in (self.mode, self.back_mode))
+        density = self.entries / max(1, mask.numel())
+        block, back_block = (library().block(m, side, density) for m in (self.mode, self.back_mode))
         self.block, self.back_block = min(block, self.inputs), min(back_block, self.out)
         blocks, back_blocks = -(-self.inputs // self.block), -(-self.out // self.back_block)
         parts = 9 if self.mode == AROUND else 1  # parts of a list, see sparse.cpp

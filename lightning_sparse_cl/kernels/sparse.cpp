@@ -133,6 +133,8 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
 extern "C" {
 
 int64_t lanes() { return LANES; }
+int64_t side(int64_t mode, int64_t h, int64_t w, int64_t whole) { return side_of(mode, h, w, whole != 0); }
+int64_t block(int64_t mode, int64_t side, double density) { return block_of(mode, side, density); }
 
 // n times 16 multiply-adds of vectors in registers: what this CPU can do at best, to compare with
 float multiply_adds(int64_t n) {
@@ -227,8 +229,7 @@ void build_lists(const uint8_t* mask, const int64_t* strides, int64_t out, int64
 void place(const uint16_t* code, int64_t n, int64_t k, int64_t mode, int64_t side, int64_t back, int64_t stride,
            int64_t padding, int64_t origin, int64_t block, uint16_t* offset) {
   int64_t more = mode == NEXT ? 1 : mode == FLAT ? 0 : 2, apart = mode == STRIDED ? 2 : 1, taps = k * k;
-  int64_t th = side > 2 ? ROWS : side, tw = side > 2 ? COLUMNS : side;
-  int64_t ph = (th - 1) * apart + 1 + more, pw = (tw - 1) * apart + 1 + more;
+  int64_t ph = (rows_of(side) - 1) * apart + 1 + more, pw = (columns_of(side) - 1) * apart + 1 + more;
   std::vector<uint16_t> places(block * taps);
   auto seen = [&](int64_t tap) {  // by the output pixel: input pixel s * t + phase gets from output t + this
     int64_t phase = (tap + stride * padding - padding) % stride;

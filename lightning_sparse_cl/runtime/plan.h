@@ -66,6 +66,7 @@ class Plan : public Runner {
   int64_t images;
   std::vector<Blocked> values;
   std::vector<Step> steps;
+  std::list<Layer> pools;  // layers that the network has in one
   std::vector<float> memory;
   float* at(int64_t value) {
     float* begin = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
@@ -168,28 +169,67 @@ class Planner {
   int64_t in(int64_t v, Parts parts) {
     for (int64_t b : found[v])
       if (made->values[b].parts == parts) return b;
-    Shape s = network.shapes[v];
-    int64_t b = value(s, parts);
-    Step move = step(v == 0 ? TAKE : REGRID, nullptr, v == 0 ? -1 : found[v].front());
-    move.y = b;
-    const Blocked& to = made->values[b];
-    if (v == 0) {
-      int64_t pixel = channels_last ? s.channels : 1;
-      move.moves = moves(s, channels_last ? 1 : s.pixels(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
-        return std::make_pair(i * s.size() + (row * s.width + column) * pixel, to.at(i, row, column));
-      });
-    } else {
-      const Blocked& from = made->values[move.x];
-      move.moves = moves(s, from.plane(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
-        return std::make_pair(from.at(i, row, column), to.at(i, row, column));
-      });
-    }
-    made->steps.push_back(std::move(move));
+    int64_t b = v == 0 ? take(parts) : regrid(found[v].front(), parts);
     found[v].push_back(b);
     return b;
   }
 
+  int64_t take(Parts parts) {
+    Shape s = network.shapes[0];
+    Step move = step(TAKE, nullptr, -1);
+    move.y = value(s, parts);
+    const Blocked& to = made->values[move.y];
+    int64_t pixel = channels_last ? s.channels : 1;
+    move.moves = moves(s, channels_last ? 1 : s.pixels(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
+      return std::make_pair(i * s.size() + (row * s.width + column) * pixel, to.at(i, row, column));
+    });
+    made->steps.push_back(std::move(move));
+    return made->steps.back().y;
+  }
+
+  int64_t regrid(int64_t x, Parts parts) {
+    Shape s = made->values[x].shape;
+    Step move = step(REGRID, nullptr, x);
+    move.y = value(s, parts);
+    const Blocked &from = made->values[x], &to = made->values[move.y];
+    move.moves = moves(s, from.plane(), to.plane(), [&](int64_t i, int64_t row, int64_t column) {
+      return std::make_pair(from.at(i, row, column), to.at(i, row, column));
+    });
+    made->steps.push_back(std::move(move));
+    return made->steps.back().y;
+  }
+
+  // Whether a pooling of windows larger than the parts of its input was planned in two steps: of each part, which leaves
+  // few numbers to be laid out anew, and of what is left
+  bool pool_twice(const Layer& l, int64_t made_value) {
+    bool apart = (l.kind == MAX_POOL || l.kind == MEAN_POOL) && l.kernel == l.stride && !l.padding && l.dilation == 1;
+    if (!apart || found[l.input].empty()) return false;
+    int64_t x = found[l.input].front();
+    Blocked from = made->values[x];
+    int64_t side = from.height;
+    if (from.parts.one() || side != from.width || side < 2 || l.kernel == side || l.kernel % side) return false;
+    Shape s = {from.shape.channels, from.parts.rows, from.parts.columns}, after = network.shapes[made_value];
+    if (after.height * l.kernel != from.shape.height || after.width * l.kernel != from.shape.width) return false;
+    for (bool within : {true, false}) {
+      Layer part = l;
+      part.kernel = part.stride = (int32_t)(within ? side : l.kernel / side);
+      part.low = -std::numeric_limits<float>::infinity(), part.high = -part.low;
+      made->pools.push_back(part);
+      if (!within) x = regrid(x, parts_for(made->pools.back(), s, images));
+      Parts parts = made->values[x].parts;
+      Step own = step(POOL, &made->pools.back(), x);
+      own.y = value(within ? s : after, parts);
+      own.grid = std::make_unique<Grid>(images, parts.rows, parts.columns);
+      own.work = made->values[x].size() / LANES;
+      made->steps.push_back(std::move(own));
+      x = made->steps.back().y;
+    }
+    found[made_value].push_back(x);
+    return true;
+  }
+
   void add(const Layer& l, int64_t made_value) {
+    if (pool_twice(l, made_value)) return;
     Shape s = network.shapes[l.input], after = network.shapes[made_value];
     Parts parts = found[l.input].empty() ? parts_for(l, s, images) : made->values[found[l.input].front()].parts;
     if (!fits(l, s, parts)) parts = parts_for(l, s, images);
@@ -221,13 +261,6 @@ class Planner {
     found[made_value].push_back(made->steps.back().y);
   }
 
-  // Input channels packed at once, so that their windows fill the first cache
-  static int64_t block(int64_t mode, int64_t side, bool dense) {
-    static const int64_t sizes[4][3] = {{64, 32, 32}, {64, 40, 0}, {64, 28, 0}, {48, 18, 8}};  // FLAT, NEXT, AROUND, STRIDED
-    int64_t found = sizes[mode][std::min<int64_t>(side, 3) - 1];
-    return found ? found : dense ? 16 : 24;
-  }
-
   void list(Step& s) {
     const Layer& l = *s.layer;
     Blocked x = made->values[s.x], y = made->values[s.y];
@@ -235,9 +268,9 @@ class Planner {
     int64_t kernel = linear ? 1 : l.kernel, stride = linear ? 1 : l.stride, padding = linear ? 0 : l.padding;
     int64_t inputs = linear ? x.shape.size() : l.in, taps = kernel * kernel;
     s.mode = kernel == 1 ? FLAT : stride == 1 ? AROUND : STRIDED;
-    int64_t side = std::min<int64_t>(3, std::max(y.height, y.width));
     int64_t whole = std::max<int64_t>(1, l.out * inputs * taps);
-    int64_t own = std::min(block(s.mode, side, (double)l.count > 0.07 * whole), inputs);
+    int64_t side = side_of(s.mode, y.height, y.width, y.parts.one());
+    int64_t own = std::min(block_of(s.mode, side, (double)l.count / whole), inputs);
     int64_t h = linear ? 1 : x.height, w = linear ? 1 : x.width;
     s.about.reset(new Convolution{x.groups, inputs, l.out, h, w, y.height, y.width, y.height, y.width, l.out,
                                   -padding, -padding, kernel == 1 ? stride : 1, 1, own, *s.grid});
@@ -249,7 +282,7 @@ class Planner {
     std::vector<int32_t> next(s.ptr.begin(), s.ptr.end());
     s.offset.resize(l.count), s.value.resize(l.count);
     int64_t apart = s.mode == STRIDED ? 2 : 1, more = s.mode == FLAT ? 0 : 2;
-    int64_t high = ((side > 2 ? ROWS : side) - 1) * apart + 1 + more, wide = ((side > 2 ? COLUMNS : side) - 1) * apart + 1 + more;
+    int64_t high = (rows_of(side) - 1) * apart + 1 + more, wide = (columns_of(side) - 1) * apart + 1 + more;
     network.each(l, [&](int64_t o, int64_t c, int64_t t, float value) {
       int32_t e = next[list_of(o, c, t)]++;
       s.offset[e] = (uint16_t)((c % own * high + t / kernel) * wide + t % kernel);
@@ -491,6 +524,8 @@ void Plan::run(const float* floats, const uint8_t* bytes, float* outputs) {
     if (s.layer) clamp_all(*s.layer, y, values[s.y].size());
   }
 }
+
+constexpr int64_t lanes = LANES;
 
 std::unique_ptr<Runner> plan_for(const Network& network, int64_t images, bool channels_last) {
   return Planner(network, images, channels_last).plan();

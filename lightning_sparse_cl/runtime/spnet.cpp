@@ -47,7 +47,7 @@ struct SingleThread {
 #ifdef SPNET_TORCH  // inside of PyTorch: its threads
 #include <ATen/Parallel.h>
 
-constexpr int64_t PAYS = 1 << 15;  // multiply-adds of vectors from which threads pay
+constexpr int64_t PAYS = 1 << 13;  // multiply-adds of vectors from which threads pay
 static int64_t thread_count() { return SingleThread::wanted() ? 1 : at::get_num_threads(); }
 
 template <class F>
@@ -373,6 +373,7 @@ namespace {
 struct Vectors {
   const char* name;
   std::unique_ptr<Runner> (*plan_for)(const Network&, int64_t, bool);
+  int64_t lanes;
 };
 
 // The widest that this CPU has, or the kind that the environment names
@@ -384,10 +385,10 @@ const Vectors& vectors() {
     bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (half && wide && wants("avx512")) return Vectors{"avx512", avx512::plan_for};
-    if (half && wants("avx2")) return Vectors{"avx2", avx2::plan_for};
+    if (half && wide && wants("avx512")) return Vectors{"avx512", avx512::plan_for, avx512::lanes};
+    if (half && wants("avx2")) return Vectors{"avx2", avx2::plan_for, avx2::lanes};
 #endif
-    return Vectors{"plain", plain::plan_for};
+    return Vectors{"plain", plain::plan_for, plain::lanes};
   }();
   return found;
 }
@@ -433,7 +434,14 @@ static int run_checked(spnet* n, const float* floats, const uint8_t* bytes, int6
     if (!n || (!floats && !bytes) || !outputs) throw Failure(SPNET_ARGUMENT, "a pointer is null");
     if (count < 1 || count > 1 << 20)
       throw Failure(SPNET_ARGUMENT, "count is " + std::to_string(count) + "; images are 1 to 1048576 at a time");
-    n->plan(count, last).run(floats, bytes, outputs);
+    // As many images at a time as fill the lanes of all threads, so that what a layer makes is still near when the next
+    // one reads it; images that fill no vector by themselves
+    int64_t lanes = vectors().lanes, most = lanes * thread_count(), whole = count / lanes * lanes;
+    int64_t in = n->network->shapes.front().size(), out = n->network->shapes.back().size();
+    for (int64_t at = 0, size; at < count; at += size) {
+      size = at < whole ? std::min(most, whole - at) : count - whole;
+      n->plan(size, last).run(floats ? floats + at * in : nullptr, bytes ? bytes + at * in : nullptr, outputs + at * out);
+    }
   });
 }
 

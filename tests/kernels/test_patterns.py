@@ -61,7 +61,7 @@ def test_passes_are_those_of_a_convolution_in_float64(seed):
         dx, dweight = torch.autograd.grad(y, [x, weight], dy)
 
         pattern = Pattern(
-            mask, weight.detach(), Geometry(stride, padding), side=random.Random(images).choice([1, 2, 3])
+            mask, weight.detach(), Geometry(stride, padding), side=random.Random(images).choice([1, 2, 3, 4])
         )
         parted = padding == k // 2 and not any(side % 2 for side in sides)
         grid = Grid.of(images, *sides, stride) if parted else Grid(images)

@@ -44,6 +44,16 @@ def test_every_sparsity_and_number_of_threads(sparsity: float, threads: int) -> 
     assert_close(flat(x[:1]), net, x[:1])
 
 
+def test_the_number_of_threads_changes_no_bit() -> None:
+    net, shape = network("ResNet18")
+    flat, x = scl.FlatNetwork.of(net, shape), torch.randn(39, *shape)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(flat(x))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(("values", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02), ("int8", 0.05)])
 def test_narrow_values_are_smaller_and_zeros_stay_zeros(values: Any, tolerance: float) -> None:
     net, shape = network("SmallCNN")
@@ -205,3 +215,15 @@ def hostile(seed: int, rounds: int) -> None:
 @pytest.mark.parametrize("rounds", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_hostile_files_do_not_end_the_process(rounds: int) -> None:
     assert forked(hostile, 0, rounds) == 0
+
+
+@pytest.mark.parametrize("pooling", [nn.AvgPool2d, nn.MaxPool2d])
+@pytest.mark.parametrize(("side", "size"), [(8, 4), (8, 8), (16, 2), (16, 4), (16, 8), (16, 16), (32, 8), (32, 16)])
+def test_pooling_of_windows_larger_than_the_parts_of_images(pooling: Any, side: int, size: int) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), pooling(size), nn.Flatten()).eval()
+    flat = scl.FlatNetwork.of(net, (3, side, side))
+    for batch in (1, 2, 4, 9):
+        x = torch.randn(batch, 3, side, side)
+        assert_close(flat(x), net, x)
+        x[0, 0, 1, 2] = float("nan")
+        assert torch.equal(flat(x).isnan(), net(x).isnan())
