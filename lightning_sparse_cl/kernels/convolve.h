@@ -57,9 +57,10 @@ static INLINE vec pick(vec a, vec b, ivec from) {
 
 struct Grid {  // how images lie in lanes
   int64_t images, rows, columns;
-  ivec shift[3][3];  // the lane of the neighbouring part, or LANES outside the image
+  ivec shift[3][3], outside;  // the lane of the neighbouring part, or LANES outside of the image
 
   Grid(int64_t images, int64_t rows, int64_t columns) : images(images), rows(rows), columns(columns) {
+    outside = LANES - (ivec){};
     for (int a = -1; a <= 1; a++)
       for (int b = -1; b <= 1; b++)
         for (int64_t lane = 0; lane < LANES; lane++) {
@@ -68,7 +69,6 @@ struct Grid {  // how images lie in lanes
           shift[a + 1][b + 1][lane] = inside ? lane - part + i * columns + j : LANES;
         }
   }
-  INLINE vec neighbour(const float* v, int a, int b) const { return pick(load(v), (vec){}, shift[a + 1][b + 1]); }
   // Lanes of images that are there, in the last group
   ivec valid() const {
     ivec mask;
@@ -172,26 +172,28 @@ static void pack(const Convolution& g, const float* x, int64_t channels, int64_t
       }
     return;
   }
-  struct Line { int64_t at; int part; } lines[PH], places[PW];
+  struct Line { int64_t at; int part; };  // of this part of the images or the one before or after; -1 where there is none
   auto find = [&](int64_t at, int64_t length) -> Line {
     int part = at < 0 ? -1 : at >= length ? 1 : 0;
     at -= part * length;
     bool nowhere = at < 0 || at >= length || (part && g.grid.rows * g.grid.columns == 1);
     return {nowhere ? -1 : at, part};
   };
-  for (int i = 0; i < PH; i++) lines[i] = find(top + i * g.step, g.h);
-  for (int j = 0; j < PW; j++) places[j] = find(left + j * g.step, g.w);
+  struct Source { int64_t at; const ivec* shift; } sources[PH * PW];
+  for (int i = 0; i < PH; i++)
+    for (int j = 0; j < PW; j++) {
+      Line line = find(top + i * g.step, g.h), place = find(left + j * g.step, g.w);
+      bool nowhere = line.at < 0 || place.at < 0;
+      sources[i * PW + j] = {nowhere ? 0 : (line.at * g.w + place.at) * LANES,
+                             nowhere ? &g.grid.outside : &g.grid.shift[line.part + 1][place.part + 1]};
+    }
+  bool cut = g.grid.rows * g.grid.columns > 1;
   for (int64_t c = 0; c < channels; c++, x += size)
-    for (int i = 0; i < PH; i++)
-      for (int j = 0; j < PW; j++, out += LANES) {
-        if (lines[i].at < 0 || places[j].at < 0) {
-          store(out, (vec){});
-          continue;
-        }
-        const float* from = x + (lines[i].at * g.w + places[j].at) * LANES;
-        bool beside = lines[i].part || places[j].part;
-        store(out, beside ? g.grid.neighbour(from, lines[i].part, places[j].part) : load(from));
-      }
+    for (const Source& from : sources) {
+      vec seen = load(x + from.at);
+      store(out, cut ? pick(seen, (vec){}, *from.shift) : from.shift == &g.grid.outside ? (vec){} : seen);
+      out += LANES;
+    }
 }
 
 // Fetches the window that is packed next, a line of it at a time, while the present one is worked on: lines of a window

@@ -108,7 +108,8 @@ class FlatNetwork:
         if count:
             with self._lock:
                 failed = self._run(self._handle, x.data_ptr(), count, last, y.data_ptr())
-            self._check(failed)
+            if failed:
+                self._check(failed)
         return y
 
     def of_bytes(self, images: Tensor) -> Tensor:
