@@ -78,6 +78,20 @@ COLUMNS = {
         "FLOPs as in the tables": "TFLOPs as the papers count", "closed formula": "closed formula",
         "footprint, MB": "footprint, MB",
     },
+    "block_masks": {
+        "data": "", "method": "method", "sparsity": "sparsity", "block": "block", "Class-IL": "Class-IL ACC",
+        "Class-IL to 1x1": "to single weights, points", "Task-IL": "Task-IL ACC",
+        "Task-IL to 1x1": "to single weights, points",
+    },
+    "sparcl_diagnoses": {
+        "method": "", "Class-IL": "Class-IL ACC", "Class-IL to TDM": "to TDM, points", "Task-IL": "Task-IL ACC",
+        "Task-IL to TDM": "to TDM, points",
+    },
+    "training_memory": {
+        "way": "", "sparsity": "sparsity", "batch": "batch", "process": "process, MB",
+        "what is trained": "what is trained", "optimiser": "optimiser", "gradients": "gradients", "lists": "lists",
+        "saved for backward": "saved for backward",
+    },
     "replay_forward": {
         "objective": "", "forward": "forward", "Class-IL": "Class-IL ACC", "Task-IL": "Task-IL ACC",
         "Class-IL, joint - separate": "joint - separate, Class-IL", "Task-IL, joint - separate": "and Task-IL",
@@ -116,7 +130,7 @@ COLUMNS = {
     "cl_lsg_tasks": {"method": ""} | {str(t): str(t) for t in range(1, 11)},
     "sparse_speed": {
         "what": "", "batch": "batch", "threads": "threads", "dense": "dense, ms", "0": "nothing pruned", "0.75": "75 %",
-        "0.9": "90 %", "0.95": "95 %", "bf16": "dense bf16, ms",
+        "0.9": "90 %", "0.95": "95 %",
     },
     "sparse_speed_layers": {"layer": "layer", "0": "dense", "0.75": "75 %", "0.9": "90 %", "0.95": "95 %"},
     "sparse_training": {
@@ -292,10 +306,16 @@ def speeds(result: dict[str, Any]) -> list[dict[str, Any]]:
         what = {"train": "training step", "inference": "inference"}[row["mode"]]
         own = rows.setdefault(
             (row["mode"], row["batch"], row["threads"]),
-            {"what": what, "batch": row["batch"], "threads": row["threads"], "dense": f"{row['dense_ms']:.1f}"}
-            | {"bf16": "" if row["bf16_ms"] is None else f"{row['bf16_ms']:.1f}"},
+            {"what": what, "batch": row["batch"], "threads": row["threads"], "dense": f"{row['dense_ms']:.1f}"},
         )
         own[f"{row['sparsity']:g}"] = f"{row['speedup']:.1f}"
+        if row["bf16_ms"] is not None:
+            half = {"what": f"{what}, bf16", "batch": row["batch"], "threads": row["threads"], "0": ""}
+            half = rows.setdefault(
+                (row["mode"], row["batch"], row["threads"], "bf16"), half | {"dense": f"{row['bf16_ms']:.1f}"}
+            )
+            if row["speedup under bf16"] is not None:
+                half[f"{row['sparsity']:g}"] = f"{row['speedup under bf16']:.1f}"
     return list(rows.values())
 
 

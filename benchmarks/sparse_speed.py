@@ -2,10 +2,10 @@
 
 ResNet-18 of width 64 for 32x32 images, uniform random masks on all convolutions but the stem. A training step is
 forward, loss, backward and SGD with momentum and weight decay. The dense network is the fastest of eager and compiled,
-NCHW and channels_last, in float32; bfloat16 is shown as well. Dense and sparse take turns; the figures are medians of
-times and of their ratios. Rows at sparsity 0 have the same kernels with nothing pruned, which shows the effect of
-layout and fusion alone. A second table shows, for each kind of layer, which part of the CPU's peak of multiply-adds in
-registers is reached.
+NCHW and channels_last, in float32; and under autocast to bfloat16, where both sides are. Dense and sparse take turns;
+the figures are medians of times and of their ratios. Rows at sparsity 0 have the same kernels with nothing pruned,
+which shows the effect of layout and fusion alone. A second table shows, for each kind of layer, which part of the CPU's
+peak of multiply-adds in registers is reached.
 
 python benchmarks/sparse_speed.py [--quick]
 """
@@ -105,14 +105,14 @@ def inference(run: Callable, x: Tensor, bf16: bool = False) -> Callable:
     return go
 
 
-def sparse(mode: str, batch: int, sparsity: float) -> Callable:
+def sparse(mode: str, batch: int, sparsity: float, bf16: bool = False) -> Callable:
     """The accelerated network."""
     net, x = network().train(mode == "train"), torch.randn(batch, 3, 32, 32)
     if mode == "inference":
         scl.accelerate(net, masks(net, sparsity), measure=sparsity > 0)  # at 0 also where dense is faster
-        go = inference(net, x)
+        go = inference(net, x, bf16)
     else:
-        go, sgd = training(net, x, net)
+        go, sgd = training(net, x, net, bf16)
         found = scl.accelerate(net, masks(net, sparsity), [sgd], measure=sparsity > 0)
         go()
         found.train_compact()
@@ -150,7 +150,10 @@ def speeds(
     torch.set_num_threads(threads)
     torch.compiler.reset()
     candidates = dense(mode, batch, quick)
-    times = in_turn(candidates | {f"{s}": sparse(mode, batch, s) for s in sparsities}, rounds, tick)
+    kernels = {f"{s}": sparse(mode, batch, s) for s in sparsities}
+    if not quick:
+        kernels |= {f"{s} bf16": sparse(mode, batch, s, bf16=True) for s in sparsities if s}
+    times = in_turn(candidates | kernels, rounds, tick)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     best = min((n for n in candidates if "bf16" not in n), key=medians.get)
     half = min((n for n in candidates if "bf16" in n), key=medians.get, default=None)
@@ -160,6 +163,8 @@ def speeds(
             "dense_ms": round(medians[best], 2), "sparse_ms": round(medians[f"{s}"], 2),
             "speedup": round(statistics.median(d / o for d, o in zip(times[best], times[f"{s}"])), 2),
             "bf16_ms": None if half is None else round(medians[half], 2),
+            "speedup under bf16": None if f"{s} bf16" not in times or half is None else
+            round(statistics.median(d / o for d, o in zip(times[half], times[f"{s} bf16"])), 2),
         }
         for s in sparsities
     ]  # fmt: skip
@@ -211,7 +216,8 @@ def main() -> None:
         for mode, batch, count in jobs:
             rows += speeds(mode, batch, count, sparsities, rounds, args.quick, partial(progress.advance, bar))
     parts = fractions([0.9] if args.quick else sparsities[1:])
-    columns = ("mode", "batch", "threads", "sparsity", "dense", "dense_ms", "sparse_ms", "speedup", "bf16_ms")
+    columns = ("mode", "batch", "threads", "sparsity", "dense", "dense_ms", "sparse_ms", "speedup", "bf16_ms",
+               "speedup under bf16")  # fmt: skip
     harness.show("Milliseconds, the fastest dense network and the sparse one", rows, columns, columns)
     harness.show("Fraction of the FMA peak, one thread, batch 32", parts, list(parts[0]), list(parts[0]))
     name = "sparse_speed_quick" if args.quick else "sparse_speed"

@@ -107,7 +107,7 @@ from lightning_sparse_cl.data import (
     learn,
     padded,
 )
-from lightning_sparse_cl.deploy import export_model, profile_model
+from lightning_sparse_cl.deploy import export_model, profile_model, to_semi_structured
 from lightning_sparse_cl.methods import (
     CLLSG,
     CPG,

@@ -40,16 +40,17 @@ class Choices:
             x = rows_as_images(x)
         grads, threads = torch.is_grad_enabled(), torch.get_num_threads()
         shape = (x.data.shape, x.grid) if isinstance(x, Blocked) else x.shape
-        if (shape, grads, threads) in layer.chosen:
-            return layer.chosen[shape, grads, threads]
+        halved = str(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else ""
+        if (shape, grads, threads, halved) in layer.chosen:
+            return layer.chosen[shape, grads, threads, halved]
         images, h, w = (x.grid.images, *_pixels(x)) if isinstance(x, Blocked) else (len(x), *x.shape[2:])
         images = min(MOST, 1 << (images - 1).bit_length())  # an epoch's last batch may have any size
         about = (tuple(layer.weight.shape), tuple(layer.geometry), images, h, w, round(layer.density, 2), grads)
-        key = f"{about} {threads}"
+        key = f"{about} {threads} {halved}".strip()
         if key not in self.taken:
             sparse, dense = _measure(layer, x, grads)
             self.taken[key] = sparse <= dense
-        layer.chosen[shape, grads, threads] = self.taken[key]
+        layer.chosen[shape, grads, threads, halved] = self.taken[key]
         if grads and not self.taken[key]:
             self._dense.add(f"{layer.name} {layer.density:.2f}")
         return self.taken[key]
@@ -97,7 +98,7 @@ def _measure(layer: Layer, x: Tensor | Blocked, grads: bool) -> tuple[float, flo
 
     def sparse() -> Tensor:
         given = rows_as_images(there) if linear else there
-        given = given if isinstance(x, Blocked) else grid.block(given)
+        given = given if isinstance(x, Blocked) else grid.block(given.float())
         y = Convolution.apply(given, values, None, pattern, grid)
         return images_as_rows(grid.unblock(y), there.shape) if linear else y
 

@@ -66,7 +66,7 @@ class Layer:
         """Whether the kernels can take this input: others are left to torch, and its errors."""
         data = x.data if isinstance(x, Blocked) else x
         linear = isinstance(self.module, nn.Linear)
-        if data.dtype != torch.float32 or data.numel() == 0:
+        if not is_taken(data.dtype) or data.numel() == 0:
             return False
         if linear:
             return not isinstance(x, Blocked) and data.ndim > 1 and data.shape[-1] == self.weight.shape[1]
@@ -171,6 +171,11 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
     if not isinstance(module, nn.Conv2d):
         return ()
     return module.stride, module.padding, module.dilation, module.groups, module.padding_mode
+
+
+def is_taken(dtype: torch.dtype) -> bool:
+    """Whether the kernels take inputs of a type: float32, and under autocast those that torch has made shorter."""
+    return dtype == torch.float32 or (torch.is_autocast_enabled("cpu") and dtype == torch.get_autocast_dtype("cpu"))
 
 
 def unsupported(module: nn.Module) -> str | None:

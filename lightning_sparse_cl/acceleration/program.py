@@ -21,6 +21,8 @@ from lightning_sparse_cl.kernels.layout import Blocked, Grid
 class Program:
     """Runs a traced network with sparse layers; everything without a kernel is called as it is, on plain tensors.
 
+    Under autocast the kernels compute in float32, and what leaves them is of autocast's type, as what torch computes.
+
     Args:
         module: the network.
         graph: its graph, see :func:`~lightning_sparse_cl.acceleration.tracing.trace`.
@@ -111,7 +113,8 @@ class Program:
         """The input in a grid whose parts the layer keeps whole."""
         if isinstance(x, Blocked) and layer.keeps(x):
             return x
-        images: Tensor = rows_as_images(plain(x)) if isinstance(layer.module, nn.Linear) else plain(x)
+        found = x.plain() if isinstance(x, Blocked) else x.float()
+        images = rows_as_images(found) if isinstance(layer.module, nn.Linear) else found
         grid = layer.grid(images)
         return Blocked(grid.block(images), grid)
 
@@ -138,7 +141,8 @@ class Program:
             return Blocked(x + blocked[1].data, grid)
         if is_mean(node, module):
             g, c = x.shape[:2]
-            mean = x.mean((2, 3)).view(g, c, grid.each, -1).mean(3).transpose(1, 2).reshape(-1, c)[: grid.images]
+            mean = x.mean((2, 3)).view(g, c, grid.each, -1).mean(3).transpose(1, 2).reshape(-1, c)
+            mean = _typed(mean[: grid.images])
             return mean[:, :, None, None] if keeps_pixels(node, module) else mean
         window = window_of(node, module)
         if window is not None and x.shape[2] % window[1] == 0 and x.shape[3] % window[1] == 0:
@@ -170,12 +174,17 @@ class Program:
 
 def plain(value: Any) -> Any:
     """A value as torch has it, no longer blocked."""
-    return value.plain() if isinstance(value, Blocked) else value
+    return _typed(value.plain()) if isinstance(value, Blocked) else value
+
+
+def _typed(computed: Tensor) -> Tensor:
+    """What a kernel has computed, in the type in which torch would have."""
+    return computed.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else computed
 
 
 def _shaped(data: Tensor, grid: Grid, rows: Sequence[int] | None) -> Blocked | Tensor:
     """The output of a layer: rows again for a linear layer, whose input had the shape ``rows``."""
-    return Blocked(data, grid) if rows is None else images_as_rows(grid.unblock(data), rows)
+    return Blocked(data, grid) if rows is None else _typed(images_as_rows(grid.unblock(data), rows))
 
 
 def _as_images(value: Blocked | Tensor, rows: Sequence[int]) -> Blocked | Tensor:
@@ -189,6 +198,7 @@ def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor
         value = plain(value)
         if not isinstance(value, Tensor) or value.ndim != 4 or len(value) != grid.images:
             return None
+        value = value.float() if torch.is_autocast_enabled("cpu") else value
         if any(n % p for n, p in zip(value.shape[2:], grid[1:])):
             return None
         value = Blocked(grid.block(value), grid)

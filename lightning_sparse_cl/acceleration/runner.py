@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_sparse_cl.acceleration.choices import Choices
-from lightning_sparse_cl.acceleration.layer import Layer
+from lightning_sparse_cl.acceleration.layer import Layer, is_taken
 from lightning_sparse_cl.acceleration.program import Program
 from lightning_sparse_cl.acceleration.tracing import is_transformed, plain_state, trace
 from lightning_sparse_cl.acceleration.whole import WholeNetwork
@@ -93,7 +93,7 @@ class Runner:
         if torch.is_grad_enabled():
             self._whole.forget()  # an optimiser that writes to ``weight.data`` leaves no trace
             return False
-        still = self.owner.in_one_call and not others and x.ndim == 4
+        still = self.owner.in_one_call and not others and x.ndim == 4 and not torch.is_autocast_enabled("cpu")
         return still and not any(m.training for m in self._modules)
 
     def _by_whole(self, program: Program) -> Callable[[Tensor], Any]:
@@ -103,10 +103,8 @@ class Runner:
         """Why the kernels cannot take this call, or None."""
         if kwargs or not args or any(type(a) not in (Tensor, nn.Parameter) for a in args):
             return "called with arguments that are not tensors"
-        if any(a.device.type != "cpu" or a.dtype != torch.float32 for a in args):
+        if any(a.device.type != "cpu" or not is_taken(a.dtype) for a in args):
             return f"given {', '.join(f'{a.dtype} on {a.device}' for a in args)} and not torch.float32 on cpu"
-        if torch.is_autocast_enabled("cpu"):
-            return "under autocast"
         hooked = (m._forward_hooks or m._forward_pre_hooks for m in self._modules[1:])
         followed = (m._backward_hooks or m._backward_pre_hooks for m in self._modules)
         if any(hooked) or any(followed) or _has_any_global_hook():

@@ -69,7 +69,7 @@ class DropAndGrow(ScorePruning):
         distribution: Distribution = "uniform",
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, distribution=distribution, dense=dense, sparse=sparse, block=block)
         name = type(self).__name__
@@ -180,9 +180,10 @@ class DropAndGrow(ScorePruning):
             dropped[name] = self.block.size * whole_part(part, movable // self.block.size)
             free[name] = score.numel() - alive + dropped[name]
             magnitude = {name: pl_module.get_parameter(name).abs()}
-            kept[name] = protected | self.rank(magnitude, movable - dropped[name], {name: pool})[name]
+            best = self.rank(magnitude, movable - dropped[name], {name: pool}, {name: protected})
+            kept[name] = protected | best[name]
         for name, count in self.grow_counts(dropped, free).items():
-            grown = self.rank({name: scores[name]}, count, {name: ~kept[name]})[name]
+            grown = self.rank({name: scores[name]}, count, {name: ~kept[name]}, kept)[name]
             self.masks.set_alive(name, kept[name] | grown)
             reset_state(trainer, pl_module, {name: grown & ~before[name]})
         Enforcement.of(pl_module).apply_to_averages()

@@ -83,7 +83,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
         loss: LossOf | None = None,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, ranking, dense=dense, sparse=sparse, block=block)
         name = type(self).__name__
@@ -180,7 +180,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         for i, group in enumerate(self.groups(pl_module)):
             count = self._target(pl_module, group) + self._part(pl_module, group, more) - self._alive(group)
             scores = self.random(pl_module, group, 1 + (more > 0), trainer.current_epoch, i)
-            grown = self.rank(scores, count, {name: ~alive[name] for name in group})
+            grown = self.rank(scores, count, {name: ~alive[name] for name in group}, alive)
             for name, mask in grown.items():
                 self.masks.set_alive(name, alive[name] | mask)
             reset_state(trainer, pl_module, grown)

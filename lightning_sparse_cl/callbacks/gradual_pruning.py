@@ -57,7 +57,7 @@ class GradualPruning(OneShotPruning):
         ranking: Literal["layer", "global"] = "layer",
         distribution: Distribution = "uniform",
         last: bool = True,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, of, dense, sparse, ranking, distribution, last=last, block=block)
         for name, value in (("start", start), ("until", until)):

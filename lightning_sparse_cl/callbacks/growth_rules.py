@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_sparse_cl.callbacks.drop_grow import DropAndGrow, RigL
 from lightning_sparse_cl.callbacks.schedule import position
 from lightning_sparse_cl.callbacks.trainer_parts import parts_of
-from lightning_sparse_cl.sparsity.blocks import SINGLE
+from lightning_sparse_cl.sparsity.blocks import SINGLE, NofM
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -107,9 +107,14 @@ class SNFS(MomentumGrowth):
         distribution: Distribution = "uniform",
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, fraction, interval, until, final, distribution, dense, sparse, block)
+        if isinstance(self.block, NofM):
+            raise ValueError(
+                f"{type(self).__name__}(block={block!r}): it moves weights between layers, and n:m is the same in every "
+                "layer; use RigL"
+            )
 
     def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:
         alive = self.masks.alive

@@ -17,7 +17,7 @@ from lightning_sparse_cl.callbacks.schedule import TaskSchedule, position
 from lightning_sparse_cl.callbacks.score_pruning import ScorePruning
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier, reset_state
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of, first_callback, parts_of, task_data
-from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
+from lightning_sparse_cl.sparsity.blocks import SINGLE, Block, NofM
 from lightning_sparse_cl.sparsity.distributions import Distribution
 from lightning_sparse_cl.sparsity.layers import Chosen
 from lightning_sparse_cl.sparsity.scores import check_number, top_k_mask, whole_part
@@ -68,12 +68,14 @@ class OneShotPruning(ScorePruning):
         epoch: int | None = None,
         retrain: int | None = None,
         last: bool = True,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, ranking, distribution, dense, sparse, block=block)
         name = type(self).__name__
         if of not in ("free", "share"):
             raise ValueError(f"{name}(of={of!r}): of is 'free' or 'share'")
+        if of == "share" and isinstance(self.block, NofM):
+            raise ValueError(f"{name}(of='share', block={block!r}): each task would have a part of n; use of='free'")
         if epoch is not None:
             check_number(name, "epoch", epoch, whole=True)
             if epoch < 1:
@@ -153,6 +155,11 @@ class OneShotPruning(ScorePruning):
     def how_many(self, trainer: pl.Trainer, pl_module: pl.LightningModule, group: list[str], density: float) -> int:
         name = type(self).__name__
         frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
+        if isinstance(self.block, NofM) and any(frozen.values()):
+            raise ValueError(
+                f"{name}(block='{self.block}'): weights of {group[0]} are frozen, which take the places of its groups; "
+                "use blocks such as [2, 2], or do not freeze masks"
+            )
         all_ = sum(pl_module.get_parameter(name).numel() for name in group)
         if self.distribution != "uniform":
             density = super().how_many(trainer, pl_module, group, density) / all_

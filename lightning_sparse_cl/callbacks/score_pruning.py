@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lightning_sparse_cl.callbacks.sparsifier import Sparsifier
 from lightning_sparse_cl.callbacks.trainer_parts import callbacks_of
-from lightning_sparse_cl.sparsity.blocks import SINGLE, Block
+from lightning_sparse_cl.sparsity.blocks import SINGLE, NofM, unit
 from lightning_sparse_cl.sparsity.distributions import Distribution, check_distribution, counts
 from lightning_sparse_cl.sparsity.enforcement import Enforcement
 from lightning_sparse_cl.sparsity.layers import Chosen
@@ -42,7 +43,8 @@ class ScorePruning(Sparsifier):
         sparse: weights that are pruned; see :class:`Sparsifier`.
         rounds: number of rounds of pruning, each with new scores; the density falls geometrically.
         block: outputs and inputs of a block of weights, which are kept or dropped together, by the sum of their scores.
-            Layers have whole blocks, and the nearest number of blocks is kept.
+            Layers have whole blocks, and the nearest number of blocks is kept. Or ``"2:4"``: two of every four
+            neighbouring inputs are kept; ``sparsity`` is then 0.5, the same in every layer.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -60,12 +62,12 @@ class ScorePruning(Sparsifier):
         dense: Chosen | None = None,
         sparse: Chosen | None = None,
         rounds: int = 1,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(dense, sparse)
         name = type(self).__name__
-        self.block = Block.of(name, block)
         check_sparsity(name, sparsity)
+        self.block = unit(name, block, sparsity)
         if ranking not in ("layer", "global"):
             raise ValueError(f"{name}(ranking={ranking!r}): ranking is 'layer' or 'global'")
         check_distribution(name, distribution)
@@ -73,6 +75,8 @@ class ScorePruning(Sparsifier):
             raise ValueError(
                 f"{name}(distribution={distribution!r}): weights that are ranked together are not divided among layers"
             )
+        if isinstance(self.block, NofM) and distribution != "uniform":
+            raise ValueError(f"{name}(distribution={distribution!r}, block={block!r}): n:m is the same in every layer")
         check_number(name, "rounds", rounds, whole=True)
         if rounds < 1:
             raise ValueError(f"{name}(rounds={rounds}): at least one round")
@@ -181,16 +185,22 @@ class ScorePruning(Sparsifier):
         """
         kept = {name: self.protected(name) for name in scores}
         pools = {name: ~mask & among[name] if name in among else ~mask for name, mask in kept.items()}
-        best = self.rank(scores, count - sum(int(m.sum()) for m in kept.values()), pools)
+        best = self.rank(scores, count - sum(int(m.sum()) for m in kept.values()), pools, kept)
         for name, mask in best.items():
             self.masks.set_alive(name, mask | kept[name])
         Enforcement.of(pl_module).apply_to_averages()
 
-    def rank(self, scores: Mapping[str, Tensor], count: int, among: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Masks of the best blocks that lie in ``among``: as many as ``count`` weights fill."""
-        sums = {name: self.block.sums(score) for name, score in scores.items()}
+    def rank(
+        self,
+        scores: Mapping[str, Tensor],
+        count: int,
+        among: Mapping[str, Tensor],
+        taken: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
+        """Masks of the best blocks that lie in ``among``: as many as ``count`` weights fill, beside those ``taken``."""
+        rated = {name: self.block.rated(score, among[name], taken.get(name)) for name, score in scores.items()}
         pools = {name: self.block.all(among[name]) for name in scores}
-        best = top_k_masks(sums, count // self.block.size, pools)
+        best = top_k_masks(rated, count // self.block.size, pools)
         return {name: self.block.spread(mask) for name, mask in best.items()}
 
     def groups(self, pl_module: pl.LightningModule) -> list[list[str]]:

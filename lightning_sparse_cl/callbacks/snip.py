@@ -47,7 +47,7 @@ class SNIP(ScorePruning):
         sparse: Chosen | None = None,
         distribution: Distribution = "uniform",
         loss: LossOf | None = None,
-        block: Sequence[int] = SINGLE,
+        block: Sequence[int] | str = SINGLE,
     ) -> None:
         super().__init__(sparsity, ranking, distribution, dense, sparse, block=block)
         self.loss = loss

@@ -2,5 +2,6 @@
 
 from lightning_sparse_cl.deploy.export import export_model
 from lightning_sparse_cl.deploy.profiling import profile_model
+from lightning_sparse_cl.deploy.semi_structured import to_semi_structured
 
-__all__ = ["export_model", "profile_model"]
+__all__ = ["export_model", "profile_model", "to_semi_structured"]

@@ -1,4 +1,4 @@
-"""Blocks of weights that live and die together: a by b neighbouring outputs and inputs of a layer."""
+"""What weights are ranked in: blocks that live and die together, or groups of which a fixed number is alive (n:m)."""
 
 from __future__ import annotations
 
@@ -51,6 +51,10 @@ class Block(NamedTuple):
         """The number of weights of the nearest number of whole blocks, at least one block."""
         return self.size * max(1, round(count / self.size))
 
+    def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
+        """By what the blocks that lie in ``among`` are ranked, where those that are ``taken`` stay alive in any case."""
+        return self.sums(x)
+
     def parts(self, x: Tensor) -> Tensor:
         """A view of a weight (O, I, ...) as (O / a, a, I / b, b, ...)."""
         return x.unflatten(0, (-1, self.outputs)).unflatten(2, (-1, self.inputs))
@@ -68,6 +72,79 @@ class Block(NamedTuple):
         if self.size == 1:
             return mask
         return mask.repeat_interleave(self.outputs, 0).repeat_interleave(self.inputs, 1)
+
+
+class NofM(NamedTuple):
+    """``n`` of each ``m`` neighbouring inputs of an output are alive, at every position of a kernel.
+
+    2:4 is what NVIDIA's sparse tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Where weights are ranked
+    together, the best of every group come first, then the second best, and so on, each by its score; of ``n / m`` of
+    the weights, every group has ``n``. Weights that stay alive in any case take places of their group.
+    """
+
+    n: int
+    m: int
+
+    @property
+    def size(self) -> int:
+        return 1
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def check(self, owner: str, name: str, shape: Sequence[int]) -> None:
+        """Raise ValueError unless a weight is made of whole groups."""
+        if shape[1] % self.m:
+            raise ValueError(
+                f"{owner}(block='{self}'): {name} has {shape[1]} inputs, which are no whole groups of "
+                f"{self.m}; keep it dense by `dense`"
+            )
+
+    def whole(self, count: float) -> int:
+        """The nearest whole number, at least 1."""
+        return max(1, round(count))
+
+    def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
+        """Minus the place in its group, where those that are ``taken`` come first, and less than 1 for the score."""
+        score = x.detach().float().masked_fill(~among, -torch.inf)
+        score = score if taken is None else score.masked_fill(taken, torch.inf)
+        places = (
+            score.unflatten(1, (-1, self.m)).argsort(dim=2, descending=True, stable=True).argsort(dim=2).flatten(1, 2)
+        )
+        finite = score.masked_fill(~among, 0)
+        low, high = finite.aminmax()
+        return (finite - low) / (2 * (high - low)).clamp(min=torch.finfo(torch.float32).tiny) - places
+
+    def all(self, mask: Tensor) -> Tensor:
+        return mask
+
+    def spread(self, mask: Tensor) -> Tensor:
+        return mask
+
+
+def unit(owner: str, value: Sequence[int] | str, sparsity: float) -> Block | NofM:
+    """What weights are ranked in, from ``[outputs, inputs]`` or ``"n:m"``.
+
+    Args:
+        owner: the name of the class that asks, for the error.
+        value: the argument.
+        sparsity: the zero fraction, which must be that of n:m.
+
+    Raises:
+        ValueError: if it is neither, or n of m are another sparsity.
+    """
+    if not isinstance(value, str):
+        return value if isinstance(value, NofM) else Block.of(owner, value)
+    n, _, m = value.partition(":")
+    if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m)):
+        raise ValueError(
+            f"{owner}(block={value!r}): outputs and inputs of a block, such as [2, 2], or n:m, such as '2:4'"
+        )
+    if abs(1 - int(n) / int(m) - sparsity) > 1e-9:
+        raise ValueError(
+            f"{owner}(sparsity={sparsity}, block={value!r}): {n} of {m} weights are a sparsity of {1 - int(n) / int(m):g}"
+        )
+    return NofM(int(n), int(m))
 
 
 SINGLE = Block()

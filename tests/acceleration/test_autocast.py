@@ -1,0 +1,78 @@
+"""Under autocast the kernels take their layers, too: types are torch's, and errors no larger."""
+
+import copy
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from masked_networks import NETWORKS, network
+from torch.optim import SGD
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.demos import toy_tasks
+
+
+def halved(run, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return run(x)
+
+
+def error(found, exact):
+    return float((found.detach().double() - exact).norm())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "mobilenet"])
+def test_types_are_those_of_torch_and_errors_no_larger(name, training):
+    net, masks = network(name)
+    exact, plain = copy.deepcopy(net).double().train(training), copy.deepcopy(net).train(training)
+    scl.accelerate(net.train(training), masks, measure=False)
+    x = torch.randn(9, 3, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(12):
+            ours = halved(net, x)
+    usual, wanted = halved(plain, x), exact(x.double())
+    assert ours.dtype == usual.dtype
+    assert error(ours, wanted) <= 1.2 * error(usual, wanted) + 1e-2 * float(wanted.norm())
+    weights = torch.randn_like(wanted)
+    grads = {}
+    for key, out, of in (("ours", ours, net), ("usual", usual, plain), ("exact", wanted, exact)):
+        parameters = [p for n, p in of.named_parameters() if n in masks]
+        grads[key] = torch.autograd.grad((out * weights.to(out.dtype)).sum(), parameters)
+    off = {key: 0.0 for key in ("ours", "usual")}
+    for mask, *each in zip(masks.values(), *grads.values(), strict=True):
+        found, usual_grad, right = (g * mask for g in each)
+        assert (each[0] * ~mask == 0).all()
+        off["ours"] += error(found, right) ** 2
+        off["usual"] += error(usual_grad, right) ** 2
+    assert off["ours"] <= 2 * off["usual"]
+    with torch.no_grad():
+        assert error(halved(net, x), wanted) <= 1.2 * error(usual, wanted) + 1e-2 * float(wanted.norm())
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_run_in_bf16_mixed_uses_the_kernels_and_holds_its_masks(compact):
+    class Count(scl.TaskCallback):
+        calls = 0
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for name, mask in scl.Masks.of(pl_module).alive.items():
+                weight = dict(pl_module.named_parameters())[name]
+                if weight.shape == mask.shape:
+                    assert not weight[~mask].any()
+            Count.calls += 1
+
+    policies = [scl.RigL(0.7, interval=5), scl.SparseAcceleration(measure=False), *([] if compact else [Count()])]
+    module = scl.ContinualModule(
+        scl.SmallCNN(16), scl.ER(30, 8), optimizer=partial(SGD, lr=0.05, momentum=0.9), policies=policies
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*run as it is.*")
+        trainer(epochs=4, precision="bf16-mixed").fit(module, toy_tasks())
+    assert compact or Count.calls > 20
+    for name, mask in scl.Masks.of(module).alive.items():
+        weight = module.get_parameter(name)
+        assert weight.dtype == torch.float32 and not weight[~mask].any() and weight.isfinite().all()

@@ -1,0 +1,106 @@
+"""n:m: in every group of m neighbouring inputs exactly n weights are alive, and they are the best ones."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import SGD
+from toy_trainer import trainer
+
+import lightning_sparse_cl as scl
+from lightning_sparse_cl.demos import toy_tasks
+from lightning_sparse_cl.sparsity.blocks import NofM
+from lightning_sparse_cl.sparsity.scores import top_k_masks
+
+POLICIES = {
+    "one shot": lambda s, b: [scl.OneShotPruning(s, block=b)],
+    "global": lambda s, b: [scl.OneShotPruning(s, ranking="global", block=b)],
+    "inside": lambda s, b: [scl.OneShotPruning(s, epoch=1, block=b), scl.Reopen("zero", 0.5)],
+    "gradual": lambda s, b: [scl.GradualPruning(s, block=b)],
+    "SNIP": lambda s, b: [scl.SNIP(s, block=b)],
+    "TDM": lambda s, b: [scl.TaskAwareDynamicMasking(s, 1, p_intra=0.1, p_inter=0.1, block=b)],
+    "SET": lambda s, b: [scl.SET(s, interval=3, block=b)],
+    "RigL": lambda s, b: [scl.RigL(s, interval=3, block=b)],
+}
+
+
+def counts(mask, m):
+    """Alive weights of each group."""
+    return mask.unflatten(1, (-1, m)).sum(2)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (2, 8)])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_group_has_n_of_m_at_the_end_and_while_masks_move(policy, n, m):
+    seen = []
+
+    class Look(scl.TaskCallback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append({name: mask.clone() for name, mask in scl.Masks.of(pl_module).alive.items()})
+
+    module = scl.ContinualModule(
+        scl.SmallCNN(8), scl.ER(30, 8), optimizer=partial(SGD, lr=0.05, momentum=0.9),
+        policies=[*POLICIES[policy](1 - n / m, f"{n}:{m}"), Look()],
+    )  # fmt: skip
+    trainer(epochs=3).fit(module, toy_tasks())
+    masks = scl.Masks.of(module).alive
+    assert masks
+    for name, mask in masks.items():
+        assert counts(mask, m).eq(n).all(), name
+        assert not module.get_parameter(name)[~mask].any()
+    if policy in ("SNIP", "SET", "RigL"):  # at every step
+        assert all(counts(mask, m).eq(n).all() for at in seen for mask in at.values())
+    if policy in ("TDM", "SET", "RigL"):
+        assert len({b"".join(mask.numpy().tobytes() for mask in at.values()) for at in seen}) > 5  # they move
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_of_each_group_are_kept(dtype):
+    torch.manual_seed(0)
+    score = torch.rand(6, 8, 3, 3, dtype=dtype)
+    free = {"w": torch.rand(6, 8, 3, 3) < 0.9}
+    taken = {"w": ~free["w"] & (torch.rand(6, 8, 3, 3) < 0.5)}
+    slots = 6 * 2 * 9 * 2
+    rated = {"w": NofM(2, 4).rated(score, free["w"], taken["w"])}
+    room = (2 - counts(taken["w"], 4)).clamp(min=0)
+    most = torch.minimum(room, counts(free["w"], 4))
+    mask = top_k_masks(rated, int(most.sum()), free)["w"]
+    assert slots > int(most.sum()) > slots / 2
+    assert torch.equal(counts(mask, 4), most)
+    groups = score.float().masked_fill(~free["w"], -1).unflatten(1, (-1, 4))
+    worst = groups.masked_fill(~mask.unflatten(1, (-1, 4)), 2).amin(2)
+    left = groups.masked_fill(mask.unflatten(1, (-1, 4)), -1).amax(2)
+    assert (worst >= left).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (
+            lambda: scl.OneShotPruning(0.9, block="2:4"),
+            r"OneShotPruning\(sparsity=0.9, block='2:4'\): 2 of 4 .* of 0.5",
+        ),
+        (lambda: scl.RigL(0.5, block="4:2"), r"RigL\(block='4:2'\): outputs and inputs of a block, .* or n:m"),
+        (lambda: scl.SNIP(0.5, block="two"), r"SNIP\(block='two'\)"),
+        (lambda: scl.SNIP(0.5, block="2:4", distribution="erk"), r"SNIP\(distribution='erk', block='2:4'\)"),
+        (lambda: scl.OneShotPruning(0.5, "share", block="2:4"), r"OneShotPruning\(of='share', block='2:4'\)"),
+        (lambda: scl.SNFS(0.5, block="2:4"), r"SNFS\(block='2:4'\): it moves weights between layers"),
+        (lambda: scl.EsaCL(scl.SmallCNN(8), sparsity=0.5, block="2:4"), r"EsaCL\(block='2:4'\)"),
+    ],
+)
+def test_bad_input(make, error):
+    with pytest.raises(ValueError, match=error):
+        make()
+
+
+def test_layers_of_other_sizes_are_named():
+    module = scl.ContinualModule(scl.SmallCNN(6), policies=[scl.SNIP(0.5, block="2:4")])
+    with pytest.raises(ValueError, match=r"SNIP\(block='2:4'\): .*weight has 6 inputs, .* groups of 4"):
+        trainer(epochs=1).fit(module, toy_tasks())
+
+
+def test_frozen_weights_are_refused():
+    policies = [scl.OneShotPruning(0.5, block="2:4"), scl.FreezeMasks()]
+    module = scl.ContinualModule(scl.SmallCNN(8), policies=policies)
+    with pytest.raises(ValueError, match=r"OneShotPruning\(block='2:4'\): weights of .* are frozen"):
+        trainer(epochs=1).fit(module, toy_tasks())
