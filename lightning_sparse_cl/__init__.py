@@ -333,6 +333,7 @@ __all__ = [
     "profile_model",
     "save_sparse",
     "sparse_weights",
+    "to_semi_structured",
     "top_k_mask",
     "write_runtime",
 ]

@@ -112,8 +112,8 @@ class SNFS(MomentumGrowth):
         super().__init__(sparsity, fraction, interval, until, final, distribution, dense, sparse, block)
         if isinstance(self.block, NofM):
             raise ValueError(
-                f"{type(self).__name__}(block={block!r}): it moves weights between layers, and n:m is the same in every "
-                "layer; use RigL"
+                f"{type(self).__name__}(block={block!r}): it moves weights between layers, and n:m is the same in all "
+                "layers; use RigL"
             )
 
     def grow_counts(self, dropped: dict[str, int], free: dict[str, int]) -> dict[str, int]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 def to_semi_structured(network: nn.Module) -> nn.Module:
     """A copy of a network, for inference, whose linear layers of 2:4 sparsity hold half of their weights.
 
-    A policy with ``block="2:4"`` and ``sparsity=0.5`` makes such layers. Those of which a side is no multiple of 64 stay
-    as they are, and so do convolutions, for which torch has no such product.
+    A policy with ``block="2:4"`` and ``sparsity=0.5`` makes such layers. Layers with sides that are no multiples of 64
+    stay as they are, and so do convolutions, for which torch has no such product.
 
     Args:
         network: on a CUDA device of compute capability 8.0 or newer, with weights in float16 or bfloat16.

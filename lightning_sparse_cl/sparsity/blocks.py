@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class Block(NamedTuple):
         return self.size * max(1, round(count / self.size))
 
     def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
-        """By what the blocks that lie in ``among`` are ranked, where those that are ``taken`` stay alive in any case."""
+        """By what the blocks in ``among`` are ranked, where weights that are ``taken`` stay alive in any case."""
         return self.sums(x)
 
     def parts(self, x: Tensor) -> Tensor:
@@ -74,7 +75,8 @@ class Block(NamedTuple):
         return mask.repeat_interleave(self.outputs, 0).repeat_interleave(self.inputs, 1)
 
 
-class NofM(NamedTuple):
+@dataclass(frozen=True)
+class NofM:
     """``n`` of each ``m`` neighbouring inputs of an output are alive, at every position of a kernel.
 
     2:4 is what NVIDIA's sparse tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Where weights are ranked
@@ -105,7 +107,7 @@ class NofM(NamedTuple):
         return max(1, round(count))
 
     def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
-        """Minus the place in its group, where those that are ``taken`` come first, and less than 1 for the score."""
+        """Minus a weight's place in its group, where those ``taken`` come first, and less than 1 for its score."""
         score = x.detach().float().masked_fill(~among, -torch.inf)
         score = score if taken is None else score.masked_fill(taken, torch.inf)
         places = (
@@ -142,7 +144,7 @@ def unit(owner: str, value: Sequence[int] | str, sparsity: float) -> Block | Nof
         )
     if abs(1 - int(n) / int(m) - sparsity) > 1e-9:
         raise ValueError(
-            f"{owner}(sparsity={sparsity}, block={value!r}): {n} of {m} weights are a sparsity of {1 - int(n) / int(m):g}"
+            f"{owner}(sparsity={sparsity}, block={value!r}): {value} is a sparsity of {1 - int(n) / int(m):g}"
         )
     return NofM(int(n), int(m))
 

@@ -8,6 +8,7 @@ from torch.optim import SGD
 from toy_trainer import trainer
 
 import lightning_sparse_cl as scl
+from lightning_sparse_cl.callbacks.identity import describe
 from lightning_sparse_cl.demos import toy_tasks
 from lightning_sparse_cl.sparsity.blocks import NofM
 from lightning_sparse_cl.sparsity.scores import top_k_masks
@@ -78,7 +79,7 @@ def test_the_best_of_each_group_are_kept(dtype):
     [
         (
             lambda: scl.OneShotPruning(0.9, block="2:4"),
-            r"OneShotPruning\(sparsity=0.9, block='2:4'\): 2 of 4 .* of 0.5",
+            r"OneShotPruning\(sparsity=0.9, block='2:4'\): 2:4 .* of 0.5",
         ),
         (lambda: scl.RigL(0.5, block="4:2"), r"RigL\(block='4:2'\): outputs and inputs of a block, .* or n:m"),
         (lambda: scl.SNIP(0.5, block="two"), r"SNIP\(block='two'\)"),
@@ -104,3 +105,13 @@ def test_frozen_weights_are_refused():
     module = scl.ContinualModule(scl.SmallCNN(8), policies=policies)
     with pytest.raises(ValueError, match=r"OneShotPruning\(block='2:4'\): weights of .* are frozen"):
         trainer(epochs=1).fit(module, toy_tasks())
+
+
+def test_a_run_says_which_it_was():
+    """2:4 and blocks of two by four are not the same in the settings that a resumed run must share."""
+    told = []
+    for sparsity, block in ((0.5, "2:4"), (0.5, [2, 4])):
+        found = {}
+        describe(scl.SNIP(sparsity, block=block), "policy", found)
+        told.append(found)
+    assert told[0] != told[1] and told[0]["policy.block.m"] == 4
