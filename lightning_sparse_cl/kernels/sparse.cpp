@@ -68,8 +68,8 @@ struct Ring {
   }
 };
 
-// dvalue[e] = sum over tiles and lanes of dy times what entry e has seen. The work is divided in the same way for any
-// number of threads, and so are the sums.
+// dvalue[e] = sum over tiles and lanes of dy times what entry e has seen. The sums are divided in the same way for any
+// number of threads; where there are more threads than such parts, each part has its rows divided.
 template <int TH, int TW, int STRIDE, int MORE, int PIECES>
 static void correlate(const Convolution& g, const float* x, const float* dy, const int32_t* ptr, const uint16_t* offset,
                       float* dvalue) {
@@ -78,28 +78,31 @@ static void correlate(const Convolution& g, const float* x, const float* dy, con
   int64_t th = (g.tiles_h + TH - 1) / TH, tw = (g.tiles_w + TW - 1) / TW, blocks = (g.in + g.block - 1) / g.block;
   int64_t tiles = g.groups * th * tw, entries = ptr[blocks * g.rows * PARTS];
   int64_t chunks = std::clamp<int64_t>(tiles / 16, 1, 8), parts = std::min<int64_t>(16 / chunks, blocks);
+  int64_t most = std::max<int64_t>(1, g.rows / 16);
+  int64_t splits = std::clamp<int64_t>((thread_count() + chunks * parts - 1) / (chunks * parts), 1, most);
   std::vector<float> sums(chunks * entries);
-  share(chunks * parts, [&](int64_t begin, int64_t end) {
+  share(chunks * parts * splits, [&](int64_t begin, int64_t end) {
     float* window = scratch(g.block * PH * PW * LANES, 0);
     for (int64_t item = begin; item < end; item++) {
-      int64_t chunk = item / parts, part = item % parts;
+      int64_t chunk = item / splits / parts, part = item / splits % parts, split = item % splits;
+      int64_t from = g.rows * split / splits, until = g.rows * (split + 1) / splits;
       for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; tile++)
         for (int64_t b = blocks * part / parts; b < blocks * (part + 1) / parts; b++) {
           int64_t j0 = tile % tw * TW, i0 = tile / tw % th * TH, group = tile / tw / th, c0 = b * g.block;
           bool whole = i0 + TH <= g.tiles_h && j0 + TW <= g.tiles_w;
           pack<PH, PW>(g, x + (group * g.in + c0) * g.h * g.w * LANES, std::min(g.block, g.in - c0),
                        i0 * STRIDE * g.step + g.origin_h, j0 * STRIDE * g.step + g.origin_w, window);
-          const int32_t* list = ptr + b * g.rows * PARTS;
+          const int32_t* list = ptr + (b * g.rows + from) * PARTS;
           int64_t first = blocks * part / parts, last = blocks * (part + 1) / parts;
           Ahead<PH, PW> ahead(g, x, tile, b, last, th, tw, TH * STRIDE, TW * STRIDE, first);
           Ring ring(sums.data() + chunk * entries + list[0]);
-          for (int64_t r = 0; r < g.rows; r++, list += PARTS) {
+          for (int64_t r = from; r < until; r++, list += PARTS) {
             if (list[0] == list[PARTS]) continue;
-            ahead.fetch((r + 1) * ahead.lines / g.rows);
+            ahead.fetch((r - from + 1) * ahead.lines / (until - from));
             vec d[TILE];
             const float* at = dy + (((group * g.rows + r) * g.tiles_h + i0) * g.tiles_w + j0) * LANES;
             if (whole) {
-              if (ahead.lines && r + 2 < g.rows) {
+              if (ahead.lines && r + 2 < until) {
                 const float* soon = at + 2 * g.tiles_h * g.tiles_w * LANES;
 #pragma GCC unroll 16
                 for (int i = 0; i < TILE; i++) __builtin_prefetch(soon + (i / TW * g.tiles_w + i % TW) * LANES);

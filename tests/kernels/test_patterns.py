@@ -78,17 +78,19 @@ def test_passes_are_those_of_a_convolution_in_float64(seed):
         assert (whole[~mask] == 0).all(), case  # and every alive one has been written
 
 
-@pytest.mark.parametrize("side", [9, 61])  # threads take tiles one by one, and several at once
-def test_any_number_of_threads_computes_the_same_bits(side):
+# Threads take tiles one by one, several at once, and parts of the rows where tiles and blocks are few
+@pytest.mark.parametrize(("side", "stride", "density"), [(9, 1, 0.1), (61, 1, 0.1), (9, 2, 0.03), (5, 1, 0.01)])
+def test_any_number_of_threads_computes_the_same_bits(side, stride, density):
     torch.manual_seed(0)
     before, found = torch.get_num_threads(), []
-    mask = torch.rand(48, 40, 3, 3) < 0.1
-    x, dy = torch.randn(2, 40, side, side, lanes()), torch.randn(2, 48, side, side, lanes())
-    pattern = Pattern(mask, torch.empty(48, 40, 3, 3), Geometry(1, 1))
+    mask = torch.rand(48, 40, 3, 3) < density
+    after = (side - 1) // stride + 1
+    x, dy = torch.randn(2, 40, side, side, lanes()), torch.randn(2, 48, after, after, lanes())
+    pattern = Pattern(mask, torch.empty(48, 40, 3, 3), Geometry(stride, 1))
     grid = Grid(2 * x.shape[4])
     values = torch.randn(pattern.entries)
     try:
-        for threads in (1, 2, 4):
+        for threads in (1, 2, 4, 7):
             torch.set_num_threads(threads)
             y, dx = pattern.forward(x, values, grid), pattern.input_gradient(dy, values, grid, (side, side))
             found.append((y, dx, pattern.weight_gradient(x, dy, grid)))
