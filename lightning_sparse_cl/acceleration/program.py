@@ -198,7 +198,10 @@ def _like(value: Blocked | Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor
         value = plain(value)
         if not isinstance(value, Tensor) or value.ndim != 4 or len(value) != grid.images:
             return None
-        value = value.float() if torch.is_autocast_enabled("cpu") else value
+        if torch.is_autocast_enabled("cpu"):
+            if value.dtype == torch.float32:  # torch's sum would be of this type, and not of autocast's
+                return None
+            value = value.float()
         if any(n % p for n, p in zip(value.shape[2:], grid[1:])):
             return None
         value = Blocked(grid.block(value), grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ IN_PLACE = {"iadd", "isub", "imul", "itruediv"}
 def trace(network: nn.Module) -> fx.Graph | None:
     """The graph of a network, or None if running it would not be the same as calling the network.
 
-    Control flow, arguments with defaults, random draws, switches of autograd inside, values that are overwritten, and
-    modules that count or keep something when called do not survive tracing.
+    Control flow, arguments with defaults, random draws, switches of autograd or autocast inside, values that are
+    overwritten, and modules that count or keep something when called do not survive tracing.
     """
     signature = inspect.signature(type(network).forward).parameters.values()
     if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature):
@@ -51,19 +51,22 @@ def trace(network: nn.Module) -> fx.Graph | None:
 
 @contextmanager
 def switched() -> Iterator[list[bool]]:
-    """Notes whether any code inside switches gradients on or off."""
+    """Notes whether any code inside switches gradients or autocast on or off."""
     seen: list[bool] = []
-    real = torch._C._set_grad_enabled
+    gradients, autocast = torch._C._set_grad_enabled, torch.set_autocast_enabled
 
-    def noted(enabled: bool) -> None:
-        seen.append(enabled)
-        real(enabled)
+    def noted(real: Callable[..., None]) -> Callable[..., None]:
+        def set_(*arguments: Any) -> None:
+            seen.append(True)
+            real(*arguments)
 
-    torch._C._set_grad_enabled = noted
+        return set_
+
+    torch._C._set_grad_enabled, torch.set_autocast_enabled = noted(gradients), noted(autocast)
     try:
         yield seen
     finally:
-        torch._C._set_grad_enabled = real
+        torch._C._set_grad_enabled, torch.set_autocast_enabled = gradients, autocast
 
 
 def _is_node(value: Any) -> bool:

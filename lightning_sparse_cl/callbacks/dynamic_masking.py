@@ -104,7 +104,7 @@ class TaskAwareDynamicMasking(ScorePruning):
         ):
             if value not in allowed:
                 raise ValueError(f"{name}({field}={value!r}): {field} is {' or '.join(map(repr, allowed))}")
-        self.sparsity, self.interval = sparsity, interval
+        self.interval = interval
         self.p_intra, self.p_inter = p_intra, p_inter
         self.alpha, self.beta = alpha, beta
         self.gradients, self.init, self.loss = gradients, init, loss

@@ -157,8 +157,8 @@ class OneShotPruning(ScorePruning):
         frozen = {name: int(self.masks.frozen_part(name).sum()) for name in group}
         if isinstance(self.block, NofM) and any(frozen.values()):
             raise ValueError(
-                f"{name}(block='{self.block}'): weights of {group[0]} are frozen, which take the places of its groups; "
-                "use blocks such as [2, 2], or do not freeze masks"
+                f"{name}(block='{self.block}'): {next(n for n, count in frozen.items() if count)} has frozen weights, "
+                "which fill places of its groups; use blocks such as [2, 2], or do not freeze masks"
             )
         all_ = sum(pl_module.get_parameter(name).numel() for name in group)
         if self.distribution != "uniform":

@@ -80,7 +80,8 @@ class ScorePruning(Sparsifier):
         check_number(name, "rounds", rounds, whole=True)
         if rounds < 1:
             raise ValueError(f"{name}(rounds={rounds}): at least one round")
-        self.sparsity, self.ranking, self.distribution, self.rounds = sparsity, ranking, distribution, rounds
+        self.sparsity = self.block.sparsity if isinstance(self.block, NofM) else sparsity
+        self.ranking, self.distribution, self.rounds = ranking, distribution, rounds
 
     # -- what a policy says ------------------------------------------------------------------------------------
 
@@ -132,11 +133,18 @@ class ScorePruning(Sparsifier):
     def _say_other_sparsity(self, names: list[str], asked: int) -> None:
         masks = [mask for name, mask in self.masks.alive.items() if name in names]
         kept, total = sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
-        if names and len(masks) == len(names) and abs(kept - asked) > 0.02 * asked:
+        if not names or len(masks) < len(names):
+            return
+        how = "Masks.of(module).set_alive(name, None) removes the mask of a weight"
+        if abs(kept - asked) > 0.02 * asked:
             rank_zero_warn(
                 f"{type(self).__name__}(sparsity={self.sparsity}): the weights already have masks, of sparsity "
-                f"{1 - kept / total:.3g}, and keep them; Masks.of(module).set_alive(name, None) removes "
-                "the mask of a weight"
+                f"{1 - kept / total:.3g}, and keep them; {how}"
+            )
+        elif isinstance(self.block, NofM) and not all(map(self.block.holds, masks)):
+            rank_zero_warn(
+                f"{type(self).__name__}(block='{self.block}'): the weights already have masks, which are not "
+                f"{self.block}, and keep them; {how}"
             )
 
     def on_train_batch_start(
@@ -198,7 +206,7 @@ class ScorePruning(Sparsifier):
         taken: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
         """Masks of the best blocks that lie in ``among``: as many as ``count`` weights fill, beside those ``taken``."""
-        rated = {name: self.block.rated(score, among[name], taken.get(name)) for name, score in scores.items()}
+        rated = self.block.rated(scores, among, taken)
         pools = {name: self.block.all(among[name]) for name in scores}
         best = top_k_masks(rated, count // self.block.size, pools)
         return {name: self.block.spread(mask) for name, mask in best.items()}

@@ -22,8 +22,10 @@ def to_semi_structured(network: nn.Module) -> nn.Module:
         The copy, in eval mode; its layers have ``torch.sparse.SparseSemiStructuredTensor`` as weights.
 
     Raises:
-        ValueError: if no linear layer has 2:4 sparsity, or the weights are of another type or elsewhere.
+        ValueError: if it is no module, no linear layer has 2:4 sparsity, or weights are of another type or elsewhere.
     """
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"to_semi_structured: {type(network).__name__} is no nn.Module; give the network itself")
     made = copy.deepcopy(network).eval().requires_grad_(False)
     layers = dict(two_of_four(made))
     if not layers:
@@ -32,11 +34,11 @@ def to_semi_structured(network: nn.Module) -> nn.Module:
             "each four neighbouring inputs alive; train it with block='2:4' and sparsity=0.5"
         )
     for name, layer in layers.items():
-        weight = layer.weight
+        weight, full = layer.weight, f"{name}.weight" if name else "weight"
         capable = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (8, 0)
         if not capable or weight.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"to_semi_structured: {name}.weight is {weight.dtype} on {weight.device}; it must be torch.float16 or "
+                f"to_semi_structured: {full} is {weight.dtype} on {weight.device}; it must be torch.float16 or "
                 "torch.bfloat16 on a CUDA device of compute capability 8.0 or newer"
             )
         layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(weight), requires_grad=False)

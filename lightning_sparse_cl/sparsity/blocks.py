@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,9 +53,17 @@ class Block(NamedTuple):
         """The number of weights of the nearest number of whole blocks, at least one block."""
         return self.size * max(1, round(count / self.size))
 
-    def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
-        """By what the blocks in ``among`` are ranked, where weights that are ``taken`` stay alive in any case."""
-        return self.sums(x)
+    def rated(
+        self, x: Mapping[str, Tensor], among: Mapping[str, Tensor], taken: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """By what blocks are ranked, from the scores of weights.
+
+        Args:
+            x: scores of the weights that are ranked together, by name.
+            among: the weights that are chosen from.
+            taken: those that stay alive in any case, beside ``among``; names may be missing.
+        """
+        return {name: self.sums(score) for name, score in x.items()}
 
     def parts(self, x: Tensor) -> Tensor:
         """A view of a weight (O, I, ...) as (O / a, a, I / b, b, ...)."""
@@ -80,8 +89,9 @@ class NofM:
     """``n`` of each ``m`` neighbouring inputs of an output are alive, at every position of a kernel.
 
     2:4 is what NVIDIA's sparse tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Where weights are ranked
-    together, the best of every group come first, then the second best, and so on, each by its score; of ``n / m`` of
-    the weights, every group has ``n``. Weights that stay alive in any case take places of their group.
+    together, the best of every group come first, then the second best of every group, and so on; those of one place by
+    their scores. So every group has ``n`` if ``n / m`` of all weights are kept. Weights that stay alive in any case
+    fill places of their group.
     """
 
     n: int
@@ -91,6 +101,10 @@ class NofM:
     def size(self) -> int:
         return 1
 
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
@@ -98,24 +112,36 @@ class NofM:
         """Raise ValueError unless a weight is made of whole groups."""
         if shape[1] % self.m:
             raise ValueError(
-                f"{owner}(block='{self}'): {name} has {shape[1]} inputs, which are no whole groups of "
-                f"{self.m}; keep it dense by `dense`"
+                f"{owner}(block='{self}'): {name} has {shape[1]} inputs, which is not a multiple of {self.m}; keep it "
+                "dense by `dense`"
             )
+
+    def holds(self, mask: Tensor) -> bool:
+        """Whether exactly n of each m are in a mask."""
+        return bool((mask.unflatten(1, (-1, self.m)).sum(2) == self.n).all())
 
     def whole(self, count: float) -> int:
         """The nearest whole number, at least 1."""
         return max(1, round(count))
 
-    def rated(self, x: Tensor, among: Tensor, taken: Tensor | None) -> Tensor:
-        """Minus a weight's place in its group, where those ``taken`` come first, and less than 1 for its score."""
-        score = x.detach().float().masked_fill(~among, -torch.inf)
-        score = score if taken is None else score.masked_fill(taken, torch.inf)
-        places = (
-            score.unflatten(1, (-1, self.m)).argsort(dim=2, descending=True, stable=True).argsort(dim=2).flatten(1, 2)
-        )
-        finite = score.masked_fill(~among, 0)
-        low, high = finite.aminmax()
-        return (finite - low) / (2 * (high - low)).clamp(min=torch.finfo(torch.float32).tiny) - places
+    def rated(
+        self, x: Mapping[str, Tensor], among: Mapping[str, Tensor], taken: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Minus each weight's place in its group, plus a fraction below 1 that grows with its score among all of ``x``.
+
+        In a group come first the weights that are ``taken``, then those ``among`` which is chosen, by score.
+        """
+        order = torch.cat([score.detach().reshape(-1) for score in x.values()]).argsort(stable=True)
+        share = torch.empty(len(order), dtype=torch.float64, device=order.device)
+        share[order] = torch.arange(len(order), dtype=torch.float64, device=order.device) / len(order)
+        parts = share.split([score.numel() for score in x.values()])
+        rated = {}
+        for (name, score), part in zip(x.items(), parts, strict=True):
+            own, pool = part.view(score.shape), among[name]
+            key = own + pool if name not in taken else own + pool + 2 * taken[name]
+            places = key.unflatten(1, (-1, self.m)).argsort(dim=2, descending=True).argsort(dim=2).flatten(1, 2)
+            rated[name] = own - places
+        return rated
 
     def all(self, mask: Tensor) -> Tensor:
         return mask
@@ -124,29 +150,30 @@ class NofM:
         return mask
 
 
-def unit(owner: str, value: Sequence[int] | str, sparsity: float) -> Block | NofM:
+def unit(owner: str, value: Sequence[int] | str | NofM, sparsity: float) -> Block | NofM:
     """What weights are ranked in, from ``[outputs, inputs]`` or ``"n:m"``.
 
     Args:
         owner: the name of the class that asks, for the error.
         value: the argument.
-        sparsity: the zero fraction, which must be that of n:m.
+        sparsity: the zero fraction, which must be that of n:m to three digits.
 
     Raises:
         ValueError: if it is neither, or n of m are another sparsity.
     """
-    if not isinstance(value, str):
-        return value if isinstance(value, NofM) else Block.of(owner, value)
-    n, _, m = value.partition(":")
-    if not (n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m)):
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return Block.of(owner, value)
+    found = re.fullmatch("([1-9][0-9]*):([1-9][0-9]*)", str(value))
+    if found is None or int(found[1]) >= int(found[2]):
         raise ValueError(
-            f"{owner}(block={value!r}): outputs and inputs of a block, such as [2, 2], or n:m, such as '2:4'"
+            f"{owner}(block={value!r}): outputs and inputs of a block, such as [2, 2], or n:m in quotes, such as '2:4'"
         )
-    if abs(1 - int(n) / int(m) - sparsity) > 1e-9:
+    n_of_m = NofM(int(found[1]), int(found[2]))
+    if abs(n_of_m.sparsity - sparsity) > 1e-3:
         raise ValueError(
-            f"{owner}(sparsity={sparsity}, block={value!r}): {value} is a sparsity of {1 - int(n) / int(m):g}"
+            f"{owner}(sparsity={sparsity}, block='{value}'): {value} is a sparsity of {n_of_m.sparsity:.4g}"
         )
-    return NofM(int(n), int(m))
+    return n_of_m
 
 
 SINGLE = Block()

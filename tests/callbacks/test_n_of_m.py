@@ -22,6 +22,8 @@ POLICIES = {
     "TDM": lambda s, b: [scl.TaskAwareDynamicMasking(s, 1, p_intra=0.1, p_inter=0.1, block=b)],
     "SET": lambda s, b: [scl.SET(s, interval=3, block=b)],
     "RigL": lambda s, b: [scl.RigL(s, interval=3, block=b)],
+    "RigL, frozen": lambda s, b: [scl.RigL(s, interval=3, block=b), scl.FreezeMasks()],
+    "SET, frozen": lambda s, b: [scl.SET(s, interval=3, block=b), scl.FreezeMasks()],
 }
 
 
@@ -30,7 +32,7 @@ def counts(mask, m):
     return mask.unflatten(1, (-1, m)).sum(2)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (2, 8)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (3, 8)])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_group_has_n_of_m_at_the_end_and_while_masks_move(policy, n, m):
     seen = []
@@ -49,7 +51,7 @@ def test_every_group_has_n_of_m_at_the_end_and_while_masks_move(policy, n, m):
     for name, mask in masks.items():
         assert counts(mask, m).eq(n).all(), name
         assert not module.get_parameter(name)[~mask].any()
-    if policy in ("SNIP", "SET", "RigL"):  # at every step
+    if policy.split(",")[0] in ("SNIP", "SET", "RigL"):  # at every step
         assert all(counts(mask, m).eq(n).all() for at in seen for mask in at.values())
     if policy in ("TDM", "SET", "RigL"):
         assert len({b"".join(mask.numpy().tobytes() for mask in at.values()) for at in seen}) > 5  # they move
@@ -62,7 +64,7 @@ def test_the_best_of_each_group_are_kept(dtype):
     free = {"w": torch.rand(6, 8, 3, 3) < 0.9}
     taken = {"w": ~free["w"] & (torch.rand(6, 8, 3, 3) < 0.5)}
     slots = 6 * 2 * 9 * 2
-    rated = {"w": NofM(2, 4).rated(score, free["w"], taken["w"])}
+    rated = NofM(2, 4).rated({"w": score}, free, taken)
     room = (2 - counts(taken["w"], 4)).clamp(min=0)
     most = torch.minimum(room, counts(free["w"], 4))
     mask = top_k_masks(rated, int(most.sum()), free)["w"]
@@ -74,6 +76,61 @@ def test_the_best_of_each_group_are_kept(dtype):
     assert (worst >= left).all()
 
 
+SCORES = {
+    "one minus infinity": lambda w: w.abs().index_fill(0, torch.tensor([0]), -torch.inf),
+    "infinite": lambda w: torch.full_like(w, torch.inf),
+    "large": lambda w: w.abs().double() * 1e300,
+    "an outlier": lambda w: w.abs().index_fill(0, torch.tensor([0]), 1e30),
+    "equal": torch.ones_like,
+    "negative": lambda w: -w.abs(),
+}
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("scores", SCORES)
+def test_any_scores(scores, rounds, ranking):
+    weights = {}
+
+    class Own(scl.ScorePruning):
+        def scores(self, trainer, pl_module, batch):
+            weights.update({n: pl_module.get_parameter(n).detach().clone() for n in self.names(pl_module)})
+            return {name: SCORES[scores](weight) for name, weight in weights.items()}
+
+    module = scl.ContinualModule(scl.SmallCNN(8), policies=[Own(0.5, ranking, rounds=rounds, block="2:4")])
+    trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
+    for name, mask in scl.Masks.of(module).alive.items():
+        assert counts(mask, 4).eq(2).all(), name
+        if scores == "large" or (scores == "negative" and rounds == 1):
+            score = SCORES[scores](weights[name]).unflatten(1, (-1, 4))
+            assert torch.equal(mask.unflatten(1, (-1, 4)), score >= score.topk(2, 2).values[:, :, 1:]), name
+
+
+def test_the_groups_with_the_best_scores_come_first():
+    x = {"a": torch.arange(32.0).view(4, 8) * 100, "b": torch.arange(32.0).view(4, 8)}
+    everywhere = {name: torch.ones(4, 8, dtype=torch.bool) for name in x}
+    masks = top_k_masks(NofM(2, 4).rated(x, everywhere, {}), 6, everywhere)
+    assert masks["a"].nonzero().tolist() == [[1, 3], [1, 7], [2, 3], [2, 7], [3, 3], [3, 7]] and not masks["b"].any()
+
+
+def test_masks_of_before_that_are_not_n_of_m_are_told():
+    module = scl.ContinualModule(scl.SmallCNN(8), policies=[scl.SNIP(0.5)])
+    trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
+    again = scl.ContinualModule(module.backbone, policies=[scl.SNIP(0.5, block="2:4")])
+    for name, mask in scl.Masks.of(module).alive.items():
+        scl.Masks.of(again).set_alive(name, mask)
+    with pytest.warns(UserWarning, match=r"SNIP\(block='2:4'\): .* masks, which are not 2:4, and keep them"):
+        trainer(epochs=1).fit(again, toy_tasks(num_tasks=1))
+
+
+@pytest.mark.parametrize("sparsity", [2 / 3, 0.667])
+def test_sparsity_is_that_of_n_of_m(sparsity):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 192), torch.nn.ReLU(), torch.nn.Linear(192, 192))
+    module = scl.ContinualModule(net, policies=[scl.RigL(sparsity, interval=3, block="1:3")])
+    trainer(epochs=1).fit(module, toy_tasks(num_tasks=1))
+    assert all(counts(mask, 3).eq(1).all() for mask in scl.Masks.of(module).alive.values())
+
+
 @pytest.mark.parametrize(
     ("make", "error"),
     [
@@ -82,6 +139,8 @@ def test_the_best_of_each_group_are_kept(dtype):
             r"OneShotPruning\(sparsity=0.9, block='2:4'\): 2:4 .* of 0.5",
         ),
         (lambda: scl.RigL(0.5, block="4:2"), r"RigL\(block='4:2'\): outputs and inputs of a block, .* or n:m"),
+        (lambda: scl.SNIP(0.5, block=124), r"SNIP\(block=124\): .* or n:m in quotes, such as '2:4'"),  # 2:4 in YAML
+        (lambda: scl.SNIP(0.5, block="02:4"), r"SNIP\(block='02:4'\)"),
         (lambda: scl.SNIP(0.5, block="two"), r"SNIP\(block='two'\)"),
         (lambda: scl.SNIP(0.5, block="2:4", distribution="erk"), r"SNIP\(distribution='erk', block='2:4'\)"),
         (lambda: scl.OneShotPruning(0.5, "share", block="2:4"), r"OneShotPruning\(of='share', block='2:4'\)"),
@@ -96,14 +155,14 @@ def test_bad_input(make, error):
 
 def test_layers_of_other_sizes_are_named():
     module = scl.ContinualModule(scl.SmallCNN(6), policies=[scl.SNIP(0.5, block="2:4")])
-    with pytest.raises(ValueError, match=r"SNIP\(block='2:4'\): .*weight has 6 inputs, .* groups of 4"):
+    with pytest.raises(ValueError, match=r"SNIP\(block='2:4'\): .*weight has 6 inputs, .* multiple of 4"):
         trainer(epochs=1).fit(module, toy_tasks())
 
 
 def test_frozen_weights_are_refused():
     policies = [scl.OneShotPruning(0.5, block="2:4"), scl.FreezeMasks()]
     module = scl.ContinualModule(scl.SmallCNN(8), policies=policies)
-    with pytest.raises(ValueError, match=r"OneShotPruning\(block='2:4'\): weights of .* are frozen"):
+    with pytest.raises(ValueError, match=r"OneShotPruning\(block='2:4'\): .* has frozen weights"):
         trainer(epochs=1).fit(module, toy_tasks())
 
 

@@ -30,6 +30,13 @@ def test_layers_of_two_of_four_are_found_and_a_cpu_is_refused():
         scl.to_semi_structured(net)
     with pytest.raises(ValueError, match="no linear layer of Sequential with sides of multiples of 64"):
         scl.to_semi_structured(nn.Sequential(nn.Linear(64, 64), nn.Linear(60, 64)))
+    with pytest.raises(ValueError, match=r"to_semi_structured: Tensor is no nn\.Module"):
+        scl.to_semi_structured(torch.zeros(64, 64))
+    layer = nn.Linear(64, 64)
+    layer.weight.data.unflatten(1, (-1, 4))[:, :, 0] = 0  # three of four
+    assert not list(two_of_four(layer))
+    layer.weight.data.unflatten(1, (-1, 4))[:, :, 2] = 0
+    assert len(list(two_of_four(layer))) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
