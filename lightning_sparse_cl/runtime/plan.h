@@ -66,7 +66,7 @@ class Plan : public Runner {
   int64_t images;
   std::vector<Blocked> values;
   std::vector<Step> steps;
-  std::list<Layer> pools;  // layers that the network has in one
+  std::list<Layer> pools;  // the two steps of poolings that are done in two
   std::vector<float> memory;
   float* at(int64_t value) {
     float* begin = (float*)(((uintptr_t)memory.data() + 63) / 64 * 64);
@@ -213,7 +213,7 @@ class Planner {
     for (bool within : {true, false}) {
       Layer part = l;
       part.kernel = part.stride = (int32_t)(within ? side : l.kernel / side);
-      part.low = -std::numeric_limits<float>::infinity(), part.high = -part.low;
+      if (within) part.low = -std::numeric_limits<float>::infinity(), part.high = -part.low;
       made->pools.push_back(part);
       if (!within) x = regrid(x, parts_for(made->pools.back(), s, images));
       Parts parts = made->values[x].parts;
