@@ -87,7 +87,7 @@ def run(way: str, sparsity: float, batch: int) -> dict[str, Any]:
         }  # fmt: skip
         saved.clear()
         loss.backward()
-        kinds["gradients"] = size((p.grad for p in trained if p.grad is not None), seen)
+        kinds["gradients"] = size((p.grad for p in trained if p.grad is not None), set())
         sgd.step()
     return {"process": held("VmHWM") - start} | kinds
 
