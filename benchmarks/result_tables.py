@@ -83,10 +83,6 @@ COLUMNS = {
         "Class-IL to 1x1": "to single weights, points", "Task-IL": "Task-IL ACC",
         "Task-IL to 1x1": "to single weights, points",
     },
-    "sparcl_diagnoses": {
-        "method": "", "Class-IL": "Class-IL ACC", "Class-IL to TDM": "to TDM, points", "Task-IL": "Task-IL ACC",
-        "Task-IL to TDM": "to TDM, points",
-    },
     "training_memory": {
         "way": "", "sparsity": "sparsity", "batch": "batch", "process": "process, MB",
         "what is trained": "what is trained", "optimiser": "optimiser", "gradients": "gradients", "lists": "lists",
@@ -184,6 +180,7 @@ PLAIN |= {"points lost": 1, "kB": 1, "TFLOPs": 2, "allocated": 2, "used in netwo
 PLAIN |= dict.fromkeys((f"{name}, {kind}" for name in ("dense", "kernels") for kind in ("inference", "training")), 1)
 PLAIN |= {"faster, inference": 2, "faster, training": 2, "ms a step": 0, "weights": 0, "alive": 0, "dense weights": 0}
 PLAIN |= dict.fromkeys(("FLOPs", "FLOPs as in the tables", "closed formula"), 3)
+PLAIN |= dict.fromkeys(("process", "what is trained", "optimiser", "gradients", "lists", "saved for backward"), 0)
 
 
 def findings(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -310,11 +307,12 @@ def speeds(result: dict[str, Any]) -> list[dict[str, Any]]:
         )
         own[f"{row['sparsity']:g}"] = f"{row['speedup']:.1f}"
         if row["bf16_ms"] is not None:
-            half = {"what": f"{what}, bf16", "batch": row["batch"], "threads": row["threads"], "0": ""}
+            half = {"what": f"{what}, bf16", "batch": row["batch"], "threads": row["threads"]}
+            half |= dict.fromkeys(("0", "0.75", "0.9", "0.95"), "")
             half = rows.setdefault(
                 (row["mode"], row["batch"], row["threads"], "bf16"), half | {"dense": f"{row['bf16_ms']:.1f}"}
             )
-            if row["speedup under bf16"] is not None:
+            if row.get("speedup under bf16") is not None:
                 half[f"{row['sparsity']:g}"] = f"{row['speedup under bf16']:.1f}"
     return list(rows.values())
 

@@ -2,8 +2,8 @@
 
 ResNet-18 of width 64 for 32x32 images, batches of 32, SGD with momentum; uniform random masks on all convolutions but
 the stem. Each row is a process of its own; three steps, one thread. "process" is the most that the process held during
-the third step, above what it had after its imports; the kinds of tensors are those that exist between its forward and
-its backward pass, and the gradients after it. It needs Linux.
+the third step, above what it had after its imports, the median and range of three processes; the kinds of tensors are
+those that exist between its forward and its backward pass, and the gradients after it. It needs Linux.
 
 python benchmarks/training_memory.py [--quick]
 """
@@ -98,10 +98,9 @@ def main() -> None:
     jobs = [(way, s, batch) for batch in ((32,) if args.quick else (32, 128)) for way, s in ways]
     rows = []
     for job in jobs:
-        (found,) = harness.run_all(run, [job], 1)  # a new process
-        rows.append(
-            dict(zip(("way", "sparsity", "batch"), job, strict=True)) | {k: round(v, 1) for k, v in found.items()}
-        )
+        runs = [harness.run_all(run, [job], 1)[0] for _ in range(1 if args.quick else 3)]  # each in a new process
+        about = dict(zip(("way", "sparsity", "batch"), job, strict=True))
+        rows.append(about | {k: harness.spread([r[k] for r in runs]) for k in runs[0]})
     harness.show("Memory of a training step, MB", rows, list(rows[0]), list(rows[0]))
     if not args.quick:
         harness.save("training_memory", rows)
