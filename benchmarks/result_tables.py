@@ -83,6 +83,11 @@ COLUMNS = {
         "Class-IL to 1x1": "to single weights, points", "Task-IL": "Task-IL ACC",
         "Task-IL to 1x1": "to single weights, points",
     },
+    "sparcl_diagnoses": {
+        "method": "", "Class-IL": "Class-IL ACC", "Class-IL to TDM": "to TDM, points", "Task-IL": "Task-IL ACC",
+        "Task-IL to TDM": "to TDM, points",
+    },
+    "sparcl_diagnoses_pairs": {"rows": "", "Class-IL": "Class-IL, points", "Task-IL": "Task-IL, points"},
     "training_memory": {
         "way": "", "sparsity": "sparsity", "batch": "batch", "process": "process, MB",
         "what is trained": "what is trained", "optimiser": "optimiser", "gradients": "gradients", "lists": "lists",
@@ -403,6 +408,7 @@ DERIVED = {
     "isolation_digits_rules": ("isolation_digits", lambda result: result["rows"]),
     "esacl_differences": ("esacl_cifar10", differences),
     "continual_dst_findings": ("continual_dst", findings),
+    "sparcl_diagnoses_pairs": ("sparcl_diagnoses", lambda result: result["pairs"]),
     "cl_lsg_tasks": ("cl_lsg", by_task),
     "cl_lsg_against_grow": ("cl_lsg", against_grow),
 }

@@ -64,6 +64,10 @@ ROWS: dict[str, Callable[[], list[pl.Callback]]] = {
     "TDM + DDR at random": lambda: [TDM(), ddr("random")],
 }
 FIGURES = ("Class-IL", "Task-IL")
+PAIRS = (
+    ("TDM + DDR", "TDM + DDR at random"), ("TDM from SNIP's mask", "SNIP"), ("TDM + DDR", "SNIP"),
+    ("TDM + DGM by CGI", "TDM + DGM at random"),
+)  # fmt: skip
 
 
 def run(name: str, seed: int, epochs: int, images: str) -> dict[str, float]:
@@ -74,6 +78,12 @@ def run(name: str, seed: int, epochs: int, images: str) -> dict[str, float]:
     )
     metrics = harness.fit(module, harness.small_cifar10(*torch.load(images)), epochs)
     return dict(zip(FIGURES, (metrics["class_il"]["acc"], metrics["task_il"]["acc"]), strict=True))
+
+
+def pairs(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Paired differences of the rows that are compared."""
+    by = {row["method"]: row["by seed"] for row in table}
+    return [{"rows": f"{a} - {b}"} | {k: harness.paired(by[a][k], by[b][k]) for k in FIGURES} for a, b in PAIRS]
 
 
 def main() -> None:
@@ -93,8 +103,10 @@ def main() -> None:
         table.append({"method": name} | {k: harness.spread(v) for k, v in by_seed.items()} | {"by seed": by_seed})
         harness.differ(table[-1], table[0], "TDM")
     harness.show("SparCL's parts at 90 %, in percent", table, [c for c in table[0] if c != "by seed"])
+    harness.show("Differences in points", pairs(table), ["rows", *FIGURES])
     if not args.quick:
-        harness.save("sparcl_diagnoses", table, seeds=seeds, epochs_per_task=epochs, images_per_class=per_class)
+        about = {"epochs_per_task": epochs, "images_per_class": per_class}
+        harness.save("sparcl_diagnoses", table, seeds=seeds, **about, pairs=pairs(table))
 
 
 if __name__ == "__main__":
