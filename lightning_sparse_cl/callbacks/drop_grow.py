@@ -180,8 +180,7 @@ class DropAndGrow(ScorePruning):
             dropped[name] = self.block.size * whole_part(part, movable // self.block.size)
             free[name] = score.numel() - alive + dropped[name]
             magnitude = {name: pl_module.get_parameter(name).abs()}
-            best = self.rank(magnitude, movable - dropped[name], {name: pool}, {name: protected})
-            kept[name] = protected | best[name]
+            kept[name] = protected | self.rank(magnitude, movable - dropped[name], {name: pool})[name]
         for name, count in self.grow_counts(dropped, free).items():
             grown = self.rank({name: scores[name]}, count, {name: ~kept[name]}, kept)[name]
             self.masks.set_alive(name, kept[name] | grown)

@@ -89,9 +89,9 @@ class NofM:
     """``n`` of each ``m`` neighbouring inputs of an output are alive, at every position of a kernel.
 
     2:4 is what NVIDIA's sparse tensor cores multiply (Mishra et al. 2021, arXiv:2104.08378). Where weights are ranked
-    together, the best of every group come first, then the second best of every group, and so on; those of one place by
-    their scores. So every group has ``n`` if ``n / m`` of all weights are kept. Weights that stay alive in any case
-    fill places of their group.
+    together, the n best of every group come first, by their scores; then the next best of every group, and so on. So
+    every group has ``n`` if ``n / m`` of all weights are kept; if fewer are kept, they are the best wherever they are.
+    Weights that stay alive in any case fill places of their group.
     """
 
     n: int
@@ -127,7 +127,7 @@ class NofM:
     def rated(
         self, x: Mapping[str, Tensor], among: Mapping[str, Tensor], taken: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Minus each weight's place in its group, plus a fraction below 1 that grows with its score among all of ``x``.
+        """A fraction below 1 that grows with a weight's score among all of ``x``, minus its places beyond the first n.
 
         In a group come first the weights that are ``taken``, then those ``among`` which is chosen, by score.
         """
@@ -140,7 +140,7 @@ class NofM:
             own, pool = part.view(score.shape), among[name]
             key = own + pool if name not in taken else own + pool + 2 * taken[name]
             places = key.unflatten(1, (-1, self.m)).argsort(dim=2, descending=True).argsort(dim=2).flatten(1, 2)
-            rated[name] = own - places
+            rated[name] = own - (places - self.n + 1).clamp(min=0)
         return rated
 
     def all(self, mask: Tensor) -> Tensor:

@@ -124,6 +124,27 @@ def test_what_torch_computes_in_float32_is_float32(make, dtype):
     assert error(ours, plain(x).double()) <= error(usual, plain(x).double()) + 1e-3
 
 
+class BesideTorch(nn.Module):
+    """Adds to a convolution what torch has computed in autocast's type."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return self.second(x) + torch.sigmoid(self.first(x))
+
+
+def test_sums_with_what_torch_computed_are_made_by_the_kernels(monkeypatch):
+    torch.manual_seed(0)
+    net, x = BesideTorch(), torch.randn(4, 8, 8, 8)
+    plain = copy.deepcopy(net)
+    weights = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.ndim > 1}
+    scl.accelerate(net, weights, measure=False)
+    monkeypatch.setattr(Program, "_as_it_is", None)  # a call of it fails
+    assert error(halved(net, x), plain(x).double()) <= 1.2 * error(halved(plain, x), plain(x).double())
+
+
 def test_residual_sums_are_made_by_the_kernels_and_each_kind_of_call_is_measured(monkeypatch):
     """Blocks do not fall back to torch under autocast, and what was measured without it is not taken for it."""
     net, masks = network("resnet")

@@ -11,7 +11,7 @@ import lightning_sparse_cl as scl
 from lightning_sparse_cl.callbacks.identity import describe
 from lightning_sparse_cl.demos import toy_tasks
 from lightning_sparse_cl.sparsity.blocks import NofM
-from lightning_sparse_cl.sparsity.scores import top_k_masks
+from lightning_sparse_cl.sparsity.scores import top_k_mask, top_k_masks
 
 POLICIES = {
     "one shot": lambda s, b: [scl.OneShotPruning(s, block=b)],
@@ -110,7 +110,18 @@ def test_the_groups_with_the_best_scores_come_first():
     x = {"a": torch.arange(32.0).view(4, 8) * 100, "b": torch.arange(32.0).view(4, 8)}
     everywhere = {name: torch.ones(4, 8, dtype=torch.bool) for name in x}
     masks = top_k_masks(NofM(2, 4).rated(x, everywhere, {}), 6, everywhere)
-    assert masks["a"].nonzero().tolist() == [[1, 3], [1, 7], [2, 3], [2, 7], [3, 3], [3, 7]] and not masks["b"].any()
+    assert masks["a"].nonzero().tolist() == [[2, 6], [2, 7], [3, 2], [3, 3], [3, 6], [3, 7]] and not masks["b"].any()
+
+
+def test_the_smallest_weights_are_dropped_wherever_they_are():
+    """As without groups: which weights may be grown is what n:m restricts."""
+    torch.manual_seed(0)
+    x, alive = torch.randn(8, 16).abs(), torch.zeros(8, 16, dtype=torch.bool)
+    alive.unflatten(1, (-1, 4))[:, :, :2] = True
+    protected = alive & (torch.rand(8, 16) < 0.2)
+    pool = alive & ~protected
+    kept = top_k_masks(NofM(2, 4).rated({"w": x}, {"w": pool}, {"w": protected}), 20, {"w": pool})["w"]
+    assert torch.equal(kept, top_k_mask(x, 20, pool))
 
 
 def test_masks_of_before_that_are_not_n_of_m_are_told():
